@@ -1,0 +1,168 @@
+//! Settings: the environment as typed ([`Env`], read by envy) and flags (clap) become [`Settings`], as meant.
+//!
+//! A bad value stops the start and names the variable; all mistakes are reported at once.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// A value that is never shown: `Debug` and `Display` print `***`.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    pub fn new(value: impl Into<String>) -> Self {
+        Self(value.into())
+    }
+
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("***")
+    }
+}
+
+/// Everything the program was told, resolved and checked.
+#[derive(Debug, Clone, Default)]
+pub struct Settings {
+    /// A hub id, a folder, or `demo`.
+    pub model: String,
+    pub hub: HubSettings,
+    pub engine: EngineSettings,
+    pub api: ApiSettings,
+    pub runpod: RunpodSettings,
+    pub server: ServerSettings,
+    /// Said once in the log at start: names that have no effect here, deprecated spellings.
+    pub warnings: Vec<String>,
+}
+
+/// Where models come from.
+#[derive(Debug, Clone, Default)]
+pub struct HubSettings {
+    pub revision: Option<String>,
+    /// A tokenizer from elsewhere: hub id or folder.
+    pub tokenizer: Option<String>,
+    pub token: Option<Secret>,
+    /// `HF_ENDPOINT`; default `https://huggingface.co`.
+    pub endpoint: Option<String>,
+    pub offline: bool,
+    /// Hugging Face caches to look in, in order; downloads go to the first.
+    pub caches: Vec<PathBuf>,
+    /// `LOCAL_MODEL_ROOT`: `{root}/{last segment of the id}` is looked at before the caches.
+    pub local_model_root: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DeviceChoice {
+    /// CUDA when built with it and a device is there, else the CPU.
+    #[default]
+    Auto,
+    Cpu,
+    Cuda(usize),
+}
+
+/// `None` = auto.
+#[derive(Debug, Clone, Default)]
+pub struct EngineSettings {
+    pub device: DeviceChoice,
+    pub threads: Option<usize>,
+    pub max_model_len: Option<usize>,
+    pub max_num_seqs: Option<usize>,
+    pub max_num_batched_tokens: Option<usize>,
+    pub block_size: Option<usize>,
+    pub num_blocks: Option<usize>,
+    pub kv_cache_gb: Option<f64>,
+    pub gpu_memory_utilization: Option<f64>,
+    pub max_waiting: Option<usize>,
+    /// Seconds a request may take in all.
+    pub request_timeout: Option<Duration>,
+    pub seed: Option<u64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum NativeFormat {
+    /// OpenAI objects.
+    #[default]
+    OpenAi,
+    /// `{"choices":[{"tokens":[…]}],"usage":{"input","output"}}`.
+    Tokens,
+}
+
+#[derive(Debug, Clone, Default)]
+pub struct ApiSettings {
+    /// The names clients may use; the first is the one answers carry.
+    pub served_names: Vec<String>,
+    pub any_model_name: bool,
+    pub allow_special_tokens: bool,
+    pub native_format: NativeFormat,
+    /// `max_tokens` when a request has none; `None` = rest of the context (16 on `/v1/completions`).
+    pub default_max_tokens: Option<usize>,
+    /// Jinja text or a file's path, instead of the model's own.
+    pub chat_template: Option<String>,
+    pub trust_request_chat_template: bool,
+    /// Default `assistant`.
+    pub response_role: Option<String>,
+    /// Sampling defaults from the model's generation_config.json (true unless `GENERATION_CONFIG=vllm`).
+    pub ignore_generation_config: bool,
+    /// `OVERRIDE_GENERATION_CONFIG`: a JSON object laid over it.
+    pub override_generation_config: Option<serde_json::Map<String, serde_json::Value>>,
+    /// Most choices a request may ask for; default 128.
+    pub max_n: Option<usize>,
+    /// `ENABLE_FORCE_INCLUDE_USAGE`.
+    pub force_include_usage: bool,
+    /// Engine's `SEED`: base of the seeds picked for requests without one.
+    pub seed: Option<u64>,
+    pub request_timeout: Option<Duration>,
+}
+
+#[derive(Debug, Clone, Default)]
+pub struct RunpodSettings {
+    /// URL templates, unsubstituted (`RUNPOD_WEBHOOK_*`).
+    pub get_job: Option<String>,
+    pub post_output: Option<String>,
+    pub post_stream: Option<String>,
+    pub ping: Option<String>,
+    /// Default 10 s. (The variable is in milliseconds.)
+    pub ping_interval: Option<Duration>,
+    pub api_key: Option<Secret>,
+    /// `RUNPOD_POD_ID`, else `HOSTNAME`, else a UUID.
+    pub worker_id: Option<String>,
+    pub gpu_type_id: Option<String>,
+    pub endpoint_id: Option<String>,
+    /// Jobs at once; `None` = 2 × max_num_seqs.
+    pub max_concurrency: Option<usize>,
+    /// How long SIGTERM waits for running jobs; default 600 s.
+    pub drain_timeout: Option<Duration>,
+    /// Least time between two stream posts of one job; default 50 ms. The first goes at once.
+    pub stream_interval: Option<Duration>,
+    /// Tokens to gather before a stream post (the reference workers' batching), when set.
+    pub batch: Option<BatchGrowth>,
+    /// `runpod_version` in pings; default this crate's version.
+    pub reported_version: Option<String>,
+    pub user_agent: Option<String>,
+}
+
+/// Stream batching as the reference workers had it: start at `min`, multiply by `growth` after each flush, cap at `max`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct BatchGrowth {
+    pub min: usize,
+    pub growth: f64,
+    pub max: usize,
+}
+
+#[derive(Debug, Clone, Default)]
+pub struct ServerSettings {
+    pub host: Option<String>,
+    pub port: Option<u16>,
+    /// `PORT_HEALTH`, when it differs from the port.
+    pub health_port: Option<u16>,
+    /// `HEALTH_CHECK_PATH`; default `/ping`.
+    pub health_path: Option<String>,
+    /// Empty = open.
+    pub api_keys: Vec<Secret>,
+    /// CORS; empty = `*`.
+    pub allowed_origins: Vec<String>,
+}

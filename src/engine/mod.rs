@@ -1,0 +1,150 @@
+//! Decisions: which sequences run, where their keys and values lie, when they end. No HTTP, no JSON, no tensors.
+//!
+//! [`Handle`] is the only door. Everything behind it runs on one OS thread.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+
+use crate::error::Failure;
+
+pub mod sampling;
+
+pub use sampling::SamplingParams;
+
+/// One sequence to generate. A request with `n` choices submits `n` of these.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// For logs.
+    pub id: Arc<str>,
+    /// At least one token id, all below the vocabulary size.
+    pub prompt: Arc<Vec<u32>>,
+    pub params: SamplingParams,
+    /// After this moment the request fails with `Kind::Timeout`, wherever it stands.
+    pub deadline: Option<Instant>,
+}
+
+/// What the engine tells of one sequence, in order. After `Finished` or `Failed` comes nothing.
+#[derive(Debug, Clone)]
+pub enum Event {
+    Token(Token),
+    Finished(Finish),
+    Failed(Failure),
+}
+
+/// One generated token. The one that ended the sequence (end of sequence, stop id) is sent too, with `ends` set:
+/// it counts in usage, and is not part of the text.
+#[derive(Debug, Clone)]
+pub struct Token {
+    pub id: u32,
+    pub ends: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Finish {
+    /// End of sequence.
+    Stop,
+    /// One of `stop_token_ids`.
+    StopToken(u32),
+    /// `max_tokens` or the context's end.
+    Length,
+}
+
+/// What the engine can take; checked by `api` before it submits, so that errors name the caller's fields.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Prompt and output together.
+    pub max_model_len: usize,
+    pub vocab_size: usize,
+    pub max_num_seqs: usize,
+    /// Requests that may wait; beyond it `submit` fails with `Kind::Overloaded`.
+    pub max_waiting: usize,
+}
+
+/// A moment's figures.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Stats {
+    pub running: usize,
+    pub waiting: usize,
+    pub blocks_total: usize,
+    pub blocks_free: usize,
+    pub preempted: u64,
+    pub prompt_tokens: u64,
+    pub output_tokens: u64,
+    pub steps: u64,
+    /// `false` after a fault that the engine's thread did not survive.
+    pub healthy: bool,
+}
+
+/// The door to the engine. Cheap to clone.
+#[derive(Clone)]
+pub struct Handle {
+    pub(crate) shared: Arc<Shared>,
+}
+
+pub(crate) struct Shared {
+    pub(crate) limits: Limits,
+    pub(crate) commands: std::sync::mpsc::Sender<Command>,
+    pub(crate) stats: std::sync::Mutex<Stats>,
+}
+
+pub(crate) enum Command {
+    Submit(Request, mpsc::UnboundedSender<Event>),
+}
+
+/// The events of one sequence. **Dropping it cancels**: the row and its blocks are free within one step.
+#[derive(Debug)]
+pub struct Generation {
+    events: mpsc::UnboundedReceiver<Event>,
+}
+
+impl Generation {
+    pub(crate) fn new(events: mpsc::UnboundedReceiver<Event>) -> Self {
+        Self { events }
+    }
+
+    /// The next event. A channel that closes without `Finished` or `Failed` means that the engine died: a failure.
+    pub async fn next(&mut self) -> Event {
+        match self.events.recv().await {
+            Some(event) => event,
+            None => Event::Failed(Failure::internal("the engine stopped while this request was running")),
+        }
+    }
+
+    /// An event that is there already.
+    pub fn try_next(&mut self) -> Option<Event> {
+        self.events.try_recv().ok()
+    }
+}
+
+impl Handle {
+    pub fn limits(&self) -> &Limits {
+        &self.shared.limits
+    }
+
+    /// Queues one sequence. Fails at once when the waiting queue is full, when the engine has died, or when the prompt does
+    /// not fit the context.
+    pub fn submit(&self, request: Request) -> Result<Generation, Failure> {
+        let (events, receiver) = mpsc::unbounded_channel();
+        self.shared.commands.send(Command::Submit(request, events)).map_err(|_| Failure::internal("the engine has stopped"))?;
+        Ok(Generation::new(receiver))
+    }
+
+    pub fn stats(&self) -> Stats {
+        self.shared.stats.lock().map(|stats| stats.clone()).unwrap_or_default()
+    }
+
+    /// Waits until nothing runs or waits, or until `limit` has passed; true when idle.
+    pub async fn idle(&self, limit: Duration) -> bool {
+        let end = Instant::now() + limit;
+        while Instant::now() < end {
+            let stats = self.stats();
+            if stats.running + stats.waiting == 0 {
+                return true;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        false
+    }
+}

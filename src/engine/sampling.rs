@@ -1,0 +1,52 @@
+//! Sampling parameters of one sequence, and the state that grows with its output. The arithmetic is in `models::sample`.
+
+use std::sync::Arc;
+
+/// How one sequence is drawn and when it ends. Every value is checked by `api` before it comes here.
+#[derive(Debug, Clone)]
+pub struct SamplingParams {
+    /// Below 1e-5: greedy.
+    pub temperature: f32,
+    /// In `(0, 1]`.
+    pub top_p: f32,
+    /// 0 = off.
+    pub top_k: u32,
+    pub min_p: f32,
+    pub presence_penalty: f32,
+    pub frequency_penalty: f32,
+    pub repetition_penalty: f32,
+    pub logit_bias: Arc<Vec<(u32, f32)>>,
+    /// Fixes every draw of this sequence. `api` picks one at random when the caller gives none, and adds the choice index.
+    pub seed: u64,
+    /// At least 1.
+    pub max_tokens: usize,
+    /// End of sequence and stop ids are not drawn before so many tokens.
+    pub min_tokens: usize,
+    /// The model's own end-of-sequence ids.
+    pub eos_token_ids: Arc<Vec<u32>>,
+    /// The request's further stop ids.
+    pub stop_token_ids: Arc<Vec<u32>>,
+    /// Go on past the end of sequence (which is then an ordinary token).
+    pub ignore_eos: bool,
+}
+
+impl Default for SamplingParams {
+    fn default() -> Self {
+        Self {
+            temperature: 1.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            repetition_penalty: 1.0,
+            logit_bias: Arc::default(),
+            seed: 0,
+            max_tokens: 16,
+            min_tokens: 0,
+            eos_token_ids: Arc::default(),
+            stop_token_ids: Arc::default(),
+            ignore_eos: false,
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! Home of `unsafe`: one function per kernel, CPU and CUDA behind the same signature.

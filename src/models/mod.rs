@@ -1,0 +1,108 @@
+//! Tensors live from here rightward. To the left of this module there are only token ids and plain numbers.
+//!
+//! [`Runner`] is the seam: the engine hands it a [`Plan`] and gets an [`Output`]; tests replace it by a scripted one.
+
+use std::sync::Arc;
+
+use crate::error::Failure;
+
+pub mod files;
+pub mod hub;
+pub mod tokenizer;
+
+/// One step for the device: which tokens to run, where their keys and values go, and which rows to sample.
+///
+/// The tokens of all rows lie one after another. Rows that decode have one token, rows in prefill have a chunk.
+#[derive(Debug, Default, Clone)]
+pub struct Plan {
+    /// Token ids of all rows, `[tokens]`.
+    pub tokens: Vec<u32>,
+    /// Position of each token in its own sequence, `[tokens]`.
+    pub positions: Vec<u32>,
+    /// KV slot each token is written to, `block * block_size + offset`, `[tokens]`.
+    pub slots: Vec<u32>,
+    pub rows: Vec<Row>,
+}
+
+/// The part of a [`Plan`] that belongs to one sequence.
+#[derive(Debug, Clone)]
+pub struct Row {
+    /// Index of this row's first token in `Plan::tokens`.
+    pub start: usize,
+    /// How many tokens of this row run in this step, at least 1.
+    pub len: usize,
+    /// Tokens of the sequence in the cache after this step: `position of the last token + 1`.
+    pub context: usize,
+    /// The blocks that hold those tokens, in order.
+    pub blocks: Arc<Vec<u32>>,
+    /// How to draw the next token from the last token's logits; `None` while a prefill is unfinished.
+    pub draw: Option<Draw>,
+}
+
+/// How one row draws its next token. Plain data; the arithmetic is in `models::sample`.
+///
+/// Order of operations (FastDeploy's): suppressed ids → bias → repetition, frequency and presence penalties → temperature
+/// → min_p → top_k → top_p → draw.
+#[derive(Debug, Clone)]
+pub struct Draw {
+    /// 0 = greedy.
+    pub temperature: f32,
+    /// In `(0, 1]`; 1 = off.
+    pub top_p: f32,
+    /// 0 = off.
+    pub top_k: u32,
+    /// In `[0, 1]`; 0 = off.
+    pub min_p: f32,
+    pub presence_penalty: f32,
+    pub frequency_penalty: f32,
+    /// Over prompt and output tokens; 1 = off.
+    pub repetition_penalty: f32,
+    /// Added to the logits, by id.
+    pub bias: Arc<Vec<(u32, f32)>>,
+    /// Ids that must not be drawn in this step (end of sequence before `min_tokens`).
+    pub suppressed: Arc<Vec<u32>>,
+    /// What was seen so far; empty unless a penalty asks for it.
+    pub seen: Arc<Seen>,
+    /// The request's seed, and the index of the token to draw: together they fix the random number, whatever else is in the step.
+    pub seed: u64,
+    pub index: u64,
+}
+
+/// Token statistics for the penalties.
+#[derive(Debug, Clone, Default)]
+pub struct Seen {
+    /// Distinct ids of the prompt.
+    pub prompt: Vec<u32>,
+    /// Output ids with their counts.
+    pub output: Vec<(u32, u32)>,
+}
+
+/// What a step gave: for each row with a [`Draw`], in row order, the drawn token.
+#[derive(Debug, Default, Clone)]
+pub struct Output {
+    pub tokens: Vec<u32>,
+}
+
+/// What the engine must know of the model it drives.
+#[derive(Debug, Clone)]
+pub struct Shape {
+    /// Longest sequence (prompt and output) the model and the memory allow.
+    pub max_model_len: usize,
+    /// Ids below this have a token; only those are ever drawn.
+    pub vocab_size: usize,
+    pub block_size: usize,
+    /// Blocks in the KV pool.
+    pub blocks: usize,
+    /// Most sequences in one step.
+    pub max_num_seqs: usize,
+    /// Most tokens in one step.
+    pub max_num_batched_tokens: usize,
+}
+
+/// Runs plans. Owned by the engine's thread, which is also the only one that ever touches its tensors, drops included:
+/// therefore made there, and not `Send`.
+pub trait Runner {
+    fn shape(&self) -> &Shape;
+    /// Runs one step. An error fails the requests of the plan, not the worker.
+    fn step(&mut self, plan: &Plan) -> Result<Output, Failure>;
+}

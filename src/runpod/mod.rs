@@ -1,0 +1,1 @@
+//! The platform side of the worker: takes jobs, returns results; knows nothing of tokens.

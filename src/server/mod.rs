@@ -1,0 +1,1 @@
+//! The local RunPod endpoint and the direct OpenAI server.
