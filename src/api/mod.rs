@@ -13,6 +13,8 @@ use crate::engine::Handle;
 use crate::error::Failure;
 use crate::models::tokenizer::Tokenizer;
 
+pub mod failure;
+
 /// What a request gives back.
 pub enum Answer {
     /// One object.
