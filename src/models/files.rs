@@ -47,7 +47,9 @@ impl ModelFiles {
     /// The same as JSON.
     pub fn read_json(&self, file: &str) -> Result<Option<serde_json::Value>, Failure> {
         let Some(bytes) = self.read(file)? else { return Ok(None) };
-        serde_json::from_slice(&bytes).map(Some).map_err(|error| Failure::internal(format!("model file {file} of {} is not valid JSON: {error}", self.name)))
+        serde_json::from_slice(&bytes)
+            .map(Some)
+            .map_err(|error| Failure::internal(format!("model file {file} of {} is not valid JSON: {error}", self.name)))
     }
 
     /// All files, by name.

@@ -6,9 +6,15 @@ use std::sync::Arc;
 
 use crate::error::Failure;
 
+pub mod architecture;
 pub mod files;
 pub mod hub;
+pub mod memory;
+pub mod runner;
+pub mod sample;
 pub mod tokenizer;
+pub mod transformer;
+pub mod weights;
 
 /// One step for the device: which tokens to run, where their keys and values go, and which rows to sample.
 ///
@@ -106,3 +112,6 @@ pub trait Runner {
     /// Runs one step. An error fails the requests of the plan, not the worker.
     fn step(&mut self, plan: &Plan) -> Result<Output, Failure>;
 }
+
+#[cfg(test)]
+mod golden;

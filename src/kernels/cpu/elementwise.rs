@@ -1,0 +1,146 @@
+//! Normalisation, activation and rotation of single rows.
+
+use rayon::prelude::*;
+
+use super::super::Rope;
+use super::PARALLEL_VALUES;
+use super::simd::{Simd, dispatch};
+
+/// `out = x · (mean(x²) + eps)^-½ · w`, all of one width.
+pub fn rms_norm(x: &[f32], w: &[f32], eps: f32, out: &mut [f32]) {
+    dispatch!(rms_norm_row::<>(x: &[f32], w: &[f32], eps: f32, out: &mut [f32]));
+}
+
+#[inline(always)]
+unsafe fn rms_norm_row<S: Simd>(x: &[f32], w: &[f32], eps: f32, out: &mut [f32]) {
+    // SAFETY: reads whole vectors inside x only.
+    let mean = unsafe { sum_of_squares::<S>(x) } / x.len() as f32;
+    let scale = 1.0 / (mean + eps).sqrt();
+    for ((out, x), w) in out.iter_mut().zip(x).zip(w) {
+        *out = x * scale * w;
+    }
+}
+
+#[inline(always)]
+unsafe fn sum_of_squares<S: Simd>(x: &[f32]) -> f32 {
+    unsafe {
+        let whole = x.len() - x.len() % S::LANES;
+        let mut acc = S::zero();
+        let mut i = 0;
+        while i < whole {
+            let v = S::load(x.as_ptr().add(i));
+            acc = S::mul_add(v, v, acc);
+            i += S::LANES;
+        }
+        S::sum(acc) + x[whole..].iter().map(|v| v * v).sum::<f32>()
+    }
+}
+
+/// `out = gate · sigmoid(gate) · up`.
+pub fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    dispatch!(silu_mul_row::<>(gate: &[f32], up: &[f32], out: &mut [f32]));
+}
+
+#[inline(always)]
+unsafe fn silu_mul_row<S: Simd>(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
+        *out = gate / (1.0 + exp(-gate)) * up;
+    }
+}
+
+/// e^x to about 1e-7 relative, written so that the compiler vectorises loops over it: 2^n · polynomial of the rest (Cephes' coefficients).
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0; // 1.5 · 2^23: adding and subtracting it rounds to an integer
+    let x = x.clamp(-87.336_54, 88.376_26);
+    let n = (x * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
+    let p = 1.987_569_1e-4;
+    let p = p * r + 1.398_2e-3;
+    let p = p * r + 8.333_452e-3;
+    let p = p * r + 4.166_579_6e-2;
+    let p = p * r + 1.666_666_5e-1;
+    let p = p * r + 5.000_000_1e-1;
+    let value = p * r * r + r + 1.0;
+    value * f32::from_bits((((n as i32) + 127) << 23) as u32)
+}
+
+/// Rotates the first `heads` heads of every row of `qkv [t, width]` by `cos`/`sin [t, d/2]`; the rest is copied.
+pub fn rope_rows(qkv: &[f32], width: usize, heads: usize, d: usize, rope: Rope, cos: &[f32], sin: &[f32]) -> Vec<f32> {
+    let mut out = qkv.to_vec();
+    let half = d / 2;
+    let rotate = |(token, row): (usize, &mut [f32])| {
+        let (cos, sin) = (&cos[token * half..(token + 1) * half], &sin[token * half..(token + 1) * half]);
+        for head in row[..heads * d].chunks_exact_mut(d) {
+            rope_head(head, rope, cos, sin);
+        }
+    };
+    if qkv.len() < PARALLEL_VALUES {
+        out.chunks_exact_mut(width).enumerate().for_each(rotate);
+    } else {
+        out.par_chunks_exact_mut(width).with_min_len(4).enumerate().for_each(rotate);
+    }
+    out
+}
+
+fn rope_head(head: &mut [f32], rope: Rope, cos: &[f32], sin: &[f32]) {
+    match rope {
+        Rope::Interleaved => {
+            for ((pair, cos), sin) in head.chunks_exact_mut(2).zip(cos).zip(sin) {
+                let (a, b) = (pair[0], pair[1]);
+                pair[0] = a * cos - b * sin;
+                pair[1] = b * cos + a * sin;
+            }
+        }
+        Rope::Half => {
+            let (first, second) = head.split_at_mut(cos.len());
+            for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rms_norm_of_the_spec() {
+        let mut out = [0f32; 4];
+        rms_norm(&[1.0, -2.0, 3.0, 4.0], &[1.0, 0.5, 2.0, 1.0], 1e-5, &mut out);
+        for (got, want) in out.iter().zip([0.365_148_13, -0.365_148_13, 2.190_888_9, 1.460_592_5]) {
+            assert!((got - want).abs() < 1e-6, "{got} {want}");
+        }
+    }
+
+    #[test]
+    fn rope_of_the_spec() {
+        let inv_freq = [1.0f32, 500_000f32.powf(-0.5)];
+        let cases = [
+            (1.0, Rope::Interleaved, [-1.142_639_7, 1.922_075_6, 2.994_340_2, 4.004_238_6]),
+            (3.0, Rope::Interleaved, [-1.272_232_5, -1.838_865, 2.983_002_5, 4.012_692]),
+            (1.0, Rope::Half, [-1.984_110_7, 1.994_341_1, 2.462_378, 4.002_824_4]),
+            (3.0, Rope::Half, [-1.413_352_5, 1.983_011_5, -2.828_857_5, 4.008_449_3]),
+        ];
+        for (position, rope, want) in cases {
+            let cos = inv_freq.map(|f| (position * f).cos());
+            let sin = inv_freq.map(|f| (position * f).sin());
+            let out = rope_rows(&[1.0, 2.0, 3.0, 4.0], 4, 1, 4, rope, &cos, &sin);
+            for (got, want) in out.iter().zip(want) {
+                assert!((got - want).abs() < 1e-5, "{rope:?} {position}: {got} {want}");
+            }
+        }
+    }
+
+    #[test]
+    fn exp_is_close_everywhere() {
+        for i in -8_700..8_800 {
+            let x = i as f32 / 100.0 + 0.003;
+            let (got, want) = (f64::from(exp(x)), f64::from(x).exp());
+            assert!((got / want - 1.0).abs() < 3e-7, "exp({x}) = {got}, not {want}");
+        }
+        assert!(exp(-1e9) < 1e-37 && exp(-1e9) >= 0.0);
+        assert_eq!(exp(0.0), 1.0);
+    }
+}

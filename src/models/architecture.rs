@@ -1,0 +1,200 @@
+//! A table: `config.json` → the shape of one decoder and the names of its weights.
+//!
+//! All supported models are the same decoder with other numbers; a new one is a row here, not a file.
+
+use serde_json::Value;
+
+use crate::error::Failure;
+use crate::kernels::Rope;
+use crate::models::files::ModelFiles;
+
+/// The shape of one decoder-only transformer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Architecture {
+    /// `model_type` of config.json.
+    pub model_type: String,
+    pub vocab_size: usize,
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub layers: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub rms_norm_eps: f32,
+    pub rope_theta: f64,
+    pub rope: Rope,
+    pub max_position_embeddings: usize,
+    /// The LM head is the embedding.
+    pub tie_word_embeddings: bool,
+    /// Biases on every projection.
+    pub bias: bool,
+}
+
+/// What the table knows of one family: `model_type`, how it rotates, and its defaults for keys that config.json may leave out.
+struct Family {
+    model_type: &'static str,
+    rope: Rope,
+    rms_norm_eps: f64,
+    rope_theta: f64,
+    tie_word_embeddings: bool,
+    max_position_embeddings: u64,
+    bias_key: &'static str,
+}
+
+const FAMILIES: &[Family] = &[Family {
+    model_type: "ernie4_5",
+    rope: Rope::Interleaved,
+    rms_norm_eps: 1e-5,
+    rope_theta: 500_000.0,
+    tie_word_embeddings: true,
+    max_position_embeddings: 131_072,
+    bias_key: "use_bias",
+}];
+
+impl Architecture {
+    /// Reads config.json. An unsupported model is refused by name; a key that would change the numbers and that we do not know is refused too.
+    pub fn from_files(files: &ModelFiles) -> Result<Self, Failure> {
+        let Some(config) = files.read_json("config.json")? else {
+            return Err(Failure::internal(format!(
+                "{} ({}) has no config.json: is it a model folder in Hugging Face or Paddle form?",
+                files.name, files.origin
+            )));
+        };
+        Self::from_config(&config).map_err(|problem| Failure::internal(format!("config.json of {}: {problem}", files.name)))
+    }
+
+    pub fn from_config(config: &Value) -> Result<Self, String> {
+        let model_type = config["model_type"].as_str().unwrap_or_default();
+        let family = FAMILIES.iter().find(|family| family.model_type == model_type).ok_or_else(|| {
+            let known: Vec<_> = FAMILIES.iter().map(|family| family.model_type).collect();
+            format!("model_type \"{model_type}\" is not supported; this version serves {}", known.join(", "))
+        })?;
+        refuse_unknown_variants(config)?;
+        let heads = size(config, "num_attention_heads", None)?;
+        let hidden_size = size(config, "hidden_size", None)?;
+        let head_dim = size(config, "head_dim", Some((hidden_size / heads.max(1)) as u64))?;
+        let kv_heads = size(config, "num_key_value_heads", Some(heads as u64))?;
+        if heads % kv_heads != 0 || head_dim % 2 != 0 {
+            return Err(format!(
+                "{heads} heads, {kv_heads} key/value heads, head_dim {head_dim}: heads must be a multiple of key/value heads, and head_dim even"
+            ));
+        }
+        // transformers 5 writes rope_parameters {rope_theta}; everybody else the plain key.
+        let theta = number(config, "rope_theta").or_else(|| number(&config["rope_parameters"], "rope_theta"));
+        Ok(Self {
+            model_type: model_type.to_string(),
+            vocab_size: size(config, "vocab_size", None)?,
+            hidden_size,
+            intermediate_size: size(config, "intermediate_size", None)?,
+            layers: size(config, "num_hidden_layers", None)?,
+            heads,
+            kv_heads,
+            head_dim,
+            rms_norm_eps: number(config, "rms_norm_eps").unwrap_or(family.rms_norm_eps) as f32,
+            rope_theta: theta.unwrap_or(family.rope_theta),
+            rope: family.rope,
+            max_position_embeddings: size(config, "max_position_embeddings", Some(family.max_position_embeddings))?,
+            tie_word_embeddings: config["tie_word_embeddings"].as_bool().unwrap_or(family.tie_word_embeddings),
+            bias: config[family.bias_key].as_bool().unwrap_or(false),
+        })
+    }
+
+    /// Width of queries of one token.
+    pub fn q_width(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Width of keys, or of values, of one token.
+    pub fn kv_width(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+
+    /// Number of weights, the LM head counted only when it is not the embedding.
+    pub fn parameters(&self) -> usize {
+        let layer = self.hidden_size * (2 * self.q_width() + 2 * self.kv_width() + 3 * self.intermediate_size + 2);
+        let embedding = self.vocab_size * self.hidden_size;
+        layer * self.layers + self.hidden_size + embedding * if self.tie_word_embeddings { 1 } else { 2 }
+    }
+
+    /// Bytes of keys and values of one token over all layers, `element` bytes each.
+    pub fn kv_bytes_per_token(&self, element: usize) -> usize {
+        2 * self.layers * self.kv_width() * element
+    }
+}
+
+fn number(config: &Value, key: &str) -> Option<f64> {
+    config[key].as_f64()
+}
+
+fn size(config: &Value, key: &str, default: Option<u64>) -> Result<usize, String> {
+    match config[key].as_u64().filter(|n| *n > 0).or(if config[key].is_null() { default } else { None }) {
+        Some(n) => Ok(n as usize),
+        None if config[key].is_null() => Err(format!("\"{key}\" is missing")),
+        None => Err(format!("\"{key}\" must be a positive integer, found {}", config[key])),
+    }
+}
+
+fn refuse_unknown_variants(config: &Value) -> Result<(), String> {
+    if let Some(act) = config["hidden_act"].as_str().filter(|act| *act != "silu") {
+        return Err(format!("hidden_act \"{act}\" is not supported (silu is)"));
+    }
+    let scaling = if config["rope_scaling"].is_null() { &config["rope_parameters"] } else { &config["rope_scaling"] };
+    let kind = scaling["rope_type"].as_str().or_else(|| scaling["type"].as_str());
+    if let Some(kind) = kind.filter(|kind| *kind != "default") {
+        return Err(format!("rope scaling of type \"{kind}\" is not supported"));
+    }
+    if config["moe_num_experts"].as_u64().is_some_and(|n| n > 0) {
+        return Err("mixture-of-experts models are not supported in this version".into());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn ernie() -> Value {
+        json!({"model_type": "ernie4_5", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 18, "num_attention_heads": 16,
+            "num_key_value_heads": 2, "head_dim": 128, "hidden_act": "silu", "vocab_size": 103424, "rms_norm_eps": 1e-5, "rope_theta": 500000,
+            "tie_word_embeddings": true, "max_position_embeddings": 131072})
+    }
+
+    #[test]
+    fn the_default_model_by_numbers() {
+        let a = Architecture::from_config(&ernie()).unwrap();
+        assert_eq!((a.q_width(), a.kv_width()), (2048, 256));
+        assert_eq!(a.parameters(), 360_748_032);
+        assert_eq!(a.kv_bytes_per_token(2), 18_432);
+        assert_eq!(a.rope, Rope::Interleaved);
+    }
+
+    #[test]
+    fn both_spellings_of_theta_and_absent_keys() {
+        let mut config = ernie();
+        let map = config.as_object_mut().unwrap();
+        for key in ["rope_theta", "rms_norm_eps", "head_dim", "tie_word_embeddings"] {
+            map.shift_remove(key);
+        }
+        map.insert("rope_parameters".into(), json!({"rope_theta": 10000.0, "rope_type": "default"}));
+        let a = Architecture::from_config(&config).unwrap();
+        assert_eq!((a.rope_theta, a.head_dim, a.tie_word_embeddings), (10000.0, 64, true));
+    }
+
+    #[test]
+    fn what_we_cannot_serve_is_refused_by_name() {
+        for (key, value, word) in [
+            ("model_type", json!("mamba"), "mamba"),
+            ("hidden_act", json!("gelu"), "gelu"),
+            ("rope_scaling", json!({"rope_type": "yarn"}), "yarn"),
+            ("moe_num_experts", json!(64), "mixture"),
+            ("num_key_value_heads", json!(3), "multiple"),
+            ("vocab_size", json!("many"), "vocab_size"),
+        ] {
+            let mut config = ernie();
+            config[key] = value;
+            let error = Architecture::from_config(&config).unwrap_err();
+            assert!(error.contains(word), "{key}: {error}");
+        }
+    }
+}

@@ -1,0 +1,208 @@
+//! The runner of real models: a plan becomes device inputs, a forward pass, drawn tokens.
+
+use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
+
+use crate::config::{DeviceChoice, EngineSettings};
+use crate::error::Failure;
+use crate::kernels::{Batch, BatchRow, KvCache};
+use crate::models::architecture::Architecture;
+use crate::models::files::ModelFiles;
+use crate::models::memory::{self, Memory, MemoryPlan};
+use crate::models::sample;
+use crate::models::transformer::Transformer;
+use crate::models::weights::{Checkpoint, device_failure};
+use crate::models::{Draw, Output, Plan, Runner, Shape};
+
+/// One model on one device, with its KV cache.
+pub struct ModelRunner {
+    model: Transformer,
+    caches: Vec<KvCache>,
+    plan: MemoryPlan,
+    /// What was loaded, for logs and reports.
+    pub about: About,
+    _threads: Option<rayon::ThreadPool>,
+}
+
+/// Facts about a loaded model.
+#[derive(Debug, Clone)]
+pub struct About {
+    pub device: String,
+    pub threads: usize,
+    pub weights: &'static str,
+    pub parameters: usize,
+    /// Bytes of weights a decode step reads.
+    pub bytes_per_step: usize,
+    pub memory: Vec<String>,
+}
+
+impl ModelRunner {
+    /// Loads the model on the calling thread, which from then on is the only one to use it (and one of the computing threads).
+    /// `vocab_size`: ids from there on have no token and are never drawn.
+    pub fn load(files: &ModelFiles, vocab_size: usize, settings: &EngineSettings) -> Result<Self, Failure> {
+        let device = open_device(settings.device)?;
+        let threads = memory::threads(settings);
+        let pool = if device.is_cpu() { Some(computing_threads(threads)?) } else { None };
+        let shape = Architecture::from_files(files)?;
+        let vocab_size = if vocab_size == 0 { shape.vocab_size } else { vocab_size.min(shape.vocab_size) };
+        let checkpoint = Checkpoint::open(files, &shape)?;
+        tracing::debug!("checkpoint: {}", checkpoint.describe());
+        let before = device_memory(&device);
+        let model = Transformer::load(shape, &checkpoint, &device)?;
+        for name in checkpoint.unused() {
+            tracing::warn!("tensor {name} of {} is not used by this architecture", files.name);
+        }
+        let weights_bytes = model.bytes_in_memory();
+        let kv_dtype = if device.is_cpu() { DType::F32 } else { DType::BF16 };
+        let plan = MemoryPlan::new(&model.shape, vocab_size, weights_bytes, kv_dtype.size_in_bytes(), before, settings)?;
+        let caches = allocate(&model, &plan.shape, kv_dtype, &device)?;
+        let about = About {
+            device: describe(&device),
+            threads: if device.is_cpu() { threads } else { 0 },
+            weights: model.weight_dtype(),
+            parameters: model.shape.parameters(),
+            bytes_per_step: model.bytes_per_step(),
+            memory: plan.lines(),
+        };
+        Ok(Self { model, caches, plan, about, _threads: pool })
+    }
+
+    /// Logits `[rows with a draw, vocab]` of a plan, as the sampler would see them.
+    pub fn logits(&mut self, plan: &Plan) -> Result<Vec<Vec<f32>>, Failure> {
+        let logits = self.forward(plan).map_err(device_failure)?;
+        logits.to_vec2().map_err(device_failure)
+    }
+
+    /// `[rows with a draw, vocab_size]`, f32 on the device.
+    fn forward(&mut self, plan: &Plan) -> candle_core::Result<Tensor> {
+        let device = &self.model.device;
+        let t = plan.tokens.len();
+        let (cos, sin) = self.model.rotary(&plan.positions)?;
+        let row = |row: &crate::models::Row| BatchRow { start: row.start, len: row.len, context: row.context, blocks: row.blocks.clone() };
+        let batch = Batch {
+            tokens: Tensor::from_slice(&plan.tokens, t, device)?,
+            slots: Tensor::from_slice(&plan.slots, t, device)?,
+            cos,
+            sin,
+            rows: plan.rows.iter().map(row).collect(),
+            block_size: self.plan.shape.block_size,
+        };
+        let x = self.model.forward(&batch, &self.caches)?;
+        let last: Vec<u32> = plan.rows.iter().filter(|row| row.draw.is_some()).map(|row| (row.start + row.len - 1) as u32).collect();
+        if last.is_empty() {
+            return Tensor::zeros((0, self.plan.shape.vocab_size), DType::F32, device);
+        }
+        let x = if last.len() == t { x } else { x.index_select(&Tensor::from_slice(&last, last.len(), device)?, 0)? };
+        self.model.logits(&x)?.narrow(1, 0, self.plan.shape.vocab_size)
+    }
+
+    fn draw(&self, logits: &Tensor, draws: &[&Draw]) -> candle_core::Result<Vec<u32>> {
+        if !logits.device().is_cpu() && draws.iter().all(|draw| draw.is_plain_greedy()) {
+            return logits.contiguous()?.argmax(1)?.to_vec1();
+        }
+        let mut rows: Vec<Vec<f32>> = logits.to_vec2()?;
+        Ok(rows.par_iter_mut().zip(draws).map(|(row, draw)| sample::sample(row, draw)).collect())
+    }
+}
+
+impl Runner for ModelRunner {
+    fn shape(&self) -> &Shape {
+        &self.plan.shape
+    }
+
+    fn step(&mut self, plan: &Plan) -> Result<Output, Failure> {
+        let draws: Vec<&Draw> = plan.rows.iter().filter_map(|row| row.draw.as_ref()).collect();
+        let logits = self.forward(plan).map_err(device_failure)?;
+        if draws.is_empty() {
+            return Ok(Output::default());
+        }
+        Ok(Output { tokens: self.draw(&logits, &draws).map_err(device_failure)? })
+    }
+}
+
+/// `[blocks, block_size, kv, d]` twice per layer, zeroed: allocated once, here.
+fn allocate(model: &Transformer, shape: &Shape, dtype: DType, device: &Device) -> Result<Vec<KvCache>, Failure> {
+    let dims = (shape.blocks, shape.block_size, model.shape.kv_heads, model.shape.head_dim);
+    let zeros = || Tensor::zeros(dims, dtype, device).map_err(device_failure);
+    (0..model.shape.layers).map(|_| Ok(KvCache { k: zeros()?, v: zeros()? })).collect()
+}
+
+/// A pool in which the calling thread computes too, so that a small step need not wake anybody.
+fn computing_threads(threads: usize) -> Result<rayon::ThreadPool, Failure> {
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .thread_name(|i| format!("compute-{i}"))
+        .use_current_thread()
+        .build()
+        .map_err(|error| Failure::internal(format!("cannot start {threads} computing threads: {error}")))
+}
+
+/// Opens the device that was asked for.
+pub fn open_device(choice: DeviceChoice) -> Result<Device, Failure> {
+    match choice {
+        DeviceChoice::Cpu => Ok(Device::Cpu),
+        DeviceChoice::Auto => Ok(cuda::open(0).unwrap_or(Device::Cpu)),
+        DeviceChoice::Cuda(index) => cuda::open(index).map_err(|error| Failure::internal(format!("DEVICE=cuda:{index}: {error}"))),
+    }
+}
+
+fn describe(device: &Device) -> String {
+    if device.is_cpu() { format!("cpu ({:?})", crate::kernels::cpu::simd::level()) } else { cuda::describe(device) }
+}
+
+fn device_memory(device: &Device) -> Memory {
+    if device.is_cpu() { memory::host_memory() } else { cuda::memory() }
+}
+
+#[cfg(not(feature = "cuda"))]
+mod cuda {
+    use candle_core::Device;
+
+    use crate::models::memory::{Memory, host_memory};
+
+    pub fn open(_index: usize) -> Result<Device, String> {
+        Err("this binary was built without CUDA; use the CUDA image, or build with --features cuda".into())
+    }
+
+    pub fn describe(device: &Device) -> String {
+        format!("{device:?}")
+    }
+
+    pub fn memory() -> Memory {
+        host_memory()
+    }
+}
+
+#[cfg(feature = "cuda")]
+mod cuda {
+    use candle_core::Device;
+    use candle_core::cuda_backend::cudarc::driver::result;
+
+    use crate::models::memory::Memory;
+
+    /// A stream of our own, with cudarc's cross-stream bookkeeping off before anything is allocated: one thread does all device work.
+    pub fn open(index: usize) -> Result<Device, String> {
+        let device = Device::new_cuda_with_stream(index).map_err(|error| error.to_string())?;
+        if let Device::Cuda(cuda) = &device {
+            // SAFETY: every tensor is made, used and dropped on the engine's thread, on this one stream.
+            #[allow(unsafe_code)]
+            unsafe {
+                cuda.disable_event_tracking()
+            };
+        }
+        Ok(device)
+    }
+
+    pub fn describe(device: &Device) -> String {
+        let name = match device {
+            Device::Cuda(cuda) => cuda.cuda_stream().context().name().unwrap_or_else(|_| "unknown".into()),
+            _ => String::new(),
+        };
+        format!("cuda ({name})")
+    }
+
+    pub fn memory() -> Memory {
+        let (free, total) = result::mem_get_info().unwrap_or((0, 0));
+        Memory { gpu: true, total, free }
+    }
+}
