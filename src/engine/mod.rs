@@ -3,14 +3,20 @@
 //! [`Handle`] is the only door. Everything behind it runs on one OS thread.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
 use crate::error::Failure;
 
+pub mod blocks;
+pub mod run;
 pub mod sampling;
+pub mod scheduler;
+pub mod sequence;
 
+pub use run::start;
 pub use sampling::SamplingParams;
 
 /// One sequence to generate. A request with `n` choices submits `n` of these.
@@ -87,6 +93,8 @@ pub(crate) struct Shared {
     pub(crate) limits: Limits,
     pub(crate) commands: std::sync::mpsc::Sender<Command>,
     pub(crate) stats: std::sync::Mutex<Stats>,
+    /// Submitted and not yet counted in `stats.waiting`.
+    pub(crate) submitted: AtomicUsize,
 }
 
 pub(crate) enum Command {
@@ -126,9 +134,32 @@ impl Handle {
     /// Queues one sequence. Fails at once when the waiting queue is full, when the engine has died, or when the prompt does
     /// not fit the context.
     pub fn submit(&self, request: Request) -> Result<Generation, Failure> {
+        self.check(&request)?;
         let (events, receiver) = mpsc::unbounded_channel();
+        self.shared.submitted.fetch_add(1, Ordering::Relaxed);
         self.shared.commands.send(Command::Submit(request, events)).map_err(|_| Failure::internal("the engine has stopped"))?;
         Ok(Generation::new(receiver))
+    }
+
+    fn check(&self, request: &Request) -> Result<(), Failure> {
+        let (limits, stats) = (self.limits(), self.stats());
+        if !stats.healthy {
+            return Err(Failure::internal("the engine has failed; this worker must be restarted"));
+        }
+        if request.prompt.is_empty() {
+            return Err(Failure::bad_request("prompt", "the prompt has no tokens"));
+        }
+        if request.prompt.len() >= limits.max_model_len {
+            let message =
+                format!("the prompt has {} tokens, and the context holds {} with the answer", request.prompt.len(), limits.max_model_len);
+            return Err(Failure::bad_request("prompt", message).code("context_length_exceeded"));
+        }
+        let waiting = stats.waiting + self.shared.submitted.load(Ordering::Relaxed);
+        if waiting >= limits.max_waiting {
+            let message = format!("{waiting} requests are waiting already (MAX_WAITING={}); try again later", limits.max_waiting);
+            return Err(Failure::new(crate::error::Kind::Overloaded, message).code("engine_overloaded").retry_after(1));
+        }
+        Ok(())
     }
 
     pub fn stats(&self) -> Stats {
