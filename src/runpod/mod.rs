@@ -1,1 +1,36 @@
 //! The platform side of the worker: takes jobs, returns results; knows nothing of tokens.
+//!
+//! [`Worker::run`] holds one long poll open for jobs (`poll`), runs each job in a task of its own (`worker`), carries its pieces
+//! and its result off in order (`outbox`), listens for cancellations (`stop`), and tells the platform that it lives (`heartbeat`, a
+//! thread of its own). Every job taken is answered exactly once: a result, an error, or, when the platform stopped it, silence.
+//!
+//! The worker does not know the engine. It drives a [`Handler`], which the assembly makes from the service that also answers HTTP.
+
+use std::sync::Arc;
+
+use futures::future::BoxFuture;
+
+use crate::api::Answer;
+use crate::error::Failure;
+
+mod client;
+mod heartbeat;
+mod held;
+mod job;
+mod outbox;
+mod pacing;
+mod poll;
+mod stop;
+#[cfg(test)]
+mod tests;
+mod urls;
+mod worker;
+
+pub use heartbeat::report_unhealthy;
+pub use job::Job;
+pub use pacing::Pacing;
+pub use worker::{Ended, Worker};
+
+/// What answers a job. It may block a thread or panic: that becomes a late or a failed result of this job, nothing more.
+/// Dropping its future, or the stream it gave, cancels the work.
+pub type Handler = Arc<dyn Fn(Job) -> BoxFuture<'static, Result<Answer, Failure>> + Send + Sync>;

@@ -1,0 +1,138 @@
+//! Tells the platform that this worker lives, from a thread of its own: a worker that does not ping is killed, however busy.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use reqwest::StatusCode;
+use tokio::sync::oneshot;
+use tokio::time::MissedTickBehavior;
+
+use super::client::{describe, http_client};
+use super::held::Held;
+use super::urls::{self, with_query};
+use crate::config::RunpodSettings;
+
+const PING_INTERVAL: Duration = Duration::from_secs(10);
+const PING_RETRIES: u32 = 3;
+
+/// A running heartbeat. Dropping it ends the thread.
+pub(crate) struct Heartbeat {
+    _alive: oneshot::Sender<()>,
+}
+
+struct Pinger {
+    http: reqwest::Client,
+    url: String,
+    version: String,
+    held: Arc<Held>,
+    interval: Duration,
+    retry: Duration,
+}
+
+/// Starts the thread; the first ping goes at once. `Ok(None)`: the platform asked for no pings, or gave no key or worker id to send.
+pub(crate) fn start(settings: &RunpodSettings, held: Arc<Held>, retry: Duration) -> Result<Option<Heartbeat>, String> {
+    let (Some(worker_id), Some(_)) = (&settings.worker_id, &settings.api_key) else {
+        tracing::debug!("no heartbeat: RUNPOD_POD_ID or RUNPOD_AI_API_KEY is not set");
+        return Ok(None);
+    };
+    let Some(url) = urls::ping(settings, worker_id)? else {
+        tracing::debug!("no heartbeat: RUNPOD_WEBHOOK_PING is not set");
+        return Ok(None);
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| format!("cannot set up the heartbeat's runtime: {error}"))?;
+    let interval = settings.ping_interval.filter(|interval| !interval.is_zero()).unwrap_or(PING_INTERVAL);
+    let pinger = Pinger { http: http_client(settings)?, url, version: version(settings), held, interval, retry };
+    let (alive, ended) = oneshot::channel();
+    std::thread::Builder::new()
+        .name("heartbeat".into())
+        .spawn(move || {
+            runtime.block_on(async {
+                tokio::select! {
+                    _ = ended => {}
+                    () = pinger.run() => {}
+                }
+            });
+        })
+        .map_err(|error| format!("cannot start the heartbeat's thread: {error}"))?;
+    Ok(Some(Heartbeat { _alive: alive }))
+}
+
+impl Pinger {
+    async fn run(mut self) {
+        let mut ticks = tokio::time::interval(self.interval);
+        // After a pause (a suspended machine) one ping is enough.
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut working = true;
+        loop {
+            ticks.tick().await;
+            match self.ping().await {
+                Ok(()) if !working => {
+                    working = true;
+                    tracing::info!("heartbeats arrive again");
+                }
+                Err(error) if working => {
+                    working = false;
+                    tracing::warn!("heartbeats do not arrive, and go on: {error}");
+                }
+                Ok(()) | Err(_) => {}
+            }
+        }
+    }
+
+    /// One ping with its retries.
+    async fn ping(&mut self) -> Result<(), String> {
+        let mut retries = 0;
+        loop {
+            let ids = self.held.ids().join(",");
+            let version = ("runpod_version", self.version.as_str());
+            let parameters = [("job_id", ids.as_str()), version];
+            let url = with_query(&self.url, if ids.is_empty() { &parameters[1..] } else { &parameters });
+            let error = match self.http.get(url).timeout(self.interval * 2).send().await {
+                Ok(response) if response.status().is_success() => return Ok(()),
+                Ok(response) if !worth_retrying(response.status()) => return Err(format!("HTTP {}", response.status())),
+                Ok(response) => format!("HTTP {}", response.status()),
+                Err(error) => describe(error),
+            };
+            if retries == PING_RETRIES {
+                return Err(error);
+            }
+            if retries > 0 {
+                tokio::time::sleep(self.retry * 2_u32.pow(retries - 1)).await;
+            }
+            retries += 1;
+        }
+    }
+}
+
+fn worth_retrying(status: StatusCode) -> bool {
+    matches!(status.as_u16(), 429 | 500 | 502 | 503 | 504)
+}
+
+fn version(settings: &RunpodSettings) -> String {
+    settings.reported_version.clone().unwrap_or_else(|| env!("CARGO_PKG_VERSION").to_owned())
+}
+
+/// Tells the platform that this worker cannot serve: one attempt, two seconds at most. To be followed by an exit with an error.
+/// `check` names what failed in a word (`model`), `reason` says it to a person.
+pub async fn report_unhealthy(settings: &RunpodSettings, check: &str, reason: &str) {
+    let (Some(worker_id), Some(_)) = (&settings.worker_id, &settings.api_key) else { return };
+    let (url, http) = match (urls::ping(settings, worker_id), http_client(settings)) {
+        (Ok(Some(url)), Ok(http)) => (url, http),
+        (Ok(None), _) => return,
+        (Err(error), _) | (_, Err(error)) => {
+            tracing::warn!("the platform could not be told that this worker is unhealthy: {error}");
+            return;
+        }
+    };
+    let reason: String = reason.chars().take(256).collect();
+    let version = version(settings);
+    let parameters = [("status", "unhealthy"), ("check", check), ("reason", reason.as_str()), ("runpod_version", version.as_str())];
+    let sent = http.get(with_query(&url, &parameters)).timeout(Duration::from_secs(2)).send().await;
+    match sent.and_then(reqwest::Response::error_for_status) {
+        Ok(_) => tracing::info!("the platform was told that this worker is unhealthy"),
+        Err(error) => tracing::warn!("the platform could not be told that this worker is unhealthy: {}", describe(error)),
+    }
+}

@@ -1,0 +1,185 @@
+//! The job loop: one take under way at a time, for as many jobs as there are free slots; and the drain at the end.
+
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::time::Duration;
+
+use reqwest::StatusCode;
+use tokio::time::Instant;
+
+use super::client::Taken;
+use super::pacing::{jittered, sleep_awake};
+use super::worker::{Ended, Jobs};
+
+/// A take under way, which outlives the loop that began it.
+type Take<'a> = Pin<Box<dyn Future<Output = Taken> + Send + 'a>>;
+
+/// Takes and runs jobs until `shutdown` completes or the engine is found beyond repair, then drains.
+pub(crate) async fn run(jobs: &Arc<Jobs>, concurrency: usize, drain_timeout: Duration, shutdown: impl Future<Output = ()>) -> Ended {
+    let mut broken = jobs.broken.subscribe();
+    let mut poll = Poll { jobs, concurrency, single_until: None, failures: 0, state: State::Working, pending: None };
+    let ended = tokio::select! {
+        biased;
+        () = shutdown => Ended::Drained,
+        _ = broken.wait_for(|&broken| broken) => Ended::Unhealthy,
+        () = poll.forever() => Ended::Drained,
+    };
+    match ended {
+        Ended::Drained => tracing::info!("shutting down: no more jobs are taken, {} in progress", jobs.held.len()),
+        Ended::Unhealthy => tracing::error!("the engine is beyond repair: no more jobs are taken, {} in progress", jobs.held.len()),
+    }
+    drain(jobs, poll.pending, drain_timeout).await;
+    // The drain may have found it out.
+    if *jobs.broken.borrow() { Ended::Unhealthy } else { ended }
+}
+
+/// The last thing said about takes, so that each change is said once.
+#[derive(Debug, PartialEq)]
+enum State {
+    Working,
+    Parked,
+    RateLimited,
+    Odd(String),
+    Refused(StatusCode),
+    Unreachable,
+}
+
+struct Poll<'a> {
+    jobs: &'a Arc<Jobs>,
+    concurrency: usize,
+    /// The batch route was refused: one job at a time until then.
+    single_until: Option<Instant>,
+    failures: u32,
+    state: State,
+    /// The take under way. Kept here and not on the stack of `forever`, since a drain goes on with it.
+    pending: Option<Take<'a>>,
+}
+
+impl<'a> Poll<'a> {
+    async fn forever(&mut self) {
+        loop {
+            self.jobs.held.below(self.concurrency).await;
+            let free = self.concurrency.saturating_sub(self.jobs.held.len()).max(1);
+            let began = Instant::now();
+            let (url, batch) = self.next_url(free);
+            let jobs = self.jobs;
+            let take = self.pending.insert(Box::pin(async move { jobs.client.take(&url).await }));
+            let taken = take.await;
+            self.pending = None;
+            let pause = self.settle(taken, began.elapsed(), batch);
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    /// The address of the next take, and whether it is the batch route.
+    fn next_url(&mut self, free: usize) -> (String, bool) {
+        let urls = &self.jobs.client.urls;
+        let busy = self.jobs.held.len() > 0;
+        if self.single_until.is_some_and(|until| until <= Instant::now()) {
+            self.single_until = None;
+        }
+        let batch = (free > 1 && self.single_until.is_none()).then(|| urls.take_batch(free, busy)).flatten();
+        match batch {
+            Some(url) => (url, true),
+            None => (urls.take(busy), false),
+        }
+    }
+
+    /// Acts on what a take gave; returns the pause before the next one.
+    fn settle(&mut self, taken: Taken, lasted: Duration, batch: bool) -> Duration {
+        let pacing = &self.jobs.client.pacing;
+        let (state, pause) = match taken {
+            Taken::Entries(entries) if entries.is_empty() => (State::Working, pacing.shortest_poll.saturating_sub(lasted)),
+            Taken::Entries(entries) => match self.jobs.accept(entries) {
+                true => (State::Working, Duration::ZERO),
+                false => return self.fail(State::Odd("a job without id or input".into())),
+            },
+            Taken::Nothing => (State::Working, pacing.shortest_poll.saturating_sub(lasted)),
+            Taken::Parked => (State::Parked, pacing.parked.saturating_sub(lasted)),
+            Taken::Odd(what) => (State::Odd(what), jittered(pacing.shortest_poll)),
+            Taken::RateLimited => (State::RateLimited, jittered(pacing.rate_limited)),
+            Taken::Refused(status) => {
+                if batch {
+                    // Some servers have no batch route, or a broken one; the plain one may work.
+                    tracing::info!("the platform refused to hand out several jobs at once (HTTP {status}); taking them one by one");
+                    self.single_until = Some(Instant::now() + pacing.batch_retry);
+                    if status == StatusCode::NOT_FOUND {
+                        return Duration::ZERO;
+                    }
+                }
+                return self.fail(State::Refused(status));
+            }
+            Taken::Unreachable(error) => {
+                if self.state != State::Unreachable {
+                    tracing::warn!("the platform cannot be reached: {error}");
+                }
+                return self.fail(State::Unreachable);
+            }
+        };
+        self.failures = 0;
+        self.enter(state);
+        pause
+    }
+
+    fn fail(&mut self, state: State) -> Duration {
+        self.failures = self.failures.saturating_add(1);
+        self.enter(state);
+        jittered(self.jobs.client.pacing.take_backoff.pause(self.failures))
+    }
+
+    fn enter(&mut self, state: State) {
+        if self.state == state {
+            return;
+        }
+        match &state {
+            State::Working => tracing::info!("polling for jobs works again"),
+            State::Parked => tracing::debug!("the platform has no jobs for now: HTTP 400"),
+            State::RateLimited => tracing::warn!("the platform asks to poll less often: HTTP 429"),
+            State::Odd(what) => tracing::warn!("the platform answered a poll for jobs with {what}"),
+            State::Refused(status) if *status == StatusCode::UNAUTHORIZED || *status == StatusCode::FORBIDDEN => {
+                tracing::error!("the platform refuses this worker: HTTP {status}; is RUNPOD_AI_API_KEY right? Trying again");
+            }
+            State::Refused(status) => tracing::error!("polling for jobs fails: HTTP {status}; trying again"),
+            State::Unreachable => {}
+        }
+        self.state = state;
+    }
+}
+
+/// Waits until every job is answered. The pending take is part of it: it ends by itself, or is dropped once nothing runs and
+/// `last_poll` is over.
+async fn drain(jobs: &Arc<Jobs>, mut pending: Option<Take<'_>>, drain_timeout: Duration) {
+    let pacing = &jobs.client.pacing;
+    let mut expired = pin!(sleep_awake(drain_timeout));
+    let mut last_poll = pin!(sleep_awake(pacing.last_poll));
+    let mut waiting_for_poll = true;
+    loop {
+        let polling = pending.is_some();
+        let poll = async {
+            match &mut pending {
+                Some(take) => take.await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            () = &mut expired => break,
+            taken = poll => {
+                pending = None;
+                if let Taken::Entries(entries) = taken {
+                    tracing::info!("{} more jobs came with the last poll", entries.len());
+                    jobs.accept(entries);
+                }
+            }
+            () = &mut last_poll, if waiting_for_poll => waiting_for_poll = false,
+            () = jobs.held.below(1), if !polling || !waiting_for_poll => return,
+        }
+    }
+    drop(pending);
+    tracing::warn!("{} jobs are unfinished after {} s of draining: they fail now", jobs.held.len(), drain_timeout.as_secs());
+    jobs.expired.send_replace(true);
+    let longest_post = pacing.result_window + pacing.result_timeout * 2;
+    if tokio::time::timeout(longest_post, jobs.held.below(1)).await.is_err() {
+        tracing::error!("these jobs could not be answered: {}", jobs.held.ids().join(", "));
+    }
+}

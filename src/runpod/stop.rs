@@ -1,0 +1,45 @@
+//! The stop channel: a long poll that names jobs which the platform has cancelled.
+
+use std::sync::Arc;
+
+use super::client::{Client, Stops};
+use super::held::Held;
+use super::pacing::jittered;
+
+/// Listens until it is dropped. A job named here is dropped with everything it had under way, and nothing is posted for it.
+pub(crate) async fn listen(client: Arc<Client>, held: Arc<Held>) {
+    let Some(url) = client.urls.stop() else { return };
+    let pacing = &client.pacing;
+    let mut working = true;
+    loop {
+        let began = tokio::time::Instant::now();
+        let (pause, state) = match client.stops(&url).await {
+            Stops::Ids(ids) => {
+                ids.iter().for_each(|id| stop(&held, id));
+                // A server that holds the poll is asked again at once, so that a cancellation arrives without delay.
+                let pause = pacing.stop_pause.saturating_sub(began.elapsed());
+                (if ids.is_empty() { pause } else { std::time::Duration::ZERO }, Ok(()))
+            }
+            Stops::NotFound => (pacing.stop_missing, Err("the platform has no such route".to_owned())),
+            Stops::RateLimited => (pacing.rate_limited, Err("too many requests".to_owned())),
+            Stops::Failed(error) => (pacing.stop_pause, Err(error)),
+        };
+        match state {
+            Ok(()) => working = true,
+            Err(error) if working => {
+                working = false;
+                tracing::info!("cancellations cannot be read for now, running jobs go on: {error}");
+            }
+            Err(_) => {}
+        }
+        tokio::time::sleep(jittered(pause)).await;
+    }
+}
+
+fn stop(held: &Held, id: &str) {
+    if held.stop(id) {
+        tracing::info!(request_id = %id, "Stopping job.");
+    } else {
+        tracing::debug!(request_id = %id, "a job to stop is not held here");
+    }
+}

@@ -1,0 +1,184 @@
+//! How jobs are taken: request lines, every kind of answer, entries that are no jobs.
+
+use super::*;
+
+#[tokio::test]
+async fn requests_are_the_protocols() {
+    let mut running = Running::start(echo()).await;
+    running.queue.wait(Route::Take, 1).await;
+    running.give("a/1-u1", json!({"text": "é"}));
+    let done = running.queue.wait(Route::Done, 1).await;
+    running.shut_down();
+    running.ended().await;
+
+    let take = &running.queue.seen(Route::Take)[0];
+    assert_eq!(take.line, "GET /v2/ep/job-take-batch/pod1?gpu=RTX+A5000&batch_size=4&job_in_progress=0");
+    assert_eq!(take.header("content-type"), "application/json");
+    assert_eq!(take.header("authorization"), "key-1");
+    assert!(take.header("accept-encoding").contains("gzip"));
+    let agent = take.header("user-agent");
+    assert!(agent.starts_with("worker-candle/") && agent.contains(" (") && agent.contains(") Language/Rust "), "{agent}");
+
+    assert_eq!(done[0].line, "POST /v2/ep/job-done/pod1/a%2F1-u1?gpu=RTX+A5000&isStream=false");
+    assert_eq!(done[0].header("content-type"), "application/x-www-form-urlencoded");
+    assert_eq!(done[0].header("charset"), "utf-8");
+    assert_eq!(done[0].header("authorization"), "key-1");
+    assert_eq!(done[0].header("x-request-id"), "a/1-u1");
+    assert_eq!(done[0].body, r#"{"output":{"echo":{"text":"é"}}}"#);
+}
+
+#[tokio::test]
+async fn one_slot_takes_singly_and_knows_when_it_is_busy() {
+    let release = Arc::new(tokio::sync::Notify::new());
+    let wait = Arc::clone(&release);
+    let waiting = handler(move |_| {
+        let wait = Arc::clone(&wait);
+        async move {
+            wait.notified().await;
+            Ok(Answer::Whole(Value::Null))
+        }
+    });
+    let queue = Queue::start().await;
+    let running = Running::worker(&queue, Worker::new(&settings(&queue.base), 2, waiting).pacing(pacing()));
+    running.give("a", json!({}));
+    queue.wait(Route::Take, 2).await;
+    running.give("b", json!({}));
+    release.notify_one();
+    release.notify_one();
+    queue.wait(Route::Done, 1).await;
+    queue.wait(Route::Take, 3).await;
+    let lines = running.end().await.lines(Route::Take);
+    assert_eq!(lines[0], "GET /v2/ep/job-take-batch/pod1?gpu=RTX+A5000&batch_size=2&job_in_progress=0");
+    assert_eq!(lines[1], "GET /v2/ep/job-take/pod1?gpu=RTX+A5000&job_in_progress=1");
+}
+
+#[tokio::test]
+async fn a_full_worker_takes_nothing() {
+    let running = Running::single(handler(|_| std::future::pending())).await;
+    running.give("a", json!({}));
+    running.give("b", json!({}));
+    running.queue.wait(Route::Take, 1).await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(running.queue.lines(Route::Take).len(), 1, "the slot is taken");
+    running.queue.script(Route::Stop, [Reply::Json(json!({"jobsToStop": ["a"]}))]);
+    running.queue.wait(Route::Take, 2).await;
+}
+
+#[tokio::test]
+async fn survives_every_answer_without_a_job() {
+    let running = Running::single(echo()).await;
+    let answers = [
+        Reply::Status(204),
+        Reply::Status(400),
+        Reply::Status(429),
+        Reply::Status(401),
+        Reply::Status(403),
+        Reply::Status(404),
+        Reply::Status(500),
+        Reply::Status(502),
+        Reply::Cut,
+        Reply::Cut,
+        Reply::Text("", "application/json"),
+        Reply::Text("{", "application/json"),
+        Reply::Text("null", "application/json"),
+        Reply::Text("7", "application/json"),
+        Reply::Text(r#"{"id":"html","input":1}"#, "text/html"),
+        Reply::Json(json!([])),
+        Reply::Json(json!({"input": 1})),
+        Reply::Json(json!({"status": "ok"})),
+    ];
+    let count = answers.len();
+    running.queue.script(Route::Take, answers);
+    running.give("after", json!(1));
+    let done = running.queue.wait(Route::Done, 1).await;
+    assert_eq!(done[0].json(), json!({"output": {"echo": 1}}));
+    running.queue.wait(Route::Take, count + 2).await;
+    let queue = running.end().await;
+    assert_eq!(queue.lines(Route::Take).len(), count + 2, "one take for each answer, none beside another");
+    assert_eq!(queue.lines(Route::Done).len(), 1);
+}
+
+#[tokio::test]
+async fn takes_a_held_poll_again_after_its_deadline() {
+    let queue = Queue::start().await;
+    let pacing = Pacing { poll_timeout: Duration::from_millis(30), ..pacing() };
+    let running = Running::worker(&queue, Worker::new(&settings(&queue.base), 1, echo()).pacing(pacing));
+    queue.wait(Route::Take, 3).await;
+    running.end().await;
+}
+
+#[tokio::test]
+async fn a_list_is_validated_entry_by_entry() {
+    let running = Running::start(echo()).await;
+    let list = json!([
+        {"id": 17, "input": {"n": 1}, "error": "", "retries": 2},
+        {"id": "no-input", "status": "IN_QUEUE"},
+        {"input": {"n": 3}},
+        "nonsense",
+        {"id": "b", "input": null},
+    ]);
+    running.queue.script(Route::Take, [Reply::Json(list)]);
+    let mut done = running.queue.wait(Route::Done, 3).await;
+    done.sort_by_key(|seen| seen.line.clone());
+    assert_eq!(running.end().await.lines(Route::Done).len(), 3);
+    let of = |id: &str| done.iter().find(|seen| seen.line.contains(&format!("/pod1/{id}?"))).unwrap().json();
+    assert_eq!(of("17"), json!({"output": {"echo": {"n": 1}}}));
+    assert_eq!(of("b"), json!({"output": {"echo": null}}));
+    let error = envelope(&of("no-input"));
+    assert_eq!((&error["status"], &error["param"]), (&json!(400), &json!("input")));
+}
+
+#[tokio::test]
+async fn without_a_batch_route_jobs_are_taken_singly() {
+    for status in [404, 500] {
+        let running = Running::start(echo()).await;
+        running.queue.script(Route::Take, [Reply::Status(status), Reply::Json(json!({"id": "a", "input": 1}))]);
+        running.queue.wait(Route::Take, 3).await;
+        let queue = running.end().await;
+        let paths: Vec<String> = queue.lines(Route::Take).iter().map(|line| line.split('?').next().unwrap().to_owned()).collect();
+        assert_eq!(paths, ["GET /v2/ep/job-take-batch/pod1", "GET /v2/ep/job-take/pod1", "GET /v2/ep/job-take/pod1"], "{status}");
+    }
+}
+
+#[tokio::test]
+async fn a_running_job_is_not_run_twice_and_an_ended_one_may_come_again() {
+    let runs = Arc::new(AtomicUsize::new(0));
+    let (release, released) = tokio::sync::watch::channel(false);
+    let counter = Arc::clone(&runs);
+    let running = Running::start(handler(move |_| {
+        let run = counter.fetch_add(1, Ordering::SeqCst);
+        let mut released = released.clone();
+        async move {
+            let _ = released.wait_for(|&go| go).await;
+            Ok(Answer::Whole(json!(run)))
+        }
+    }))
+    .await;
+    running.give("a", json!({}));
+    let twice = json!([{"id": "a", "input": {}}, {"id": "a", "input": {}}]);
+    running.queue.script(Route::Take, [Reply::Json(twice)]);
+    running.queue.wait(Route::Take, 3).await;
+    release.send(true).unwrap();
+    running.queue.wait(Route::Done, 1).await;
+    running.queue.wait(Route::Take, 3).await;
+    // The slot is free some moment after the result has come.
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    running.give("a", json!({}));
+    running.queue.wait(Route::Done, 2).await;
+    let done: Vec<Value> = running.end().await.seen(Route::Done).iter().map(|seen| seen.json()).collect();
+    assert_eq!(done, [json!({"output": 0}), json!({"output": 1})]);
+    assert_eq!(runs.load(Ordering::SeqCst), 2);
+}
+
+#[tokio::test]
+async fn settings_that_cannot_work_are_refused_by_name() {
+    let run = |settings: RunpodSettings| async move { Worker::new(&settings, 1, echo()).run(std::future::pending()).await.unwrap_err() };
+    assert!(run(RunpodSettings::default()).await.contains("RUNPOD_WEBHOOK_GET_JOB"));
+    let mut no_output = settings("http://127.0.0.1:9/v2/ep");
+    no_output.post_output = None;
+    assert!(run(no_output).await.contains("RUNPOD_WEBHOOK_POST_OUTPUT"));
+    let mut bad_key = settings("http://127.0.0.1:9/v2/ep");
+    bad_key.api_key = Some(Secret::new("line\nbreak"));
+    let error = run(bad_key).await;
+    assert!(error.contains("RUNPOD_AI_API_KEY") && !error.contains("line\nbreak"), "{error}");
+}

@@ -1,0 +1,210 @@
+//! The worker: what it is made of, and the life of one job.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tokio::sync::{oneshot, watch};
+use tokio::task::JoinError;
+use tracing::Instrument;
+
+use super::client::Client;
+use super::held::{Held, Holding};
+use super::job::{Entry, Job, Outcome};
+use super::outbox::{Outbox, Rules};
+use super::pacing::Pacing;
+use super::{Handler, heartbeat, poll, stop};
+use crate::api::Answer;
+use crate::config::RunpodSettings;
+use crate::error::{Failure, Kind};
+
+const STREAM_INTERVAL: Duration = Duration::from_millis(50);
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// A queue worker, ready to [`run`](Worker::run).
+pub struct Worker {
+    settings: RunpodSettings,
+    concurrency: usize,
+    handler: Handler,
+    healthy: Arc<dyn Fn() -> bool + Send + Sync>,
+    pacing: Pacing,
+}
+
+/// Why a worker ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// It was told to, and every job it held was answered: exit 0.
+    Drained,
+    /// Its engine is beyond repair; the platform was asked to replace it: exit 1.
+    Unhealthy,
+}
+
+impl Worker {
+    /// A worker that runs up to `concurrency` jobs at once.
+    pub fn new(settings: &RunpodSettings, concurrency: usize, handler: Handler) -> Self {
+        Self { settings: settings.clone(), concurrency: concurrency.max(1), handler, healthy: Arc::new(|| true), pacing: Pacing::default() }
+    }
+
+    /// Asked after a job failed with an internal error. Once it says false, the worker asks the platform to be replaced
+    /// (`stopPod`), takes no more jobs, and ends: better than failing one job after the other at full speed.
+    pub fn healthy(mut self, healthy: impl Fn() -> bool + Send + Sync + 'static) -> Self {
+        self.healthy = Arc::new(healthy);
+        self
+    }
+
+    /// Other waits and limits than the platform's.
+    pub fn pacing(mut self, pacing: Pacing) -> Self {
+        self.pacing = pacing;
+        self
+    }
+
+    /// Takes and answers jobs until `shutdown` completes, then drains:
+    ///
+    /// * no new poll for jobs begins; the one that is pending may still end, for `Pacing::last_poll` and as long as jobs run, and a job
+    ///   that it brings is run. Cutting it off at once could lose a job which the server was handing out at that moment;
+    /// * running jobs go on for `drain_timeout`, with heartbeats; those still unfinished are then answered with an error.
+    ///
+    /// Fails at once, naming the variable, when the settings cannot work.
+    pub async fn run(self, shutdown: impl Future<Output = ()> + Send) -> Result<Ended, String> {
+        let mut settings = self.settings;
+        let worker_id = settings.worker_id.get_or_insert_with(|| uuid::Uuid::new_v4().to_string()).clone();
+        let held = Held::new();
+        let client = Arc::new(Client::new(&settings, &worker_id, self.pacing.clone())?);
+        let heartbeat = heartbeat::start(&settings, Arc::clone(&held), self.pacing.ping_retry)?;
+        let jobs = Arc::new(Jobs {
+            client: Arc::clone(&client),
+            held: Arc::clone(&held),
+            handler: self.handler,
+            healthy: self.healthy,
+            rules: Rules { interval: settings.stream_interval.unwrap_or(STREAM_INTERVAL), batch: settings.batch },
+            expired: watch::Sender::new(false),
+            broken: watch::Sender::new(false),
+        });
+        let stops = tokio::spawn(stop::listen(client, held));
+        let drain_timeout = settings.drain_timeout.unwrap_or(DRAIN_TIMEOUT);
+        let ended = poll::run(&jobs, self.concurrency, drain_timeout, shutdown).await;
+        stops.abort();
+        drop(heartbeat);
+        Ok(ended)
+    }
+}
+
+/// What all jobs of a worker share.
+pub(crate) struct Jobs {
+    pub client: Arc<Client>,
+    pub held: Arc<Held>,
+    handler: Handler,
+    healthy: Arc<dyn Fn() -> bool + Send + Sync>,
+    rules: Rules,
+    /// Becomes true when the drain's deadline has passed.
+    pub expired: watch::Sender<bool>,
+    /// Becomes true when the engine was found beyond repair.
+    pub broken: watch::Sender<bool>,
+}
+
+impl Jobs {
+    /// Starts everything that a take brought. What cannot be run is answered with an error; what runs already is left alone.
+    /// True when all of it could be run.
+    pub fn accept(self: &Arc<Self>, entries: Vec<serde_json::Value>) -> bool {
+        let mut sound = true;
+        for entry in entries {
+            match Entry::read(entry) {
+                Entry::Job(job) => {
+                    let id = job.id.clone();
+                    let batch_id = job.batch_id.clone();
+                    self.start(&id, batch_id, Ok(job));
+                }
+                Entry::NoInput { id } => {
+                    tracing::error!(request_id = %id, "the job has no input");
+                    let failure = Failure::bad_request("input", "The job has no `input`.");
+                    self.start(&id, None, Err(failure));
+                    sound = false;
+                }
+                Entry::NoId => {
+                    tracing::error!("a job without an id was taken: it can neither be run nor answered");
+                    sound = false;
+                }
+            }
+        }
+        tracing::debug!("Jobs in progress: {}", self.held.len());
+        sound
+    }
+
+    fn start(self: &Arc<Self>, id: &str, batch_id: Option<String>, job: Result<Job, Failure>) {
+        // A job that has ended may come again: a retry. One that still runs was delivered twice, and runs once.
+        let Some((holding, stopped)) = self.held.hold(id) else {
+            tracing::warn!(request_id = %id, "the job was delivered again while it runs; once is enough");
+            return;
+        };
+        let span = tracing::info_span!("job", request_id = %id, batch_id = batch_id.as_deref());
+        tokio::spawn(Arc::clone(self).answer(id.to_owned(), job, holding, stopped).instrument(span));
+    }
+
+    /// Runs one job and posts its result: once, or never if the platform stops it.
+    async fn answer(self: Arc<Self>, id: String, job: Result<Job, Failure>, holding: Holding, mut stopped: oneshot::Receiver<()>) {
+        let outcome = match job {
+            Ok(job) => self.outcome(job, &mut stopped).await,
+            Err(failure) => Some(Outcome::Failed { failure, streamed: false }),
+        };
+        match outcome {
+            None => tracing::info!("Job stopped."),
+            Some(Outcome::Failed { failure, .. }) if failure.kind == Kind::Cancelled => tracing::info!("Job stopped."),
+            Some(outcome) => {
+                let stop_pod = self.beyond_repair(&outcome);
+                tokio::select! {
+                    biased;
+                    Ok(()) = &mut stopped => tracing::info!("Job stopped."),
+                    _ = self.client.done(&id, &outcome, stop_pod) => tracing::info!("Finished."),
+                }
+                if stop_pod {
+                    self.broken.send_replace(true);
+                }
+            }
+        }
+        drop(holding);
+    }
+
+    /// `None`: the platform stopped the job.
+    async fn outcome(&self, job: Job, stopped: &mut oneshot::Receiver<()>) -> Option<Outcome> {
+        tracing::info!("Started.");
+        let outbox = Outbox { client: Arc::clone(&self.client), job_id: job.id.clone(), rules: self.rules };
+        let handler = Arc::clone(&self.handler);
+        // Whether the answer turned out to be a stream, also when its task does not live to tell.
+        let streamed = Arc::new(AtomicBool::new(false));
+        let is_stream = Arc::clone(&streamed);
+        let work = async move {
+            match handler(job).await {
+                Ok(answer) => {
+                    is_stream.store(matches!(answer, Answer::Stream(_)), Ordering::Relaxed);
+                    outbox.deliver(answer).await
+                }
+                Err(failure) => Outcome::Failed { failure, streamed: false },
+            }
+        };
+        // A task of its own: its panic ends here, and a handler that blocks its thread cannot hold up the deadline.
+        let mut work = tokio::spawn(work.in_current_span());
+        let mut expired = self.expired.subscribe();
+        let failure = tokio::select! {
+            biased;
+            Ok(()) = &mut *stopped => None,
+            result = &mut work => return Some(result.unwrap_or_else(|error| panicked(&error, streamed.load(Ordering::Relaxed)))),
+            _ = expired.wait_for(|&expired| expired) => {
+                Some(Failure::new(Kind::Draining, "The worker was shut down before this job ended. Try again.").code("worker_shutdown"))
+            }
+        };
+        // Aborting drops the stream, which cancels the generation. A stream post of it that is under way must not overtake the final post.
+        work.abort();
+        let _ = tokio::time::timeout(Duration::from_secs(1), work).await;
+        failure.map(|failure| Outcome::Failed { failure, streamed: streamed.load(Ordering::Relaxed) })
+    }
+
+    fn beyond_repair(&self, outcome: &Outcome) -> bool {
+        let internal = matches!(outcome, Outcome::Failed { failure, .. } if failure.kind == Kind::Internal);
+        internal && !(self.healthy)()
+    }
+}
+
+fn panicked(error: &JoinError, streamed: bool) -> Outcome {
+    tracing::error!("the job's handler panicked: {error}");
+    Outcome::Failed { failure: Failure::internal("The worker failed while it ran this job."), streamed }
+}
