@@ -1,1 +1,140 @@
-//! The local RunPod endpoint and the direct OpenAI server.
+//! The front doors over HTTP: the direct OpenAI server, and a local RunPod endpoint.
+//!
+//! The caller brings the socket and the end signal: [`run`]`(listener, router, shutdown, limit)`. The routers are assembled by
+//! [`direct`] (OpenAI straight into the service, with or without the endpoint beside it), [`gateway`] (the endpoint alone) and [`health_only`] (the second
+//! port of a load-balancing endpoint).
+
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::Request;
+use axum::http::Uri;
+use axum::middleware;
+use axum::serve::ListenerExt;
+use tokio::net::TcpListener;
+
+use crate::config::{Secret, ServerSettings};
+use crate::error::{Failure, Kind};
+
+pub mod auth;
+pub mod endpoint;
+pub mod health;
+pub mod openai;
+pub mod sse;
+mod wire;
+
+#[cfg(test)]
+mod tests;
+
+pub use endpoint::Endpoints;
+pub use health::{Phase, Readiness};
+pub use openai::Door;
+
+/// How the server behaves, whichever routes it has.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Empty = open.
+    pub api_keys: Vec<Secret>,
+    /// CORS; empty = every origin.
+    pub allowed_origins: Vec<String>,
+    /// Where a load balancer asks for readiness.
+    pub health_path: String,
+    /// The largest body of a direct request, in bytes.
+    pub body_limit: usize,
+    pub pace: sse::Pace,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            api_keys: Vec::new(),
+            allowed_origins: Vec::new(),
+            health_path: "/ping".to_owned(),
+            body_limit: 32 * 1024 * 1024,
+            pace: sse::Pace::default(),
+        }
+    }
+}
+
+impl From<&ServerSettings> for Options {
+    fn from(settings: &ServerSettings) -> Self {
+        let default = Self::default();
+        Self {
+            api_keys: settings.api_keys.clone(),
+            allowed_origins: settings.allowed_origins.clone(),
+            health_path: settings.health_path.clone().unwrap_or(default.health_path),
+            ..default
+        }
+    }
+}
+
+/// The direct OpenAI server; with `endpoints` a local RunPod endpoint beside it (`serve`).
+pub fn direct(door: Door, readiness: Arc<Readiness>, endpoints: Option<&Endpoints>, options: &Options) -> Router {
+    let router = openai::router(door, readiness.clone(), options.body_limit, options.pace);
+    let router = match endpoints {
+        Some(endpoints) => router.merge(endpoints.router(options.pace)),
+        None => router,
+    };
+    finish(router.merge(health::router(readiness, &options.health_path)), options)
+}
+
+/// The local endpoint alone, with `/v1/…` routed by model name to the endpoint whose workers serve it.
+pub fn gateway(endpoints: &Endpoints, readiness: Arc<Readiness>, options: &Options) -> Router {
+    let router = endpoints.router(options.pace).merge(endpoints.models_router(options.pace));
+    finish(router.merge(health::router(readiness, &options.health_path)), options)
+}
+
+/// The health routes alone, for a health port of its own.
+pub fn health_only(readiness: Arc<Readiness>, options: &Options) -> Router {
+    finish(health::router(readiness, &options.health_path).fallback(not_found), options)
+}
+
+fn finish(router: Router, options: &Options) -> Router {
+    let gate = wire::Gate {
+        keys: auth::Keys::new(&options.api_keys),
+        allowed_origins: options.allowed_origins.clone(),
+        health_path: options.health_path.clone(),
+    };
+    router.method_not_allowed_fallback(wrong_method).layer(middleware::from_fn_with_state(Arc::new(gate), wire::gate))
+}
+
+async fn not_found(uri: Uri) -> wire::Refusal {
+    Failure::new(Kind::NotFound, format!("There is nothing at {}.", uri.path())).into()
+}
+
+/// The `allow` header is added by the router, which knows the methods.
+async fn wrong_method(request: Request) -> wire::Refusal {
+    Failure::new(Kind::MethodNotAllowed, format!("{} is not allowed on {}.", request.method(), request.uri().path())).into()
+}
+
+/// Serves until `shutdown` completes, then stops accepting and lets running responses end, for at most `limit`.
+pub async fn run(
+    listener: TcpListener,
+    router: Router,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+    limit: Duration,
+) -> io::Result<()> {
+    // Tokens are small packets: none of them waits for the next.
+    let listener = listener.tap_io(|stream| {
+        let _ = stream.set_nodelay(true);
+    });
+    let (tell, told) = tokio::sync::oneshot::channel::<()>();
+    let server = axum::serve(listener, router).with_graceful_shutdown(async move {
+        shutdown.await;
+        let _ = tell.send(());
+    });
+    let overtime = async {
+        if told.await.is_ok() {
+            tokio::time::sleep(limit).await;
+        } else {
+            std::future::pending::<()>().await;
+        }
+    };
+    tokio::select! {
+        result = server => result,
+        () = overtime => Ok(()),
+    }
+}

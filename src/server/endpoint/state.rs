@@ -1,0 +1,391 @@
+//! What one endpoint knows: jobs, their queue, the workers. Pure: no locks, no clocks, no I/O.
+//!
+//! NOTE the invariant that keeps every job from being lost or done twice: `waiting` holds exactly the jobs that are IN_QUEUE, each once;
+//! a job leaves IN_PROGRESS once, and what is said about it by a worker that lost it changes nothing.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::Options;
+use super::job::{Job, Order, Origin, Status, unknown};
+use super::workers::{Worker, Workers};
+use crate::error::{Failure, Kind};
+
+/// Everything about one endpoint.
+pub struct State {
+    options: Arc<Options>,
+    /// Bytes held by all endpoints together.
+    held: Arc<AtomicUsize>,
+    jobs: HashMap<String, Job>,
+    waiting: VecDeque<String>,
+    pub workers: Workers,
+    completed: u64,
+    failed: u64,
+    retried: u64,
+    /// Webhooks to call, with their bodies.
+    pub notices: Vec<(String, Value)>,
+}
+
+/// What became of something a worker posted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    Accepted,
+    /// About a job that is gone, ended, or someone else's by now.
+    Ignored,
+    TooLarge,
+}
+
+/// How a job stands, for someone who reads its stream.
+pub struct Progress {
+    pub chunks: Vec<Value>,
+    pub status: Status,
+    pub output: Option<Value>,
+    pub error: Option<Value>,
+    /// Changes when the job starts over.
+    pub retries: u32,
+}
+
+impl State {
+    pub fn new(options: Arc<Options>, held: Arc<AtomicUsize>) -> Self {
+        Self {
+            options,
+            held,
+            jobs: HashMap::new(),
+            waiting: VecDeque::new(),
+            workers: Workers::default(),
+            completed: 0,
+            failed: 0,
+            retried: 0,
+            notices: Vec::new(),
+        }
+    }
+
+    pub fn job(&self, id: &str) -> Result<&Job, Failure> {
+        self.jobs.get(id).ok_or_else(|| unknown(id))
+    }
+
+    /// Nothing here that anyone could miss.
+    pub fn is_idle(&self) -> bool {
+        self.jobs.is_empty() && self.workers.is_empty()
+    }
+
+    /// Jobs waiting or running.
+    pub fn load(&self) -> usize {
+        self.jobs.values().filter(|job| !job.status.is_final()).count()
+    }
+
+    pub fn submit(&mut self, order: Order, now: Instant) -> Result<String, Failure> {
+        let full = |what: String| Err(Failure::new(Kind::Overloaded, what).code("queue_full").retry_after(1));
+        if self.waiting.len() >= self.options.max_queued {
+            return full(format!("The queue is full: {} jobs wait already.", self.waiting.len()));
+        }
+        let need = order.bytes + Job::OVERHEAD;
+        while self.held.load(Ordering::Relaxed) + need > self.options.max_bytes {
+            if !self.forget_oldest_result() {
+                return full(format!("The jobs held fill the endpoint's memory of {} bytes.", self.options.max_bytes));
+            }
+        }
+        let uuid = uuid::Uuid::new_v4();
+        let id = if order.origin == Origin::Run { format!("{uuid}-u1") } else { format!("sync-{uuid}-u1") };
+        self.jobs.insert(id.clone(), Job::new(id.clone(), order, now, &self.held));
+        self.waiting.push_back(id.clone());
+        Ok(id)
+    }
+
+    fn forget_oldest_result(&mut self) -> bool {
+        let oldest = self.jobs.values().filter(|job| job.status.is_final()).min_by_key(|job| job.finished).map(|job| job.id.clone());
+        oldest.is_some_and(|id| self.jobs.remove(&id).is_some())
+    }
+
+    /// Gives up to `want` jobs to `worker`, oldest first.
+    pub fn take(&mut self, worker: &str, want: usize, now: Instant) -> Vec<Value> {
+        let mut offers = Vec::new();
+        while offers.len() < want
+            && let Some(id) = self.waiting.pop_front()
+        {
+            let Some(job) = self.jobs.get_mut(&id) else { continue };
+            job.status = Status::InProgress;
+            job.started = Some(now);
+            job.worker = Some(worker.to_owned());
+            job.changed.notify_waiters();
+            offers.push(job.offer());
+            // It may have been told to stop this very job in an earlier life of it.
+            self.workers.unstop(worker, &id);
+        }
+        if !offers.is_empty() {
+            self.workers.took(worker);
+        }
+        offers
+    }
+
+    /// A worker's final result, or its progress when the body says `IN_PROGRESS`.
+    pub fn done(&mut self, worker: &str, id: &str, mut body: Value, bytes: usize, now: Instant) -> Verdict {
+        let Some(job) = self.jobs.get_mut(id).filter(|job| job.held_by(worker)) else { return Verdict::Ignored };
+        if bytes > self.options.limit(job.order.origin) {
+            return Verdict::TooLarge;
+        }
+        let output = body.get_mut("output").map(Value::take);
+        if body["status"] == "IN_PROGRESS" {
+            job.output = output;
+            job.charge.add(bytes);
+            job.changed.notify_waiters();
+            return Verdict::Accepted;
+        }
+        job.charge.add(bytes);
+        let error = body.get_mut("error").map(Value::take).filter(truthy);
+        let status = if error.is_some() { Status::Failed } else { Status::Completed };
+        if body["stopPod"] == true {
+            tracing::warn!("worker {worker} asks to be restarted; this endpoint starts no workers, so that is up to whoever started it");
+        }
+        self.end(id, status, output, error, now);
+        Verdict::Accepted
+    }
+
+    /// One chunk of a job's stream.
+    pub fn chunk(&mut self, worker: &str, id: &str, mut body: Value, bytes: usize) -> Verdict {
+        let Some(job) = self.jobs.get_mut(id).filter(|job| job.held_by(worker)) else { return Verdict::Ignored };
+        if bytes > self.options.chunk_limit {
+            return Verdict::TooLarge;
+        }
+        if let Some(output) = body.get_mut("output") {
+            job.stream.push_back(output.take());
+            job.charge.add(bytes);
+            job.changed.notify_waiters();
+        }
+        Verdict::Accepted
+    }
+
+    /// Ends a job, once.
+    fn end(&mut self, id: &str, status: Status, output: Option<Value>, error: Option<Value>, now: Instant) {
+        let Some(job) = self.jobs.get_mut(id).filter(|job| !job.status.is_final()) else { return };
+        match job.status {
+            Status::InQueue => self.waiting.retain(|waiting| waiting != id),
+            // The worker's own result needs no stop.
+            _ if status == Status::Cancelled || status == Status::TimedOut => self.workers.stop(job.worker.as_deref(), id),
+            _ => {}
+        }
+        job.status = status;
+        job.finished = Some(now);
+        job.output = output;
+        job.error = error;
+        job.changed.notify_waiters();
+        match status {
+            Status::Completed => self.completed += 1,
+            Status::Failed | Status::TimedOut => self.failed += 1,
+            _ => {}
+        }
+        if let Some(url) = &job.order.webhook {
+            let mut notice = job.report();
+            notice.insert("input".into(), job.order.input.clone());
+            notice.insert("webhook".into(), json!(url));
+            self.notices.push((url.clone(), Value::Object(notice)));
+        }
+    }
+
+    /// Cancels a job that has not ended; one that has stays as it is. Returns the status object.
+    pub fn cancel(&mut self, id: &str, now: Instant) -> Result<Value, Failure> {
+        self.job(id)?;
+        self.end(id, Status::Cancelled, None, None, now);
+        self.job(id).map(|job| Value::Object(job.summary()))
+    }
+
+    /// Puts a failed or timed-out job back into the queue.
+    pub fn retry(&mut self, id: &str, now: Instant) -> Result<Value, Failure> {
+        let job = self.jobs.get_mut(id).ok_or_else(|| unknown(id))?;
+        if !matches!(job.status, Status::Failed | Status::TimedOut) {
+            let text = format!("Only a FAILED or TIMED_OUT job can be retried; job `{id}` is {}.", job.status.name());
+            return Err(Failure::new(Kind::BadRequest, text));
+        }
+        job.requeue(now);
+        job.losses = 0;
+        self.retried += 1;
+        self.waiting.push_back(id.to_owned());
+        Ok(json!({ "id": id, "status": Status::InQueue.name() }))
+    }
+
+    /// Cancels everything that waits. Running jobs are left alone.
+    pub fn purge(&mut self, now: Instant) -> usize {
+        let waiting: Vec<String> = self.waiting.iter().cloned().collect();
+        for id in &waiting {
+            self.end(id, Status::Cancelled, None, None, now);
+        }
+        waiting.len()
+    }
+
+    /// Sets how long after submission the job is deleted.
+    pub fn set_ttl(&mut self, id: &str, ttl: Duration) {
+        if let Some(job) = self.jobs.get_mut(id) {
+            job.order.ttl = ttl;
+        }
+    }
+
+    /// Reads and removes the chunks that came since the last read.
+    pub fn drain(&mut self, id: &str) -> Result<Progress, Failure> {
+        let job = self.jobs.get_mut(id).ok_or_else(|| unknown(id))?;
+        let chunks: Vec<Value> = job.stream.drain(..).collect();
+        let end = job.status.is_final();
+        if !end && !chunks.is_empty() {
+            job.charge.clear();
+        }
+        Ok(Progress {
+            chunks,
+            status: job.status,
+            output: if end { job.output.clone() } else { None },
+            error: if end { job.error.clone() } else { None },
+            retries: job.retries,
+        })
+    }
+
+    /// A heartbeat, with the ids of the jobs the worker holds.
+    pub fn ping(&mut self, worker: &str, ids: &[&str], now: Instant) {
+        let lists = self.workers.listed(worker, !ids.is_empty());
+        for id in ids {
+            // A worker that was thought lost, or missed a stop, still works on what is no longer its own.
+            let stale = self.jobs.get(*id).is_none_or(|job| match job.status {
+                Status::Cancelled | Status::TimedOut => true,
+                _ => job.worker.as_deref() != Some(worker) && job.past.iter().any(|past| past == worker),
+            });
+            if stale {
+                self.workers.stop(Some(worker), id);
+            }
+        }
+        let held = self.jobs.values_mut().filter(|job| job.status == Status::InProgress && job.worker.as_deref() == Some(worker));
+        for job in held {
+            if !lists || ids.contains(&job.id.as_str()) {
+                job.unlisted = None;
+            } else {
+                job.unlisted.get_or_insert(now);
+            }
+        }
+    }
+
+    /// What time brings: expiry, time-outs, results no longer kept, jobs of lost workers back into the queue.
+    pub fn sweep(&mut self, now: Instant) {
+        let mut expired = Vec::new();
+        let mut late = Vec::new();
+        let mut lost = Vec::new();
+        for job in self.jobs.values() {
+            let kept = self.options.retention(job.order.origin);
+            if job.created + job.order.ttl <= now || job.finished.is_some_and(|finished| finished + kept <= now) {
+                expired.push(job.id.clone());
+            } else if job.status == Status::InProgress {
+                if job.started.is_some_and(|started| started + job.order.execution_timeout <= now) {
+                    late.push(job.id.clone());
+                } else if self.is_lost(job, now) {
+                    lost.push((job.created, job.id.clone()));
+                }
+            }
+        }
+        for id in late {
+            self.end(&id, Status::TimedOut, None, Some(json!("The job ran longer than its execution timeout.")), now);
+        }
+        for id in expired {
+            self.remove(&id);
+        }
+        // Newest first, each to the head: the oldest ends up in front.
+        lost.sort_by(|left, right| right.cmp(left));
+        for (_, id) in lost {
+            self.lose(&id, now);
+        }
+        let jobs = &self.jobs;
+        let holds = |name: &str| jobs.values().any(|job| job.status == Status::InProgress && job.worker.as_deref() == Some(name));
+        let lost_after = self.options.lost_after;
+        self.workers.retain(|name, worker| !worker.silent(lost_after, now) || holds(name));
+    }
+
+    fn is_lost(&self, job: &Job, now: Instant) -> bool {
+        let limit = self.options.lost_after;
+        let unlisted = job.unlisted.is_some_and(|since| since + limit <= now);
+        let gone = match job.worker.as_deref().and_then(|name| self.workers.get(name)) {
+            Some(worker) if worker.beats() => worker.silent(limit, now),
+            // It only ever took: while it works on a job it says nothing, however healthy.
+            Some(worker) => worker.silent(self.options.silent_after, now),
+            None => true,
+        };
+        unlisted || gone
+    }
+
+    fn lose(&mut self, id: &str, now: Instant) {
+        let Some(job) = self.jobs.get_mut(id) else { return };
+        let worker = job.worker.clone().unwrap_or_default();
+        job.losses += 1;
+        if job.losses > self.options.max_losses {
+            let text =
+                format!("The job was given up: {} workers in a row were lost while they held it, the last one `{worker}`.", job.losses);
+            return self.end(id, Status::Failed, None, Some(json!(text)), now);
+        }
+        tracing::warn!("worker {worker} is lost; job {id} goes back to the head of the queue");
+        job.requeue(now);
+        self.retried += 1;
+        self.waiting.push_front(id.to_owned());
+    }
+
+    /// Deletes a job in any state.
+    fn remove(&mut self, id: &str) {
+        let Some(job) = self.jobs.remove(id) else { return };
+        match job.status {
+            Status::InQueue => self.waiting.retain(|waiting| waiting != id),
+            Status::InProgress => self.workers.stop(job.worker.as_deref(), id),
+            _ => {}
+        }
+        job.changed.notify_waiters();
+    }
+
+    /// The answer of `/health`.
+    pub fn health(&self, now: Instant) -> Value {
+        let count = |status| self.jobs.values().filter(|job| job.status == status).count();
+        let mut running = std::collections::HashSet::new();
+        for job in self.jobs.values().filter(|job| job.status == Status::InProgress) {
+            running.extend(job.worker.as_deref());
+        }
+        let alive: Vec<(&String, &Worker)> =
+            self.workers.iter().filter(|(_, worker)| !worker.silent(self.options.lost_after, now) || !worker.beats()).collect();
+        let unhealthy = alive.iter().filter(|(_, worker)| worker.unhealthy.is_some()).count();
+        let busy = alive.iter().filter(|(name, worker)| worker.unhealthy.is_none() && running.contains(name.as_str())).count();
+        let starting =
+            alive.iter().filter(|(name, worker)| worker.unhealthy.is_none() && !worker.polled && !running.contains(name.as_str()));
+        let initializing = starting.count();
+        let idle = alive.len() - unhealthy - busy - initializing;
+        json!({
+            "jobs": {
+                "completed": self.completed,
+                "failed": self.failed,
+                "inProgress": count(Status::InProgress),
+                "inQueue": count(Status::InQueue),
+                "retried": self.retried,
+            },
+            "workers": {
+                "idle": idle,
+                "initializing": initializing,
+                "ready": idle,
+                "running": busy,
+                "throttled": 0,
+                "unhealthy": unhealthy,
+            },
+        })
+    }
+
+    /// The newest jobs, without their outputs.
+    pub fn requests(&self, most: usize) -> Value {
+        let mut jobs: Vec<&Job> = self.jobs.values().collect();
+        jobs.sort_by_key(|job| std::cmp::Reverse(job.created));
+        let list: Vec<Value> = jobs.into_iter().take(most).map(|job| Value::Object(job.summary())).collect();
+        json!({ "requests": list })
+    }
+}
+
+/// As Python sees it: the SDKs drop a falsy `error`.
+fn truthy(value: &Value) -> bool {
+    match value {
+        Value::Null => false,
+        Value::Bool(flag) => *flag,
+        Value::String(text) => !text.is_empty(),
+        Value::Number(number) => number.as_f64() != Some(0.0),
+        Value::Array(items) => !items.is_empty(),
+        Value::Object(map) => !map.is_empty(),
+    }
+}

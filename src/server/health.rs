@@ -1,0 +1,90 @@
+//! Readiness, and the routes that tell it: `/ping` for RunPod's load balancer, `/health` for container platforms.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use serde_json::json;
+
+use crate::error::{Failure, Kind};
+
+/// Where the model behind this server stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    Loading,
+    Ready,
+    /// Running requests end, new ones are refused.
+    Draining,
+    /// The model could not be loaded, or the engine died.
+    Failed,
+}
+
+/// The phase, shared between whoever loads the model and the routes. Starts as [`Phase::Loading`].
+#[derive(Debug, Default)]
+pub struct Readiness(AtomicU8);
+
+impl Readiness {
+    pub fn new(phase: Phase) -> Arc<Self> {
+        let readiness = Arc::new(Self::default());
+        readiness.set(phase);
+        readiness
+    }
+
+    pub fn set(&self, phase: Phase) {
+        self.0.store(phase as u8, Ordering::Release);
+    }
+
+    pub fn phase(&self) -> Phase {
+        match self.0.load(Ordering::Acquire) {
+            0 => Phase::Loading,
+            1 => Phase::Ready,
+            2 => Phase::Draining,
+            _ => Phase::Failed,
+        }
+    }
+
+    /// `Ok` when requests can be answered, else what to answer instead.
+    pub fn check(&self) -> Result<(), Failure> {
+        match self.phase() {
+            Phase::Ready => Ok(()),
+            Phase::Loading => Err(Failure::new(Kind::Loading, "The model is still loading; try again in a few seconds.")),
+            Phase::Draining => Err(Failure::new(Kind::Draining, "The server is shutting down and takes no new requests.")),
+            Phase::Failed => Err(Failure::new(Kind::Draining, "The model failed; the server's log says why.").code("model_failed")),
+        }
+    }
+}
+
+/// `/health`, `/ping`, and `health_path` where it is another one.
+pub fn router(readiness: Arc<Readiness>, health_path: &str) -> Router {
+    let mut router = Router::new().route("/health", get(health)).route("/ping", get(ping).post(ping));
+    if health_path != "/ping" && health_path != "/health" {
+        router = router.route(health_path, get(ping));
+    }
+    router.with_state(readiness)
+}
+
+/// The load balancer's convention: 204 while initialising, 200 healthy, anything else out of rotation.
+async fn ping(State(readiness): State<Arc<Readiness>>) -> Response {
+    match readiness.phase() {
+        Phase::Loading => StatusCode::NO_CONTENT.into_response(),
+        phase => report(phase),
+    }
+}
+
+async fn health(State(readiness): State<Arc<Readiness>>) -> Response {
+    report(readiness.phase())
+}
+
+fn report(phase: Phase) -> Response {
+    let (status, text) = match phase {
+        Phase::Loading => (StatusCode::SERVICE_UNAVAILABLE, "loading"),
+        Phase::Ready => (StatusCode::OK, "ok"),
+        Phase::Draining => (StatusCode::SERVICE_UNAVAILABLE, "draining"),
+        Phase::Failed => (StatusCode::SERVICE_UNAVAILABLE, "failed"),
+    };
+    (status, axum::Json(json!({ "status": text }))).into_response()
+}

@@ -1,0 +1,403 @@
+//! The direct door over real sockets, with a scripted service behind it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use futures::StreamExt;
+use futures::future::FutureExt;
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{mpsc, oneshot};
+
+use super::*;
+use crate::api::{Answer, Call};
+use crate::error::{Failure, Kind};
+
+/// A server on a port of its own; it ends when this is dropped.
+pub(super) struct Running {
+    pub base: String,
+    pub address: std::net::SocketAddr,
+    pub end: Option<oneshot::Sender<()>>,
+    pub task: tokio::task::JoinHandle<io::Result<()>>,
+}
+
+pub(super) async fn start(router: Router) -> Running {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (end, ended) = oneshot::channel::<()>();
+    let shutdown = async move {
+        let _ = ended.await;
+    };
+    let task = tokio::spawn(run(listener, router, shutdown, Duration::from_secs(5)));
+    Running { base: format!("http://{address}"), address, end: Some(end), task }
+}
+
+/// Answers with what it was asked, or as `model` says.
+fn echo() -> Door {
+    Arc::new(|call: Call| {
+        async move {
+            match call.body["model"].as_str() {
+                Some("missing") => {
+                    Err(Failure::new(Kind::NotFound, "The model `missing` does not exist.").param("model").code("model_not_found"))
+                }
+                Some("busy") => Err(Failure::new(Kind::Overloaded, "full").retry_after(7)),
+                Some("late") => Ok(Answer::Stream(
+                    futures::stream::iter([Err(Failure::bad_request("prompt", "too long").code("context_length_exceeded"))]).boxed(),
+                )),
+                Some("broken") => {
+                    Ok(Answer::Stream(futures::stream::iter([Ok(json!("data: {\"n\":1}\n\n")), Err(Failure::internal("gone"))]).boxed()))
+                }
+                Some("stream") => Ok(Answer::Stream(
+                    futures::stream::iter([
+                        Ok(json!("data: {\"t\":\"ü\"}\n\n")),
+                        Ok(json!("data: {\"n\":2}\n\ndata: {\"n\":3}\n\n")),
+                        Ok(json!("data: [DONE]\n\n")),
+                    ])
+                    .boxed(),
+                )),
+                _ if call.path == "/v1/nowhere" => Err(Failure::new(Kind::NotFound, "no such route")),
+                _ if call.path == "/v1/post-only" && call.method == "GET" => Err(Failure::new(Kind::MethodNotAllowed, "use POST")),
+                _ => Ok(Answer::Whole(json!({ "method": call.method, "path": call.path, "body": call.body, "id": call.request_id }))),
+            }
+        }
+        .boxed()
+    })
+}
+
+async fn serve(options: &Options) -> (Running, Arc<Readiness>) {
+    let readiness = Readiness::new(Phase::Ready);
+    (start(direct(echo(), readiness.clone(), None, options)).await, readiness)
+}
+
+/// Checks the superset body that every family of clients reads.
+async fn refused(response: reqwest::Response, status: u16) -> Value {
+    assert_eq!(response.status(), status);
+    assert!(response.headers().contains_key("x-request-id"));
+    let body: Value = response.json().await.unwrap();
+    for key in ["message", "type", "param", "code"] {
+        assert!(body["error"].get(key).is_some(), "{key} in {body}");
+    }
+    assert_eq!(body["object"], "error");
+    assert_eq!(body["message"], body["error"]["message"]);
+    assert!(body["code"].is_u64());
+    body
+}
+
+#[tokio::test]
+async fn calls_reach_the_service_as_they_were_sent() {
+    let (server, _) = serve(&Options::default()).await;
+    let client = reqwest::Client::new();
+    let post = client.post(format!("{}/openai/v1/chat/completions", server.base)).header("x-request-id", "abc").json(&json!({"a": 1}));
+    let response = post.send().await.unwrap();
+    assert_eq!(response.headers()["x-request-id"], "abc");
+    let body: Value = response.json().await.unwrap();
+    assert_eq!(body, json!({"method": "POST", "path": "/openai/v1/chat/completions", "body": {"a": 1}, "id": "abc"}));
+
+    let response = client.get(format!("{}/v1/models/org%2Fname?limit=3", server.base)).send().await.unwrap();
+    let id = response.headers()["x-request-id"].to_str().unwrap().to_owned();
+    let body: Value = response.json().await.unwrap();
+    assert_eq!(body, json!({"method": "GET", "path": "/v1/models/org%2Fname", "body": null, "id": id}));
+
+    let response = client.head(format!("{}/v1/models", server.base)).send().await.unwrap();
+    assert_eq!(response.status(), 200);
+    // `POST /` is chat; `GET /` is not.
+    let body: Value = client.post(&server.base).json(&json!({})).send().await.unwrap().json().await.unwrap();
+    assert_eq!(body["path"], "/");
+    let body: Value = client.get(&server.base).send().await.unwrap().json().await.unwrap();
+    assert_eq!(body["name"], "worker-candle");
+    let body: Value = client.get(format!("{}/version", server.base)).send().await.unwrap().json().await.unwrap();
+    assert_eq!(body, json!({"version": env!("CARGO_PKG_VERSION")}));
+}
+
+#[tokio::test]
+async fn every_bad_body_is_a_400_in_the_envelope() {
+    let (server, _) = serve(&Options::default()).await;
+    let client = reqwest::Client::new();
+    let url = format!("{}/v1/chat/completions", server.base);
+    let deep = format!("{{\"a\":{}1{}}}", "[".repeat(5000), "]".repeat(5000));
+    let bodies: [&[u8]; 8] = [b"", b"  \n", b"{", b"[1]", b"\"x\"", b"{\"a\":\"\xff\"}", b"{\"a\":NaN}", deep.as_bytes()];
+    for body in bodies {
+        let response = client.post(&url).body(body.to_vec()).send().await.unwrap();
+        let body = refused(response, 400).await;
+        assert_eq!(body["error"]["type"], "invalid_request_error");
+        assert_eq!(body["code"], 40001);
+    }
+    // curl users forget the content type.
+    let response = client.post(&url).header("content-type", "application/x-www-form-urlencoded").body("{\"a\":1}").send().await.unwrap();
+    assert_eq!(response.status(), 200);
+    // Web pages may not.
+    let page = client.post(&url).header("origin", "http://evil.example").header("content-type", "text/plain");
+    refused(page.body("{\"a\":1}").send().await.unwrap(), 400).await;
+    let page = client.post(&url).header("origin", "http://good.example").header("content-type", "application/json; charset=utf-8");
+    assert_eq!(page.body("{\"a\":1}").send().await.unwrap().status(), 200);
+}
+
+#[tokio::test]
+async fn a_body_over_the_limit_is_a_413_however_it_is_sent() {
+    let (server, _) = serve(&Options { body_limit: 1000, ..Options::default() }).await;
+    let client = reqwest::Client::new();
+    let url = format!("{}/v1/chat/completions", server.base);
+    let fits = format!("{{\"a\":\"{}\"}}", "x".repeat(1000 - 8));
+    assert_eq!(fits.len(), 1000);
+    assert_eq!(client.post(&url).body(fits).send().await.unwrap().status(), 200);
+    for size in [1001, 1500, 100_000] {
+        let body = refused(client.post(&url).body("x".repeat(size)).send().await.unwrap(), 413).await;
+        assert_eq!(body["error"]["code"], "request_too_large");
+    }
+    let chunks = futures::stream::iter((0..15).map(|_| Ok::<_, io::Error>("y".repeat(100))));
+    refused(client.post(&url).body(reqwest::Body::wrap_stream(chunks)).send().await.unwrap(), 413).await;
+}
+
+#[tokio::test]
+async fn failures_of_the_service_keep_status_code_and_hints() {
+    let (server, _) = serve(&Options::default()).await;
+    let client = reqwest::Client::new();
+    let url = format!("{}/v1/chat/completions", server.base);
+    let body = refused(client.post(&url).json(&json!({"model": "missing"})).send().await.unwrap(), 404).await;
+    assert_eq!((&body["error"]["code"], &body["error"]["param"]), (&json!("model_not_found"), &json!("model")));
+    let response = client.post(&url).json(&json!({"model": "busy"})).send().await.unwrap();
+    assert_eq!(response.headers()["retry-after"], "7");
+    refused(response, 429).await;
+    refused(client.get(format!("{}/v1/nowhere", server.base)).send().await.unwrap(), 404).await;
+}
+
+#[tokio::test]
+async fn a_wrong_method_is_a_405_that_names_the_right_one() {
+    let (server, _) = serve(&Options::default()).await;
+    let client = reqwest::Client::new();
+    let response = client.delete(format!("{}/v1/models", server.base)).send().await.unwrap();
+    assert_eq!(response.headers()["allow"], "GET, POST");
+    refused(response, 405).await;
+    let response = client.get(format!("{}/v1/post-only", server.base)).send().await.unwrap();
+    assert_eq!(response.headers()["allow"], "POST");
+    refused(response, 405).await;
+    let response = client.post(format!("{}/health", server.base)).send().await.unwrap();
+    assert!(response.headers()["allow"].to_str().unwrap().contains("GET"));
+    refused(response, 405).await;
+}
+
+#[tokio::test]
+async fn streams_pass_through_byte_for_byte() {
+    let (server, _) = serve(&Options::default()).await;
+    let client = reqwest::Client::new();
+    let url = format!("{}/v1/chat/completions", server.base);
+    let response = client.post(&url).json(&json!({"model": "stream"})).send().await.unwrap();
+    assert_eq!(response.status(), 200);
+    assert!(response.headers()["content-type"].to_str().unwrap().starts_with("text/event-stream"));
+    assert_eq!(response.headers()["cache-control"], "no-cache");
+    assert_eq!(response.headers()["x-accel-buffering"], "no");
+    let text = response.text().await.unwrap();
+    assert_eq!(text, "data: {\"t\":\"ü\"}\n\ndata: {\"n\":2}\n\ndata: {\"n\":3}\n\ndata: [DONE]\n\n");
+    // A failure before the first piece is a status; one after it has been told by the service.
+    let body = refused(client.post(&url).json(&json!({"model": "late"})).send().await.unwrap(), 400).await;
+    assert_eq!(body["error"]["code"], "context_length_exceeded");
+    let text = client.post(&url).json(&json!({"model": "broken"})).send().await.unwrap().text().await.unwrap();
+    assert_eq!(text, "data: {\"n\":1}\n\n");
+}
+
+/// A service whose stream the test feeds; the flag tells when the stream is dropped.
+fn fed() -> (Door, mpsc::UnboundedSender<Result<Value, Failure>>, Arc<AtomicBool>) {
+    struct Flag(Arc<AtomicBool>);
+    impl Drop for Flag {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::SeqCst);
+        }
+    }
+    let (feed, pieces) = mpsc::unbounded_channel::<Result<Value, Failure>>();
+    let dropped = Arc::new(AtomicBool::new(false));
+    let parts = std::sync::Mutex::new(Some((pieces, Flag(dropped.clone()))));
+    let door: Door = Arc::new(move |call: Call| {
+        let (mut pieces, flag) = parts.lock().unwrap().take().unwrap();
+        let streams = call.body["stream"] == true;
+        async move {
+            if !streams {
+                let _flag = flag;
+                return pieces.recv().await.unwrap().map(Answer::Whole);
+            }
+            Ok(Answer::Stream(Box::pin(async_stream::stream! {
+                let _flag = flag;
+                while let Some(piece) = pieces.recv().await {
+                    yield piece;
+                }
+            })))
+        }
+        .boxed()
+    });
+    (door, feed, dropped)
+}
+
+async fn until(flag: &AtomicBool) {
+    while !flag.load(Ordering::SeqCst) {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_silent_stream_is_kept_alive_by_comments() {
+    let (door, feed, _) = fed();
+    let pace = sse::Pace { patience: Duration::from_millis(20), keep_alive: Duration::from_millis(30) };
+    let server = start(direct(door, Readiness::new(Phase::Ready), None, &Options { pace, ..Options::default() })).await;
+    let post = reqwest::Client::new().post(format!("{}/v1/completions", server.base)).json(&json!({"stream": true}));
+    let response = post.send().await.unwrap();
+    assert_eq!(response.status(), 200, "headers go out before the first piece");
+    let mut bytes = response.bytes_stream();
+    let mut text = String::new();
+    while text.matches(": keep-alive\n\n").count() < 3 {
+        text.push_str(std::str::from_utf8(&bytes.next().await.unwrap().unwrap()).unwrap());
+    }
+    // Too late for a status: the failure goes into the stream.
+    feed.send(Err(Failure::new(Kind::Overloaded, "full"))).unwrap();
+    let mut rest = String::new();
+    while let Some(chunk) = bytes.next().await {
+        rest.push_str(std::str::from_utf8(&chunk.unwrap()).unwrap());
+    }
+    let frames: Vec<&str> = rest.split_terminator("\n\n").filter(|frame| *frame != ": keep-alive").collect();
+    assert_eq!(frames.len(), 2);
+    let error: Value = serde_json::from_str(frames[0].strip_prefix("data: ").unwrap()).unwrap();
+    assert_eq!(error["error"]["message"], "full");
+    assert_eq!(frames[1], "data: [DONE]");
+}
+
+#[tokio::test]
+async fn a_client_that_hangs_up_drops_the_stream() {
+    let (door, feed, dropped) = fed();
+    let server = start(direct(door, Readiness::new(Phase::Ready), None, &Options::default())).await;
+    let post = reqwest::Client::new().post(format!("{}/v1/completions", server.base)).json(&json!({"stream": true}));
+    feed.send(Ok(json!("data: 1\n\n"))).unwrap();
+    let mut response = post.send().await.unwrap();
+    assert!(response.chunk().await.unwrap().is_some());
+    assert!(!dropped.load(Ordering::SeqCst));
+    drop(response);
+    tokio::time::timeout(Duration::from_secs(10), until(&dropped)).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_client_that_hangs_up_before_the_answer_drops_the_call() {
+    let (door, _feed, dropped) = fed();
+    let server = start(direct(door, Readiness::new(Phase::Ready), None, &Options::default())).await;
+    let mut socket = TcpStream::connect(server.address).await.unwrap();
+    socket.write_all(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}").await.unwrap();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(!dropped.load(Ordering::SeqCst));
+    drop(socket);
+    tokio::time::timeout(Duration::from_secs(10), until(&dropped)).await.unwrap();
+}
+
+#[tokio::test]
+async fn keys_guard_everything_but_health() {
+    let options = Options { api_keys: vec![Secret::new("k1"), Secret::new("k2")], ..Options::default() };
+    let (server, _) = serve(&options).await;
+    let client = reqwest::Client::new();
+    for path in ["/health", "/ping", "/"] {
+        assert_eq!(client.get(format!("{}{path}", server.base)).send().await.unwrap().status(), 200, "{path}");
+    }
+    let url = format!("{}/v1/models", server.base);
+    let response = client.get(&url).send().await.unwrap();
+    assert_eq!(response.headers()["www-authenticate"], "Bearer");
+    let body = refused(response, 401).await;
+    assert_eq!(body["error"]["code"], "invalid_api_key");
+    assert_eq!(body["detail"]["error"], body["error"]);
+    refused(client.post(&server.base).json(&json!({})).send().await.unwrap(), 401).await;
+    refused(client.get(&url).bearer_auth("k3").send().await.unwrap(), 401).await;
+    assert_eq!(client.get(&url).bearer_auth("k2").send().await.unwrap().status(), 200);
+    assert_eq!(client.get(&url).header("authorization", "bearer k1").send().await.unwrap().status(), 200);
+    assert_eq!(client.get(&url).header("x-api-key", "k1").send().await.unwrap().status(), 200);
+}
+
+#[tokio::test]
+async fn browsers_get_their_preflight() {
+    let keys = vec![Secret::new("k")];
+    let (server, _) = serve(&Options { api_keys: keys.clone(), ..Options::default() }).await;
+    let client = reqwest::Client::new();
+    let preflight = |base: &str, origin: &str| {
+        client
+            .request(reqwest::Method::OPTIONS, format!("{base}/v1/chat/completions"))
+            .header("origin", origin.to_owned())
+            .header("access-control-request-method", "POST")
+            .header("access-control-request-headers", "authorization,x-stainless-os")
+    };
+    let response = preflight(&server.base, "http://app.example").send().await.unwrap();
+    assert_eq!(response.status(), 204);
+    assert_eq!(response.headers()["access-control-allow-origin"], "*");
+    assert_eq!(response.headers()["access-control-allow-headers"], "authorization,x-stainless-os");
+    assert!(response.headers()["access-control-allow-methods"].to_str().unwrap().contains("POST"));
+    // Also a refusal must be readable by the page.
+    let response = client.get(format!("{}/v1/models", server.base)).header("origin", "http://app.example").send().await.unwrap();
+    assert_eq!((response.status().as_u16(), &response.headers()["access-control-allow-origin"]), (401, &"*".parse().unwrap()));
+
+    let options = Options { allowed_origins: vec!["http://app.example".to_owned()], ..Options::default() };
+    let (server, _) = serve(&options).await;
+    let response = preflight(&server.base, "http://app.example").send().await.unwrap();
+    assert_eq!(response.headers()["access-control-allow-origin"], "http://app.example");
+    let response = preflight(&server.base, "http://other.example").send().await.unwrap();
+    assert!(!response.headers().contains_key("access-control-allow-origin"));
+}
+
+#[tokio::test]
+async fn readiness_follows_the_model() {
+    let readiness = Readiness::new(Phase::Loading);
+    let options = Options { health_path: "/healthz".to_owned(), ..Options::default() };
+    let server = start(direct(echo(), readiness.clone(), None, &options)).await;
+    let side = start(health_only(readiness.clone(), &options)).await;
+    let client = reqwest::Client::new();
+    let table =
+        [(Phase::Loading, 204, 503, 503), (Phase::Ready, 200, 200, 200), (Phase::Draining, 503, 503, 503), (Phase::Failed, 503, 503, 503)];
+    for (phase, ping, health, call) in table {
+        readiness.set(phase);
+        for base in [&server.base, &side.base] {
+            assert_eq!(client.get(format!("{base}/ping")).send().await.unwrap().status(), ping, "{phase:?}");
+            assert_eq!(client.post(format!("{base}/ping")).send().await.unwrap().status(), ping);
+            assert_eq!(client.get(format!("{base}/healthz")).send().await.unwrap().status(), ping);
+            assert_eq!(client.get(format!("{base}/health")).send().await.unwrap().status(), health);
+        }
+        let response = client.get(format!("{}/v1/models", server.base)).send().await.unwrap();
+        assert_eq!(response.status(), call);
+        if call == 503 {
+            assert!(response.headers().contains_key("retry-after"));
+            let code = refused(response, 503).await["error"]["code"].clone();
+            let expected = match phase {
+                Phase::Loading => "model_loading",
+                Phase::Draining => "shutting_down",
+                _ => "model_failed",
+            };
+            assert_eq!(code, expected);
+        }
+    }
+    refused(client.get(format!("{}/v1/models", side.base)).send().await.unwrap(), 404).await;
+}
+
+#[tokio::test]
+async fn shutdown_lets_a_running_response_end() {
+    let (door, feed, _) = fed();
+    let mut server = start(direct(door, Readiness::new(Phase::Ready), None, &Options::default())).await;
+    let post = reqwest::Client::new().post(format!("{}/v1/completions", server.base)).json(&json!({"stream": true}));
+    feed.send(Ok(json!("data: 1\n\n"))).unwrap();
+    let mut response = post.send().await.unwrap();
+    assert!(response.chunk().await.unwrap().is_some());
+    server.end.take().unwrap().send(()).unwrap();
+    while TcpStream::connect(server.address).await.is_ok() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    feed.send(Ok(json!("data: [DONE]\n\n"))).unwrap();
+    drop(feed);
+    assert_eq!(response.text().await.unwrap(), "data: [DONE]\n\n");
+    tokio::time::timeout(Duration::from_secs(10), server.task).await.unwrap().unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn shutdown_does_not_wait_beyond_its_limit() {
+    let (door, _feed, _) = fed();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (end, ended) = oneshot::channel::<()>();
+    let router = direct(door, Readiness::new(Phase::Ready), None, &Options::default());
+    let task = tokio::spawn(run(listener, router, ended.map(|_| ()), Duration::from_millis(50)));
+    let mut socket = TcpStream::connect(address).await.unwrap();
+    socket.write_all(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}").await.unwrap();
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    end.send(()).unwrap();
+    tokio::time::timeout(Duration::from_secs(10), task).await.unwrap().unwrap().unwrap();
+    drop(socket.read_u8());
+}
