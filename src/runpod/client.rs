@@ -7,7 +7,7 @@ use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderName, Header
 use reqwest::{RequestBuilder, Response, StatusCode};
 use serde_json::Value;
 
-use super::job::{Outcome, id_text};
+use super::job::{Entry, Outcome, elements, id_text};
 use super::pacing::{Backoff, Pacing, jittered};
 use super::urls::Urls;
 use crate::config::RunpodSettings;
@@ -18,17 +18,23 @@ const LARGE_RESULT: usize = 256 * 1024;
 
 /// One worker's connection to the platform.
 pub(crate) struct Client {
-    http: RwLock<reqwest::Client>,
+    http: RwLock<Connection>,
     settings: RunpodSettings,
     pub urls: Urls,
     pub pacing: Pacing,
 }
 
+/// The pooled connections, and how often they were thrown away.
+#[derive(Clone)]
+struct Connection {
+    http: reqwest::Client,
+    generation: u64,
+}
+
 /// What a take gave.
 #[derive(Debug)]
 pub(crate) enum Taken {
-    /// Elements of the answer, not validated.
-    Entries(Vec<Value>),
+    Entries(Vec<Entry>),
     /// 204, or no answer within the deadline.
     Nothing,
     /// 400: no jobs while the platform has parked this worker.
@@ -61,7 +67,8 @@ enum PostError {
 impl Client {
     /// Errors name the setting at fault.
     pub fn new(settings: &RunpodSettings, worker_id: &str, pacing: Pacing) -> Result<Self, String> {
-        Ok(Self { http: RwLock::new(http_client(settings)?), settings: settings.clone(), urls: Urls::new(settings, worker_id)?, pacing })
+        let http = RwLock::new(Connection { http: http_client(settings)?, generation: 0 });
+        Ok(Self { http, settings: settings.clone(), urls: Urls::new(settings, worker_id)?, pacing })
     }
 
     /// One long poll for up to `jobs` jobs.
@@ -76,15 +83,12 @@ impl Client {
             StatusCode::BAD_REQUEST => Taken::Parked,
             StatusCode::TOO_MANY_REQUESTS => Taken::RateLimited,
             StatusCode::OK => match read_json(response).await {
-                Ok(Value::Array(entries)) => Taken::Entries(entries),
-                Ok(entry @ Value::Object(_)) => Taken::Entries(vec![entry]),
-                Ok(Value::Null) => Taken::Odd("null instead of a job".into()),
-                Ok(_) => Taken::Odd("neither an object nor a list".into()),
+                Ok(body) => match elements(&body) {
+                    Some(elements) => Taken::Entries(elements.into_iter().map(Entry::read).collect()),
+                    None => Taken::Odd("something that holds no job".into()),
+                },
                 Err(Unread::Odd(what)) => Taken::Odd(what),
-                Err(Unread::Broken(error)) => {
-                    self.reconnect();
-                    Taken::Unreachable(error)
-                }
+                Err(Unread::Broken(error)) => Taken::Unreachable(error),
             },
             status => Taken::Refused(status),
         }
@@ -102,7 +106,10 @@ impl Client {
             StatusCode::TOO_MANY_REQUESTS => Stops::RateLimited,
             StatusCode::NOT_FOUND => Stops::NotFound,
             StatusCode::OK => match read_json(response).await {
-                Ok(body) => Stops::Ids(body["jobsToStop"].as_array().into_iter().flatten().filter_map(id_text).collect()),
+                Ok(body) => match serde_json::from_slice::<Value>(&body) {
+                    Ok(body) => Stops::Ids(body["jobsToStop"].as_array().into_iter().flatten().filter_map(id_text).collect()),
+                    Err(error) => Stops::Failed(format!("no valid JSON: {error}")),
+                },
                 Err(Unread::Odd(what) | Unread::Broken(what)) => Stops::Failed(what),
             },
             status => Stops::Failed(format!("HTTP {status}")),
@@ -192,14 +199,16 @@ impl Client {
     }
 
     async fn post(&self, url: &str, body: &str, job_id: &str, timeout: Duration) -> Result<(), PostError> {
-        let request = self.http().post(url).timeout(timeout).header(CONTENT_TYPE, "application/x-www-form-urlencoded");
-        // A literal header, and a form's content type on a JSON body: that is the protocol.
-        let request = request.header("charset", "utf-8").body(body.to_owned());
-        let request = match HeaderValue::from_str(job_id) {
-            Ok(id) => request.header(HeaderName::from_static("x-request-id"), id),
-            Err(_) => request,
+        let prepare = |http: &reqwest::Client| {
+            // A literal header, and a form's content type on a JSON body: that is the protocol.
+            let request = http.post(url).timeout(timeout).header(CONTENT_TYPE, "application/x-www-form-urlencoded");
+            let request = request.header("charset", "utf-8").body(body.to_owned());
+            match HeaderValue::from_str(job_id) {
+                Ok(id) => request.header(HeaderName::from_static("x-request-id"), id),
+                Err(_) => request,
+            }
         };
-        let response = self.send(request).await.map_err(|error| PostError::Passing(describe(error)))?;
+        let response = self.send(prepare).await.map_err(|error| PostError::Passing(describe(error)))?;
         let status = response.status();
         if status.is_success() {
             return Ok(());
@@ -212,26 +221,27 @@ impl Client {
     }
 
     async fn poll(&self, url: &str) -> reqwest::Result<Response> {
-        self.send(self.http().get(url).timeout(self.pacing.poll_timeout).header(CONTENT_TYPE, "application/json")).await
+        self.send(|http| http.get(url).timeout(self.pacing.poll_timeout).header(CONTENT_TYPE, "application/json")).await
     }
 
-    /// Sends; after an error that says something about the connection, later requests open new ones.
-    async fn send(&self, request: RequestBuilder) -> reqwest::Result<Response> {
-        let result = request.send().await;
+    /// Sends; after an error later requests open new connections.
+    async fn send(&self, prepare: impl Fn(&reqwest::Client) -> RequestBuilder) -> reqwest::Result<Response> {
+        let Connection { http, generation } = self.http.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let result = prepare(&http).send().await;
         if result.is_err() {
-            self.reconnect();
+            self.reconnect(generation);
         }
         result
     }
 
-    fn http(&self) -> reqwest::Client {
-        self.http.read().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// Forgets all idle connections: a worker that was parked and revived finds them dead, one after the other.
-    fn reconnect(&self) {
-        if let Ok(fresh) = http_client(&self.settings) {
-            *self.http.write().unwrap_or_else(PoisonError::into_inner) = fresh;
+    /// Forgets all idle connections: a worker that was parked and revived finds them dead, one after the other. Once is enough for all
+    /// requests that fail together.
+    fn reconnect(&self, failed: u64) {
+        let mut current = self.http.write().unwrap_or_else(PoisonError::into_inner);
+        if current.generation == failed
+            && let Ok(http) = http_client(&self.settings)
+        {
+            *current = Connection { http, generation: failed + 1 };
         }
     }
 }
@@ -278,17 +288,15 @@ enum Unread {
     Broken(String),
 }
 
-async fn read_json(response: Response) -> Result<Value, Unread> {
+/// The body of an answer that says it is JSON.
+async fn read_json(response: Response) -> Result<Vec<u8>, Unread> {
     let content_type = response.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let essence = content_type.split(';').next().unwrap_or_default().trim();
     if !essence.eq_ignore_ascii_case("application/json") {
         return Err(Unread::Odd(format!("content type {content_type:?} instead of application/json")));
     }
     let body = response.bytes().await.map_err(|error| Unread::Broken(describe(error)))?;
-    if body.is_empty() {
-        return Err(Unread::Odd("an empty body".into()));
-    }
-    serde_json::from_slice(&body).map_err(|error| Unread::Odd(format!("no valid JSON: {error}")))
+    if body.is_empty() { Err(Unread::Odd("an empty body".into())) } else { Ok(body.into()) }
 }
 
 /// The error with its causes, without the address: that is long, and the same every time.

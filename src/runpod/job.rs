@@ -1,6 +1,7 @@
 //! A job as it is taken, and the exact bodies with which it is answered.
 
-use serde::Serialize;
+use serde::de::IgnoredAny;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::api::failure::job_error;
@@ -20,22 +21,64 @@ pub struct Job {
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Entry {
     Job(Job),
-    /// Somebody waits for an answer to it, so it gets an error.
-    NoInput {
+    /// It cannot be run, and somebody waits for an answer to it: it gets this error.
+    Faulty {
         id: String,
+        failure: Failure,
     },
     /// Cannot be answered.
     NoId,
 }
 
+/// Splits the body of a take's answer, an object or a list of them, into elements. Each is then read for itself, since one that holds
+/// what our JSON parser refuses must not take the others with it. `None`: nothing that could hold a job.
+pub(crate) fn elements(body: &[u8]) -> Option<Vec<&[u8]>> {
+    let body = body.trim_ascii();
+    if body.starts_with(b"{") {
+        return Some(vec![body]);
+    }
+    let mut rest = body.strip_prefix(b"[")?.trim_ascii_start();
+    let mut elements = Vec::new();
+    while rest != b"]" {
+        let mut values = serde_json::Deserializer::from_slice(rest).into_iter::<IgnoredAny>();
+        values.next()?.ok()?;
+        let (element, after) = rest.split_at(values.byte_offset());
+        elements.push(element);
+        let after = after.trim_ascii_start();
+        rest = match after.strip_prefix(b",") {
+            Some(after) => after.trim_ascii_start(),
+            None if after == b"]" => after,
+            None => return None,
+        };
+    }
+    Some(elements)
+}
+
 impl Entry {
     /// Reads one element. Fields beyond `id`, `input` and `batchId` say nothing to a worker: even an `error` is not a failure here.
-    pub fn read(value: Value) -> Self {
+    pub fn read(element: &[u8]) -> Self {
+        let value = match serde_json::from_slice(element) {
+            Ok(value) => value,
+            Err(error) => return Self::unreadable(element, &error),
+        };
         let Value::Object(mut fields) = value else { return Self::NoId };
         let Some(id) = fields.get("id").and_then(id_text) else { return Self::NoId };
         match fields.swap_remove("input") {
             Some(input) => Self::Job(Job { id, input, batch_id: fields.get("batchId").and_then(id_text) }),
-            None => Self::NoInput { id },
+            None => Self::Faulty { id, failure: Failure::bad_request("input", "The job has no `input`.") },
+        }
+    }
+
+    /// The parser refuses some well-formed JSON: half of a surrogate pair, deep nesting. Its id can be read all the same.
+    fn unreadable(element: &[u8], error: &serde_json::Error) -> Self {
+        #[derive(Deserialize)]
+        struct Named {
+            id: Value,
+        }
+        let named = serde_json::from_slice::<Named>(element).ok();
+        match named.and_then(|named| id_text(&named.id)) {
+            Some(id) => Self::Faulty { id, failure: Failure::bad_request("input", format!("The job's JSON cannot be read: {error}")) },
+            None => Self::NoId,
         }
     }
 }
@@ -113,15 +156,40 @@ mod tests {
 
     #[test]
     fn entries_are_validated() {
+        let read = |value: Value| Entry::read(value.to_string().as_bytes());
         let job = |id: &str, input| Entry::Job(Job { id: id.into(), input, batch_id: None });
-        assert_eq!(Entry::read(json!({"id": "a", "input": {"x": 1}, "error": "", "retries": 0})), job("a", json!({"x": 1})));
-        assert_eq!(Entry::read(json!({"id": 17, "input": null})), job("17", Value::Null));
-        assert_eq!(Entry::read(json!({"id": "a"})), Entry::NoInput { id: "a".into() });
+        assert_eq!(read(json!({"id": "a", "input": {"x": 1}, "error": "", "retries": 0})), job("a", json!({"x": 1})));
+        assert_eq!(read(json!({"id": 17, "input": null})), job("17", Value::Null));
+        assert!(matches!(read(json!({"id": "a"})), Entry::Faulty { id, .. } if id == "a"));
         for bad in [json!({"input": {}}), json!({"id": "", "input": 1}), json!({"id": null, "input": 1}), json!("a"), json!(null)] {
-            assert_eq!(Entry::read(bad), Entry::NoId);
+            assert_eq!(read(bad), Entry::NoId);
         }
-        let Entry::Job(job) = Entry::read(json!({"id": "a", "input": 1, "batchId": "b"})) else { panic!() };
-        assert_eq!(job.batch_id.as_deref(), Some("b"));
+        let with_batch = Job { id: "a".into(), input: json!(1), batch_id: Some("b".into()) };
+        assert_eq!(read(json!({"id": "a", "input": 1, "batchId": "b"})), Entry::Job(with_batch));
+    }
+
+    #[test]
+    fn an_entry_that_cannot_be_read_still_has_an_id() {
+        let deep = format!(r#"{{"input": {}1{}, "id": "a"}}"#, "[".repeat(500), "]".repeat(500));
+        for text in [deep.as_str(), r#"{"id": "a", "input": "half \ud83d"}"#] {
+            let Entry::Faulty { id, failure } = Entry::read(text.as_bytes()) else { unreachable!("{text}") };
+            assert_eq!((id.as_str(), failure.status()), ("a", 400));
+        }
+        assert_eq!(Entry::read(b"{"), Entry::NoId);
+    }
+
+    #[test]
+    fn bodies_are_split_into_elements() {
+        let split = |text: &'static str| {
+            elements(text.as_bytes()).map(|list| list.iter().map(|&e| std::str::from_utf8(e).unwrap()).collect::<Vec<_>>())
+        };
+        assert_eq!(split(r#" {"a":1} "#), Some(vec![r#"{"a":1}"#]));
+        assert_eq!(split(r#"[{"a":"],"} , 7,"x" ]"#), Some(vec![r#"{"a":"],"}"#, "7", r#""x""#]));
+        assert_eq!(split(r#"["\ud83d",[[]]]"#), Some(vec![r#""\ud83d""#, "[[]]"]));
+        assert_eq!(split("[ ]"), Some(vec![]));
+        for bad in ["", "null", "7", "[", "[1", "[1 2]", "[1,", "[,]", "[1]]"] {
+            assert_eq!(split(bad), None, "{bad}");
+        }
     }
 
     #[test]

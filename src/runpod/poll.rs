@@ -91,24 +91,20 @@ impl<'a> Poll<'a> {
         let (state, pause) = match taken {
             Taken::Entries(entries) if entries.is_empty() => (State::Working, pacing.shortest_poll.saturating_sub(lasted)),
             Taken::Entries(entries) => match self.jobs.accept(entries) {
-                true => (State::Working, Duration::ZERO),
-                false => return self.fail(State::Odd("a job without id or input".into())),
+                None => (State::Working, Duration::ZERO),
+                Some(fault) => return self.fail(State::Odd(fault.into())),
             },
             Taken::Nothing => (State::Working, pacing.shortest_poll.saturating_sub(lasted)),
             Taken::Parked => (State::Parked, pacing.parked.saturating_sub(lasted)),
             Taken::Odd(what) => (State::Odd(what), jittered(pacing.shortest_poll)),
             Taken::RateLimited => (State::RateLimited, jittered(pacing.rate_limited)),
-            Taken::Refused(status) => {
-                if batch {
-                    // Some servers have no batch route, or a broken one; the plain one may work.
-                    tracing::info!("the platform refused to hand out several jobs at once (HTTP {status}); taking them one by one");
-                    self.single_until = Some(Instant::now() + pacing.batch_retry);
-                    if status == StatusCode::NOT_FOUND {
-                        return Duration::ZERO;
-                    }
-                }
-                return self.fail(State::Refused(status));
+            // Some servers have no batch route, or a broken one; the plain one may work.
+            Taken::Refused(status) if batch && (status == StatusCode::NOT_FOUND || status.is_server_error()) => {
+                tracing::info!("the platform refused to hand out several jobs at once (HTTP {status}); taking them one by one");
+                self.single_until = Some(Instant::now() + pacing.batch_retry);
+                return if status == StatusCode::NOT_FOUND { Duration::ZERO } else { self.fail(State::Refused(status)) };
             }
+            Taken::Refused(status) => return self.fail(State::Refused(status)),
             Taken::Unreachable(error) => {
                 if self.state != State::Unreachable {
                     tracing::warn!("the platform cannot be reached: {error}");
@@ -132,6 +128,7 @@ impl<'a> Poll<'a> {
             return;
         }
         match &state {
+            State::Working if self.state == State::Parked => tracing::debug!("the platform hands out jobs again"),
             State::Working => tracing::info!("polling for jobs works again"),
             State::Parked => tracing::debug!("the platform has no jobs for now: HTTP 400"),
             State::RateLimited => tracing::warn!("the platform asks to poll less often: HTTP 429"),

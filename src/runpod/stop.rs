@@ -17,8 +17,7 @@ pub(crate) async fn listen(client: Arc<Client>, held: Arc<Held>) {
             Stops::Ids(ids) => {
                 ids.iter().for_each(|id| stop(&held, id));
                 // A server that holds the poll is asked again at once, so that a cancellation arrives without delay.
-                let pause = pacing.stop_pause.saturating_sub(began.elapsed());
-                (if ids.is_empty() { pause } else { std::time::Duration::ZERO }, Ok(()))
+                (pacing.stop_pause.saturating_sub(began.elapsed()), Ok(()))
             }
             Stops::NotFound => (pacing.stop_missing, Err("the platform has no such route".to_owned())),
             Stops::RateLimited => (pacing.rate_limited, Err("too many requests".to_owned())),

@@ -104,40 +104,43 @@ pub(crate) struct Jobs {
 
 impl Jobs {
     /// Starts everything that a take brought. What cannot be run is answered with an error; what runs already is left alone.
-    /// True when all of it could be run.
-    pub fn accept(self: &Arc<Self>, entries: Vec<serde_json::Value>) -> bool {
-        let mut sound = true;
+    /// Returns what was wrong with the take, if anything was.
+    pub fn accept(self: &Arc<Self>, entries: Vec<Entry>) -> Option<&'static str> {
+        let mut fault = None;
+        let mut repeated = 0;
+        let count = entries.len();
         for entry in entries {
-            match Entry::read(entry) {
-                Entry::Job(job) => {
-                    let id = job.id.clone();
-                    let batch_id = job.batch_id.clone();
-                    self.start(&id, batch_id, Ok(job));
-                }
-                Entry::NoInput { id } => {
-                    tracing::error!(request_id = %id, "the job has no input");
-                    let failure = Failure::bad_request("input", "The job has no `input`.");
-                    self.start(&id, None, Err(failure));
-                    sound = false;
+            let started = match entry {
+                Entry::Job(job) => self.start(&job.id.clone(), job.batch_id.clone(), Ok(job)),
+                Entry::Faulty { id, failure } => {
+                    tracing::error!(request_id = %id, "a job was taken that cannot be run: {failure}");
+                    fault = Some("a job that cannot be run");
+                    self.start(&id, None, Err(failure))
                 }
                 Entry::NoId => {
                     tracing::error!("a job without an id was taken: it can neither be run nor answered");
-                    sound = false;
+                    fault = Some("a job without an id");
+                    continue;
                 }
-            }
+            };
+            repeated += usize::from(!started);
         }
         tracing::debug!("Jobs in progress: {}", self.held.len());
-        sound
+        // Else a queue that hands out the same jobs again and again would be asked at full speed.
+        if count > 0 && repeated == count { Some("only jobs that run already") } else { fault }
     }
 
-    fn start(self: &Arc<Self>, id: &str, batch_id: Option<String>, job: Result<Job, Failure>) {
+    /// False: the job runs already.
+    fn start(self: &Arc<Self>, id: &str, batch_id: Option<String>, job: Result<Job, Failure>) -> bool {
         // A job that has ended may come again: a retry. One that still runs was delivered twice, and runs once.
         let Some((holding, stopped)) = self.held.hold(id) else {
             tracing::warn!(request_id = %id, "the job was delivered again while it runs; once is enough");
-            return;
+            return false;
         };
-        let span = tracing::info_span!("job", request_id = %id, batch_id = batch_id.as_deref());
+        // Of the highest level, so that also a log of errors alone names the job.
+        let span = tracing::error_span!("job", request_id = %id, batch_id = batch_id.as_deref());
         tokio::spawn(Arc::clone(self).answer(id.to_owned(), job, holding, stopped).instrument(span));
+        true
     }
 
     /// Runs one job and posts its result: once, or never if the platform stops it.
@@ -154,7 +157,10 @@ impl Jobs {
                 tokio::select! {
                     biased;
                     Ok(()) = &mut stopped => tracing::info!("Job stopped."),
-                    _ = self.client.done(&id, &outcome, stop_pod) => tracing::info!("Finished."),
+                    // What did not arrive was logged where it failed.
+                    arrived = self.client.done(&id, &outcome, stop_pod) => if arrived {
+                        tracing::info!("Finished.");
+                    },
                 }
                 if stop_pod {
                     self.broken.send_replace(true);

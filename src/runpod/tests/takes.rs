@@ -129,6 +129,28 @@ async fn a_list_is_validated_entry_by_entry() {
 }
 
 #[tokio::test]
+async fn a_job_that_cannot_be_read_is_answered_and_spares_its_neighbours() {
+    let running = Running::start(echo()).await;
+    // Half of a surrogate pair: JSON, and not text.
+    let list = r#"[{"id":"a","input":{"text":"\ud83d"}},{"id":"b","input":1}]"#;
+    running.queue.script(Route::Take, [Reply::Text(list, "application/json")]);
+    let mut done = running.queue.wait(Route::Done, 2).await;
+    done.sort_by_key(|seen| seen.line.clone());
+    running.end().await;
+    assert_eq!(envelope(&done[0].json())["status"], 400);
+    assert_eq!(done[1].json(), json!({"output": {"echo": 1}}));
+}
+
+#[tokio::test]
+async fn a_refused_worker_does_not_blame_the_batch_route() {
+    let running = Running::start(echo()).await;
+    running.queue.script(Route::Take, [Reply::Status(401), Reply::Status(403), Reply::Status(204)]);
+    running.queue.wait(Route::Take, 4).await;
+    let lines = running.end().await.lines(Route::Take);
+    assert!(lines.iter().all(|line| line.contains("/job-take-batch/")), "{lines:?}");
+}
+
+#[tokio::test]
 async fn without_a_batch_route_jobs_are_taken_singly() {
     for status in [404, 500] {
         let running = Running::start(echo()).await;
@@ -181,4 +203,29 @@ async fn settings_that_cannot_work_are_refused_by_name() {
     bad_key.api_key = Some(Secret::new("line\nbreak"));
     let error = run(bad_key).await;
     assert!(error.contains("RUNPOD_AI_API_KEY") && !error.contains("line\nbreak"), "{error}");
+}
+
+/// What the platform's test harness sets: no query in the take address, no key, no stream, no ping; and few of the routes.
+#[tokio::test]
+async fn the_test_harness_is_enough() {
+    let queue = Queue::start().await;
+    let settings = RunpodSettings {
+        get_job: Some(format!("{}/job-take/$RUNPOD_POD_ID", queue.base)),
+        post_output: Some(format!("{}/job-done/$RUNPOD_POD_ID/$ID?gpu=$RUNPOD_GPU_TYPE_ID", queue.base)),
+        gpu_type_id: Some("NVIDIA L4".into()),
+        ..Default::default()
+    };
+    let pieces = streamer(|| stream::iter([Ok(json!({"n": 1}))]).boxed());
+    let running = Running::worker(&queue, Worker::new(&settings, 8, pieces).pacing(pacing()));
+    queue.script(Route::Stop, [Reply::Status(404)]);
+    queue.script(Route::Take, [Reply::Status(404), Reply::Status(500), Reply::Status(204)]);
+    running.give("a", json!({}));
+    let done = queue.wait(Route::Done, 1).await;
+    running.end().await;
+    assert_eq!(done[0].json(), json!({"output": [{"n": 1}]}));
+    let worker = done[0].line.split('/').nth(4).unwrap();
+    assert!(uuid::Uuid::parse_str(worker).is_ok(), "{worker}");
+    assert_eq!(done[0].line, format!("POST /v2/ep/job-done/{worker}/a?gpu=NVIDIA%20L4&isStream=true"));
+    assert_eq!(queue.lines(Route::Take)[1], format!("GET /v2/ep/job-take/{worker}?job_in_progress=0"));
+    assert!(queue.lines(Route::Stream).is_empty() && queue.lines(Route::Ping).is_empty());
 }
