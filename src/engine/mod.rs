@@ -12,6 +12,7 @@ use crate::error::Failure;
 
 pub mod blocks;
 pub mod run;
+pub mod detokenize;
 pub mod sampling;
 pub mod scheduler;
 pub mod sequence;
