@@ -13,7 +13,11 @@ use crate::engine::Handle;
 use crate::error::Failure;
 use crate::models::tokenizer::Tokenizer;
 
+pub mod chat_template;
+mod clock;
 pub mod failure;
+pub mod fields;
+mod messages;
 
 /// What a request gives back.
 pub enum Answer {
