@@ -18,6 +18,8 @@ mod clock;
 pub mod failure;
 pub mod fields;
 mod messages;
+pub mod model;
+mod options;
 
 /// What a request gives back.
 pub enum Answer {

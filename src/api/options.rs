@@ -1,0 +1,307 @@
+//! The generation parameters that every route reads in the same way, and their defaults.
+
+use std::sync::Arc;
+
+use serde_json::{Map, Value};
+
+use crate::api::fields::{Fields, invalid, refuse_unsupported, wrong_type};
+use crate::config::ApiSettings;
+use crate::engine::{Limits, SamplingParams};
+use crate::error::Failure;
+
+/// Sampling defaults: `generation_config.json`, unless switched off, with the overrides of the settings laid over it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Defaults {
+    temperature: f64,
+    top_p: f64,
+    top_k: i64,
+    min_p: f64,
+    presence_penalty: f64,
+    frequency_penalty: f64,
+    repetition_penalty: f64,
+}
+
+impl Defaults {
+    /// Values of the model that make no sense are left out; those of `OVERRIDE_GENERATION_CONFIG` stop the start.
+    pub fn new(generation_config: &Value, settings: &ApiSettings) -> Result<Self, Failure> {
+        let mut defaults = Self {
+            temperature: 1.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            repetition_penalty: 1.0,
+        };
+        if let (false, Value::Object(config)) = (settings.ignore_generation_config, generation_config) {
+            for (name, value) in config {
+                // A model's file is no reason to stop: the neutral value stays.
+                let single = Value::Object(Map::from_iter([(name.clone(), value.clone())]));
+                let _ = defaults.lay_over(&single);
+            }
+        }
+        if let Some(config) = &settings.override_generation_config {
+            defaults
+                .lay_over(&Value::Object(config.clone()))
+                .map_err(|failure| Failure::internal(format!("OVERRIDE_GENERATION_CONFIG: {}", failure.message)))?;
+        }
+        Ok(defaults)
+    }
+
+    fn lay_over(&mut self, config: &Value) -> Result<(), Failure> {
+        let fields = Fields::new(config, false)?;
+        *self = self.with(&fields)?;
+        Ok(())
+    }
+
+    /// These, with whatever the request says itself.
+    fn with(&self, fields: &Fields<'_>) -> Result<Self, Failure> {
+        let top_k = fields.integer("top_k", i64::MIN)?;
+        if let (Some(top_k), Some(field)) = (top_k.filter(|top_k| *top_k < -1), fields.get("top_k")) {
+            return Err(invalid(&field, format!("{top_k} is out of Range. Either set top_k to -1 or >=1. - '{}'", field.name)));
+        }
+        let repetition_penalty = fields.number("repetition_penalty", 0.0, 1e3)?;
+        if let (Some(_), Some(field)) = (repetition_penalty.filter(|penalty| *penalty < 1e-3), fields.get("repetition_penalty")) {
+            return Err(invalid(&field, format!("{} is less than the minimum of 0.001 - '{}'", field.value, field.name)));
+        }
+        Ok(Self {
+            temperature: fields.number("temperature", 0.0, 2.0)?.unwrap_or(self.temperature),
+            top_p: fields.number("top_p", 0.0, 1.0)?.unwrap_or(self.top_p),
+            top_k: top_k.unwrap_or(self.top_k),
+            min_p: fields.number("min_p", 0.0, 1.0)?.unwrap_or(self.min_p),
+            presence_penalty: fields.number("presence_penalty", -2.0, 2.0)?.unwrap_or(self.presence_penalty),
+            frequency_penalty: fields.number("frequency_penalty", -2.0, 2.0)?.unwrap_or(self.frequency_penalty),
+            repetition_penalty: repetition_penalty.unwrap_or(self.repetition_penalty),
+        })
+    }
+}
+
+/// How a prompt that is too long is cut, when the request asks for it: its end stays.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Truncate {
+    ToContext,
+    Last(usize),
+}
+
+/// The parameters of one request.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Choices for each prompt.
+    pub n: usize,
+    pub stream: bool,
+    pub include_usage: bool,
+    pub continuous_usage: bool,
+    /// As asked; the context's rest bounds it later.
+    pub max_tokens: Option<usize>,
+    pub stops: Vec<String>,
+    pub include_stop: bool,
+    pub skip_special_tokens: bool,
+    pub truncate: Option<Truncate>,
+    pub return_token_ids: bool,
+    pub add_special_tokens: Option<bool>,
+    /// The first choice's; `max_tokens` is not set yet.
+    pub sampling: SamplingParams,
+}
+
+/// What [`Options::read`] needs of the service.
+pub struct Context<'a> {
+    pub settings: &'a ApiSettings,
+    pub defaults: &'a Defaults,
+    pub limits: &'a Limits,
+    pub eos_token_ids: &'a Arc<Vec<u32>>,
+}
+
+/// Most choices when no other limit is set.
+const MAX_N: usize = 128;
+
+impl Options {
+    /// Reads and checks all of them. `pick_seed` is asked when the request has none.
+    pub fn read(fields: &Fields<'_>, context: &Context<'_>, pick_seed: impl FnOnce() -> u64) -> Result<Self, Failure> {
+        let n = fields.count("n", 1)?.unwrap_or(1);
+        let max_n = context.settings.max_n.unwrap_or(MAX_N);
+        if let (true, Some(field)) = (n > max_n, fields.get("n")) {
+            return Err(invalid(&field, format!("{n} is greater than the maximum of {max_n} - '{}'", field.name)));
+        }
+        refuse_unsupported(fields, n)?;
+        let max_tokens = max_tokens(fields)?;
+        let min_tokens = fields.count("min_tokens", 0)?.unwrap_or(0);
+        if let (Some(max_tokens), Some(field)) = (max_tokens.filter(|max| min_tokens > *max), fields.get("min_tokens")) {
+            return Err(invalid(
+                &field,
+                format!("{min_tokens} is greater than the maximum of {max_tokens}, which is max_tokens - '{}'", field.name),
+            ));
+        }
+        let (include_usage, continuous_usage) = stream_options(fields)?;
+        let vocab_size = context.limits.vocab_size;
+        let stop_token_ids = fields.token_ids("stop_token_ids", vocab_size)?.unwrap_or_default();
+        let drawn = context.defaults.with(fields)?;
+        // A nucleus of nothing is its most likely token.
+        let greedy = drawn.top_p < 1e-5;
+        let sampling = SamplingParams {
+            temperature: if greedy { 0.0 } else { drawn.temperature as f32 },
+            top_p: if greedy { 1.0 } else { drawn.top_p as f32 },
+            top_k: u32::try_from(drawn.top_k.max(0)).unwrap_or(u32::MAX),
+            min_p: drawn.min_p as f32,
+            presence_penalty: drawn.presence_penalty as f32,
+            frequency_penalty: drawn.frequency_penalty as f32,
+            repetition_penalty: drawn.repetition_penalty as f32,
+            logit_bias: Arc::new(fields.logit_bias(vocab_size)?),
+            seed: fields.seed()?.unwrap_or_else(pick_seed),
+            max_tokens: 0,
+            min_tokens,
+            eos_token_ids: context.eos_token_ids.clone(),
+            stop_token_ids: Arc::new(stop_token_ids),
+            ignore_eos: fields.bool("ignore_eos")?.unwrap_or(false),
+        };
+        Ok(Self {
+            n,
+            stream: fields.bool("stream")?.unwrap_or(false),
+            include_usage: include_usage || context.settings.force_include_usage,
+            continuous_usage,
+            max_tokens,
+            stops: fields.stop()?,
+            include_stop: fields.bool("include_stop_str_in_output")?.unwrap_or(false),
+            skip_special_tokens: fields.bool("skip_special_tokens")?.unwrap_or(true),
+            truncate: truncate(fields)?,
+            return_token_ids: fields.bool("return_token_ids")?.unwrap_or(false),
+            add_special_tokens: fields.bool("add_special_tokens")?,
+            sampling,
+        })
+    }
+}
+
+/// `max_completion_tokens` wins over the older `max_tokens`, and that over `max_new_tokens`; all are checked.
+fn max_tokens(fields: &Fields<'_>) -> Result<Option<usize>, Failure> {
+    let newest = fields.count("max_completion_tokens", 1)?;
+    let older = fields.count("max_tokens", 1)?;
+    let other = fields.count("max_new_tokens", 1)?;
+    Ok(newest.or(older).or(other))
+}
+
+/// `include_usage` and `continuous_usage_stats`. Without `stream` they mean nothing and are let pass: LangChain sends them loosely.
+fn stream_options(fields: &Fields<'_>) -> Result<(bool, bool), Failure> {
+    let Some(field) = fields.get("stream_options") else { return Ok((false, false)) };
+    if !field.value.is_object() {
+        return Err(wrong_type(&field, "an object"));
+    }
+    let flag = |name: &str| match field.value.get(name) {
+        None | Some(Value::Null) => Ok(false),
+        Some(Value::Bool(flag)) => Ok(*flag),
+        Some(value) => Err(wrong_type(&crate::api::fields::Field { name: format!("{}.{name}", field.name), value }, "true or false")),
+    };
+    Ok((flag("include_usage")?, flag("continuous_usage_stats")?))
+}
+
+fn truncate(fields: &Fields<'_>) -> Result<Option<Truncate>, Failure> {
+    let tokens = fields.integer("truncate_prompt_tokens", -1)?;
+    let flag = fields.bool("truncate_sequence")?.unwrap_or(false);
+    match (tokens, fields.get("truncate_prompt_tokens")) {
+        (Some(0), Some(field)) => Err(invalid(&field, format!("0 is less than the minimum of 1 (or -1, the context) - '{}'", field.name))),
+        (Some(-1), _) => Ok(Some(Truncate::ToContext)),
+        (Some(tokens), _) => Ok(Some(Truncate::Last(usize::try_from(tokens).unwrap_or(usize::MAX)))),
+        (None, _) => Ok(flag.then_some(Truncate::ToContext)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn read(body: Value) -> Result<Options, Failure> {
+        let settings = ApiSettings { max_n: Some(4), ..ApiSettings::default() };
+        let defaults = Defaults::new(&json!({"temperature": 0.8, "top_p": 0.7, "top_k": 50}), &settings).unwrap();
+        let limits = Limits { max_model_len: 64, vocab_size: 10, max_num_seqs: 4, max_waiting: 4 };
+        let context = Context { settings: &settings, defaults: &defaults, limits: &limits, eos_token_ids: &Arc::new(vec![2]) };
+        Options::read(&Fields::new(&body, true).unwrap(), &context, || 99)
+    }
+
+    #[test]
+    fn defaults_come_from_the_model_and_null_is_default() {
+        let options = read(json!({"temperature": null})).unwrap();
+        assert_eq!((options.sampling.temperature, options.sampling.top_p, options.sampling.top_k), (0.8, 0.7, 50));
+        assert_eq!((options.sampling.seed, options.n, options.stream, options.max_tokens), (99, 1, false, None));
+        assert!(options.skip_special_tokens);
+        let options = read(json!({"temperature": 0, "top_p": 1, "top_k": -1, "seed": 7})).unwrap();
+        assert_eq!((options.sampling.temperature, options.sampling.top_p, options.sampling.top_k, options.sampling.seed), (0.0, 1.0, 0, 7));
+    }
+
+    #[test]
+    fn the_two_switches_of_the_generation_config() {
+        let config = json!({"temperature": 0.8, "top_p": 7, "max_new_tokens": 5});
+        let mut settings = ApiSettings::default();
+        assert_eq!(Defaults::new(&config, &settings).unwrap().temperature, 0.8);
+        assert_eq!(Defaults::new(&config, &settings).unwrap().top_p, 1.0, "a value that makes no sense is left out");
+        settings.ignore_generation_config = true;
+        assert_eq!(Defaults::new(&config, &settings).unwrap().temperature, 1.0);
+        settings.override_generation_config = json!({"temperature": 0.1}).as_object().cloned();
+        assert_eq!(Defaults::new(&config, &settings).unwrap().temperature, 0.1);
+        settings.override_generation_config = json!({"temperature": "hot"}).as_object().cloned();
+        assert!(Defaults::new(&config, &settings).unwrap_err().message.starts_with("OVERRIDE_GENERATION_CONFIG: 'temperature'"));
+    }
+
+    #[test]
+    fn the_newest_name_of_max_tokens_wins_and_all_are_checked() {
+        assert_eq!(read(json!({"max_tokens": 5, "max_completion_tokens": 6, "max_new_tokens": 7})).unwrap().max_tokens, Some(6));
+        assert_eq!(read(json!({"max_tokens": 5, "max_new_tokens": 7})).unwrap().max_tokens, Some(5));
+        assert_eq!(read(json!({"sampling_params": {"max_new_tokens": 7}})).unwrap().max_tokens, Some(7));
+        assert_eq!(read(json!({"max_tokens": 0, "max_completion_tokens": 6})).unwrap_err().param.as_deref(), Some("max_tokens"));
+    }
+
+    #[test]
+    fn a_nucleus_of_nothing_is_greedy() {
+        let sampling = read(json!({"top_p": 0})).unwrap().sampling;
+        assert_eq!((sampling.temperature, sampling.top_p), (0.0, 1.0));
+    }
+
+    #[test]
+    fn one_past_each_range_is_refused_by_name() {
+        let cases = [
+            json!({"temperature": 2.1}),
+            json!({"temperature": -0.1}),
+            json!({"top_p": 1.1}),
+            json!({"top_p": -1}),
+            json!({"top_k": -2}),
+            json!({"min_p": 1.5}),
+            json!({"presence_penalty": 2.5}),
+            json!({"frequency_penalty": -2.5}),
+            json!({"repetition_penalty": 0}),
+            json!({"n": 0}),
+            json!({"n": 5}),
+            json!({"max_tokens": 0}),
+            json!({"max_tokens": -1}),
+            json!({"min_tokens": -1}),
+            json!({"stop_token_ids": [10]}),
+            json!({"stop_token_ids": [-1]}),
+            json!({"logit_bias": {"10": 1}}),
+            json!({"truncate_prompt_tokens": 0}),
+            json!({"truncate_prompt_tokens": -2}),
+            json!({"min_tokens": 5, "max_tokens": 4}),
+        ];
+        for body in cases {
+            let failure = read(body.clone()).unwrap_err();
+            assert_eq!(failure.code, Some("invalid_value"), "{body}");
+            let field = body.as_object().unwrap().keys().next().unwrap().clone();
+            assert!(failure.param.as_deref().unwrap().starts_with(&field), "{body}: {failure:?}");
+        }
+        for body in [
+            json!({"top_k": 0}),
+            json!({"top_k": 1}),
+            json!({"temperature": 2}),
+            json!({"n": 4}),
+            json!({"min_tokens": 4, "max_tokens": 4}),
+        ] {
+            assert!(read(body).is_ok());
+        }
+    }
+
+    #[test]
+    fn stream_options_are_read_and_typed() {
+        assert!(read(json!({"stream_options": {"include_usage": true}})).unwrap().include_usage);
+        assert_eq!(
+            read(json!({"stream_options": {"include_usage": "yes"}})).unwrap_err().param.as_deref(),
+            Some("stream_options.include_usage")
+        );
+        assert!(read(json!({"stream_options": 5})).is_err());
+    }
+}
