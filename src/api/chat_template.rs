@@ -28,6 +28,16 @@ pub const ERNIE: &str = r"
 {%- if add_generation_prompt -%}{{- 'Assistant: ' -}}{%- endif -%}
 ";
 
+/// The text of a `CHAT_TEMPLATE` setting, which is a template or the path of a file that holds one. For the start only: it reads the file.
+pub fn of_setting(value: &str) -> Result<String, Failure> {
+    if ["{{", "{%", "{#", "\n"].iter().any(|mark| value.contains(mark)) {
+        return Ok(value.to_owned());
+    }
+    std::fs::read_to_string(value).map_err(|error| {
+        Failure::internal(format!("CHAT_TEMPLATE: {value} is neither a Jinja template nor a file that can be read ({error})"))
+    })
+}
+
 /// One compiled template.
 pub struct ChatTemplate {
     environment: Environment<'static>,

@@ -1,0 +1,148 @@
+//! Chat completions: messages → one prompt.
+
+use serde_json::{Map, Value, json};
+
+use crate::api::fields::{Field, Fields, invalid, missing};
+use crate::api::openai::{Prepared, Surface};
+use crate::api::options::Options;
+use crate::api::prompt::{Guard, Marks};
+use crate::api::{Service, chat_template::ChatTemplate, messages};
+use crate::error::Failure;
+use crate::models::tokenizer::Special;
+
+/// Reads and checks a whole request. `native`: it came as a job's own input.
+pub fn prepare(service: &Service, body: &Value, native: bool) -> Result<Prepared, Failure> {
+    let fields = Fields::new(body, native)?;
+    service.check_model(&fields)?;
+    let mut options = service.options(&fields)?;
+    options.max_tokens = options.max_tokens.or(service.settings.default_max_tokens);
+    let ids = match (fields.token_ids("prompt_token_ids", service.engine.limits().vocab_size)?, fields.get("messages")) {
+        (Some(ids), _) => ids,
+        (None, Some(field)) => encode(service, &fields, messages::read(&field)?, &options)?,
+        (None, None) => return Err(missing("messages", "'messages' is missing. It is a list of at least one message.")),
+    };
+    let prompts = vec![service.fit(ids, &options, "messages")?];
+    let role = service.settings.response_role.clone().unwrap_or_else(|| "assistant".to_owned());
+    Prepared::new(service, Surface::Chat { role }, prompts, options)
+}
+
+/// Renders and tokenizes.
+pub fn encode(service: &Service, fields: &Fields<'_>, messages: Vec<Value>, options: &Options) -> Result<Vec<u32>, Failure> {
+    let mut variables = Variables::read(fields, messages)?;
+    let marks = Guard::marks(&[&variables.messages, &variables.user])?;
+    if !service.settings.allow_special_tokens {
+        service.guard.break_in(&mut variables.messages, marks.break_mark);
+        service.guard.break_in(&mut variables.user, marks.break_mark);
+    }
+    if variables.continue_final_message {
+        variables.open_final_message(marks)?;
+    }
+    let of_request = request_template(service, fields)?;
+    let template = match &of_request {
+        Some(template) => template,
+        None => service.chat_template()?,
+    };
+    let continued = variables.continue_final_message;
+    let mut rendered = template.render(&variables.into_map(service))?;
+    if continued {
+        let Some(end) = rendered.rfind(marks.place_mark) else {
+            let message = "The model's chat template leaves out the final message, so it cannot be continued.";
+            return Err(Failure::bad_request("continue_final_message", message).code("invalid_value"));
+        };
+        rendered.truncate(end);
+    }
+    let mut ids = match service.settings.allow_special_tokens {
+        true => service.tokenizer.encode(&rendered, Special::Control)?,
+        false => service.guard.encode(&service.tokenizer, &rendered, marks.break_mark)?,
+    };
+    // Templates write the beginning-of-sequence token themselves: only when asked, and never twice.
+    if options.add_special_tokens == Some(true) && service.bos_token_id.is_some() && ids.first() != service.bos_token_id.as_ref() {
+        ids.splice(0..0, service.bos_token_id);
+    }
+    Ok(ids)
+}
+
+/// The request's own template, for those who may bring one.
+fn request_template(service: &Service, fields: &Fields<'_>) -> Result<Option<ChatTemplate>, Failure> {
+    let Some(source) = fields.string("chat_template")? else { return Ok(None) };
+    if !service.settings.trust_request_chat_template {
+        let message = "Chat templates of requests are not accepted here. Remove 'chat_template', or start the server with TRUST_REQUEST_CHAT_TEMPLATE=true.";
+        return Err(Failure::bad_request("chat_template", message).code("unsupported_parameter"));
+    }
+    let broken = |error| Failure::bad_request("chat_template", format!("'chat_template' is not a valid template: {error}"));
+    ChatTemplate::compile(source).map(Some).map_err(broken)
+}
+
+/// What a template is rendered with.
+struct Variables {
+    messages: Value,
+    /// `documents` and `chat_template_kwargs`: from the user as well.
+    user: Value,
+    add_generation_prompt: bool,
+    continue_final_message: bool,
+}
+
+impl Variables {
+    fn read(fields: &Fields<'_>, messages: Vec<Value>) -> Result<Self, Failure> {
+        let continue_final_message = fields.bool("continue_final_message")?.unwrap_or(false);
+        let add_generation_prompt = fields.bool("add_generation_prompt")?;
+        if continue_final_message && add_generation_prompt == Some(true) {
+            let message = "'continue_final_message' and 'add_generation_prompt' exclude each other: set one of them to false.";
+            return Err(Failure::bad_request("continue_final_message", message).code("invalid_value"));
+        }
+        let mut user = fields.object("chat_template_kwargs")?.cloned().unwrap_or_default();
+        if user.contains_key("messages") {
+            let message = "'chat_template_kwargs' must not hold 'messages'.";
+            return Err(Failure::bad_request("chat_template_kwargs.messages", message).code("invalid_value"));
+        }
+        if let Some(documents) = fields.get("documents") {
+            user.entry("documents").or_insert_with(|| documents.value.clone());
+        }
+        thinking(fields, &mut user)?;
+        Ok(Self {
+            messages: Value::Array(messages),
+            user: Value::Object(user),
+            add_generation_prompt: add_generation_prompt.unwrap_or(!continue_final_message),
+            continue_final_message,
+        })
+    }
+
+    /// Marks the end of the last message's text: what the template writes after it is cut off.
+    fn open_final_message(&mut self, marks: Marks) -> Result<(), Failure> {
+        let last = self.messages.as_array_mut().and_then(|messages| messages.last_mut());
+        if let Some(Value::String(text)) = last.and_then(|message| message.get_mut("content")) {
+            text.push(marks.place_mark);
+        }
+        Ok(())
+    }
+
+    fn into_map(self, service: &Service) -> Map<String, Value> {
+        let mut map = service.model.special_tokens.clone();
+        map.insert("tools".to_owned(), Value::Null);
+        map.insert("documents".to_owned(), Value::Null);
+        map.insert("add_generation_prompt".to_owned(), json!(self.add_generation_prompt));
+        if let Value::Object(user) = self.user {
+            map.extend(user);
+        }
+        map.insert("messages".to_owned(), self.messages);
+        map
+    }
+}
+
+/// The switches for thinking, under the names that clients use. `chat_template_kwargs` wins.
+fn thinking(fields: &Fields<'_>, user: &mut Map<String, Value>) -> Result<(), Failure> {
+    if let Some(flag) = fields.bool("enable_thinking")? {
+        user.entry("enable_thinking").or_insert(json!(flag));
+    }
+    let Some(field) = fields.get("reasoning_effort") else { return Ok(()) };
+    const EFFORTS: [&str; 7] = ["none", "minimal", "low", "medium", "high", "xhigh", "max"];
+    let Some(effort) = field.value.as_str().filter(|effort| EFFORTS.contains(effort)) else {
+        let field = Field { name: field.name, value: field.value };
+        return Err(invalid(&field, format!("'{}' must be one of {}, but it is {}.", field.name, EFFORTS.join(", "), field.value)));
+    };
+    user.entry("reasoning_effort").or_insert(json!(effort));
+    if effort == "none" {
+        user.entry("enable_thinking").or_insert(json!(false));
+    }
+    Ok(())
+}
