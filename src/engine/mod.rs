@@ -11,8 +11,8 @@ use tokio::sync::mpsc;
 use crate::error::Failure;
 
 pub mod blocks;
-pub mod run;
 pub mod detokenize;
+pub mod run;
 pub mod sampling;
 pub mod scheduler;
 pub mod sequence;
