@@ -1,7 +1,6 @@
 //! What workers call: take, stop, done, stream, ping. And the variables with which one attaches.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::time::Instant;
 
 use axum::extract::{Path, Query, Request, State};
@@ -12,7 +11,6 @@ use axum::{Json, Router};
 use serde_json::{Value, json};
 
 use super::Endpoints;
-use super::queue::Queue;
 use super::state::Verdict;
 use super::workers::Sign;
 use crate::config::Secret;
@@ -93,7 +91,7 @@ fn nothing() -> Response {
 async fn done(State(endpoints): State<Endpoints>, Path((id, worker, job)): Path<(String, String, String)>, request: Request) -> Answer {
     let queue = endpoints.queue(&id).map_err(plain)?;
     let (worker, job) = (segment(&worker), segment(&job));
-    let (body, bytes) = read(&queue, queue.options.run_limit.max(queue.options.sync_limit), request).await?;
+    let (body, bytes) = read(queue.options.run_limit.max(queue.options.sync_limit), request).await?;
     let verdict = queue.change(|state, now| {
         let _ = state.workers.seen(worker, Sign::Post, now);
         state.done(worker, job, body, bytes, now)
@@ -104,7 +102,7 @@ async fn done(State(endpoints): State<Endpoints>, Path((id, worker, job)): Path<
 async fn stream(State(endpoints): State<Endpoints>, Path((id, worker, job)): Path<(String, String, String)>, request: Request) -> Answer {
     let queue = endpoints.queue(&id).map_err(plain)?;
     let (worker, job) = (segment(&worker), segment(&job));
-    let (body, bytes) = read(&queue, queue.options.chunk_limit, request).await?;
+    let (body, bytes) = read(queue.options.chunk_limit, request).await?;
     let verdict = queue.change(|state, now| {
         let _ = state.workers.seen(worker, Sign::Post, now);
         state.chunk(worker, job, body, bytes)
@@ -115,7 +113,7 @@ async fn stream(State(endpoints): State<Endpoints>, Path((id, worker, job)): Pat
 type Answer = Result<Json<Value>, Refusal>;
 
 /// The body as JSON, whatever its content type says: the SDK calls it a form.
-async fn read(_: &Arc<Queue>, limit: usize, request: Request) -> Result<(Value, usize), Refusal> {
+async fn read(limit: usize, request: Request) -> Result<(Value, usize), Refusal> {
     let (parts, body) = request.into_parts();
     let bytes = match wire::read_body(&parts.headers, body, limit).await {
         Err(failure) if failure.kind == Kind::TooLarge => return Err(plain(Failure { kind: Kind::BadRequest, ..failure })),

@@ -92,7 +92,7 @@ async fn status_sync(State(endpoints): State<Endpoints>, Path((id, job)): Path<(
 /// The chunks since the last read. `stream` is always there: the SDK looks for it even at the end.
 async fn stream(State(endpoints): State<Endpoints>, Path((id, job)): Path<(String, String)>) -> Answer {
     let queue = queue(&endpoints, &id)?;
-    let progress = queue.wait_chunks(&job, Instant::now() + queue.options.stream_hold).await.map_err(plain)?;
+    let progress = queue.wait_chunks(&job, Instant::now() + queue.options.stream_hold, None).await.map_err(plain)?;
     let chunks: Vec<Value> = progress.chunks.into_iter().map(|output| json!({ "output": output })).collect();
     let mut answer = json!({ "status": progress.status.name(), "stream": chunks });
     if let Some(error) = progress.error {

@@ -76,7 +76,7 @@ pub async fn relay(queue: Arc<Queue>, route: &str, call: Incoming, pace: Pace) -
         let progress = queue.change(|state, _| state.drain(ticket.id()))?;
         return whole(progress, queue.options.cloud_errors);
     }
-    let first = queue.wait_chunks(ticket.id(), Instant::now() + pace.patience).await?;
+    let first = queue.wait_chunks(ticket.id(), Instant::now() + pace.patience, None).await?;
     if first.status.is_final() && first.chunks.is_empty() && first.output.as_ref().is_none_or(|output| !is_frames(output)) {
         ticket.disarm();
         return whole(first, queue.options.cloud_errors);
@@ -151,7 +151,7 @@ fn frames(mut ticket: CancelOnDrop, first: Progress) -> sse::Frames {
                 }
                 return;
             }
-            match ticket.queue().wait_chunks(ticket.id(), Instant::now() + FOREVER).await {
+            match ticket.queue().wait_chunks(ticket.id(), Instant::now() + FOREVER, Some(attempt)).await {
                 Ok(next) => progress = next,
                 Err(failure) => {
                     let refusal = Refusal::from(failure);

@@ -75,15 +75,16 @@ impl Queue {
         }
     }
 
-    /// Waits until there is something new in the job's stream, it has ended, or the time is over.
-    pub async fn wait_chunks(&self, id: &str, until: Instant) -> Result<Progress, Failure> {
+    /// Waits until there is something new in the job's stream, it has ended, it has started over since `attempt`, or the time is over.
+    pub async fn wait_chunks(&self, id: &str, until: Instant, attempt: Option<u32>) -> Result<Progress, Failure> {
         loop {
             let changed = self.look(|state| state.job(id).map(|job| job.changed.clone()))?;
             let told = changed.notified();
             tokio::pin!(told);
             told.as_mut().enable();
             let progress = self.change_quietly(|state| state.drain(id))?;
-            let news = !progress.chunks.is_empty() || progress.status.is_final();
+            let over = attempt.is_some_and(|attempt| attempt != progress.retries);
+            let news = !progress.chunks.is_empty() || progress.status.is_final() || over;
             if news || tokio::time::timeout_at(until.into(), told).await.is_err() {
                 return Ok(progress);
             }

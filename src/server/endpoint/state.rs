@@ -389,3 +389,118 @@ fn truthy(value: &Value) -> bool {
         Value::Object(map) => !map.is_empty(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Submit,
+        Take(u8, usize),
+        Done(u8, u8),
+        Chunk(u8, u8),
+        Ping(u8),
+        Cancel(u8),
+        Retry(u8),
+        Purge,
+        Wait(u64),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            3 => Just(Step::Submit),
+            3 => (0..3u8, 1..4usize).prop_map(|(worker, want)| Step::Take(worker, want)),
+            3 => (0..3u8, any::<u8>()).prop_map(|(worker, job)| Step::Done(worker, job)),
+            2 => (0..3u8, any::<u8>()).prop_map(|(worker, job)| Step::Chunk(worker, job)),
+            2 => (0..3u8).prop_map(Step::Ping),
+            1 => any::<u8>().prop_map(Step::Cancel),
+            1 => any::<u8>().prop_map(Step::Retry),
+            1 => Just(Step::Purge),
+            2 => (0..100u64).prop_map(Step::Wait),
+        ]
+    }
+
+    fn check(state: &State) {
+        let waiting: HashSet<&String> = state.waiting.iter().collect();
+        assert_eq!(waiting.len(), state.waiting.len(), "a job waits twice");
+        let queued: HashSet<&String> = state.jobs.values().filter(|job| job.status == Status::InQueue).map(|job| &job.id).collect();
+        assert_eq!(waiting, queued);
+        for job in state.jobs.values() {
+            assert!(job.status != Status::InQueue || job.started.is_none());
+            assert_eq!(job.status.is_final(), job.finished.is_some());
+        }
+    }
+
+    proptest! {
+        /// Whatever happens in whatever order: nothing waits twice or gets lost, each run of a job ends once, memory is given back.
+        #[test]
+        fn no_job_is_lost_or_done_twice(steps in proptest::collection::vec(step(), 1..200)) {
+            let second = Duration::from_secs(1);
+            let options = Options { lost_after: 60 * second, silent_after: 100 * second, ..Options::default() };
+            let held = Arc::new(AtomicUsize::new(0));
+            let mut state = State::new(Arc::new(options), held.clone());
+            let mut now = Instant::now();
+            let mut ids: Vec<String> = Vec::new();
+            let mut ends: HashMap<String, u64> = HashMap::new();
+            let pick = |ids: &[String], n: u8| ids.get(n as usize % ids.len().max(1)).cloned().unwrap_or_default();
+            for step in steps {
+                match step {
+                    Step::Submit => ids.push(state.submit(Order::new(Origin::Run, json!(1), 10), now).unwrap()),
+                    Step::Take(worker, want) => {
+                        let name = format!("w{worker}");
+                        state.workers.seen(&name, super::super::workers::Sign::Take, now).unwrap();
+                        let before: Vec<String> = state.waiting.iter().take(want).cloned().collect();
+                        let offers: Vec<String> = state.take(&name, want, now).iter().map(|job| job["id"].as_str().unwrap().to_owned()).collect();
+                        prop_assert_eq!(before, offers);
+                    }
+                    Step::Done(worker, job) => {
+                        let (name, id) = (format!("w{worker}"), pick(&ids, job));
+                        let allowed = state.jobs.get(&id).is_some_and(|job| job.held_by(&name));
+                        let verdict = state.done(&name, &id, json!({"output": "x"}), 5, now);
+                        prop_assert_eq!(verdict == Verdict::Accepted, allowed);
+                        if allowed {
+                            *ends.entry(id.clone()).or_default() += 1;
+                            prop_assert_eq!(state.done(&name, &id, json!({"output": "y"}), 5, now), Verdict::Ignored);
+                            prop_assert_eq!(state.jobs[&id].output.clone(), Some(json!("x")));
+                        }
+                    }
+                    Step::Chunk(worker, job) => {
+                        state.chunk(&format!("w{worker}"), &pick(&ids, job), json!({"output": "c"}), 7);
+                    }
+                    Step::Ping(worker) => {
+                        let name = format!("w{worker}");
+                        state.workers.seen(&name, super::super::workers::Sign::Ping, now).unwrap();
+                        let jobs: Vec<String> = state.jobs.values().filter(|job| job.held_by(&name)).map(|job| job.id.clone()).collect();
+                        state.ping(&name, &jobs.iter().map(String::as_str).collect::<Vec<_>>(), now);
+                    }
+                    Step::Cancel(job) => {
+                        let id = pick(&ids, job);
+                        let there = state.jobs.contains_key(&id);
+                        prop_assert_eq!(state.cancel(&id, now).is_ok(), there);
+                        prop_assert!(!there || state.jobs[&id].status.is_final());
+                    }
+                    Step::Retry(job) => drop(state.retry(&pick(&ids, job), now)),
+                    Step::Purge => {
+                        state.purge(now);
+                        prop_assert!(state.waiting.is_empty());
+                    }
+                    Step::Wait(seconds) => {
+                        now += Duration::from_secs(seconds);
+                        state.sweep(now);
+                    }
+                }
+                check(&state);
+            }
+            prop_assert!(ends.values().all(|times| *times == 1), "completed jobs cannot be retried");
+            prop_assert_eq!(ends.len() as u64, state.completed);
+            state.sweep(now + Duration::from_secs(86_400));
+            prop_assert!(state.jobs.is_empty() && state.waiting.is_empty());
+            prop_assert_eq!(held.load(Ordering::Relaxed), 0);
+        }
+    }
+}
