@@ -239,8 +239,7 @@ mod tests {
         let sink = Arc::clone(&written);
         let subscriber = subscriber(verbosity.parse().unwrap(), format, move |line| sink.lock().unwrap().push(line.to_owned()));
         tracing::subscriber::with_default(subscriber, log);
-        let lines = written.lock().unwrap().clone();
-        lines
+        written.lock().unwrap().clone()
     }
 
     #[test]
