@@ -1,9 +1,48 @@
-//! Settings: the environment as typed ([`Env`], read by envy) and flags (clap) become [`Settings`], as meant.
+//! Settings: the environment as typed ([`Env`], read by envy) and flags ([`Args`], by clap) become [`Settings`], as meant.
 //!
-//! A bad value stops the start and names the variable; all mistakes are reported at once.
+//! A bad value stops the start and names the variable; all mistakes are reported at once. Flags beat the environment, which beats
+//! the configuration file; [`policy`] decides each name.
 
+use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
+
+mod cli;
+mod env;
+mod parse;
+pub mod policy;
+mod report;
+mod resolve;
+mod sources;
+
+pub use cli::{Args, BenchArgs, Command, PullArgs};
+pub use env::Env;
+pub use report::report;
+pub use sources::{Origin, Surroundings};
+
+/// The model when none is named.
+pub const DEFAULT_MODEL: &str = "baidu/ERNIE-4.5-0.3B-Paddle";
+
+/// One thing wrong with the settings.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Mistake {
+    /// The setting as the user wrote it: a variable, a flag, a key in a file.
+    pub name: String,
+    /// What is wrong, and what to do.
+    pub message: String,
+}
+
+impl Mistake {
+    fn new(name: impl Into<String>, message: impl Into<String>) -> Self {
+        Self { name: name.into(), message: message.into() }
+    }
+}
+
+impl fmt::Display for Mistake {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.name, self.message)
+    }
+}
 
 /// A value that is never shown: `Debug` and `Display` print `***`.
 #[derive(Clone, PartialEq, Eq)]
@@ -35,6 +74,9 @@ pub struct Settings {
     pub api: ApiSettings,
     pub runpod: RunpodSettings,
     pub server: ServerSettings,
+    pub log: LogSettings,
+    /// What was given, and where: canonical name, value (`***` for secrets), origin.
+    pub given: Vec<(String, String, Origin)>,
     /// Said once in the log at start: names that have no effect here, deprecated spellings.
     pub warnings: Vec<String>,
 }
@@ -74,6 +116,7 @@ pub struct EngineSettings {
     pub max_num_batched_tokens: Option<usize>,
     pub block_size: Option<usize>,
     pub num_blocks: Option<usize>,
+    /// In GiB.
     pub kv_cache_gb: Option<f64>,
     pub gpu_memory_utilization: Option<f64>,
     pub max_waiting: Option<usize>,
@@ -93,7 +136,7 @@ pub enum NativeFormat {
 
 #[derive(Debug, Clone, Default)]
 pub struct ApiSettings {
-    /// The names clients may use; the first is the one answers carry.
+    /// The names clients may use; the first is the one answers carry. The model's id and its last segment are always among them.
     pub served_names: Vec<String>,
     pub any_model_name: bool,
     pub allow_special_tokens: bool,
@@ -165,4 +208,26 @@ pub struct ServerSettings {
     pub api_keys: Vec<Secret>,
     /// CORS; empty = `*`.
     pub allowed_origins: Vec<String>,
+    /// The local endpoint answers failed OpenAI calls with 500, as the cloud is reported to do.
+    pub cloud_errors: bool,
 }
+
+#[derive(Debug, Clone, Default)]
+pub struct LogSettings {
+    pub level: LogLevel,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub enum LogLevel {
+    Trace,
+    Debug,
+    #[default]
+    Info,
+    Warn,
+    Error,
+    /// Nothing at all.
+    Off,
+}
+
+#[cfg(test)]
+mod tests;

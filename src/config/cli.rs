@@ -1,0 +1,299 @@
+//! The command line, by clap. Every setting is a flag; flags of other engines go through the policy table too.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+
+use super::Env;
+use super::policy::{self, Verdict};
+
+/// A RunPod serverless worker that serves open language models, with an OpenAI-compatible API.
+///
+/// Without a command: a queue worker when the platform's RUNPOD_WEBHOOK_GET_JOB is set; else one test job (--test_input, or the file
+/// test_input.json); else `http` when PORT is set.
+#[derive(Clone, Parser)]
+#[command(name = "worker-candle", version, subcommand_precedence_over_arg = true)]
+pub struct Args {
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// Run one job, `{"input": …}`, print its answer and exit. Written `--test_input` too.
+    #[arg(long, value_name = "JSON", help_heading = "General")]
+    pub test_input: Option<String>,
+    /// Another way to say `serve`.
+    #[arg(long, hide = true)]
+    pub rp_serve_api: bool,
+    #[command(flatten)]
+    pub env: Env,
+    /// Flags of other engines: name as a variable, and value.
+    #[arg(skip)]
+    pub foreign: Vec<(String, String)>,
+}
+
+#[derive(Debug, Clone, PartialEq, Subcommand)]
+pub enum Command {
+    /// The local endpoint, a worker on it, and the OpenAI routes: everything a laptop needs.
+    Serve,
+    /// The local endpoint alone, for workers that attach to it.
+    Gateway,
+    /// The OpenAI routes alone, on PORT: load-balancing endpoints and Pods.
+    Http,
+    /// Fetch a model into the cache or a folder.
+    Pull(PullArgs),
+    /// Measure speed.
+    Bench(BenchArgs),
+    /// Show the settings, the device, the memory plan and the model's files.
+    Check,
+}
+
+#[derive(Debug, Clone, PartialEq, clap::Args)]
+pub struct PullArgs {
+    /// The model's hub id.
+    #[arg(value_name = "MODEL")]
+    pub target: String,
+    /// Copy its files into this folder instead of the cache.
+    #[arg(long, value_name = "DIR")]
+    pub to: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, PartialEq, clap::Args)]
+pub struct BenchArgs {
+    /// Tokens in each prompt.
+    #[arg(long, default_value_t = 512, value_parser = positive)]
+    pub prompt_tokens: usize,
+    /// Tokens to generate for each prompt.
+    #[arg(long, default_value_t = 64, value_parser = positive)]
+    pub output_tokens: usize,
+    /// Sequences at once; several by commas.
+    #[arg(long, value_delimiter = ',', default_value = "1,4,16", value_parser = positive)]
+    pub concurrency: Vec<usize>,
+    /// One JSON object a line instead of a table.
+    #[arg(long)]
+    pub json: bool,
+    /// Measure a running server through HTTP instead of the engine alone.
+    #[arg(long)]
+    pub url: Option<String>,
+    /// Measure from the start of a process to the first token, by phase.
+    #[arg(long)]
+    pub cold_start: bool,
+}
+
+fn positive(value: &str) -> Result<usize, String> {
+    value.parse().ok().filter(|&number: &usize| number > 0).ok_or_else(|| "must be a whole number, at least 1".to_owned())
+}
+
+impl Args {
+    /// The program's own arguments. Asks for help, and mistakes in the form of flags, come back as clap's error, which knows its text,
+    /// its stream and its exit code.
+    pub fn of_process() -> Result<Self, clap::Error> {
+        Self::parse_argv(std::env::args_os())
+    }
+
+    /// The same for any command line; the first word is the program's name.
+    pub fn parse_argv(argv: impl IntoIterator<Item = impl Into<OsString>>) -> Result<Self, clap::Error> {
+        let (own, foreign) = sort_out(argv.into_iter().map(Into::into))?;
+        let mut args = Self::from_arg_matches(&Self::clap_command().try_get_matches_from(own)?)?;
+        args.foreign = foreign;
+        if args.rp_serve_api && args.command.is_none() {
+            args.command = Some(Command::Serve);
+        }
+        Ok(args)
+    }
+
+    /// The command as clap knows it, with every setting's flag allowed before and after the subcommand.
+    pub fn clap_command() -> clap::Command {
+        Self::command().mut_args(|argument| argument.global(true))
+    }
+}
+
+/// A flag as written: its variable's name, and the value after `=`.
+fn flag_parts(word: &str) -> Option<(String, Option<&str>)> {
+    let flag = word.strip_prefix("--").filter(|flag| !flag.is_empty())?;
+    let (name, value) = flag.split_once('=').map_or((flag, None), |(name, value)| (name, Some(value)));
+    Some((policy::variable(name), value))
+}
+
+/// Flags that take no value.
+fn is_switch(name: &str) -> bool {
+    match policy::find(name) {
+        Some(Verdict::NoEffect { switch, .. }) => switch,
+        Some(Verdict::Refused { unless, .. }) => unless.first().is_some_and(|first| matches!(*first, "true" | "false")),
+        Some(Verdict::Works { .. }) => Args::command().get_arguments().any(|argument| {
+            argument.get_id().as_str() == name.to_ascii_lowercase() && argument.get_num_args().is_some_and(|range| range.min_values() == 0)
+        }),
+        Some(Verdict::Alias(of)) => is_switch(of),
+        None => false,
+    }
+}
+
+/// `NO_ENABLE_LORA` → `ENABLE_LORA` when that is a switch.
+fn negated(name: &str) -> Option<&str> {
+    name.strip_prefix("NO_").filter(|name| is_switch(name))
+}
+
+type Foreign = Vec<(String, String)>;
+
+/// Splits a command line into clap's part and the flags that only the policy table knows. Spellings are made one: `_` for `-`, other
+/// names of a setting, `--no-…`.
+fn sort_out(argv: impl Iterator<Item = OsString>) -> Result<(Vec<OsString>, Foreign), clap::Error> {
+    let mut own = Vec::new();
+    let mut foreign = Vec::new();
+    let mut words = argv.peekable();
+    own.extend(words.next());
+    while let Some(word) = words.next() {
+        let Some((name, value)) = word.to_str().and_then(flag_parts) else {
+            own.push(word);
+            continue;
+        };
+        let (name, value) = match negated(&name) {
+            Some(positive) if value.is_none() => (positive.to_owned(), Some("false")),
+            _ => (name, value),
+        };
+        match policy::find(&name) {
+            Some(Verdict::Refused { .. } | Verdict::NoEffect { .. }) => {
+                let value = match value {
+                    Some(value) => value.to_owned(),
+                    None if is_switch(&name) => "true".to_owned(),
+                    None => match words.next_if(|next| !next.to_string_lossy().starts_with("--")) {
+                        Some(next) => next.to_string_lossy().into_owned(),
+                        None => return Err(missing_value(&name)),
+                    },
+                };
+                foreign.push((name, value));
+            }
+            known => {
+                let name = if let Some(Verdict::Alias(of)) = known { of } else { &name };
+                let value = value.map(|value| format!("={value}")).unwrap_or_default();
+                own.push(format!("{}{value}", policy::flag(name)).into());
+            }
+        }
+    }
+    Ok((own, foreign))
+}
+
+fn missing_value(name: &str) -> clap::Error {
+    Args::command().error(clap::error::ErrorKind::InvalidValue, format!("{} needs a value", policy::flag(name)))
+}
+
+/// Reads words of flags (`VLLM_EXTRA_ARGS`) as pairs of variable name and value. Several words after a flag are one value.
+pub fn pairs(words: &[String]) -> Result<Vec<(String, String)>, String> {
+    let mut pairs = Vec::new();
+    let mut words = words.iter().enumerate().peekable();
+    while let Some((index, word)) = words.next() {
+        let Some((name, value)) = flag_parts(&long_form(word)).map(|(name, value)| (name, value.map(str::to_owned))) else {
+            // Not shown: it may be a secret in the wrong place.
+            return Err(format!("word {} belongs to no flag", index + 1));
+        };
+        let pair = match (negated(&name), value) {
+            (Some(positive), None) => (positive.to_owned(), "false".to_owned()),
+            (_, Some(value)) => (name, value),
+            (_, None) if is_switch(&name) => (name, "true".to_owned()),
+            (_, None) => {
+                let mut values = Vec::new();
+                while let Some((_, next)) = words.next_if(|(_, next)| !next.starts_with("--") && long_form(next) == **next) {
+                    values.push(next.as_str());
+                }
+                if values.is_empty() {
+                    return Err(format!("{word} needs a value"));
+                }
+                (name, values.join(" "))
+            }
+        };
+        pairs.push(pair);
+    }
+    Ok(pairs)
+}
+
+/// vLLM's short flags.
+fn long_form(word: &str) -> String {
+    let long = match word {
+        "-tp" => "--tensor-parallel-size",
+        "-pp" => "--pipeline-parallel-size",
+        "-dp" => "--data-parallel-size",
+        "-q" => "--quantization",
+        other => other,
+    };
+    long.to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &[&str]) -> Args {
+        Args::parse_argv(std::iter::once("worker-candle").chain(line.iter().copied())).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    #[test]
+    fn clap_is_content() {
+        Args::clap_command().debug_assert();
+    }
+
+    #[test]
+    fn settings_stand_before_and_after_the_command() {
+        for line in [["--model", "demo", "serve"], ["serve", "--model", "demo"]] {
+            let args = parse(&line);
+            assert_eq!(args.command, Some(Command::Serve));
+            assert_eq!(args.env.model.as_deref(), Some("demo"));
+        }
+    }
+
+    #[test]
+    fn switches_take_no_word() {
+        assert_eq!(parse(&["--any-model-name", "serve"]).env.any_model_name.as_deref(), Some("true"));
+        assert_eq!(parse(&["--any_model_name=off", "serve"]).env.any_model_name.as_deref(), Some("off"));
+        assert_eq!(parse(&["--no-any-model-name", "serve"]).env.any_model_name.as_deref(), Some("false"));
+    }
+
+    #[test]
+    fn other_spellings() {
+        let args = parse(&["--model_name", "a/b", "--max_model_len=4096"]);
+        assert_eq!(args.env.model.as_deref(), Some("a/b"));
+        assert_eq!(args.env.max_model_len.as_deref(), Some("4096"));
+        assert_eq!(
+            parse(&["pull", "a/b", "--to", "x"]).command,
+            Some(Command::Pull(PullArgs { target: "a/b".into(), to: Some("x".into()) }))
+        );
+    }
+
+    #[test]
+    fn the_platform_sdk_s_flags() {
+        let args = parse(&["--rp_serve_api", "--rp_api_port", "9000", "--rp_api_host=0.0.0.0", "--rp_log_level", "DEBUG"]);
+        assert_eq!(args.command, Some(Command::Serve));
+        assert_eq!(args.env.port.as_deref(), Some("9000"));
+        assert_eq!(args.env.host.as_deref(), Some("0.0.0.0"));
+        assert_eq!(args.env.log_level.as_deref(), Some("DEBUG"));
+        assert_eq!(parse(&["--test_input", r#"{"input":{}}"#]).test_input.as_deref(), Some(r#"{"input":{}}"#));
+    }
+
+    #[test]
+    fn flags_of_other_engines() {
+        let args = parse(&["serve", "--enforce-eager", "--tensor-parallel-size", "2", "--no-enable-lora", "--swap-space=4"]);
+        let foreign: Vec<_> = args.foreign.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+        assert_eq!(foreign, [("ENFORCE_EAGER", "true"), ("TENSOR_PARALLEL_SIZE", "2"), ("ENABLE_LORA", "false"), ("SWAP_SPACE", "4")]);
+        assert_eq!(args.command, Some(Command::Serve));
+    }
+
+    #[test]
+    fn unknown_flags_stop() {
+        for line in [&["--no-such-flag"][..], &["serve", "--tensor-parallel-size"], &["frobnicate"], &["bench", "--concurrency", "0"]] {
+            assert!(Args::parse_argv(std::iter::once("x").chain(line.iter().copied())).is_err(), "{line:?}");
+        }
+    }
+
+    #[test]
+    fn extra_arguments() {
+        let words = ["--served-model-name", "a", "b", "-tp", "1", "--no-enable-prefix-caching", "--seed=7", "--enforce_eager"];
+        let pairs = pairs(&words.map(str::to_owned)).unwrap();
+        let expected = [
+            ("SERVED_MODEL_NAME", "a b"),
+            ("TENSOR_PARALLEL_SIZE", "1"),
+            ("ENABLE_PREFIX_CACHING", "false"),
+            ("SEED", "7"),
+            ("ENFORCE_EAGER", "true"),
+        ];
+        assert_eq!(pairs, expected.map(|(name, value)| (name.to_owned(), value.to_owned())));
+        assert!(super::pairs(&["stray".to_owned()]).is_err());
+        assert!(super::pairs(&["--seed".to_owned()]).is_err());
+    }
+}

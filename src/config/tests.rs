@@ -1,0 +1,338 @@
+use std::collections::BTreeSet;
+
+use proptest::prelude::*;
+
+use super::policy::{self, Verdict};
+use super::*;
+
+fn args(line: &[&str]) -> Args {
+    Args::parse_argv(std::iter::once("worker-candle").chain(line.iter().copied())).unwrap_or_else(|error| panic!("{error}"))
+}
+
+fn resolve(line: &[&str], variables: &[(&str, &str)]) -> Result<Settings, Vec<Mistake>> {
+    Settings::resolve(&args(line), &Surroundings::of(variables))
+}
+
+fn env(variables: &[(&str, &str)]) -> Settings {
+    resolve(&[], variables).unwrap_or_else(|mistakes| panic!("{mistakes:?}"))
+}
+
+fn mistakes(variables: &[(&str, &str)]) -> Vec<String> {
+    resolve(&[], variables).expect_err("mistakes").iter().map(ToString::to_string).collect()
+}
+
+#[test]
+fn defaults() {
+    let settings = env(&[("HOME", "/home/me"), ("PATH", "/bin")]);
+    assert_eq!(settings.model, "baidu/ERNIE-4.5-0.3B-Paddle");
+    assert_eq!(settings.api.served_names, ["baidu/ERNIE-4.5-0.3B-Paddle", "ERNIE-4.5-0.3B-Paddle"]);
+    assert_eq!(settings.hub.caches, ["/home/me/.cache/huggingface/hub", "/runpod-volume/huggingface-cache/hub"].map(PathBuf::from));
+    assert_eq!(settings.hub.local_model_root, Some("/root/PaddlePaddle".into()));
+    assert_eq!(settings.engine.device, DeviceChoice::Auto);
+    assert_eq!(settings.engine.max_model_len, None);
+    assert_eq!(settings.engine.request_timeout, Some(Duration::from_secs(3600)));
+    assert_eq!(settings.runpod.batch, None);
+    assert!(settings.warnings.is_empty(), "{:?}", settings.warnings);
+}
+
+#[test]
+fn flags_beat_environment_beats_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("config.yaml");
+    std::fs::write(&file, "max-model-len: 1024\nseed: 1\nserved_model_name: [one, two]\ngpu-memory-utilization: 0.5\n").unwrap();
+    let file = file.to_str().unwrap();
+    let variables = [("VLLM_CONFIG_FILE", file), ("MAX_MODEL_LEN", "2048"), ("SEED", "2")];
+    let settings = resolve(&["--seed", "3"], &variables).unwrap();
+    assert_eq!(settings.engine.max_model_len, Some(2048));
+    assert_eq!(settings.engine.seed, Some(3));
+    assert_eq!(settings.api.seed, Some(3));
+    assert_eq!(settings.engine.gpu_memory_utilization, Some(0.5));
+    assert_eq!(settings.api.served_names[..2], ["one", "two"]);
+    let report = report(&settings);
+    assert!(report.contains("SEED = 3  [flag]"), "{report}");
+    assert!(report.contains("MAX_MODEL_LEN = 2048  [env MAX_MODEL_LEN]"), "{report}");
+    assert!(report.contains(&format!("GPU_MEMORY_UTILIZATION = 0.5  [file {file}]")), "{report}");
+    assert!(report.contains("BLOCK_SIZE = 32  [default]"), "{report}");
+}
+
+#[test]
+fn extra_arguments_beat_the_environment_and_meet_the_policy() {
+    let extra = "--max-model-len 4k --served-model-name 'my model' --enforce-eager";
+    let settings = env(&[("VLLM_EXTRA_ARGS", extra), ("MAX_MODEL_LEN", "2048")]);
+    assert_eq!(settings.engine.max_model_len, Some(4000));
+    assert!(settings.warnings.iter().any(|warning| warning.contains("ENFORCE_EAGER")), "{:?}", settings.warnings);
+    let found = mistakes(&[("VLLM_EXTRA_ARGS", "--tensor-parallel-size 4 --no-such-thing 1")]);
+    assert!(found[0].starts_with("--tensor-parallel-size in VLLM_EXTRA_ARGS: one device"), "{found:?}");
+    assert!(found[1].starts_with("--no-such-thing in VLLM_EXTRA_ARGS: not a setting"), "{found:?}");
+    assert!(mistakes(&[("VLLM_EXTRA_ARGS", "--model 'a")])[0].contains("quote"));
+}
+
+#[test]
+fn a_baked_image_wins_over_the_environment_and_stays_offline() {
+    let folder = tempfile::tempdir().unwrap();
+    let baked = folder.path().join("local_model_args.json");
+    std::fs::write(&baked, r#"{"MODEL_NAME": "/models/mine", "MODEL_REVISION": null, "QUANTIZATION": ""}"#).unwrap();
+    let surroundings = Surroundings { baked, ..Surroundings::of(&[("MODEL", "a/b")]) };
+    let settings = Settings::resolve(&args(&[]), &surroundings).unwrap();
+    assert_eq!(settings.model, "/models/mine");
+    assert!(settings.hub.offline);
+    assert_eq!(Settings::resolve(&args(&["--model", "demo"]), &surroundings).unwrap().model, "demo");
+    std::fs::write(&surroundings.baked, "[]").unwrap();
+    assert!(Settings::resolve(&args(&[]), &surroundings).is_err());
+}
+
+#[test]
+fn names_and_their_other_spellings() {
+    assert_eq!(env(&[("MODEL_NAME", "a/b")]).model, "a/b");
+    assert_eq!(env(&[("MODEL_REPO", "c/d"), ("MODEL_NAME", "")]).model, "c/d");
+    let both = env(&[("MODEL_NAME", "a/b"), ("MODEL", "c/d")]);
+    assert_eq!(both.model, "c/d");
+    assert_eq!(both.warnings, ["MODEL_NAME is not used: MODEL says otherwise"]);
+    assert!(env(&[("MODEL", "a/b"), ("MODEL_NAME", "a/b")]).warnings.is_empty());
+    assert_eq!(env(&[("OPENAI_SERVED_MODEL_NAME_OVERRIDE", "x")]).api.served_names[0], "x");
+    assert_eq!(env(&[("RUNPOD_POD_ID", ""), ("HOSTNAME", "box")]).runpod.worker_id.as_deref(), Some("box"));
+}
+
+#[test]
+fn unset_spellings() {
+    let settings =
+        env(&[("MAX_MODEL_LEN", "None"), ("REVISION", " "), ("MODEL", ""), ("TENSOR_PARALLEL_SIZE", ""), ("TOOL_CALL_PARSER", "None")]);
+    assert_eq!(settings.engine.max_model_len, None);
+    assert_eq!(settings.hub.revision, None);
+    assert_eq!(settings.model, DEFAULT_MODEL);
+    assert_eq!(env(&[("MAX_NUM_BATCHED_TOKENS", "0")]).engine.max_num_batched_tokens, None);
+    assert_eq!(env(&[("MAX_MODEL_LEN", "auto")]).engine.max_model_len, None);
+}
+
+#[test]
+fn all_mistakes_at_once_under_the_names_typed() {
+    let found = mistakes(&[
+        ("CONTEXT_LENGTH", "many"),
+        ("BLOCK_SIZE", "17"),
+        ("GPU_MEMORY_UTILIZATION", "1.5"),
+        ("ANY_MODEL_NAME", "perhaps"),
+        ("OVERRIDE_GENERATION_CONFIG", "[1]"),
+        ("QUANTIZATION", "wint4"),
+        ("PORT", "123456"),
+        ("DEVICE", "tpu"),
+        ("LOG_LEVEL", "loud"),
+        ("HF_ENDPOINT", "hub.local"),
+        ("CHAT_TEMPLATE", "/no/such/template.jinja"),
+        ("VLLM_CONFIG_FILE", "/no/such/file.yaml"),
+        ("HEALTH_CHECK_PATH", "ping"),
+        ("SEED", "-1"),
+        ("API_KEY_FILE", "/no/such/keys"),
+        ("DEFAULT_BATCH_SIZE", "0"),
+    ]);
+    for name in [
+        "CONTEXT_LENGTH",
+        "BLOCK_SIZE",
+        "GPU_MEMORY_UTILIZATION",
+        "ANY_MODEL_NAME",
+        "OVERRIDE_GENERATION_CONFIG",
+        "QUANTIZATION",
+        "PORT",
+        "DEVICE",
+        "LOG_LEVEL",
+        "HF_ENDPOINT",
+        "CHAT_TEMPLATE",
+        "VLLM_CONFIG_FILE",
+        "HEALTH_CHECK_PATH",
+        "SEED",
+        "API_KEY_FILE",
+        "DEFAULT_BATCH_SIZE",
+    ] {
+        assert!(found.iter().any(|mistake| mistake.starts_with(&format!("{name}: "))), "{name} in {found:?}");
+    }
+    let flag = resolve(&["--max-model-len", "many"], &[]).expect_err("a mistake");
+    assert_eq!(flag[0].name, "--max-model-len");
+}
+
+#[test]
+fn refused_unless_it_asks_for_what_happens_anyway() {
+    let harmless = [("TENSOR_PARALLEL_SIZE", "1"), ("ENABLE_LORA", "No"), ("QUANTIZATION", "bf16"), ("GUIDED_DECODING_BACKEND", "off")];
+    assert!(env(&harmless).warnings.is_empty());
+    for (name, value) in [
+        ("TENSOR_PARALLEL_SIZE", "2"),
+        ("ENABLE_LORA", "true"),
+        ("QUANTIZATION", "awq"),
+        ("SPECULATIVE_CONFIG", r#"{"method":"ngram"}"#),
+        ("GUIDED_DECODING_BACKEND", "xgrammar"),
+        ("TOOL_CALL_PARSER", "hermes"),
+        ("REASONING_PARSER", "qwen3"),
+        ("KV_CACHE_DTYPE", "fp8"),
+        ("SSL_KEYFILE", "/key.pem"),
+    ] {
+        let found = mistakes(&[(name, value)]);
+        assert!(found.len() == 1 && found[0].starts_with(&format!("{name}: ")), "{found:?}");
+    }
+}
+
+#[test]
+fn no_effect_is_said_once_by_reason() {
+    let settings = env(&[("SWAP_SPACE", "4"), ("CPU_OFFLOAD_GB", "0"), ("ENABLE_PREFIX_CACHING", "true")]);
+    assert_eq!(settings.warnings.len(), 2, "{:?}", settings.warnings);
+    assert!(settings.warnings.iter().any(|warning| warning.starts_with("no effect here: CPU_OFFLOAD_GB, SWAP_SPACE (")));
+}
+
+#[test]
+fn secrets_are_never_shown() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("keys");
+    std::fs::write(&file, "s3cret-file\n\n").unwrap();
+    let variables = [
+        ("HF_TOKEN", "s3cret-hub"),
+        ("FD_API_KEY", "s3cret-one,s3cret-two"),
+        ("API_KEY_FILE", file.to_str().unwrap()),
+        ("RUNPOD_AI_API_KEY", "s3cret-runpod"),
+        ("HF_ENDPOINT", "https://me:s3cret-url@hub.local"),
+        ("VLLM_EXTRA_ARGS", "--seed 1 --hf-token s3cret-extra"),
+    ];
+    let settings = env(&variables);
+    assert_eq!(settings.hub.token.as_ref().map(Secret::reveal), Some("s3cret-extra"));
+    let keys: Vec<_> = settings.server.api_keys.iter().map(Secret::reveal).collect();
+    assert_eq!(keys, ["s3cret-one", "s3cret-two", "s3cret-file"]);
+    let shown = report(&settings);
+    assert!(shown.contains("API_KEY = ***  [env FD_API_KEY]"), "{shown}");
+    assert!(!shown.contains("s3cret"), "{shown}");
+    assert!(!format!("{:?}", settings.given).contains("s3cret"));
+    assert!(!format!("{:?} {:?}", settings.hub.token, settings.server).contains("s3cret"));
+}
+
+#[test]
+fn a_key_file_without_keys_does_not_open_the_door() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    assert!(mistakes(&[("API_KEY_FILE", file.path().to_str().unwrap())])[0].contains("no key"));
+}
+
+#[test]
+fn values() {
+    let settings = env(&[
+        ("DEVICE", "CUDA:1"),
+        ("KV_CACHE_MEMORY_BYTES", "1073741824"),
+        ("REQUEST_TIMEOUT", "0"),
+        ("RUNPOD_PING_INTERVAL", "4000"),
+        ("MIN_BATCH_SIZE", "2"),
+        ("BATCH_GROWTH_FACTOR", "1.3"),
+        ("PORT", "8000"),
+        ("PORT_HEALTH", "8000"),
+        ("ALLOWED_ORIGINS", r#"["https://a.example"]"#),
+        ("GENERATION_CONFIG", "vllm"),
+        ("NATIVE_OUTPUT_FORMAT", "tokens"),
+        ("RUNPOD_UA_INTEGRATION", "mine/1"),
+        ("RUNPOD_LOG_LEVEL", "WARN"),
+        ("OVERRIDE_GENERATION_CONFIG", r#"{"temperature": 0}"#),
+        ("HF_HOME", "~/hf"),
+        ("HOME", "/root"),
+    ]);
+    assert_eq!(settings.engine.device, DeviceChoice::Cuda(1));
+    assert_eq!(settings.engine.kv_cache_gb, Some(1.0));
+    assert_eq!(settings.engine.request_timeout, None);
+    assert_eq!(settings.runpod.ping_interval, Some(Duration::from_secs(4)));
+    assert_eq!(settings.runpod.batch, Some(BatchGrowth { min: 2, growth: 1.3, max: 50 }));
+    assert_eq!((settings.server.port, settings.server.health_port), (Some(8000), None));
+    assert_eq!(settings.server.allowed_origins, ["https://a.example"]);
+    assert!(settings.api.ignore_generation_config);
+    assert_eq!(settings.api.native_format, NativeFormat::Tokens);
+    assert!(settings.runpod.user_agent.as_ref().is_some_and(|agent| agent.ends_with(" Integration/mine/1")));
+    assert_eq!(settings.log.level, LogLevel::Warn);
+    assert_eq!(settings.api.override_generation_config.unwrap()["temperature"], 0);
+    assert_eq!(settings.hub.caches[0], PathBuf::from("/root/hf/hub"));
+}
+
+#[test]
+fn configuration_files_in_every_form() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("vllm_config.yaml");
+    let read = |text: &str| {
+        std::fs::write(&file, text).unwrap();
+        Settings::resolve(&args(&[]), &Surroundings { config_file: file.clone(), ..Surroundings::of(&[]) })
+    };
+    assert_eq!(read("# nothing\n").unwrap().model, DEFAULT_MODEL);
+    let settings =
+        read("model: a/b # comment\nenable-lora: false\noverride-generation-config: {temperature: 0.5, stop: [x]}\nrevision: ~\n");
+    let settings = settings.unwrap();
+    assert_eq!(settings.model, "a/b");
+    assert_eq!(settings.api.override_generation_config.unwrap()["temperature"], 0.5);
+    assert!(read("enable-lora: true\n").unwrap_err()[0].name.starts_with("ENABLE_LORA in "));
+    assert!(read("max-modellen: 1\n").unwrap_err()[0].name.starts_with("MAX_MODELLEN in "));
+    for broken in ["a: [", "- a\n- b", "just words", "1: 2", "a: b\n---\nc: d"] {
+        assert_eq!(read(broken).unwrap_err()[0].name, "VLLM_CONFIG_FILE", "{broken}");
+    }
+}
+
+/// Every name in the table once; what works is a field, and every field works.
+#[test]
+fn the_table_is_whole() {
+    let names: Vec<_> = policy::entries().map(|(name, _)| name).collect();
+    assert_eq!(names.iter().collect::<BTreeSet<_>>().len(), names.len(), "a name stands in the table twice");
+    let fields = serde_json::to_value(Env::default()).unwrap();
+    let fields: BTreeSet<_> = fields.as_object().unwrap().keys().map(|field| field.to_ascii_uppercase()).collect();
+    let works: BTreeSet<_> =
+        policy::entries().filter(|(_, verdict)| matches!(verdict, Verdict::Works { .. })).map(|(name, _)| name.to_owned()).collect();
+    assert_eq!(works, fields);
+    for (alias, verdict) in policy::entries() {
+        if let Verdict::Alias(of) = verdict {
+            assert!(works.contains(of), "{alias} → {of}");
+        }
+    }
+}
+
+/// Each works under its own name and as a flag: setting it is seen.
+#[test]
+fn every_working_name_is_read_from_the_environment_and_most_from_flags() {
+    let command = Args::clap_command();
+    for (name, verdict) in policy::entries() {
+        let Verdict::Works { .. } = verdict else { continue };
+        let merged = sources::Merged::read(&args(&[]), &Surroundings::of(&[(name, "x y")]));
+        assert!(merged.origins().any(|(given, value, _)| given == name && value == "x y"), "{name}");
+        let flag =
+            command.get_arguments().any(|argument| argument.get_long().is_some_and(|long| format!("--{long}") == policy::flag(name)));
+        assert_eq!(flag, !matches!(name, "HOSTNAME" | "HOME" | "XDG_CACHE_HOME"), "{name}");
+    }
+}
+
+#[test]
+fn the_references_names_are_all_decided() {
+    let names = include_str!("reference_names.txt").lines().filter(|line| !line.starts_with('#')).flat_map(str::split_whitespace);
+    let missing: BTreeSet<_> = names.filter(|name| policy::find(name).is_none()).collect();
+    assert!(missing.is_empty(), "not in the policy table: {missing:?}");
+}
+
+/// The README's tables are made from the policy. To renew them: `UPDATE_README=1 cargo test --lib readme`.
+#[test]
+fn the_readme_is_in_step() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/README.md");
+    let (begin, end) = ("<!-- settings: begin -->\n", "<!-- settings: end -->");
+    let readme = std::fs::read_to_string(path).expect("README.md");
+    let (before, rest) = readme.split_once(begin).expect("the settings section begins");
+    let (section, after) = rest.split_once(end).expect("the settings section ends");
+    if std::env::var_os("UPDATE_README").is_some() {
+        std::fs::write(path, format!("{before}{begin}{}{end}{after}", policy::markdown())).expect("write README.md");
+    } else {
+        assert!(section == policy::markdown(), "the README's settings differ from the policy: UPDATE_README=1 cargo test --lib readme");
+    }
+}
+
+proptest! {
+    /// Whatever the variables hold, resolving ends in settings or in mistakes with names; never in a panic.
+    #[test]
+    fn resolving_never_panics(values in prop::collection::vec((0usize..512, "\\PC{0,12}"), 0..8)) {
+        let names: Vec<_> = policy::entries().map(|(name, _)| name).filter(|name| !name.ends_with("_FILE")).collect();
+        let variables: Vec<_> = values.iter().map(|(index, value)| (names[index % names.len()], value.as_str())).collect();
+        if let Err(mistakes) = resolve(&[], &variables) {
+            prop_assert!(!mistakes.is_empty() && mistakes.iter().all(|mistake| !mistake.name.is_empty()));
+        }
+    }
+
+    /// A flag and its variable mean the same.
+    #[test]
+    fn flags_and_variables_agree(length in 1usize..1 << 20, name in "[a-z]{1,8}(/[a-z0-9.-]{1,8})?") {
+        let length = length.to_string();
+        let flags = resolve(&["--max-model-len", &length, "--model", &name], &[]).unwrap();
+        let variables = env(&[("MAX_MODEL_LEN", &length), ("MODEL", &name)]);
+        prop_assert_eq!(flags.engine.max_model_len, variables.engine.max_model_len);
+        prop_assert_eq!(flags.api.served_names, variables.api.served_names);
+        prop_assert_eq!(flags.model, variables.model);
+    }
+}
