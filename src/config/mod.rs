@@ -91,7 +91,7 @@ pub struct HubSettings {
     /// `HF_ENDPOINT`; default `https://huggingface.co`.
     pub endpoint: Option<String>,
     pub offline: bool,
-    /// Hugging Face caches to look in, in order; downloads go to the first.
+    /// Hugging Face caches to look in, in order; downloads go to the first that can be written.
     pub caches: Vec<PathBuf>,
     /// `LOCAL_MODEL_ROOT`: `{root}/{last segment of the id}` is looked at before the caches.
     pub local_model_root: Option<PathBuf>,
@@ -229,5 +229,7 @@ pub enum LogLevel {
     Off,
 }
 
+#[cfg(test)]
+mod hub_form;
 #[cfg(test)]
 mod tests;

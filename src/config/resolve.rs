@@ -55,12 +55,14 @@ impl Reader {
     fn hub(&mut self, env: &Env) -> HubSettings {
         let home = text(&env.home).map(PathBuf::from);
         let base = text(&env.xdg_cache_home).map(PathBuf::from).or_else(|| Some(home.clone()?.join(".cache")));
-        let hf_home = text(&env.hf_home).map(PathBuf::from).or_else(|| Some(base?.join("huggingface")));
-        let hf_home = hf_home.unwrap_or_else(|| ".cache/huggingface".into());
+        let default_home = base.unwrap_or_else(|| ".cache".into()).join("huggingface");
+        let hf_home = text(&env.hf_home).map(PathBuf::from).unwrap_or_else(|| default_home.clone());
         let cache = text(&env.hf_hub_cache).map(PathBuf::from).unwrap_or_else(|| hf_home.join("hub"));
         let volume = PathBuf::from(text(&env.base_path).unwrap_or_else(|| "/runpod-volume".to_owned()));
         let mut caches: Vec<PathBuf> = Vec::new();
-        for path in text(&env.download_dir).map(PathBuf::from).into_iter().chain([cache, volume.join("huggingface-cache/hub")]) {
+        // The default one comes last even when another is named: the platform's store may not be writable.
+        let usual = [cache, volume.join("huggingface-cache/hub"), default_home.join("hub")];
+        for path in text(&env.download_dir).map(PathBuf::from).into_iter().chain(usual) {
             let path = expand_home(path, home.as_deref());
             if !caches.contains(&path) {
                 caches.push(path);

@@ -26,12 +26,15 @@ const TRIES: u32 = 5;
 const STALL: Duration = Duration::from_secs(60);
 const QUESTION: Duration = Duration::from_secs(30);
 
-/// Downloads what `need` asks for into the first cache.
+/// Downloads what `need` asks for into the first cache that can be written.
 pub async fn into_cache(model: &str, settings: &HubSettings, need: Need, bars: bool) -> Result<ModelFiles, Failure> {
-    let cache = settings
-        .caches
-        .first()
-        .ok_or_else(|| unavailable(format!("model {model} cannot be fetched: there is no cache folder; set HF_HOME")))?;
+    let Some(cache) = settings.caches.iter().find(|cache| writable(cache)) else {
+        let caches: Vec<_> = settings.caches.iter().map(|cache| cache.display().to_string()).collect();
+        return Err(unavailable(format!(
+            "model {model} cannot be fetched: no cache folder can be written ({}); set HF_HOME to one that can",
+            caches.join(", ")
+        )));
+    };
     Download::new(model, settings, cache, bars)?.run(need).await
 }
 
@@ -53,6 +56,12 @@ pub async fn into_folder(model: &str, settings: &HubSettings, folder: &Path) -> 
         Some(what) => Err(unavailable(format!("the folder {} lacks {what} after the download", folder.display()))),
         None => Ok(files),
     }
+}
+
+/// True when files can be made in `folder`, which is made if need be.
+fn writable(folder: &Path) -> bool {
+    let probe = folder.join(format!(".probe-{}", uuid::Uuid::new_v4()));
+    std::fs::create_dir_all(folder).is_ok() && std::fs::write(&probe, []).is_ok() && std::fs::remove_file(&probe).is_ok()
 }
 
 struct Download<'a> {

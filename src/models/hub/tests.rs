@@ -314,6 +314,20 @@ async fn a_commit_and_a_tokenizer_from_elsewhere() {
 }
 
 #[tokio::test]
+async fn downloads_go_to_the_first_cache_that_can_be_written() {
+    let (cache, other) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let (_hub, endpoint) = Hub::with(TINY).serve().await;
+    let blocked = other.path().join("file");
+    std::fs::write(&blocked, "not a folder").unwrap();
+    let settings = settings(&cache, &endpoint);
+    let settings = HubSettings { caches: vec![blocked.join("hub"), cache.path().into()], ..settings };
+    fetch(ID, &settings).await.unwrap();
+    assert!(cache.path().join("models--org--Tiny-Model").is_dir());
+    let failure = fetch("org/other", &HubSettings { caches: vec![blocked.join("hub")], ..settings }).await.unwrap_err();
+    assert!(failure.message.contains("no cache folder can be written"), "{failure}");
+}
+
+#[tokio::test]
 async fn pull_into_the_cache_and_into_a_folder() {
     let cache = TempDir::new().unwrap();
     let (hub, endpoint) = Hub::with(TINY).serve().await;
