@@ -136,7 +136,7 @@ pub enum NativeFormat {
 
 #[derive(Debug, Clone, Default)]
 pub struct ApiSettings {
-    /// The names clients may use; the first is the one answers carry. The model's id and its last segment are always among them.
+    /// The names clients may use; the first is the one answers carry. Empty = the model's own name.
     pub served_names: Vec<String>,
     pub any_model_name: bool,
     pub allow_special_tokens: bool,

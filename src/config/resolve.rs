@@ -41,7 +41,7 @@ impl Reader {
         let engine = self.engine(env);
         Settings {
             hub: self.hub(env),
-            api: ApiSettings { seed: engine.seed, request_timeout: engine.request_timeout, ..self.api(env, &model) },
+            api: ApiSettings { seed: engine.seed, request_timeout: engine.request_timeout, ..self.api(env) },
             runpod: self.runpod(env),
             server: self.server(env),
             log: LogSettings { level: self.log_level(env) },
@@ -109,9 +109,9 @@ impl Reader {
         }
     }
 
-    fn api(&mut self, env: &Env, model: &str) -> ApiSettings {
+    fn api(&mut self, env: &Env) -> ApiSettings {
         ApiSettings {
-            served_names: self.served_names(env, model),
+            served_names: self.list("SERVED_MODEL_NAME", &env.served_model_name),
             any_model_name: self.switch("ANY_MODEL_NAME", &env.any_model_name),
             allow_special_tokens: self.switch("ALLOW_SPECIAL_TOKENS", &env.allow_special_tokens),
             native_format: self
@@ -209,20 +209,6 @@ impl Reader {
             self.mistake("SEED", format!("{typed:?} is not a seed; use a whole number from 0 to {}", u64::MAX));
         }
         seed
-    }
-
-    fn served_names(&mut self, env: &Env, model: &str) -> Vec<String> {
-        let mut names = self.list("SERVED_MODEL_NAME", &env.served_model_name);
-        let model = model.trim_end_matches('/');
-        let last = model.rsplit('/').next().unwrap_or(model);
-        // A folder is served under its own name, not under its path.
-        let defaults = if Path::new(model).is_dir() { [last, model] } else { [model, last] };
-        for name in defaults {
-            if !names.iter().any(|known| known == name) {
-                names.push(name.to_owned());
-            }
-        }
-        names
     }
 
     fn chat_template(&mut self, env: &Env) -> Option<String> {
