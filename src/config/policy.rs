@@ -274,7 +274,8 @@ const REFUSED: &[(&str, &[(&str, &[&str])])] = &[
         ("SPECULATIVE_MODEL", &[]),
     ]),
     ("no structured output in this version: set off, or unset it", &[
-        ("GUIDED_DECODING_BACKEND", &["off", "auto", "none"]),
+        // `outlines` is what the vLLM worker's form sends unasked.
+        ("GUIDED_DECODING_BACKEND", &["off", "auto", "none", "outlines"]),
         ("STRUCTURED_OUTPUTS_CONFIG", &["{}"]),
         ("GUIDED_DECODING_DISABLE_ANY_WHITESPACE", &["false"]),
     ]),
