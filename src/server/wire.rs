@@ -78,23 +78,24 @@ pub fn method_not_allowed(method: &Method, path: &str, allow: &'static str) -> R
 
 /// Reads a body of at most `limit` bytes.
 ///
-/// A larger one is read on and thrown away, up to as much again, before it is refused: a client still busy sending would see a reset
-/// connection instead of the answer.
+/// A larger one is read to its end and thrown away before it is refused: a client still busy sending would see a reset connection instead
+/// of the answer.
 pub async fn read_body(headers: &HeaderMap, body: Body, limit: usize) -> Result<Bytes, Failure> {
     let too_large = || Failure::new(Kind::TooLarge, format!("The request body is larger than the limit of {limit} bytes."));
     let announced = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()).and_then(|text| text.parse::<usize>().ok());
     let waits_for_us = headers.get(header::EXPECT).is_some();
-    if announced.is_some_and(|length| length > limit && (waits_for_us || length > limit.saturating_mul(2))) {
+    let most = limit.saturating_mul(16);
+    if announced.is_some_and(|length| length > limit && (waits_for_us || length > most)) {
         return Err(too_large());
     }
     let read = async {
         let mut stream = body.into_data_stream();
-        let mut gathered = Vec::with_capacity(announced.unwrap_or(0).min(limit));
+        let mut gathered = Vec::with_capacity(announced.unwrap_or(0).min(limit).min(1024 * 1024));
         let mut seen = 0usize;
         while let Some(chunk) = stream.next().await {
             let chunk = chunk.map_err(|_| Failure::new(Kind::BadRequest, "The connection ended in the middle of the request body."))?;
             seen = seen.saturating_add(chunk.len());
-            if seen > limit.saturating_mul(2) {
+            if seen > most {
                 break;
             } else if seen > limit {
                 gathered = Vec::new();

@@ -46,7 +46,6 @@ pub enum Origin {
     OpenAi,
 }
 
-const EXECUTION_DEFAULT: u64 = 600_000;
 const EXECUTION_RANGE: (u64, u64) = (5_000, 7 * 86_400_000);
 const TTL_DEFAULT: u64 = 86_400_000;
 const TTL_RANGE: (u64, u64) = (10_000, 7 * 86_400_000);
@@ -58,8 +57,8 @@ pub struct Order {
     pub input: Value,
     pub webhook: Option<String>,
     pub s3_config: Option<Value>,
-    /// From the moment a worker takes the job.
-    pub execution_timeout: Duration,
+    /// From the moment a worker takes the job; `None` = the endpoint's.
+    pub execution_timeout: Option<Duration>,
     /// From submission, whatever the job's state.
     pub ttl: Duration,
     /// Size of the request body.
@@ -68,15 +67,7 @@ pub struct Order {
 
 impl Order {
     pub fn new(origin: Origin, input: Value, bytes: usize) -> Self {
-        Self {
-            origin,
-            input,
-            webhook: None,
-            s3_config: None,
-            execution_timeout: Duration::from_millis(EXECUTION_DEFAULT),
-            ttl: Duration::from_millis(TTL_DEFAULT),
-            bytes,
-        }
+        Self { origin, input, webhook: None, s3_config: None, execution_timeout: None, ttl: Duration::from_millis(TTL_DEFAULT), bytes }
     }
 
     /// Reads the body of `/run` or `/runsync`. Policy times outside RunPod's limits are moved to the nearest limit;
@@ -93,9 +84,7 @@ impl Order {
         if !policy.is_null() && !policy.is_object() {
             return Err(Failure::bad_request("policy", "`policy` must be an object."));
         }
-        if let Some(time) = milliseconds(policy, "executionTimeout", EXECUTION_RANGE)? {
-            order.execution_timeout = time;
-        }
+        order.execution_timeout = milliseconds(policy, "executionTimeout", EXECUTION_RANGE)?;
         if let Some(time) = milliseconds(policy, "ttl", TTL_RANGE)? {
             order.ttl = time;
         }

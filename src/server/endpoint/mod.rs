@@ -45,6 +45,8 @@ pub struct Options {
     pub silent_after: Duration,
     /// Workers that may be lost over one job before it fails.
     pub max_losses: u32,
+    /// How long a job may run when its client names no `policy.executionTimeout`.
+    pub execution_timeout: Duration,
     /// Jobs that may wait at one endpoint.
     pub max_queued: usize,
     /// Bytes of all jobs held, inputs and results, at all endpoints.
@@ -76,6 +78,7 @@ impl Default for Options {
             lost_after: Duration::from_secs(60),
             silent_after: Duration::from_secs(600),
             max_losses: 3,
+            execution_timeout: Duration::from_secs(600),
             max_queued: 10_000,
             max_bytes: 1024 * MB,
             run_limit: 10 * MB,

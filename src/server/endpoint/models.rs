@@ -112,10 +112,12 @@ async fn list(queue: &Arc<Queue>, age: Duration) -> Vec<Value> {
     {
         return models.clone();
     }
-    match ask(queue).await {
-        Some(models) => known.insert((Instant::now(), models)).1.clone(),
-        None => known.as_ref().map(|(_, models)| models.clone()).unwrap_or_default(),
-    }
+    // Silence is remembered too: one endpoint whose workers do not answer must not hold up every call for the others.
+    let models = match ask(queue).await {
+        Some(models) => models,
+        None => known.take().map(|(_, models)| models).unwrap_or_default(),
+    };
+    known.insert((Instant::now(), models)).1.clone()
 }
 
 async fn ask(queue: &Arc<Queue>) -> Option<Vec<Value>> {

@@ -273,7 +273,8 @@ impl State {
             if job.created + job.order.ttl <= now || job.finished.is_some_and(|finished| finished + kept <= now) {
                 expired.push(job.id.clone());
             } else if job.status == Status::InProgress {
-                if job.started.is_some_and(|started| started + job.order.execution_timeout <= now) {
+                if job.started.is_some_and(|started| started + job.order.execution_timeout.unwrap_or(self.options.execution_timeout) <= now)
+                {
                     late.push(job.id.clone());
                 } else if self.is_lost(job, now) {
                     lost.push((job.created, job.id.clone()));

@@ -716,6 +716,29 @@ async fn cancelled_and_late_jobs_are_not_worth_another_try() {
     assert_eq!(response.json::<Value>().await.unwrap()["error"]["code"], "cancelled");
 }
 
+#[tokio::test]
+async fn a_job_that_runs_too_long_times_out() {
+    let bench = bench(Options { execution_timeout: Duration::from_millis(150), ..quick() }).await;
+    let slow = bench.run(json!(1)).await;
+    let patient = value(bench.post("run", json!({"input": 2, "policy": {"executionTimeout": 60_000}})).await).await;
+    bench.take("w").await.unwrap();
+    bench.take("w").await.unwrap();
+    bench.await_status(&slow, "TIMED_OUT").await;
+    assert_eq!(bench.status(id(&patient)).await["status"], "IN_PROGRESS");
+    assert_eq!(value(bench.get("job-stop/w").await).await, json!({"jobsToStop": [slow]}));
+    bench.post(&format!("retry/{slow}"), json!({})).await;
+    assert_eq!(id(&bench.take("w").await.unwrap()), slow);
+
+    for stream in [false, true] {
+        let call = bench.openai("/v1/completions", json!({"stream": stream}));
+        bench.await_job("w").await;
+        let response = call.await.unwrap();
+        assert_eq!(response.status(), 504);
+        assert_eq!(response.headers()["x-should-retry"], "false");
+        assert_eq!(response.json::<Value>().await.unwrap()["error"]["code"], "execution_timeout");
+    }
+}
+
 /// A worker that serves `models`, and answers every other call with its own name.
 fn model_worker(bench: &Arc<Bench>, endpoint: &'static str, models: &'static [&'static str]) -> tokio::task::JoinHandle<()> {
     let bench = bench.clone();
