@@ -200,9 +200,12 @@ const ALIASES: &[(&str, &str)] = &[
     ("CONFIG", "VLLM_CONFIG_FILE"),
 ];
 
+/// A refused name and the values that are no reason to stop.
+type Refusal = (&'static str, &'static [&'static str]);
+
 /// Refused names: why, and for each the values that are no reason to stop.
 #[rustfmt::skip]
-const REFUSED: &[(&str, &[(&str, &[&str])])] = &[
+const REFUSED: &[(&str, &[Refusal])] = &[
     ("one device: set it to 1, and run one worker per GPU", &[
         ("TENSOR_PARALLEL_SIZE", &["1"]),
         ("DATA_PARALLEL_SIZE", &["1"]),

@@ -36,7 +36,7 @@ impl Surroundings {
 
     fn variable(&self, name: &str) -> Option<&str> {
         let (_, value) = self.variables.iter().find(|(known, _)| known == name)?;
-        Some(value).map(String::as_str).filter(|value| !parse::unset(value))
+        Some(value.as_str()).filter(|value| !parse::unset(value))
     }
 }
 
