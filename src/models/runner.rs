@@ -38,13 +38,13 @@ pub struct About {
 
 impl ModelRunner {
     /// Loads the model on the calling thread, which from then on is the only one to use it (and one of the computing threads).
-    /// `vocab_size`: ids from there on have no token and are never drawn.
-    pub fn load(files: &ModelFiles, vocab_size: usize, settings: &EngineSettings) -> Result<Self, Failure> {
+    /// `vocab_size`: ids from there on have no token and are never drawn; asked when the weights are in, so that a tokenizer can be loaded
+    /// beside them.
+    pub fn load(files: &ModelFiles, vocab_size: impl FnOnce() -> Result<usize, Failure>, settings: &EngineSettings) -> Result<Self, Failure> {
         let device = open_device(settings.device)?;
         let threads = memory::threads(settings);
         let pool = if device.is_cpu() { Some(computing_threads(threads)?) } else { None };
         let shape = Architecture::from_files(files)?;
-        let vocab_size = if vocab_size == 0 { shape.vocab_size } else { vocab_size.min(shape.vocab_size) };
         let checkpoint = Checkpoint::open(files, &shape)?;
         tracing::debug!("checkpoint: {}", checkpoint.describe());
         let before = device_memory(&device);
@@ -52,9 +52,9 @@ impl ModelRunner {
         for name in checkpoint.unused() {
             tracing::warn!("tensor {name} of {} is not used by this architecture", files.name);
         }
-        let weights_bytes = model.bytes_in_memory();
-        let kv_dtype = if device.is_cpu() { DType::F32 } else { DType::BF16 };
-        let plan = MemoryPlan::new(&model.shape, vocab_size, weights_bytes, kv_dtype.size_in_bytes(), before, settings)?;
+        let kv_dtype = kv_dtype(&device);
+        let vocab_size = vocab_size()?.min(model.shape.vocab_size);
+        let plan = MemoryPlan::new(&model.shape, vocab_size, model.bytes_in_memory(), kv_dtype.size_in_bytes(), before, settings)?;
         let caches = allocate(&model, &plan.shape, kv_dtype, &device)?;
         let about = About {
             device: describe(&device),
@@ -118,6 +118,18 @@ impl Runner for ModelRunner {
         }
         Ok(Output { tokens: self.draw(&logits, &draws).map_err(device_failure)? })
     }
+}
+
+/// What [`ModelRunner::load`] would plan, without reading the weights: the device's name and the memory plan.
+pub fn plan(shape: &Architecture, checkpoint: &Checkpoint, vocab_size: usize, settings: &EngineSettings) -> Result<(String, MemoryPlan), Failure> {
+    let device = open_device(settings.device)?;
+    let weights = if device.is_cpu() { checkpoint.bytes() } else { shape.parameters() * 2 };
+    let plan = MemoryPlan::new(shape, vocab_size, weights, kv_dtype(&device).size_in_bytes(), device_memory(&device), settings)?;
+    Ok((describe(&device), plan))
+}
+
+fn kv_dtype(device: &Device) -> DType {
+    if device.is_cpu() { DType::F32 } else { DType::BF16 }
 }
 
 /// `[blocks, block_size, kv, d]` twice per layer, zeroed: allocated once, here.

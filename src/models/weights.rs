@@ -293,6 +293,12 @@ impl Checkpoint {
         }
     }
 
+    /// Bytes of all matrices, as the CPU keeps them.
+    pub fn bytes(&self) -> usize {
+        let matrices = self.entries.values().filter(|entry| entry.shape.len() == 2);
+        matrices.map(|entry| entry.shape.iter().product::<usize>() * if entry.stored == Stored::Bf16 { 2 } else { 4 }).sum()
+    }
+
     /// Tensors of the file that nothing asked for, multi-token-prediction heads left out.
     pub fn unused(&self) -> Vec<String> {
         let used = self.used.lock().map(|used| used.clone()).unwrap_or_default();

@@ -1,0 +1,60 @@
+//! `check`: what was resolved, and whether it would work, without loading the weights.
+
+use std::process::ExitCode;
+
+use super::say;
+use crate::config::{self, Settings};
+use crate::error::Failure;
+use crate::models::architecture::Architecture;
+use crate::models::files::{ModelFiles, Source};
+use crate::models::hub;
+use crate::models::runner;
+use crate::models::tokenizer::Tokenizer;
+use crate::models::weights::Checkpoint;
+
+/// Prints everything it finds out; exit 1 when something would stop a start.
+pub async fn run(settings: &Settings) -> Result<ExitCode, Failure> {
+    say(&config::report(settings));
+    settings.warnings.iter().for_each(|warning| say(&format!("warning: {warning}")));
+    match model(settings).await {
+        Ok(()) => Ok(ExitCode::SUCCESS),
+        Err(failure) => {
+            say(&format!("problem: {failure}"));
+            Ok(ExitCode::FAILURE)
+        }
+    }
+}
+
+async fn model(settings: &Settings) -> Result<(), Failure> {
+    let Some(files) = hub::find_local(&settings.model, &settings.hub)? else {
+        say(&format!("model: {} is not on this machine", settings.model));
+        if settings.hub.offline {
+            // The same words a start would end with.
+            return hub::fetch(&settings.model, &settings.hub).await.map(|_| ());
+        }
+        say("it would be downloaded at start; `worker-candle pull` does it now");
+        return Ok(());
+    };
+    say(&format!("model: {} from {}", files.name, files.origin));
+    list_files(&files);
+    let shape = Architecture::from_files(&files)?;
+    say(&format!("architecture: {} with {} layers, {} parameters", shape.model_type, shape.layers, shape.parameters()));
+    let checkpoint = Checkpoint::open(&files, &shape)?;
+    say(&format!("checkpoint: {}", checkpoint.describe()));
+    let tokenizer = Tokenizer::load(&files)?;
+    say(&format!("tokenizer: {} ids", tokenizer.vocab_size()));
+    let (device, plan) = runner::plan(&shape, &checkpoint, tokenizer.vocab_size(), &settings.engine)?;
+    say(&format!("device: {device}"));
+    plan.lines().iter().for_each(|line| say(line));
+    Ok(())
+}
+
+fn list_files(files: &ModelFiles) {
+    for (name, source) in files.iter() {
+        let size = match source {
+            Source::Path(path) => std::fs::metadata(path).map_or(0, |metadata| metadata.len()),
+            Source::Embedded(bytes) => bytes.len() as u64,
+        };
+        say(&format!("  {name}: {size} bytes"));
+    }
+}

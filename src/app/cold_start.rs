@@ -1,0 +1,104 @@
+//! `bench --cold-start`: from the start of a `serve` process to its first streamed token, by phase.
+
+use std::net::TcpListener;
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use futures::StreamExt;
+use serde_json::json;
+
+use super::say;
+use crate::config::{BenchArgs, Settings};
+use crate::error::Failure;
+
+/// Starts are noisy: this many, and the middle one is reported beside the best and the worst.
+const STARTS: usize = 5;
+const GIVE_UP: Duration = Duration::from_secs(300);
+
+/// Milliseconds from the start of the process.
+struct Phases {
+    listening: f64,
+    ready: f64,
+    first_token: f64,
+}
+
+/// Ends the child however this ends.
+struct Server(Child);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Prints one line per phase, or one JSON object.
+pub async fn run(settings: &Settings, bench: &BenchArgs) -> Result<ExitCode, Failure> {
+    let mut starts = Vec::with_capacity(STARTS);
+    for _ in 0..STARTS {
+        starts.push(start_once(settings).await?);
+    }
+    let spread = |pick: fn(&Phases) -> f64| {
+        let mut values: Vec<f64> = starts.iter().map(pick).collect();
+        values.sort_by(f64::total_cmp);
+        let round = |value: f64| (value * 10.0).round() / 10.0;
+        (round(values[0]), round(values[values.len() / 2]), round(values[values.len() - 1]))
+    };
+    let rows = [("listening", spread(|p| p.listening)), ("ready", spread(|p| p.ready)), ("first_token", spread(|p| p.first_token))];
+    if bench.json {
+        let object: serde_json::Map<_, _> = rows.iter().map(|(name, (min, median, max))| (format!("{name}_ms"), json!({"min": min, "median": median, "max": max}))).collect();
+        say(&json!({"model": settings.model, "starts": STARTS, "cold_start": object}).to_string());
+    } else {
+        say(&format!("{}: milliseconds from process start, {STARTS} starts", settings.model));
+        rows.iter().for_each(|(name, (min, median, max))| say(&format!("{name:>12}: median {median}, best {min}, worst {max}")));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn start_once(settings: &Settings) -> Result<Phases, Failure> {
+    let failed = |what: &str, error: &dyn std::fmt::Display| Failure::internal(format!("cold start: {what}: {error}"));
+    let port = free_port().map_err(|error| failed("no free port", &error))?;
+    let program = std::env::current_exe().map_err(|error| failed("own path", &error))?;
+    let client = reqwest::Client::builder().no_proxy().build().map_err(|error| failed("HTTP client", &error))?;
+    let base = format!("http://127.0.0.1:{port}");
+    let mut command = Command::new(program);
+    // The child inherits the environment; what was set by flags is handed on.
+    command.args(["serve", "--host", "127.0.0.1", "--port", &port.to_string(), "--model", &settings.model, "--log-level", "ERROR"]);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::inherit());
+    let begin = Instant::now();
+    let mut server = Server(command.spawn().map_err(|error| failed("cannot start", &error))?);
+    let ms = || begin.elapsed().as_secs_f64() * 1e3;
+    let (mut listening, mut ready) = (None, None);
+    while ready.is_none() {
+        if let Ok(Some(status)) = server.0.try_wait() {
+            return Err(failed("the server ended", &status));
+        }
+        if begin.elapsed() > GIVE_UP {
+            return Err(failed("not ready", &"gave up after 300 s"));
+        }
+        if let Ok(response) = client.get(format!("{base}/health")).send().await {
+            listening.get_or_insert_with(ms);
+            if response.status().is_success() {
+                ready = Some(ms());
+                break;
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let body = json!({"messages": [{"role": "user", "content": "What is the capital of France?"}], "stream": true, "temperature": 0, "max_tokens": 4});
+    let response = client.post(format!("{base}/v1/chat/completions")).json(&body).send().await.map_err(|error| failed("first request", &error))?;
+    let (mut frames, mut text) = (response.bytes_stream(), String::new());
+    while let Some(bytes) = frames.next().await {
+        text.push_str(&String::from_utf8_lossy(&bytes.map_err(|error| failed("first request", &error))?));
+        // The role chunk comes before the model has said anything.
+        let content = text.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line.strip_prefix("data: ")?).ok());
+        if content.into_iter().any(|chunk| chunk["choices"][0]["delta"]["content"].as_str().is_some_and(|text| !text.is_empty())) {
+            return Ok(Phases { listening: listening.unwrap_or_default(), ready: ready.unwrap_or_default(), first_token: ms() });
+        }
+    }
+    Err(failed("no token came", &text))
+}
+
+fn free_port() -> std::io::Result<u16> {
+    Ok(TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())
+}

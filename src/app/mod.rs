@@ -1,0 +1,151 @@
+//! Assembly: find files → load → start engine → worker or server → drain → stop.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use crate::config::{Args, Command, Settings, Surroundings};
+use crate::error::Failure;
+use crate::telemetry;
+
+mod bench;
+mod check;
+mod cold_start;
+mod model;
+mod oneshot;
+mod queue;
+mod serve;
+mod signals;
+
+/// The job a container brings along to try itself out.
+const TEST_INPUT_FILE: &str = "test_input.json";
+/// What a command line that asks for nothing gets.
+const EXIT_USAGE: u8 = 2;
+
+/// What this process is to do.
+enum Mode {
+    Serve,
+    Gateway,
+    Http,
+    Queue,
+    /// One job, given as JSON text.
+    OneShot(String),
+    Pull(crate::config::PullArgs),
+    Bench(crate::config::BenchArgs),
+    Check,
+}
+
+/// Reads the command line and the environment, and does what they say.
+pub fn main() -> ExitCode {
+    let args = match Args::of_process() {
+        Ok(args) => args,
+        Err(error) => {
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(EXIT_USAGE));
+        }
+    };
+    let settings = match Settings::resolve(&args, &Surroundings::of_process()) {
+        Ok(settings) => settings,
+        Err(mistakes) => {
+            for mistake in mistakes {
+                eprintln!("{mistake}");
+            }
+            return ExitCode::FAILURE;
+        }
+    };
+    let Some(mode) = choose(&args, &settings) else {
+        let _ = Args::clap_command().print_help();
+        eprintln!("\nNothing to do: give a command, a job (--test_input or {TEST_INPUT_FILE}), PORT, or the platform's RUNPOD_WEBHOOK_GET_JOB.");
+        return ExitCode::from(EXIT_USAGE);
+    };
+    start_logging(&mode, &settings);
+    for warning in &settings.warnings {
+        tracing::warn!("{warning}");
+    }
+    match run(mode, settings) {
+        Ok(code) => code,
+        Err(failure) => {
+            tracing::error!("{failure}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The order is a contract: a command; the platform's queue; a test job; `http` where PORT is set.
+fn choose(args: &Args, settings: &Settings) -> Option<Mode> {
+    match &args.command {
+        Some(Command::Serve) => return Some(Mode::Serve),
+        Some(Command::Gateway) => return Some(Mode::Gateway),
+        Some(Command::Http) => return Some(Mode::Http),
+        Some(Command::Pull(pull)) => return Some(Mode::Pull(pull.clone())),
+        Some(Command::Bench(bench)) => return Some(Mode::Bench(bench.clone())),
+        Some(Command::Check) => return Some(Mode::Check),
+        None => {}
+    }
+    if let Some(job) = &args.test_input {
+        return Some(Mode::OneShot(job.clone()));
+    }
+    if settings.runpod.get_job.is_some() {
+        return Some(Mode::Queue);
+    }
+    if Path::new(TEST_INPUT_FILE).is_file() {
+        return Some(std::fs::read_to_string(TEST_INPUT_FILE).map_or_else(|error| Mode::OneShot(format!("{TEST_INPUT_FILE}: {error}")), Mode::OneShot));
+    }
+    settings.server.port.map(|_| Mode::Http)
+}
+
+fn start_logging(mode: &Mode, settings: &Settings) {
+    use crate::config::LogLevel;
+    // The platform reads a queue worker's lines from stdout; everywhere else stdout is for results.
+    let queue = matches!(mode, Mode::Queue);
+    let level = match settings.log.level {
+        LogLevel::Trace => "TRACE",
+        LogLevel::Debug => "DEBUG",
+        LogLevel::Info => "INFO",
+        LogLevel::Warn => "WARN",
+        LogLevel::Error => "ERROR",
+        LogLevel::Off => "NOTSET",
+    };
+    telemetry::init(telemetry::Options {
+        verbosity: level.parse().unwrap_or_default(),
+        format: if queue && settings.runpod.endpoint_id.is_some() { telemetry::Format::Json } else { telemetry::Format::Text },
+        output: if queue { telemetry::Output::Stdout } else { telemetry::Output::Stderr },
+    });
+}
+
+fn run(mode: Mode, settings: Settings) -> Result<ExitCode, Failure> {
+    // Two threads carry all input and output: the processors belong to the engine.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("io")
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::internal(format!("cannot start the runtime: {error}")))?;
+    let code = runtime.block_on(async {
+        match mode {
+            Mode::Serve => serve::serve(settings).await,
+            Mode::Gateway => serve::gateway(settings).await,
+            Mode::Http => serve::http(settings).await,
+            Mode::Queue => queue::run(settings).await,
+            Mode::OneShot(job) => oneshot::run(settings, &job).await,
+            Mode::Pull(pull) => pull_model(settings, pull).await,
+            Mode::Bench(bench) if bench.cold_start => cold_start::run(&settings, &bench).await,
+            Mode::Bench(bench) => bench::run(settings, bench).await,
+            Mode::Check => check::run(&settings).await,
+        }
+    });
+    // Requests that are still being written when everything else has ended do not hold up the exit.
+    runtime.shutdown_timeout(std::time::Duration::from_millis(100));
+    code
+}
+
+async fn pull_model(settings: Settings, pull: crate::config::PullArgs) -> Result<ExitCode, Failure> {
+    let files = crate::models::hub::pull(&pull.target, &settings.hub, pull.to.as_deref()).await?;
+    say(&files.origin);
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A line of results.
+#[allow(clippy::print_stdout)]
+fn say(line: &str) {
+    println!("{line}");
+}

@@ -1,0 +1,68 @@
+//! From a model's name to a service that answers.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::api::{ModelInfo, Service};
+use crate::config::Settings;
+use crate::engine::{self, Handle};
+use crate::error::Failure;
+use crate::models::files::ModelFiles;
+use crate::models::hub;
+use crate::models::runner::{About, ModelRunner};
+use crate::models::tokenizer::Tokenizer;
+
+/// Requests that may wait when MAX_WAITING says nothing.
+const MAX_WAITING: usize = 512;
+
+/// A model that is ready to answer.
+pub struct Loaded {
+    pub service: Arc<Service>,
+    pub engine: Handle,
+    pub about: About,
+}
+
+/// Finds the model, loads tokenizer and weights side by side, starts the engine.
+pub async fn load(settings: &Settings) -> Result<Loaded, Failure> {
+    let begin = Instant::now();
+    let files = hub::fetch(&settings.model, &settings.hub).await?;
+    let found = begin.elapsed();
+    let tokenizer_files = match &settings.hub.tokenizer {
+        Some(tokenizer) => hub::fetch(tokenizer, &settings.hub).await?,
+        None => files.clone(),
+    };
+    let (loaded, engine_waits) = std::sync::mpsc::sync_channel(1);
+    let tokenizer = tokio::task::spawn_blocking(move || {
+        let tokenizer = Tokenizer::load(&tokenizer_files).map(Arc::new);
+        // Nobody waits when the weights have failed already.
+        let _ = loaded.send(tokenizer.as_ref().map(|tokenizer| tokenizer.vocab_size()).map_err(Clone::clone));
+        tokenizer
+    });
+    let (engine, about) = start_engine(settings, &files, move || engine_waits.recv().unwrap_or_else(|_| Err(Failure::internal("the tokenizer's thread ended")))).await?;
+    let tokenizer = tokenizer.await.map_err(|error| Failure::internal(format!("loading the tokenizer: {error}")))??;
+    let info = ModelInfo::from_files(&files)?;
+    let service = Arc::new(Service::new(settings.api.clone(), engine.clone(), tokenizer, info)?);
+    tracing::info!("model {} from {}", files.name, files.origin);
+    tracing::info!("device {}, {} threads, weights {}, {} parameters", about.device, about.threads, about.weights, about.parameters);
+    about.memory.iter().for_each(|line| tracing::info!("{line}"));
+    tracing::info!("ready in {} ms (finding the files {} ms)", begin.elapsed().as_millis(), found.as_millis());
+    Ok(Loaded { service, engine, about })
+}
+
+/// Starts the engine alone.
+pub async fn start_engine(
+    settings: &Settings,
+    files: &ModelFiles,
+    vocab_size: impl FnOnce() -> Result<usize, Failure> + Send + 'static,
+) -> Result<(Handle, About), Failure> {
+    let (send, receive) = tokio::sync::oneshot::channel();
+    let (files, engine_settings) = (files.clone(), settings.engine.clone());
+    let load = move || {
+        let runner = ModelRunner::load(&files, vocab_size, &engine_settings)?;
+        let _ = send.send(runner.about.clone());
+        Ok(runner)
+    };
+    let engine = engine::start(load, settings.engine.max_waiting.unwrap_or(MAX_WAITING)).await?;
+    let about = receive.await.map_err(|_| Failure::internal("the engine ended while starting"))?;
+    Ok((engine, about))
+}

@@ -1,0 +1,206 @@
+//! `serve`, `gateway` and `http`: the listener is up before the model is loaded, and says so on its health routes.
+
+use std::process::ExitCode;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use futures::FutureExt;
+use tokio::net::TcpListener;
+
+use super::model::{self, Loaded};
+use super::queue;
+use super::say;
+use super::signals::Shutdown;
+use crate::api::Service;
+use crate::config::{RunpodSettings, Secret, Settings};
+use crate::error::{Failure, Kind};
+use crate::runpod::Ended;
+use crate::server::{self, Door, Endpoints, Options, Phase, Readiness, endpoint};
+
+/// The endpoint that `serve` attaches its worker to.
+const LOCAL_ENDPOINT: &str = "local";
+const DEFAULT_PORT: u16 = 8000;
+/// How long responses may go on after everything else has drained.
+const RESPONSES_END: Duration = Duration::from_secs(10);
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// Everything a laptop needs: the local endpoint, a worker on it through the real job protocol, and the direct OpenAI routes.
+pub async fn serve(settings: Settings) -> Result<ExitCode, Failure> {
+    let shutdown = Shutdown::listen()?;
+    let (listener, base) = bind(&settings, "127.0.0.1").await?;
+    let endpoints = Endpoints::new(endpoint_options(&settings));
+    let direct = Direct::new();
+    let router = server::direct(direct.door(), direct.readiness.clone(), Some(&endpoints), &Options::from(&settings.server));
+    let (closing, server) = spawn_server(listener, router);
+    let loaded = tokio::select! {
+        loaded = model::load(&settings) => loaded,
+        () = shutdown.clone().asked() => return Ok(ExitCode::SUCCESS),
+    };
+    let loaded = loaded.inspect_err(|_| direct.readiness.set(Phase::Failed))?;
+    direct.ready(&loaded);
+    welcome(&base, &loaded);
+    let runpod = attached(&settings, &base);
+    let readiness = direct.readiness.clone();
+    let asked = {
+        let shutdown = shutdown.clone();
+        async move {
+            shutdown.asked().await;
+            readiness.set(Phase::Draining);
+        }
+    };
+    let ended = queue::worker(&runpod, &loaded).run(asked).await.map_err(Failure::internal)?;
+    // Direct requests are in the engine, not in the worker.
+    loaded.engine.idle(settings.runpod.drain_timeout.unwrap_or(DRAIN_TIMEOUT)).await;
+    endpoints.close();
+    let _ = closing.send(());
+    let _ = server.await;
+    Ok(if ended == Ended::Drained { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// The local endpoint alone. Prints the variables with which workers attach.
+pub async fn gateway(settings: Settings) -> Result<ExitCode, Failure> {
+    let shutdown = Shutdown::listen()?;
+    let (listener, base) = bind(&settings, "127.0.0.1").await?;
+    let endpoints = Endpoints::new(endpoint_options(&settings));
+    let router = server::gateway(&endpoints, Readiness::new(Phase::Ready), &Options::from(&settings.server));
+    let (closing, server) = spawn_server(listener, router);
+    tracing::info!("local endpoint at {base}/v2/{LOCAL_ENDPOINT} (any id is an endpoint); workers attach with the variables on stdout");
+    for (name, value) in endpoint::worker_variables(&base, LOCAL_ENDPOINT, "worker-1", settings.server.api_keys.first()) {
+        say(&format!("export {name}='{value}'"));
+    }
+    shutdown.asked().await;
+    endpoints.close();
+    let _ = closing.send(());
+    let _ = server.await;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The direct OpenAI server alone: RunPod's load-balancing endpoints, Pods, any other place.
+pub async fn http(settings: Settings) -> Result<ExitCode, Failure> {
+    let shutdown = Shutdown::listen()?;
+    let (listener, base) = bind(&settings, "0.0.0.0").await?;
+    let direct = Direct::new();
+    let options = Options::from(&settings.server);
+    let (closing, server) = spawn_server(listener, server::direct(direct.door(), direct.readiness.clone(), None, &options));
+    let health = match settings.server.health_port.filter(|port| Some(*port) != settings.server.port) {
+        Some(port) => {
+            let listener = listen(settings.server.host.as_deref().unwrap_or("0.0.0.0"), port, "PORT_HEALTH").await?;
+            Some(spawn_server(listener, server::health_only(direct.readiness.clone(), &options)))
+        }
+        None => None,
+    };
+    let loaded = tokio::select! {
+        loaded = model::load(&settings) => loaded,
+        () = shutdown.clone().asked() => return Ok(ExitCode::SUCCESS),
+    };
+    let loaded = loaded.inspect_err(|_| direct.readiness.set(Phase::Failed))?;
+    direct.ready(&loaded);
+    tracing::info!("OpenAI API at {base}/v1");
+    shutdown.asked().await;
+    direct.readiness.set(Phase::Draining);
+    loaded.engine.idle(settings.runpod.drain_timeout.unwrap_or(DRAIN_TIMEOUT)).await;
+    for (closing, server) in [Some((closing, server)), health].into_iter().flatten() {
+        let _ = closing.send(());
+        let _ = server.await;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The direct door: closed until the model is there.
+struct Direct {
+    service: Arc<OnceLock<Arc<Service>>>,
+    readiness: Arc<Readiness>,
+}
+
+impl Direct {
+    fn new() -> Self {
+        Self { service: Arc::default(), readiness: Readiness::new(Phase::Loading) }
+    }
+
+    fn door(&self) -> Door {
+        let service = self.service.clone();
+        Arc::new(move |call| {
+            let service = service.get().cloned();
+            async move {
+                match service {
+                    Some(service) => service.call(call).await,
+                    None => Err(Failure::new(Kind::Loading, "the model is still loading").code("model_loading").retry_after(1)),
+                }
+            }
+            .boxed()
+        })
+    }
+
+    fn ready(&self, loaded: &Loaded) {
+        let _ = self.service.set(loaded.service.clone());
+        self.readiness.set(Phase::Ready);
+    }
+}
+
+type Server = (tokio::sync::oneshot::Sender<()>, tokio::task::JoinHandle<()>);
+
+/// Serves in the background until the sender speaks (or is dropped).
+fn spawn_server(listener: TcpListener, router: axum::Router) -> Server {
+    let (closing, closed) = tokio::sync::oneshot::channel();
+    let server = tokio::spawn(async move {
+        let shutdown = async {
+            let _ = closed.await;
+        };
+        if let Err(error) = server::run(listener, router, shutdown, RESPONSES_END).await {
+            tracing::error!("the HTTP server ended: {error}");
+        }
+    });
+    (closing, server)
+}
+
+/// The listener of the settings, and the URL under which this machine reaches it.
+async fn bind(settings: &Settings, default_host: &str) -> Result<(TcpListener, String), Failure> {
+    let host = settings.server.host.as_deref().unwrap_or(default_host);
+    let listener = listen(host, settings.server.port.unwrap_or(DEFAULT_PORT), "PORT").await?;
+    let port = listener.local_addr().map_err(|error| Failure::internal(format!("listener: {error}")))?.port();
+    let host = match host {
+        "0.0.0.0" => "127.0.0.1".to_string(),
+        "::" => "[::1]".to_string(),
+        ipv6 if ipv6.contains(':') => format!("[{ipv6}]"),
+        other => other.to_string(),
+    };
+    Ok((listener, format!("http://{host}:{port}")))
+}
+
+async fn listen(host: &str, port: u16, setting: &str) -> Result<TcpListener, Failure> {
+    TcpListener::bind((host, port))
+        .await
+        .map_err(|error| Failure::internal(format!("cannot listen on {host}:{port}: {error}; set HOST and {setting} (--host, --port) to a free address")))
+}
+
+fn endpoint_options(settings: &Settings) -> endpoint::Options {
+    endpoint::Options { cloud_errors: settings.server.cloud_errors, ..Default::default() }
+}
+
+/// The worker's settings, pointed at our own endpoint.
+fn attached(settings: &Settings, base: &str) -> RunpodSettings {
+    let mut runpod = settings.runpod.clone();
+    for (name, value) in endpoint::worker_variables(base, LOCAL_ENDPOINT, "local-worker", settings.server.api_keys.first()) {
+        match name {
+            "RUNPOD_WEBHOOK_GET_JOB" => runpod.get_job = Some(value),
+            "RUNPOD_WEBHOOK_POST_OUTPUT" => runpod.post_output = Some(value),
+            "RUNPOD_WEBHOOK_POST_STREAM" => runpod.post_stream = Some(value),
+            "RUNPOD_WEBHOOK_PING" => runpod.ping = Some(value),
+            "RUNPOD_AI_API_KEY" => runpod.api_key = Some(Secret::new(value)),
+            "RUNPOD_ENDPOINT_ID" => runpod.endpoint_id = Some(value),
+            "RUNPOD_POD_ID" => runpod.worker_id = Some(value),
+            _ => {}
+        }
+    }
+    runpod
+}
+
+fn welcome(base: &str, loaded: &Loaded) {
+    let name = loaded.service.model_name();
+    tracing::info!("OpenAI API         {base}/v1");
+    tracing::info!("the same as a job  {base}/v2/{LOCAL_ENDPOINT}/openai/v1");
+    tracing::info!("RunPod endpoint    {base}/v2/{LOCAL_ENDPOINT}/runsync");
+    tracing::info!(
+        "try it: curl {base}/v1/chat/completions -H 'content-type: application/json' -d '{{\"model\":\"{name}\",\"messages\":[{{\"role\":\"user\",\"content\":\"What is the capital of France?\"}}]}}'"
+    );
+}
