@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::api::{ModelInfo, Service};
+use crate::api::{ModelInfo, Service, chat_template};
 use crate::config::Settings;
 use crate::engine::{self, Handle};
 use crate::error::Failure;
@@ -27,10 +27,7 @@ pub async fn load(settings: &Settings) -> Result<Loaded, Failure> {
     let begin = Instant::now();
     let files = hub::fetch(&settings.model, &settings.hub).await?;
     let found = begin.elapsed();
-    let tokenizer_files = match &settings.hub.tokenizer {
-        Some(tokenizer) => hub::fetch(tokenizer, &settings.hub).await?,
-        None => files.clone(),
-    };
+    let tokenizer_files = files.clone();
     let (loaded, engine_waits) = std::sync::mpsc::sync_channel(1);
     let tokenizer = tokio::task::spawn_blocking(move || {
         let tokenizer = Tokenizer::load(&tokenizer_files).map(Arc::new);
@@ -41,7 +38,10 @@ pub async fn load(settings: &Settings) -> Result<Loaded, Failure> {
     let (engine, about) = start_engine(settings, &files, move || engine_waits.recv().unwrap_or_else(|_| Err(Failure::internal("the tokenizer's thread ended")))).await?;
     let tokenizer = tokenizer.await.map_err(|error| Failure::internal(format!("loading the tokenizer: {error}")))??;
     let info = ModelInfo::from_files(&files)?;
-    let service = Arc::new(Service::new(settings.api.clone(), engine.clone(), tokenizer, info)?);
+    let mut api = settings.api.clone();
+    // The setting may name a file; reading it is not the translation's business.
+    api.chat_template = api.chat_template.as_deref().map(chat_template::of_setting).transpose()?;
+    let service = Arc::new(Service::new(api, engine.clone(), tokenizer, info)?);
     tracing::info!("model {} from {}", files.name, files.origin);
     tracing::info!("device {}, {} threads, weights {}, {} parameters", about.device, about.threads, about.weights, about.parameters);
     about.memory.iter().for_each(|line| tracing::info!("{line}"));

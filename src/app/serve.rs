@@ -196,7 +196,7 @@ fn attached(settings: &Settings, base: &str) -> RunpodSettings {
 }
 
 fn welcome(base: &str, loaded: &Loaded) {
-    let name = loaded.service.model_name();
+    let name = loaded.service.name();
     tracing::info!("OpenAI API         {base}/v1");
     tracing::info!("the same as a job  {base}/v2/{LOCAL_ENDPOINT}/openai/v1");
     tracing::info!("RunPod endpoint    {base}/v2/{LOCAL_ENDPOINT}/runsync");

@@ -99,7 +99,7 @@ impl MemoryPlan {
 
 fn kv_budget(weights: usize, memory: Memory, settings: &EngineSettings) -> usize {
     if let Some(gb) = settings.kv_cache_gb {
-        return (gb * 1e9) as usize;
+        return (gb * (1u64 << 30) as f64) as usize;
     }
     if memory.gpu {
         let share = settings.gpu_memory_utilization.unwrap_or(GPU_UTILIZATION);

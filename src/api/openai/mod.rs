@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use serde_json::Value;
 
 use crate::api::answer::{self, Dialect};
 use crate::api::fields::Fields;
