@@ -7,11 +7,14 @@ use std::sync::Arc;
 use crate::error::Failure;
 
 pub mod architecture;
+pub mod demo;
 pub mod files;
 pub mod hub;
 pub mod memory;
+mod protobuf;
 pub mod runner;
 pub mod sample;
+pub mod sentencepiece;
 pub mod tokenizer;
 pub mod transformer;
 pub mod weights;
