@@ -7,6 +7,7 @@ use std::path::Path;
 
 use crate::config::HubSettings;
 use crate::error::{Failure, Kind};
+use crate::models::demo;
 use crate::models::files::ModelFiles;
 #[cfg(test)]
 use crate::models::files::Source;
@@ -20,7 +21,7 @@ mod tests;
 use cache::Search;
 use folder::Need;
 
-/// Finds `model` without the network, in this order: a folder, `local_model_root`, the caches.
+/// Finds `model` without the network, in this order: `demo` (built in), a folder, `local_model_root`, the caches.
 ///
 /// # Errors
 /// When `model` names a folder that is not there or lacks files.
@@ -85,6 +86,9 @@ fn need(settings: &HubSettings) -> Need {
 }
 
 fn search(model: &str, settings: &HubSettings, need: Need) -> Result<Search, Failure> {
+    if model == demo::NAME {
+        return Ok(Search { found: Some(demo::files()), looked: Vec::new() });
+    }
     if Path::new(model).is_dir() {
         let files = folder::read(Path::new(model), model, format!("folder {model}"))?;
         return match folder::missing(&files, need) {
