@@ -26,6 +26,8 @@ mod native;
 pub mod openai;
 mod options;
 mod prompt;
+#[cfg(test)]
+mod tests;
 
 use chat_template::ChatTemplate;
 use fields::Fields;
@@ -105,7 +107,7 @@ impl Service {
             defaults,
             eos_token_ids: Arc::new(eos_token_ids(&model, &tokenizer)),
             bos_token_id,
-            guard: Guard::new(tokenizer.special_tokens())?,
+            guard: Guard::new(&tokenizer)?,
             chat_template,
             seeds: AtomicU64::new(0),
             settings,

@@ -45,7 +45,7 @@ fn unwrapped(mut input: Map<String, Value>) -> Result<Map<String, Value>, Failur
 fn wrapped_call(input: &Map<String, Value>, job_id: &str) -> Result<Option<Call>, Failure> {
     let text = |name: &str| match input.get(name) {
         None | Some(Value::Null) => Ok(None),
-        Some(Value::String(text)) => Ok(Some(text.clone())),
+        Some(Value::String(text)) => Ok(Some(text.clone()).filter(|text| !text.is_empty())),
         Some(value) => Err(wrong_type(&Field { name: name.to_owned(), value }, "a string")),
     };
     let (path, body_name, method) = match (text("openai_route")?, text("route")?) {

@@ -37,7 +37,9 @@ impl Defaults {
             for (name, value) in config {
                 // A model's file is no reason to stop: the neutral value stays.
                 let single = Value::Object(Map::from_iter([(name.clone(), value.clone())]));
-                let _ = defaults.lay_over(&single);
+                if let Err(failure) = defaults.lay_over(&single) {
+                    tracing::warn!("generation_config.json: {failure}; the default stays");
+                }
             }
         }
         if let Some(config) = &settings.override_generation_config {

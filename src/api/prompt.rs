@@ -3,8 +3,8 @@
 
 use std::collections::HashSet;
 
-use aho_corasick::{AhoCorasick, MatchKind};
-use serde_json::{Map, Value};
+use aho_corasick::AhoCorasick;
+use serde_json::Value;
 
 use crate::error::Failure;
 use crate::models::tokenizer::{Special, Tokenizer};
@@ -19,28 +19,29 @@ pub struct Marks {
 /// Knows the strings that spell special tokens.
 ///
 /// User text is broken *inside* each such string with a noncharacter before the template is rendered. Whatever the template then does with
-/// the text (cut, trim, join), no special token can come out of it. After rendering, only the pieces that hold a break are encoded as plain
-/// text without the mark; all the rest is encoded together, exactly as the whole would be.
+/// the text (cut, trim, join), no special token can come out of it. After rendering the marks are taken out again, and no special token is
+/// looked for across the places where they were; the text itself is not cut there, so it encodes as the whole would.
 pub struct Guard {
+    /// Everything that the tokenizer looks for.
+    all: Strings,
+    /// Without visible markup such as `<think>`.
+    control: Strings,
+}
+
+/// Some strings to find.
+struct Strings {
     /// Every occurrence, overlapping ones too.
     anywhere: AhoCorasick,
-    /// As a tokenizer splits: leftmost, longest.
-    split: AhoCorasick,
-    /// Every proper beginning of a special token.
+    /// Every proper beginning of one.
     beginnings: HashSet<String>,
 }
 
 impl Guard {
-    pub fn new(special_tokens: &[String]) -> Result<Self, Failure> {
-        let tokens: Vec<&String> = special_tokens.iter().filter(|token| !token.is_empty()).collect();
-        let build = |kind| {
-            AhoCorasick::builder()
-                .match_kind(kind)
-                .build(&tokens)
-                .map_err(|error| Failure::internal(format!("cannot index the special tokens: {error}")))
-        };
-        let beginnings = tokens.iter().flat_map(|token| token.char_indices().skip(1).map(|(at, _)| token[..at].to_owned())).collect();
-        Ok(Self { anywhere: build(MatchKind::Standard)?, split: build(MatchKind::LeftmostLongest)?, beginnings })
+    pub fn new(tokenizer: &Tokenizer) -> Result<Self, Failure> {
+        let all = tokenizer.special_tokens();
+        let is_control = |name: &&String| tokenizer.token_id(name).is_none_or(|id| tokenizer.is_special(id));
+        let control: Vec<String> = all.iter().filter(is_control).cloned().collect();
+        Ok(Self { all: Strings::new(all)?, control: Strings::new(&control)? })
     }
 
     /// Marks that occur nowhere in `values`.
@@ -56,30 +57,64 @@ impl Guard {
         }
     }
 
-    /// Breaks special-token strings in every string below `value`; true when there were any. Roles are names of ours already.
-    pub fn break_in(&self, value: &mut Value, mark: char) -> bool {
-        match value {
-            Value::String(text) => match self.broken(text, mark) {
-                Some(broken) => {
-                    *text = broken;
-                    true
-                }
-                None => false,
-            },
-            Value::Array(list) => list.iter_mut().fold(false, |any, value| self.break_in(value, mark) | any),
-            Value::Object(object) => self.break_in_object(object, mark),
-            _ => false,
+    /// Breaks special-token strings in a list of messages. The assistant's keep their visible markup: a model wrote it, and templates
+    /// look for it (they leave out the thinking of earlier turns).
+    pub fn break_in_messages(&self, messages: &mut Value, mark: char) {
+        for message in messages.as_array_mut().into_iter().flatten() {
+            let by_assistant = message.get("role").and_then(Value::as_str) == Some("assistant");
+            let strings = if by_assistant { &self.control } else { &self.all };
+            strings.break_in(message, mark);
         }
     }
 
-    fn break_in_object(&self, object: &mut Map<String, Value>, mark: char) -> bool {
-        let mut any = false;
-        // Keys reach the text too (arguments of tool calls written as JSON).
-        if object.keys().any(|key| self.broken(key, mark).is_some()) {
-            *object = std::mem::take(object).into_iter().map(|(key, value)| (self.broken(&key, mark).unwrap_or(key), value)).collect();
-            any = true;
+    /// Breaks special-token strings in every string below `value`.
+    pub fn break_in(&self, value: &mut Value, mark: char) {
+        self.all.break_in(value, mark);
+    }
+
+    /// Token ids of a rendered prompt, in which user text is broken with `mark`.
+    pub fn encode(&self, tokenizer: &Tokenizer, rendered: &str, mark: char) -> Result<Vec<u32>, Failure> {
+        let mut pieces = rendered.split(mark);
+        let mut text = pieces.next().unwrap_or_default().to_owned();
+        let mut places = Vec::new();
+        for piece in pieces {
+            places.push(text.len()..text.len());
+            text.push_str(piece);
         }
-        object.iter_mut().filter(|(key, _)| *key != "role").fold(any, |any, (_, value)| self.break_in(value, mark) | any)
+        match places.is_empty() {
+            true => tokenizer.encode(&text, Special::Control),
+            false => tokenizer.encode_except(&text, &places),
+        }
+    }
+}
+
+impl Strings {
+    fn new(strings: &[String]) -> Result<Self, Failure> {
+        let strings: Vec<&String> = strings.iter().filter(|string| !string.is_empty()).collect();
+        let anywhere =
+            AhoCorasick::new(&strings).map_err(|error| Failure::internal(format!("cannot index the special tokens: {error}")))?;
+        let beginnings = strings.iter().flat_map(|string| string.char_indices().skip(1).map(|(at, _)| string[..at].to_owned())).collect();
+        Ok(Self { anywhere, beginnings })
+    }
+
+    fn break_in(&self, value: &mut Value, mark: char) {
+        match value {
+            Value::String(text) => {
+                if let Some(broken) = self.broken(text, mark) {
+                    *text = broken;
+                }
+            }
+            Value::Array(list) => list.iter_mut().for_each(|value| self.break_in(value, mark)),
+            Value::Object(object) => {
+                // Keys reach the text too (arguments of tool calls written as JSON). Roles are ours already.
+                if object.keys().any(|key| self.broken(key, mark).is_some()) {
+                    let entries = std::mem::take(object).into_iter();
+                    *object = entries.map(|(key, value)| (self.broken(&key, mark).unwrap_or(key), value)).collect();
+                }
+                object.iter_mut().filter(|(key, _)| *key != "role").for_each(|(_, value)| self.break_in(value, mark));
+            }
+            _ => {}
+        }
     }
 
     /// `text` with the mark after the first character of each special-token string, and at the end if the text after it could complete
@@ -108,27 +143,6 @@ impl Guard {
         broken.push_str(&text[start..]);
         Some(broken)
     }
-
-    /// Token ids of a rendered prompt, in which user text is broken with `mark`.
-    pub fn encode(&self, tokenizer: &Tokenizer, rendered: &str, mark: char) -> Result<Vec<u32>, Failure> {
-        if !rendered.contains(mark) {
-            return tokenizer.encode(rendered, Special::Control);
-        }
-        let mut ids = Vec::new();
-        // Pieces lie between the real special tokens. Those without a mark run on together from `start`.
-        let (mut start, mut piece) = (0, 0);
-        let ends = self.split.find_iter(rendered).map(|found| (found.start(), found.end()));
-        for (end, next) in ends.chain([(rendered.len(), rendered.len())]) {
-            if rendered[piece..end].contains(mark) {
-                ids.extend(tokenizer.encode(&rendered[start..piece], Special::Control)?);
-                ids.extend(tokenizer.encode(&rendered[piece..end].replace(mark, ""), Special::Text)?);
-                start = end;
-            }
-            piece = next;
-        }
-        ids.extend(tokenizer.encode(&rendered[start..], Special::Control)?);
-        Ok(ids)
-    }
 }
 
 fn contains(value: &Value, mark: char) -> bool {
@@ -148,25 +162,26 @@ mod tests {
 
     const MARK: char = '\u{FDD0}';
 
-    fn guard() -> Guard {
-        Guard::new(&["<|end|>".to_owned(), "<|end|>x".to_owned(), "aXa".to_owned()]).unwrap()
+    fn strings() -> Strings {
+        Strings::new(&["<|end|>".to_owned(), "<|end|>x".to_owned(), "aXa".to_owned()]).unwrap()
     }
 
     #[test]
     fn special_strings_are_broken_and_other_text_is_left_alone() {
         let mut value = json!({"content": "a<|end|>b", "role": "user", "list": ["fine", {"k<|end|>": 1}]});
-        assert!(guard().break_in(&mut value, MARK));
+        strings().break_in(&mut value, MARK);
         // The last one is also the beginning of a longer one, which the template might complete.
         assert_eq!(value, json!({"content": "a<\u{FDD0}|end|>b", "role": "user", "list": ["fine", {"k<\u{FDD0}|end|>\u{FDD0}": 1}]}));
         let mut fine = json!(["a < b", "<|END|>"]);
-        assert!(!guard().break_in(&mut fine, MARK));
+        strings().break_in(&mut fine, MARK);
+        assert_eq!(fine, json!(["a < b", "<|END|>"]));
     }
 
     #[test]
     fn a_beginning_at_the_end_is_closed_off() {
-        assert_eq!(guard().broken("x<|en", MARK).as_deref(), Some("x<|en\u{FDD0}"));
-        assert_eq!(guard().broken("xa", MARK).as_deref(), Some("xa\u{FDD0}"));
-        assert_eq!(guard().broken("x<|ex", MARK), None);
+        assert_eq!(strings().broken("x<|en", MARK).as_deref(), Some("x<|en\u{FDD0}"));
+        assert_eq!(strings().broken("xa", MARK).as_deref(), Some("xa\u{FDD0}"));
+        assert_eq!(strings().broken("x<|ex", MARK), None);
     }
 
     #[test]
@@ -180,11 +195,11 @@ mod tests {
     proptest! {
         #[test]
         fn no_special_string_survives_however_texts_are_cut_or_joined(texts in prop::collection::vec("[aX<|end>x]{0,12}", 1..4), from in 0_usize..6) {
-            let guard = guard();
-            let broken: Vec<String> = texts.iter().map(|text| guard.broken(text, MARK).unwrap_or_else(|| text.clone())).collect();
+            let strings = strings();
+            let broken: Vec<String> = texts.iter().map(|text| strings.broken(text, MARK).unwrap_or_else(|| text.clone())).collect();
             prop_assert_eq!(broken.concat().replace(MARK, ""), texts.concat(), "only marks are added");
             let joined: String = broken.concat().chars().skip(from).collect();
-            prop_assert!(!guard.anywhere.is_match(&joined), "{joined:?}");
+            prop_assert!(!strings.anywhere.is_match(&joined), "{joined:?}");
         }
     }
 }

@@ -31,7 +31,7 @@ pub fn encode(service: &Service, fields: &Fields<'_>, messages: Vec<Value>, opti
     let mut variables = Variables::read(fields, messages)?;
     let marks = Guard::marks(&[&variables.messages, &variables.user])?;
     if !service.settings.allow_special_tokens {
-        service.guard.break_in(&mut variables.messages, marks.break_mark);
+        service.guard.break_in_messages(&mut variables.messages, marks.break_mark);
         service.guard.break_in(&mut variables.user, marks.break_mark);
     }
     if variables.continue_final_message {

@@ -21,7 +21,7 @@ mod tests;
 use cache::Search;
 use folder::Need;
 
-/// Finds `model` without the network, in this order: `demo`, a folder, `local_model_root`, the caches.
+/// Finds `model` without the network, in this order: `demo` (built in), a folder, `local_model_root`, the caches.
 ///
 /// # Errors
 /// When `model` names a folder that is not there or lacks files.

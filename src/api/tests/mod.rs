@@ -1,0 +1,216 @@
+//! The whole API on the real engine. Only the model is scripted: the seed of a request chooses what it "writes".
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt;
+use serde_json::{Value, json};
+
+use crate::api::{Answer, Call, ModelInfo, Service};
+use crate::config::ApiSettings;
+use crate::engine;
+use crate::error::Failure;
+use crate::models::files::{ModelFiles, Source};
+use crate::models::tokenizer::{Special, Tokenizer};
+use crate::models::{Output, Plan, Runner, Shape};
+
+mod errors;
+mod native;
+mod prompts;
+mod streams;
+mod whole;
+
+pub const CONTEXT: usize = 96;
+
+/// Writes `script[seed]`, then the end of sequence. `None` fails the step.
+struct Scripted {
+    shape: Shape,
+    scripts: Vec<Vec<Option<u32>>>,
+    pace: Duration,
+}
+
+impl Runner for Scripted {
+    fn shape(&self) -> &Shape {
+        &self.shape
+    }
+
+    fn step(&mut self, plan: &Plan) -> Result<Output, Failure> {
+        std::thread::sleep(self.pace);
+        let drawn = plan.rows.iter().filter_map(|row| row.draw.as_ref()).map(|draw| {
+            let script = &self.scripts[draw.seed as usize % self.scripts.len()];
+            match script.get(draw.index as usize) {
+                Some(token) => token.ok_or_else(|| Failure::internal("told to fail")),
+                None => Ok(2),
+            }
+        });
+        Ok(Output { tokens: drawn.collect::<Result<_, _>>()? })
+    }
+}
+
+pub struct World {
+    pub service: Arc<Service>,
+    pub tokenizer: Arc<Tokenizer>,
+}
+
+/// What the scripted model writes: text, raw tokens, or a fault.
+#[derive(Clone)]
+pub enum Say {
+    Text(&'static str),
+    Bytes(&'static [u8]),
+    Fail,
+}
+
+/// A vocabulary of ASCII, byte pieces and a few words: every other character comes in several tokens.
+fn tokenizer_json() -> String {
+    let mut vocab: Vec<String> = ["<unk>", "<s>", "</s>"].map(str::to_owned).to_vec();
+    vocab.extend((0..=255).map(|byte| format!("<0x{byte:02X}>")));
+    vocab.extend((33..127_u8).map(|byte| char::from(byte).to_string()));
+    vocab.extend(["▁", "He", "ll", "Hell", "Hello", "▁w", "or", "▁wor", "ld", "▁world"].map(str::to_owned));
+    let merges = [["H", "e"], ["l", "l"], ["He", "ll"], ["Hell", "o"], ["▁", "w"], ["o", "r"], ["▁w", "or"], ["l", "d"], ["▁wor", "ld"]];
+    let ids: serde_json::Map<String, Value> = vocab.iter().enumerate().map(|(id, piece)| (piece.clone(), json!(id))).collect();
+    let count = ids.len();
+    let token = |id: usize, content: &str, special: bool| json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": special});
+    json!({
+        "version": "1.0", "truncation": null, "padding": null,
+        "added_tokens": [
+            token(0, "<unk>", true), token(1, "<s>", true), token(2, "</s>", true),
+            token(count, "<|begin_of_sentence|>", true), token(count + 1, "<|end_of_sentence|>", true), token(count + 2, "<think>", false),
+        ],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        "pre_tokenizer": null, "post_processor": null,
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": {"type": "BPE", "dropout": null, "unk_token": "<unk>", "fuse_unk": true, "byte_fallback": true, "vocab": ids, "merges": merges},
+    })
+    .to_string()
+}
+
+pub fn files(extra: &[(&str, &str)]) -> ModelFiles {
+    let mut files = vec![
+        ("tokenizer.json".to_owned(), tokenizer_json()),
+        ("config.json".to_owned(), json!({"model_type": "ernie4_5", "eos_token_id": 2}).to_string()),
+        ("tokenizer_config.json".to_owned(), json!({"cls_token": "<|begin_of_sentence|>", "bos_token": "<s>"}).to_string()),
+    ];
+    for (name, text) in extra {
+        files.retain(|(present, _)| present != name);
+        files.push(((*name).to_owned(), (*text).to_owned()));
+    }
+    let files = files.into_iter().map(|(name, text)| (name, Source::Embedded(text.into_bytes().leak()))).collect();
+    ModelFiles::new("baidu/ERNIE-test", "test", files)
+}
+
+pub async fn world_with(says: &[Vec<Say>], settings: ApiSettings, files: ModelFiles, pace: Duration) -> Result<World, Failure> {
+    let tokenizer = Arc::new(Tokenizer::load(&files)?);
+    let byte = |byte: &u8| tokenizer.token_id(&format!("<0x{byte:02X}>"));
+    let scripts = says
+        .iter()
+        .map(|says| {
+            let tokens = says.iter().map(|say| match say {
+                Say::Text(text) => tokenizer.encode(text, Special::Control).unwrap().into_iter().map(Some).collect::<Vec<_>>(),
+                Say::Bytes(bytes) => bytes.iter().map(byte).collect(),
+                Say::Fail => vec![None],
+            });
+            tokens.flatten().collect()
+        })
+        .collect();
+    let shape = Shape {
+        max_model_len: CONTEXT,
+        vocab_size: tokenizer.vocab_size(),
+        block_size: 16,
+        blocks: 64,
+        max_num_seqs: 8,
+        max_num_batched_tokens: 64,
+    };
+    let engine = engine::start(move || Ok(Scripted { shape, scripts, pace }), 32).await?;
+    let service = Arc::new(Service::new(settings, engine, tokenizer.clone(), ModelInfo::from_files(&files)?)?);
+    Ok(World { service, tokenizer })
+}
+
+pub async fn world(says: &[Vec<Say>]) -> World {
+    world_with(says, ApiSettings::default(), files(&[]), Duration::ZERO).await.unwrap()
+}
+
+/// A world whose model always writes the same.
+pub async fn saying(text: &'static str) -> World {
+    world(&[vec![Say::Text(text)]]).await
+}
+
+impl World {
+    pub async fn call(&self, path: &str, body: Value) -> Result<Answer, Failure> {
+        let method = if body.is_null() { "GET" } else { "POST" };
+        self.service.call(Call { method: method.to_owned(), path: path.to_owned(), body, request_id: "r1".to_owned() }).await
+    }
+
+    pub async fn post(&self, path: &str, body: Value) -> Result<Value, Failure> {
+        self.call(path, body).await.map(whole)
+    }
+
+    pub async fn chat(&self, more: Value) -> Result<Value, Failure> {
+        self.post("/v1/chat/completions", with(json!({"messages": [{"role": "user", "content": "Hi"}], "seed": 0}), more)).await
+    }
+
+    pub async fn complete(&self, more: Value) -> Result<Value, Failure> {
+        self.post("/v1/completions", with(json!({"prompt": "Hi", "seed": 0}), more)).await
+    }
+
+    /// The events of a stream, which must end with `[DONE]`.
+    pub async fn events(&self, path: &str, body: Value) -> Vec<Value> {
+        let frames = items(self.call(path, with(body, json!({"stream": true}))).await.unwrap()).await;
+        events(&frames.into_iter().map(Result::unwrap).collect::<Vec<_>>())
+    }
+
+    pub async fn job(&self, input: Value) -> Result<Value, Failure> {
+        self.service.job(input, "j1").await.map(whole)
+    }
+
+    pub async fn job_stream(&self, input: Value) -> Vec<Value> {
+        items(self.service.job(input, "j1").await.unwrap()).await.into_iter().map(Result::unwrap).collect()
+    }
+
+    /// Token ids that a text stands for.
+    pub fn ids(&self, text: &str, special: Special) -> Vec<u32> {
+        self.tokenizer.encode(text, special).unwrap()
+    }
+}
+
+/// `base` with the keys of `more` over it.
+pub fn with(mut base: Value, more: Value) -> Value {
+    if let (Value::Object(base), Value::Object(more)) = (&mut base, more) {
+        base.extend(more);
+    }
+    base
+}
+
+pub fn whole(answer: Answer) -> Value {
+    match answer {
+        Answer::Whole(value) => value,
+        Answer::Stream(_) => panic!("a stream"),
+    }
+}
+
+pub async fn items(answer: Answer) -> Vec<Result<Value, Failure>> {
+    match answer {
+        Answer::Stream(pieces) => pieces.collect().await,
+        Answer::Whole(value) => panic!("not a stream: {value}"),
+    }
+}
+
+/// Events of strings of whole frames, of which the last is `[DONE]`.
+pub fn events(pieces: &[Value]) -> Vec<Value> {
+    let mut events = Vec::new();
+    let mut done = false;
+    for piece in pieces {
+        let text = piece.as_str().expect("a string");
+        assert!(text.ends_with("\n\n"), "whole frames: {text:?}");
+        for frame in text.split_terminator("\n\n") {
+            assert!(!done, "nothing after [DONE]");
+            let data = frame.strip_prefix("data: ").expect("data");
+            match data {
+                "[DONE]" => done = true,
+                data => events.push(serde_json::from_str(data).unwrap()),
+            }
+        }
+    }
+    assert!(done, "no [DONE]");
+    events
+}
