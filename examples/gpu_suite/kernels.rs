@@ -149,6 +149,7 @@ pub fn batch(rows: &[(usize, usize)], block_size: usize, d: usize, random: &mut 
         sin: random.tensor(&[start, d / 2])?,
         rows: out,
         block_size,
+        groups: std::sync::OnceLock::new(),
     };
     Ok((batch, next as usize))
 }

@@ -187,6 +187,7 @@ impl Step {
             sin,
             rows: (0..rows).map(|row| BatchRow { start: row, len: 1, context, blocks: blocks(row) }).collect(),
             block_size: Self::BLOCK_SIZE,
+            groups: std::sync::OnceLock::new(),
         };
         let out = Tensor::zeros((rows, model.shape.vocab_size), DType::F32, device)?;
         Ok(Self { model, caches, batch, out })

@@ -45,6 +45,7 @@ fn batch(rows: &[(usize, usize)], block_size: usize, d: usize, seed: &mut u64) -
         sin: random(&[start, d / 2], seed),
         rows: out,
         block_size,
+        groups: std::sync::OnceLock::new(),
     };
     (batch, next as usize)
 }

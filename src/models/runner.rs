@@ -77,6 +77,10 @@ impl ModelRunner {
     fn forward(&mut self, plan: &Plan) -> candle_core::Result<Tensor> {
         let device = &self.model.device;
         let t = plan.tokens.len();
+        // On a GPU such an id would trip an assertion in a kernel, after which the device is lost to this process.
+        if let Some(id) = plan.tokens.iter().find(|id| **id as usize >= self.model.shape.vocab_size) {
+            candle_core::bail!("token id {id} is outside the vocabulary of {}", self.model.shape.vocab_size);
+        }
         let (cos, sin) = self.model.rotary(&plan.positions)?;
         let row = |row: &crate::models::Row| BatchRow { start: row.start, len: row.len, context: row.context, blocks: row.blocks.clone() };
         let batch = Batch {
@@ -86,6 +90,7 @@ impl ModelRunner {
             sin,
             rows: plan.rows.iter().map(row).collect(),
             block_size: self.plan.shape.block_size,
+            groups: std::sync::OnceLock::new(),
         };
         let x = self.model.forward(&batch, &self.caches)?;
         let last: Vec<u32> = plan.rows.iter().filter(|row| row.draw.is_some()).map(|row| (row.start + row.len - 1) as u32).collect();
@@ -123,6 +128,12 @@ impl Runner for ModelRunner {
 /// `[blocks, block_size, kv, d]` twice per layer, zeroed: allocated once, here.
 fn allocate(model: &Transformer, shape: &Shape, dtype: DType, device: &Device) -> Result<Vec<KvCache>, Failure> {
     let dims = (shape.blocks, shape.block_size, model.shape.kv_heads, model.shape.head_dim);
+    if !device.is_cpu() && dims.0 * dims.1 * dims.2 * dims.3 > u32::MAX as usize {
+        return Err(Failure::internal(format!(
+            "the KV cache of one layer would hold more numbers ({dims:?}) than candle's CUDA kernels can address (2^32); lower MAX_NUM_SEQS, \
+             MAX_MODEL_LEN or GPU_MEMORY_UTILIZATION"
+        )));
+    }
     let zeros = || Tensor::zeros(dims, dtype, device).map_err(device_failure);
     (0..model.shape.layers).map(|_| Ok(KvCache { k: zeros()?, v: zeros()? })).collect()
 }
@@ -141,7 +152,12 @@ fn computing_threads(threads: usize) -> Result<rayon::ThreadPool, Failure> {
 pub fn open_device(choice: DeviceChoice) -> Result<Device, Failure> {
     match choice {
         DeviceChoice::Cpu => Ok(Device::Cpu),
-        DeviceChoice::Auto => Ok(cuda::open(0).unwrap_or(Device::Cpu)),
+        DeviceChoice::Auto => Ok(cuda::open(0).unwrap_or_else(|error| {
+            if cfg!(feature = "cuda") {
+                tracing::warn!("no CUDA device can be used, the model runs on the CPU: {error}");
+            }
+            Device::Cpu
+        })),
         DeviceChoice::Cuda(index) => cuda::open(index).map_err(|error| Failure::internal(format!("DEVICE=cuda:{index}: {error}"))),
     }
 }
@@ -176,7 +192,8 @@ mod cuda {
 #[cfg(feature = "cuda")]
 mod cuda {
     use candle_core::Device;
-    use candle_core::cuda_backend::cudarc::driver::result;
+    use candle_core::cuda_backend::CudaDevice;
+    use candle_core::cuda_backend::cudarc::driver::{DriverError, result, sys};
 
     use crate::models::memory::Memory;
 
@@ -189,8 +206,25 @@ mod cuda {
             unsafe {
                 cuda.disable_event_tracking()
             };
+            keep_freed_memory(cuda).map_err(|error| format!("the memory pool cannot be set up: {error}"))?;
         }
         Ok(device)
+    }
+
+    /// Every operation allocates its result: freed memory stays in the pool instead of going back to the system at each synchronisation.
+    fn keep_freed_memory(device: &CudaDevice) -> Result<(), DriverError> {
+        let stream = device.cuda_stream();
+        if !stream.context().has_async_alloc() {
+            return Ok(());
+        }
+        let mut threshold = u64::MAX;
+        let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        // SAFETY: the pool is the device's own, and the attribute's value is a u64, read before the call returns.
+        #[allow(unsafe_code)]
+        unsafe {
+            let pool = result::device::get_mem_pool(stream.context().cu_device())?;
+            result::mem_pool::set_attribute(pool, attribute, (&raw mut threshold).cast())
+        }
     }
 
     pub fn describe(device: &Device) -> String {
