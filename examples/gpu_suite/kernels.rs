@@ -171,11 +171,14 @@ pub fn run(part: &mut Part, device: &Device) -> Result<(), Fail> {
     argmax(part, device)
 }
 
-/// The greedy draw on the device: rows of a real vocabulary's length.
+/// The greedy draw on the device: rows of a real vocabulary's length, coarse enough to hold ties for the greatest value.
 fn argmax(part: &mut Part, device: &Device) -> Result<(), Fail> {
-    let logits = Random(11).tensor(&[5, 103_424])?;
-    let want: Vec<u32> = logits.narrow(1, 0, 100_295)?.contiguous()?.argmax(1)?.to_vec1()?;
-    let got: Vec<u32> = logits.to_device(device)?.narrow(1, 0, 100_295)?.contiguous()?.argmax(1)?.to_vec1()?;
-    part.check("argmax over part of the vocabulary", got == want, format!("{got:?}, expected {want:?}"));
+    let vocab = 100_295;
+    let logits = (Random(11).tensor(&[5, 103_424])?.narrow(1, 0, vocab)? * 1000.0)?.round()?;
+    let rows: Vec<Vec<f32>> = logits.to_vec2()?;
+    let want: Vec<u32> = rows.iter().map(|row| worker_candle::models::sample::argmax(row)).collect();
+    let columns = Tensor::arange(0f32, vocab as f32, device)?.unsqueeze(0)?;
+    let got = composed::argmax(&logits.to_device(device)?.contiguous()?, &columns)?;
+    part.check("argmax with ties", got == want, format!("{got:?}, expected {want:?}"));
     Ok(())
 }

@@ -48,10 +48,25 @@ pub fn rope_and_store(qkv: &Tensor, heads: usize, rope: Rope, batch: &Batch, cac
     Ok(q)
 }
 
-/// Most scores, and most cached numbers of keys, that one attention pass makes at a time: bounds the memory a long prompt or a large batch takes
-/// (some 128 MiB per intermediate tensor).
-const MAX_SCORES: usize = 1 << 25;
-const MAX_GATHERED: usize = 1 << 26;
+/// The greatest value's column in each row of `logits [n, vocab]`, the lowest one on ties, which logits that were bf16 have often; candle's own argmax
+/// takes any of them on CUDA. `columns [1, vocab]`: 0, 1, 2 … in f32, which holds them exactly up to 2^24.
+pub fn argmax(logits: &Tensor, columns: &Tensor) -> Result<Vec<u32>> {
+    let lower = logits.broadcast_lt(&logits.max_keepdim(1)?)?;
+    let beyond = Tensor::full(f32::INFINITY, (1, 1), logits.device())?;
+    let first = lower.where_cond(&beyond.broadcast_as(lower.shape())?, &columns.broadcast_as(lower.shape())?)?.min(1)?;
+    first.to_dtype(DType::U32)?.to_vec1()
+}
+
+/// What one attention pass makes at a time: bounds the memory that a long prompt or a large batch takes.
+#[derive(Clone, Copy)]
+pub(super) struct Bounds {
+    pub scores: usize,
+    /// Numbers of cached keys.
+    pub gathered: usize,
+}
+
+/// 128 MiB per intermediate tensor.
+const BOUNDS: Bounds = Bounds { scores: 1 << 25, gathered: 1 << 26 };
 
 /// Tokens of a step that go through attention together: decoding rows side by side, padded to the longest, or some queries of one prompt.
 #[derive(Debug, Clone)]
@@ -125,11 +140,11 @@ impl Group {
 }
 
 /// Cuts a step into groups, in the order of its tokens. `heads`: of queries; `width`: cached numbers of keys per token.
-fn groups(batch: &Batch, heads: usize, width: usize, device: &Device) -> Result<Vec<Group>> {
+pub(super) fn groups(batch: &Batch, heads: usize, width: usize, bounds: Bounds, device: &Device) -> Result<Vec<Group>> {
     let (mut groups, mut next) = (Vec::new(), 0);
     while let Some(row) = batch.rows.get(next) {
         if row.len > 1 {
-            let per = (MAX_SCORES / (heads * row.context)).max(1);
+            let per = (bounds.scores / (heads * row.context)).max(1);
             for from in (0..row.len).step_by(per) {
                 groups.push(Group::new(&batch.rows[next..next + 1], from..row.len.min(from + per), batch.block_size, device)?);
             }
@@ -140,7 +155,7 @@ fn groups(batch: &Batch, heads: usize, width: usize, device: &Device) -> Result<
         while let Some(row) = batch.rows.get(end).filter(|row| row.len == 1) {
             longest = longest.max(row.context);
             let keys = (end + 1 - next) * longest;
-            if end > next && (keys * heads > MAX_SCORES || keys * width > MAX_GATHERED) {
+            if end > next && (keys * heads > bounds.scores || keys * width > bounds.gathered) {
                 break;
             }
             end += 1;
@@ -157,7 +172,7 @@ pub fn paged_attention(q: &Tensor, batch: &Batch, cache: &KvCache) -> Result<Ten
     let groups = match batch.groups.get() {
         Some(groups) => groups,
         None => {
-            let made = groups(batch, q.dim(1)? / d, kv * d, q.device())?;
+            let made = groups(batch, q.dim(1)? / d, kv * d, BOUNDS, q.device())?;
             batch.groups.get_or_init(|| made)
         }
     };

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use crate::config::{DeviceChoice, EngineSettings};
 use crate::error::Failure;
-use crate::kernels::{Batch, BatchRow, KvCache};
+use crate::kernels::{self, Batch, BatchRow, KvCache};
 use crate::models::architecture::Architecture;
 use crate::models::files::ModelFiles;
 use crate::models::memory::{self, Memory, MemoryPlan};
@@ -18,6 +18,8 @@ use crate::models::{Draw, Output, Plan, Runner, Shape};
 pub struct ModelRunner {
     model: Transformer,
     caches: Vec<KvCache>,
+    /// `[1, vocab_size]`: 0, 1, 2 …, for greedy draws on the device.
+    columns: Tensor,
     plan: MemoryPlan,
     /// What was loaded, for logs and reports.
     pub about: About,
@@ -64,7 +66,9 @@ impl ModelRunner {
             bytes_per_step: model.bytes_per_step(),
             memory: plan.lines(),
         };
-        Ok(Self { model, caches, plan, about, _threads: pool })
+        let columns =
+            Tensor::arange(0f32, plan.shape.vocab_size as f32, &device).and_then(|ids| ids.unsqueeze(0)).map_err(device_failure)?;
+        Ok(Self { model, caches, columns, plan, about, _threads: pool })
     }
 
     /// Logits `[rows with a draw, vocab]` of a plan, as the sampler would see them.
@@ -103,7 +107,7 @@ impl ModelRunner {
 
     fn draw(&self, logits: &Tensor, draws: &[&Draw]) -> candle_core::Result<Vec<u32>> {
         if !logits.device().is_cpu() && draws.iter().all(|draw| draw.is_plain_greedy()) {
-            return logits.contiguous()?.argmax(1)?.to_vec1();
+            return kernels::composed::argmax(&logits.contiguous()?, &self.columns);
         }
         let mut rows: Vec<Vec<f32>> = logits.to_vec2()?;
         Ok(rows.par_iter_mut().zip(draws).map(|(row, draw)| sample::sample(row, draw)).collect())
