@@ -282,7 +282,7 @@ pub fn transfer(part: &mut Part, options: &Options) -> Result<(), Fail> {
     let started = Instant::now();
     pinned.as_mut_slice()?.copy_from_slice(&pageable);
     part.measure("memory to pinned memory, one thread", bytes as f64 / started.elapsed().as_secs_f64() / 1e9, "GB/s");
-    let mut rate = |copy: &mut dyn FnMut() -> Result<(), DriverError>| -> Result<f64, Fail> {
+    let rate = |copy: &mut dyn FnMut() -> Result<(), DriverError>| -> Result<f64, Fail> {
         copy()?;
         stream.synchronize()?;
         let started = Instant::now();
