@@ -83,12 +83,12 @@ pub struct Service {
 }
 
 impl Service {
-    /// `settings.chat_template` holds the text of a template here, not a path: see [`chat_template::of_setting`]. Fails on settings that do
-    /// not hold (`CHAT_TEMPLATE`, `OVERRIDE_GENERATION_CONFIG`); a model's own template that does not compile fails chat requests only.
+    /// Fails on settings that do not hold (`CHAT_TEMPLATE`, whose file is read here, and `OVERRIDE_GENERATION_CONFIG`); a model's own
+    /// template that does not compile fails chat requests only.
     pub fn new(settings: ApiSettings, engine: Handle, tokenizer: Arc<Tokenizer>, mut model: ModelInfo) -> Result<Self, Failure> {
         let defaults = Defaults::new(&model.generation_config, &settings)?;
         let chat_template = match (&settings.chat_template, &model.chat_template) {
-            (Some(text), _) => Ok(ChatTemplate::compile(text)
+            (Some(setting), _) => Ok(ChatTemplate::compile(&chat_template::of_setting(setting)?)
                 .map_err(|error| Failure::internal(format!("CHAT_TEMPLATE is not a valid template: {error}")))?),
             (None, Some((text, origin))) => ChatTemplate::compile(text)
                 .map_err(|error| format!("The model's chat template ({origin}) is not valid: {error}. Set CHAT_TEMPLATE to one that is.")),

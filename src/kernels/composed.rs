@@ -1,6 +1,6 @@
 //! The kernels as compositions of candle's own operations: what CUDA runs in this version, and the oracle of the CPU kernels.
 
-use candle_core::{D, DType, Result, Tensor};
+use candle_core::{D, DType, Device, Result, Tensor};
 
 use super::{Batch, BatchRow, KvCache, Rope};
 
@@ -48,41 +48,134 @@ pub fn rope_and_store(qkv: &Tensor, heads: usize, rope: Rope, batch: &Batch, cac
     Ok(q)
 }
 
+/// The greatest value's column in each row of `logits [n, vocab]`, the lowest one on ties, which logits that were bf16 have often; candle's own argmax
+/// takes any of them on CUDA. `columns [1, vocab]`: 0, 1, 2 … in f32, which holds them exactly up to 2^24.
+pub fn argmax(logits: &Tensor, columns: &Tensor) -> Result<Vec<u32>> {
+    let lower = logits.broadcast_lt(&logits.max_keepdim(1)?)?;
+    let beyond = Tensor::full(f32::INFINITY, (1, 1), logits.device())?;
+    let first = lower.where_cond(&beyond.broadcast_as(lower.shape())?, &columns.broadcast_as(lower.shape())?)?.min(1)?;
+    first.to_dtype(DType::U32)?.to_vec1()
+}
+
+/// What one attention pass makes at a time: bounds the memory that a long prompt or a large batch takes.
+#[derive(Clone, Copy)]
+pub(super) struct Bounds {
+    pub scores: usize,
+    /// Numbers of cached keys.
+    pub gathered: usize,
+}
+
+/// 128 MiB per intermediate tensor.
+const BOUNDS: Bounds = Bounds { scores: 1 << 25, gathered: 1 << 26 };
+
+/// Tokens of a step that go through attention together: decoding rows side by side, padded to the longest, or some queries of one prompt.
+#[derive(Debug, Clone)]
+pub struct Group {
+    /// First token in the step.
+    start: usize,
+    /// Sequences, and queries of each.
+    rows: usize,
+    len: usize,
+    /// Keys gathered for each sequence.
+    context: usize,
+    /// `[rows · blocks]`, u32 on the device.
+    blocks: Tensor,
+    /// `[rows, 1, len, context]`, u8 on the device: 1 where a query may not look. `None` where every query sees every key.
+    hidden: Option<Tensor>,
+}
+
+impl Group {
+    /// `rows` have one length each; of their queries those in `queries` belong to the group.
+    fn new(rows: &[BatchRow], queries: std::ops::Range<usize>, block_size: usize, device: &Device) -> Result<Self> {
+        let len = queries.len();
+        // How many keys each query sees: all up to its own.
+        let seen = |row: &BatchRow| {
+            let before = row.context - row.len;
+            queries.clone().map(move |i| before + i + 1).collect::<Vec<_>>()
+        };
+        let visible: Vec<usize> = rows.iter().flat_map(seen).collect();
+        let context = visible.iter().copied().max().unwrap_or(0);
+        let per_row = context.div_ceil(block_size);
+        // Shorter rows are filled up with a block of their own: what it holds is hidden.
+        let table = |row: &BatchRow| (0..per_row).map(|i| *row.blocks.get(i).unwrap_or(&row.blocks[0])).collect::<Vec<_>>();
+        let blocks: Vec<u32> = rows.iter().flat_map(table).collect();
+        let hidden = if visible.iter().all(|seen| *seen == context) {
+            None
+        } else {
+            // f32 counts exactly up to 2^24. The mask itself is made on the device.
+            let visible: Vec<f32> = visible.iter().map(|seen| *seen as f32).collect();
+            let keys: Vec<f32> = (0..context).map(|key| key as f32).collect();
+            let keys = Tensor::from_vec(keys, (1, 1, 1, context), device)?;
+            Some(keys.broadcast_ge(&Tensor::from_vec(visible, (rows.len(), 1, len, 1), device)?)?)
+        };
+        let start = rows.first().map_or(0, |row| row.start + queries.start);
+        Ok(Self { start, rows: rows.len(), len, context, blocks: Tensor::from_vec(blocks, rows.len() * per_row, device)?, hidden })
+    }
+
+    /// `[rows · len, h·d]`
+    fn attention(&self, q: &Tensor, cache: &KvCache) -> Result<Tensor> {
+        let (_, block_size, kv, d) = cache.k.dims4()?;
+        let (n, len, context, group) = (self.rows, self.len, self.context, q.dim(1)? / d / kv);
+        let gather = |cache: &Tensor| -> Result<Tensor> {
+            let blocks = cache.index_select(&self.blocks, 0)?;
+            let keys = blocks.reshape((n, blocks.dim(0)? / n * block_size, kv, d))?.narrow(1, 0, context)?;
+            keys.transpose(1, 2)?.contiguous()?.reshape((n * kv, context, d))
+        };
+        let (k, v) = (gather(&cache.k)?, gather(&cache.v)?);
+        // The heads that share keys go through one matmul.
+        let q = q.narrow(0, self.start, n * len)?.reshape((n, len, kv, group, d))?.permute((0, 2, 3, 1, 4))?;
+        let q = q.contiguous()?.reshape((n * kv, group * len, d))?;
+        let scores = (q.matmul(&k.t()?)?.to_dtype(DType::F32)? / (d as f64).sqrt())?.reshape((n, kv * group, len, context))?;
+        let scores = match &self.hidden {
+            Some(hidden) => {
+                let never = Tensor::full(f32::NEG_INFINITY, (1, 1, 1, 1), q.device())?;
+                hidden.broadcast_as(scores.shape())?.where_cond(&never.broadcast_as(scores.shape())?, &scores)?
+            }
+            None => scores,
+        };
+        let weights = candle_nn::ops::softmax_last_dim(&scores)?.to_dtype(v.dtype())?.reshape((n * kv, group * len, context))?;
+        let out = weights.matmul(&v)?.reshape((n, kv, group, len, d))?.permute((0, 3, 1, 2, 4))?;
+        out.contiguous()?.reshape((n * len, kv * group * d))
+    }
+}
+
+/// Cuts a step into groups, in the order of its tokens. `heads`: of queries; `width`: cached numbers of keys per token.
+pub(super) fn groups(batch: &Batch, heads: usize, width: usize, bounds: Bounds, device: &Device) -> Result<Vec<Group>> {
+    let (mut groups, mut next) = (Vec::new(), 0);
+    while let Some(row) = batch.rows.get(next) {
+        if row.len > 1 {
+            let per = (bounds.scores / (heads * row.context)).max(1);
+            for from in (0..row.len).step_by(per) {
+                groups.push(Group::new(&batch.rows[next..next + 1], from..row.len.min(from + per), batch.block_size, device)?);
+            }
+            next += 1;
+            continue;
+        }
+        let (mut end, mut longest) = (next, 0);
+        while let Some(row) = batch.rows.get(end).filter(|row| row.len == 1) {
+            longest = longest.max(row.context);
+            let keys = (end + 1 - next) * longest;
+            if end > next && (keys * heads > bounds.scores || keys * width > bounds.gathered) {
+                break;
+            }
+            end += 1;
+        }
+        groups.push(Group::new(&batch.rows[next..end], 0..1, batch.block_size, device)?);
+        next = end;
+    }
+    Ok(groups)
+}
+
 pub fn paged_attention(q: &Tensor, batch: &Batch, cache: &KvCache) -> Result<Tensor> {
-    let rows = batch.rows.iter().map(|row| row_attention(q, row, cache)).collect::<Result<Vec<_>>>()?;
-    Tensor::cat(&rows, 0)
-}
-
-/// One row: gather its blocks, then plain attention. `[len, h·d]`.
-fn row_attention(q: &Tensor, row: &BatchRow, cache: &KvCache) -> Result<Tensor> {
-    let (_, block_size, kv, d) = cache.k.dims4()?;
-    let heads = q.dim(1)? / d;
-    let group = heads / kv;
-    let blocks = Tensor::from_slice(&row.blocks[..row.context.div_ceil(block_size)], (row.context.div_ceil(block_size),), q.device())?;
-    let gather = |cache: &Tensor| -> Result<Tensor> {
-        let rows = cache.index_select(&blocks, 0)?.reshape(((), kv, d))?.narrow(0, 0, row.context)?;
-        rows.transpose(0, 1)?.contiguous() // [kv, context, d]
+    let (_, _, kv, d) = cache.k.dims4()?;
+    // Once per step: all layers look at the same places.
+    let groups = match batch.groups.get() {
+        Some(groups) => groups,
+        None => {
+            let made = groups(batch, q.dim(1)? / d, kv * d, BOUNDS, q.device())?;
+            batch.groups.get_or_init(|| made)
+        }
     };
-    let (k, v) = (gather(&cache.k)?, gather(&cache.v)?);
-    // [len, kv, group, d] → [kv, group·len, d]: the heads that share keys go through one matmul.
-    let q = q
-        .narrow(0, row.start, row.len)?
-        .reshape((row.len, kv, group, d))?
-        .permute((1, 2, 0, 3))?
-        .reshape((kv, group * row.len, d))?
-        .contiguous()?;
-    let scores = (q.matmul(&k.transpose(1, 2)?.contiguous()?)?.to_dtype(DType::F32)? / (d as f64).sqrt())?;
-    let scores = scores.reshape((kv * group, row.len, row.context))?;
-    let scores = if row.len > 1 { scores.broadcast_add(&causal_mask(row, q.device())?)? } else { scores };
-    let weights =
-        candle_nn::ops::softmax_last_dim(&scores.contiguous()?)?.to_dtype(v.dtype())?.reshape((kv, group * row.len, row.context))?;
-    let out = weights.matmul(&v)?.reshape((kv, group, row.len, d))?.permute((2, 0, 1, 3))?;
-    out.reshape((row.len, heads * d))?.contiguous()
-}
-
-/// `[len, context]`: 0 where token i may look, −∞ elsewhere.
-fn causal_mask(row: &BatchRow, device: &candle_core::Device) -> Result<Tensor> {
-    let before = row.context - row.len;
-    let mask = (0..row.len).flat_map(|i| (0..row.context).map(move |j| if j <= before + i { 0f32 } else { f32::NEG_INFINITY }));
-    Tensor::from_vec(mask.collect::<Vec<_>>(), (row.len, row.context), device)
+    let mut out = groups.iter().map(|group| group.attention(q, cache)).collect::<Result<Vec<_>>>()?;
+    if out.len() == 1 { Ok(out.remove(0)) } else { Tensor::cat(&out, 0) }
 }

@@ -43,8 +43,11 @@ pub struct Batch {
     /// `[t, d/2]`, f32 on the device.
     pub cos: Tensor,
     pub sin: Tensor,
+    /// Not to be changed after the first layer has run: see `groups`.
     pub rows: Vec<BatchRow>,
     pub block_size: usize,
+    /// How [`composed::paged_attention`] takes the rows, made at its first call in a step; empty at the start.
+    pub groups: std::sync::OnceLock<Vec<composed::Group>>,
 }
 
 /// One sequence's part of a [`Batch`].

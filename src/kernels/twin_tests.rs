@@ -45,6 +45,7 @@ fn batch(rows: &[(usize, usize)], block_size: usize, d: usize, seed: &mut u64) -
         sin: random(&[start, d / 2], seed),
         rows: out,
         block_size,
+        groups: std::sync::OnceLock::new(),
     };
     (batch, next as usize)
 }
@@ -54,9 +55,9 @@ proptest! {
 
     #[test]
     fn attention_and_rope(
-        contexts in prop::collection::vec((1usize..70, 1usize..6), 1..4), kv in 1usize..4, group in 1usize..7,
+        contexts in prop::collection::vec((1usize..70, 1usize..4), 1..7), kv in 1usize..4, group in 1usize..7,
         d in prop::sample::select(vec![4usize, 8, 10, 16, 32, 64, 72]), block_size in prop::sample::select(vec![1usize, 4, 16]),
-        half in any::<bool>(), mut seed in any::<u64>(),
+        half in any::<bool>(), scores in 1usize..3000, gathered in 1usize..20_000, mut seed in any::<u64>(),
     ) {
         let rows: Vec<(usize, usize)> = contexts.into_iter().map(|(context, len)| (context, len.min(context))).collect();
         let (batch, blocks) = batch(&rows, block_size, d, &mut seed);
@@ -71,7 +72,12 @@ proptest! {
         assert_close(&q, &q_composed, 1e-5);
         assert_close(&ours.k, &theirs.k, 1e-5);
         assert_close(&ours.v, &theirs.v, 0.0);
-        assert_close(&cpu::paged_attention(&q, &batch, &ours).unwrap(), &composed::paged_attention(&q, &batch, &ours).unwrap(), 2e-5);
+        let attended = cpu::paged_attention(&q, &batch, &ours).unwrap();
+        assert_close(&attended, &composed::paged_attention(&q, &batch, &ours).unwrap(), 2e-5);
+        // Cut finely, too.
+        let groups = composed::groups(&batch, heads, kv * d, composed::Bounds { scores, gathered }, &Device::Cpu).unwrap();
+        let cut = Batch { groups: groups.into(), ..batch.clone() };
+        assert_close(&attended, &composed::paged_attention(&q, &cut, &ours).unwrap(), 2e-5);
     }
 
     #[test]
@@ -85,5 +91,15 @@ proptest! {
         assert_close(&cpu::silu_mul(&gate_up).unwrap(), &composed::silu_mul(&gate_up).unwrap(), 1e-5);
         let ids = Tensor::from_vec((0..t as u32).map(|i| i * 7 % out as u32).collect::<Vec<_>>(), t, &Device::Cpu).unwrap();
         assert_close(&cpu::embed(&m, &ids).unwrap(), &composed::embed(&m, &ids).unwrap(), 0.0);
+    }
+
+    #[test]
+    fn argmax_takes_the_lowest_on_ties(values in prop::collection::vec(0u8..4, 6..120)) {
+        let n = values.len() / 3;
+        let rows: Vec<f32> = values[..3 * n].iter().map(|value| f32::from(*value) - 1.5).collect();
+        let columns = Tensor::arange(0f32, n as f32, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
+        let got = composed::argmax(&Tensor::from_vec(rows.clone(), (3, n), &Device::Cpu).unwrap(), &columns).unwrap();
+        let want: Vec<u32> = rows.chunks(n).map(|row| row.iter().position(|x| row.iter().all(|y| y <= x)).unwrap() as u32).collect();
+        prop_assert_eq!(got, want);
     }
 }

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use crate::config::{DeviceChoice, EngineSettings};
 use crate::error::Failure;
-use crate::kernels::{Batch, BatchRow, KvCache};
+use crate::kernels::{self, Batch, BatchRow, KvCache};
 use crate::models::architecture::Architecture;
 use crate::models::files::ModelFiles;
 use crate::models::memory::{self, Memory, MemoryPlan};
@@ -18,6 +18,8 @@ use crate::models::{Draw, Output, Plan, Runner, Shape};
 pub struct ModelRunner {
     model: Transformer,
     caches: Vec<KvCache>,
+    /// `[1, vocab_size]`: 0, 1, 2 …, for greedy draws on the device.
+    columns: Tensor,
     plan: MemoryPlan,
     /// What was loaded, for logs and reports.
     pub about: About,
@@ -64,7 +66,9 @@ impl ModelRunner {
             bytes_per_step: model.bytes_per_step(),
             memory: plan.lines(),
         };
-        Ok(Self { model, caches, plan, about, _threads: pool })
+        let columns =
+            Tensor::arange(0f32, plan.shape.vocab_size as f32, &device).and_then(|ids| ids.unsqueeze(0)).map_err(device_failure)?;
+        Ok(Self { model, caches, columns, plan, about, _threads: pool })
     }
 
     /// Logits `[rows with a draw, vocab]` of a plan, as the sampler would see them.
@@ -77,6 +81,10 @@ impl ModelRunner {
     fn forward(&mut self, plan: &Plan) -> candle_core::Result<Tensor> {
         let device = &self.model.device;
         let t = plan.tokens.len();
+        // On a GPU such an id would trip an assertion in a kernel, after which the device is lost to this process.
+        if let Some(id) = plan.tokens.iter().find(|id| **id as usize >= self.model.shape.vocab_size) {
+            candle_core::bail!("token id {id} is outside the vocabulary of {}", self.model.shape.vocab_size);
+        }
         let (cos, sin) = self.model.rotary(&plan.positions)?;
         let row = |row: &crate::models::Row| BatchRow { start: row.start, len: row.len, context: row.context, blocks: row.blocks.clone() };
         let batch = Batch {
@@ -86,6 +94,7 @@ impl ModelRunner {
             sin,
             rows: plan.rows.iter().map(row).collect(),
             block_size: self.plan.shape.block_size,
+            groups: std::sync::OnceLock::new(),
         };
         let x = self.model.forward(&batch, &self.caches)?;
         let last: Vec<u32> = plan.rows.iter().filter(|row| row.draw.is_some()).map(|row| (row.start + row.len - 1) as u32).collect();
@@ -98,7 +107,7 @@ impl ModelRunner {
 
     fn draw(&self, logits: &Tensor, draws: &[&Draw]) -> candle_core::Result<Vec<u32>> {
         if !logits.device().is_cpu() && draws.iter().all(|draw| draw.is_plain_greedy()) {
-            return logits.contiguous()?.argmax(1)?.to_vec1();
+            return kernels::composed::argmax(&logits.contiguous()?, &self.columns);
         }
         let mut rows: Vec<Vec<f32>> = logits.to_vec2()?;
         Ok(rows.par_iter_mut().zip(draws).map(|(row, draw)| sample::sample(row, draw)).collect())
@@ -135,6 +144,12 @@ fn kv_dtype(device: &Device) -> DType {
 /// `[blocks, block_size, kv, d]` twice per layer, zeroed: allocated once, here.
 fn allocate(model: &Transformer, shape: &Shape, dtype: DType, device: &Device) -> Result<Vec<KvCache>, Failure> {
     let dims = (shape.blocks, shape.block_size, model.shape.kv_heads, model.shape.head_dim);
+    if !device.is_cpu() && dims.0 * dims.1 * dims.2 * dims.3 > u32::MAX as usize {
+        return Err(Failure::internal(format!(
+            "the KV cache of one layer would hold more numbers ({dims:?}) than candle's CUDA kernels can address (2^32); lower MAX_NUM_SEQS, \
+             MAX_MODEL_LEN or GPU_MEMORY_UTILIZATION"
+        )));
+    }
     let zeros = || Tensor::zeros(dims, dtype, device).map_err(device_failure);
     (0..model.shape.layers).map(|_| Ok(KvCache { k: zeros()?, v: zeros()? })).collect()
 }
@@ -153,7 +168,12 @@ fn computing_threads(threads: usize) -> Result<rayon::ThreadPool, Failure> {
 pub fn open_device(choice: DeviceChoice) -> Result<Device, Failure> {
     match choice {
         DeviceChoice::Cpu => Ok(Device::Cpu),
-        DeviceChoice::Auto => Ok(cuda::open(0).unwrap_or(Device::Cpu)),
+        DeviceChoice::Auto => Ok(cuda::open(0).unwrap_or_else(|error| {
+            if cfg!(feature = "cuda") {
+                tracing::warn!("no CUDA device can be used, the model runs on the CPU: {error}");
+            }
+            Device::Cpu
+        })),
         DeviceChoice::Cuda(index) => cuda::open(index).map_err(|error| Failure::internal(format!("DEVICE=cuda:{index}: {error}"))),
     }
 }
@@ -188,7 +208,8 @@ mod cuda {
 #[cfg(feature = "cuda")]
 mod cuda {
     use candle_core::Device;
-    use candle_core::cuda_backend::cudarc::driver::result;
+    use candle_core::cuda_backend::CudaDevice;
+    use candle_core::cuda_backend::cudarc::driver::{DriverError, result, sys};
 
     use crate::models::memory::Memory;
 
@@ -201,8 +222,25 @@ mod cuda {
             unsafe {
                 cuda.disable_event_tracking()
             };
+            keep_freed_memory(cuda).map_err(|error| format!("the memory pool cannot be set up: {error}"))?;
         }
         Ok(device)
+    }
+
+    /// Every operation allocates its result: freed memory stays in the pool instead of going back to the system at each synchronisation.
+    fn keep_freed_memory(device: &CudaDevice) -> Result<(), DriverError> {
+        let stream = device.cuda_stream();
+        if !stream.context().has_async_alloc() {
+            return Ok(());
+        }
+        let mut threshold = u64::MAX;
+        let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        // SAFETY: the pool is the device's own, and the attribute's value is a u64, read before the call returns.
+        #[allow(unsafe_code)]
+        unsafe {
+            let pool = result::device::get_mem_pool(stream.context().cu_device())?;
+            result::mem_pool::set_attribute(pool, attribute, (&raw mut threshold).cast())
+        }
     }
 
     pub fn describe(device: &Device) -> String {

@@ -116,6 +116,13 @@ async fn templates_by_setting_and_by_request() {
     let trusting = world_with(&[vec![Say::Text("A")]], settings(true), files(&[]), Duration::ZERO).await.unwrap();
     assert_eq!(prompt_ids(&trusting, json!({"chat_template": "R{{ messages[0].content }}"})).await, world.ids("RHi", Special::Text));
     assert_eq!(trusting.chat(json!({"chat_template": "{% if %}"})).await.unwrap_err().param.as_deref(), Some("chat_template"));
+    let file = std::env::temp_dir().join(format!("worker-candle-template-{}.jinja", std::process::id()));
+    std::fs::write(&file, "F{{ messages[0].content }}\n").unwrap();
+    let by_path = ApiSettings { chat_template: file.to_str().map(str::to_owned), ..ApiSettings::default() };
+    let by_file = world_with(&[vec![Say::Text("A")]], by_path.clone(), files(&[]), Duration::ZERO).await.unwrap();
+    assert_eq!(prompt_ids(&by_file, json!({})).await, world.ids("FHi", Special::Text));
+    std::fs::remove_file(&file).unwrap();
+    assert!(world_with(&[vec![]], by_path, files(&[]), Duration::ZERO).await.err().unwrap().message.starts_with("CHAT_TEMPLATE"));
     let broken = ApiSettings { chat_template: Some("{% if %}".to_owned()), ..ApiSettings::default() };
     let failure = world_with(&[vec![]], broken, files(&[]), Duration::ZERO).await.err().unwrap();
     assert!(failure.message.starts_with("CHAT_TEMPLATE"), "{failure}");
