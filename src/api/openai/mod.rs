@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-
 use crate::api::answer::{self, Dialect};
 use crate::api::fields::Fields;
 use crate::api::generate::Run;
