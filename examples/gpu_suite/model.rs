@@ -44,7 +44,7 @@ fn with_runner<T: Send>(
     let files = folder(path)?;
     let body = || {
         let started = Instant::now();
-        let mut runner = ModelRunner::load(&files, 0, settings).map_err(|failure| failure.to_string())?;
+        let mut runner = ModelRunner::load(&files, || Ok(usize::MAX), settings).map_err(|failure| failure.to_string())?;
         work(&mut runner, started.elapsed())
     };
     let result = std::thread::scope(|scope| scope.spawn(body).join());
@@ -195,7 +195,7 @@ async fn service(path: &Path, device: DeviceChoice) -> Result<Arc<Service>, Fail
     let tokenizer = Arc::new(Tokenizer::load(&files)?);
     let model = ModelInfo::from_files(&files)?;
     let (vocab_size, settings) = (tokenizer.vocab_size(), EngineSettings { max_model_len: None, ..settings(device) });
-    let engine = worker_candle::engine::start(move || ModelRunner::load(&files, vocab_size, &settings), 1024).await?;
+    let engine = worker_candle::engine::start(move || ModelRunner::load(&files, || Ok(vocab_size), &settings), 1024).await?;
     Ok(Arc::new(Service::new(ApiSettings::default(), engine, tokenizer, model)?))
 }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::api::{ModelInfo, Service, chat_template};
+use crate::api::{ModelInfo, Service};
 use crate::config::Settings;
 use crate::engine::{self, Handle};
 use crate::error::Failure;
@@ -19,7 +19,6 @@ const MAX_WAITING: usize = 512;
 pub struct Loaded {
     pub service: Arc<Service>,
     pub engine: Handle,
-    pub about: About,
 }
 
 /// Finds the model, loads tokenizer and weights side by side, starts the engine.
@@ -38,15 +37,12 @@ pub async fn load(settings: &Settings) -> Result<Loaded, Failure> {
     let (engine, about) = start_engine(settings, &files, move || engine_waits.recv().unwrap_or_else(|_| Err(Failure::internal("the tokenizer's thread ended")))).await?;
     let tokenizer = tokenizer.await.map_err(|error| Failure::internal(format!("loading the tokenizer: {error}")))??;
     let info = ModelInfo::from_files(&files)?;
-    let mut api = settings.api.clone();
-    // The setting may name a file; reading it is not the translation's business.
-    api.chat_template = api.chat_template.as_deref().map(chat_template::of_setting).transpose()?;
-    let service = Arc::new(Service::new(api, engine.clone(), tokenizer, info)?);
+    let service = Arc::new(Service::new(settings.api.clone(), engine.clone(), tokenizer, info)?);
     tracing::info!("model {} from {}", files.name, files.origin);
     tracing::info!("device {}, {} threads, weights {}, {} parameters", about.device, about.threads, about.weights, about.parameters);
     about.memory.iter().for_each(|line| tracing::info!("{line}"));
     tracing::info!("ready in {} ms (finding the files {} ms)", begin.elapsed().as_millis(), found.as_millis());
-    Ok(Loaded { service, engine, about })
+    Ok(Loaded { service, engine })
 }
 
 /// Starts the engine alone.
