@@ -118,3 +118,5 @@ pub trait Runner {
 
 #[cfg(test)]
 mod golden;
+#[cfg(test)]
+mod golden_files;
