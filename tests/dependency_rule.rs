@@ -82,7 +82,8 @@ fn rooms_use_only_what_stands_to_their_right() {
         };
         for used in used_rooms(&std::fs::read_to_string(&file).unwrap()) {
             let is_room = RULES.iter().any(|(name, _)| *name == used);
-            let fine = used == room || allowed.contains(&used.as_str()) || (SHARED.contains(&used.as_str()) && !ALONE.contains(&room.as_str()));
+            let fine =
+                used == room || allowed.contains(&used.as_str()) || (SHARED.contains(&used.as_str()) && !ALONE.contains(&room.as_str()));
             if is_room {
                 seen += 1;
             }
@@ -97,6 +98,7 @@ fn rooms_use_only_what_stands_to_their_right() {
 
 #[test]
 fn the_reader_sees_every_form() {
-    let code = "use crate::api::{self, x};\nuse crate::{engine::{a, b}, models, error::Failure};\n// crate::server\nlet x = crate::config::y();";
+    let code =
+        "use crate::api::{self, x};\nuse crate::{engine::{a, b}, models, error::Failure};\n// crate::server\nlet x = crate::config::y();";
     assert_eq!(used_rooms(code), ["api", "engine", "models", "error", "config"]);
 }

@@ -48,7 +48,8 @@ pub async fn run(settings: Settings, bench: BenchArgs) -> Result<ExitCode, Failu
 impl Target {
     async fn open(settings: &Settings, bench: &BenchArgs) -> Result<Self, Failure> {
         if let Some(url) = &bench.url {
-            let client = reqwest::Client::builder().no_proxy().build().map_err(|error| Failure::internal(format!("HTTP client: {error}")))?;
+            let client =
+                reqwest::Client::builder().no_proxy().build().map_err(|error| Failure::internal(format!("HTTP client: {error}")))?;
             let key = settings.server.api_keys.first().map(|key| key.reveal().to_string());
             return Ok(Self::Server { client, url: url.trim_end_matches('/').trim_end_matches("/v1").to_string(), key });
         }
@@ -57,7 +58,9 @@ impl Target {
         let needed = bench.prompt_tokens + bench.output_tokens;
         if needed > engine.limits().max_model_len {
             let limit = engine.limits().max_model_len;
-            return Err(Failure::internal(format!("--prompt-tokens + --output-tokens = {needed} is more than the context of {limit} tokens (--max-model-len)")));
+            return Err(Failure::internal(format!(
+                "--prompt-tokens + --output-tokens = {needed} is more than the context of {limit} tokens (--max-model-len)"
+            )));
         }
         let on_cpu = about.threads > 0;
         let bandwidth = on_cpu.then(|| memory_bandwidth(about.threads));
@@ -77,12 +80,20 @@ impl Target {
     }
 
     /// Runs `concurrency` sequences together.
-    async fn wave(&self, settings: &Settings, concurrency: usize, prompt: usize, output: usize, seed: u64) -> Result<Vec<Moments>, Failure> {
+    async fn wave(
+        &self,
+        settings: &Settings,
+        concurrency: usize,
+        prompt: usize,
+        output: usize,
+        seed: u64,
+    ) -> Result<Vec<Moments>, Failure> {
         let begin = Instant::now();
         match self {
             Self::Engine { engine, .. } => {
                 let vocab = engine.limits().vocab_size;
-                let submitted: Result<Vec<_>, _> = (0..concurrency).map(|i| engine.submit(engine_request(random_prompt(prompt, vocab, seed, i), output))).collect();
+                let submitted: Result<Vec<_>, _> =
+                    (0..concurrency).map(|i| engine.submit(engine_request(random_prompt(prompt, vocab, seed, i), output))).collect();
                 try_join_all(submitted?.into_iter().map(|mut generation| async move {
                     let mut moments = Vec::with_capacity(output);
                     loop {
@@ -193,7 +204,10 @@ impl Figures {
         let after: usize = wave.iter().flatten().filter(|(at, _)| *at > last_first).map(|(_, count)| count).sum();
         let decode = (last - last_first).as_secs_f64();
         // Several tokens in one chunk share the gap before it.
-        let gaps = wave.iter().flat_map(|moments| moments.windows(2)).flat_map(|pair| std::iter::repeat_n(ms(pair[1].0 - pair[0].0) / pair[1].1 as f64, pair[1].1));
+        let gaps = wave
+            .iter()
+            .flat_map(|moments| moments.windows(2))
+            .flat_map(|pair| std::iter::repeat_n(ms(pair[1].0 - pair[0].0) / pair[1].1 as f64, pair[1].1));
         Self {
             prefill_tok_s: (prompt_tokens * wave.len()) as f64 / last_first.as_secs_f64(),
             decode_tok_s: if decode > 0.0 { after as f64 / decode } else { 0.0 },
@@ -205,7 +219,8 @@ impl Figures {
 
 fn percentiles(mut values: Vec<f64>) -> Value {
     values.sort_by(f64::total_cmp);
-    let at = |p: f64| values.get(((values.len() as f64 * p).ceil() as usize).saturating_sub(1)).map(|value| (value * 100.0).round() / 100.0);
+    let at =
+        |p: f64| values.get(((values.len() as f64 * p).ceil() as usize).saturating_sub(1)).map(|value| (value * 100.0).round() / 100.0);
     json!({"p50": at(0.50), "p95": at(0.95), "p99": at(0.99)})
 }
 
@@ -236,7 +251,10 @@ fn memory_bandwidth(threads: usize) -> f64 {
     let pass = || {
         let begin = Instant::now();
         let total: u64 = std::thread::scope(|scope| {
-            let parts: Vec<_> = data.chunks(data.len().div_ceil(threads)).map(|part| scope.spawn(move || part.iter().fold(0u64, |sum, value| sum.wrapping_add(*value)))).collect();
+            let parts: Vec<_> = data
+                .chunks(data.len().div_ceil(threads))
+                .map(|part| scope.spawn(move || part.iter().fold(0u64, |sum, value| sum.wrapping_add(*value))))
+                .collect();
             parts.into_iter().filter_map(|part| part.join().ok()).sum()
         });
         std::hint::black_box(total);
@@ -263,7 +281,8 @@ mod tests {
 
     #[test]
     fn prompts_are_distinct_and_in_the_vocabulary() {
-        let all: std::collections::HashSet<Vec<u32>> = (0..4).flat_map(|seed| (0..4).map(move |i| random_prompt(64, 2_000, seed, i))).collect();
+        let all: std::collections::HashSet<Vec<u32>> =
+            (0..4).flat_map(|seed| (0..4).map(move |i| random_prompt(64, 2_000, seed, i))).collect();
         assert_eq!(all.len(), 16);
         assert!(all.iter().flatten().all(|id| (300..2_000).contains(id)));
     }

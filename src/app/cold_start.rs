@@ -46,7 +46,10 @@ pub async fn run(settings: &Settings, bench: &BenchArgs) -> Result<ExitCode, Fai
     };
     let rows = [("listening", spread(|p| p.listening)), ("ready", spread(|p| p.ready)), ("first_token", spread(|p| p.first_token))];
     if bench.json {
-        let object: serde_json::Map<_, _> = rows.iter().map(|(name, (min, median, max))| (format!("{name}_ms"), json!({"min": min, "median": median, "max": max}))).collect();
+        let object: serde_json::Map<_, _> = rows
+            .iter()
+            .map(|(name, (min, median, max))| (format!("{name}_ms"), json!({"min": min, "median": median, "max": max})))
+            .collect();
         say(&json!({"model": settings.model, "starts": STARTS, "cold_start": object}).to_string());
     } else {
         say(&format!("{}: milliseconds from process start, {STARTS} starts", settings.model));
@@ -86,7 +89,8 @@ async fn start_once(settings: &Settings) -> Result<Phases, Failure> {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     let body = json!({"messages": [{"role": "user", "content": "What is the capital of France?"}], "stream": true, "temperature": 0, "max_tokens": 4});
-    let response = client.post(format!("{base}/v1/chat/completions")).json(&body).send().await.map_err(|error| failed("first request", &error))?;
+    let response =
+        client.post(format!("{base}/v1/chat/completions")).json(&body).send().await.map_err(|error| failed("first request", &error))?;
     let (mut frames, mut text) = (response.bytes_stream(), String::new());
     while let Some(bytes) = frames.next().await {
         text.push_str(&String::from_utf8_lossy(&bytes.map_err(|error| failed("first request", &error))?));

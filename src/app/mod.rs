@@ -54,7 +54,9 @@ pub fn main() -> ExitCode {
     };
     let Some(mode) = choose(&args, &settings) else {
         let _ = Args::clap_command().print_help();
-        eprintln!("\nNothing to do: give a command, a job (--test_input or {TEST_INPUT_FILE}), PORT, or the platform's RUNPOD_WEBHOOK_GET_JOB.");
+        eprintln!(
+            "\nNothing to do: give a command, a job (--test_input or {TEST_INPUT_FILE}), PORT, or the platform's RUNPOD_WEBHOOK_GET_JOB."
+        );
         return ExitCode::from(EXIT_USAGE);
     };
     start_logging(&mode, &settings);
@@ -88,7 +90,10 @@ fn choose(args: &Args, settings: &Settings) -> Option<Mode> {
         return Some(Mode::Queue);
     }
     if Path::new(TEST_INPUT_FILE).is_file() {
-        return Some(std::fs::read_to_string(TEST_INPUT_FILE).map_or_else(|error| Mode::OneShot(format!("{TEST_INPUT_FILE}: {error}")), Mode::OneShot));
+        return Some(
+            std::fs::read_to_string(TEST_INPUT_FILE)
+                .map_or_else(|error| Mode::OneShot(format!("{TEST_INPUT_FILE}: {error}")), Mode::OneShot),
+        );
     }
     settings.server.port.map(|_| Mode::Http)
 }

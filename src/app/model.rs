@@ -34,7 +34,10 @@ pub async fn load(settings: &Settings) -> Result<Loaded, Failure> {
         let _ = loaded.send(tokenizer.as_ref().map(|tokenizer| tokenizer.vocab_size()).map_err(Clone::clone));
         tokenizer
     });
-    let (engine, about) = start_engine(settings, &files, move || engine_waits.recv().unwrap_or_else(|_| Err(Failure::internal("the tokenizer's thread ended")))).await?;
+    let (engine, about) = start_engine(settings, &files, move || {
+        engine_waits.recv().unwrap_or_else(|_| Err(Failure::internal("the tokenizer's thread ended")))
+    })
+    .await?;
     let tokenizer = tokenizer.await.map_err(|error| Failure::internal(format!("loading the tokenizer: {error}")))??;
     let info = ModelInfo::from_files(&files)?;
     let service = Arc::new(Service::new(settings.api.clone(), engine.clone(), tokenizer, info)?);

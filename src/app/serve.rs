@@ -168,9 +168,9 @@ async fn bind(settings: &Settings, default_host: &str) -> Result<(TcpListener, S
 }
 
 async fn listen(host: &str, port: u16, setting: &str) -> Result<TcpListener, Failure> {
-    TcpListener::bind((host, port))
-        .await
-        .map_err(|error| Failure::internal(format!("cannot listen on {host}:{port}: {error}; set HOST and {setting} (--host, --port) to a free address")))
+    TcpListener::bind((host, port)).await.map_err(|error| {
+        Failure::internal(format!("cannot listen on {host}:{port}: {error}; set HOST and {setting} (--host, --port) to a free address"))
+    })
 }
 
 fn endpoint_options(settings: &Settings) -> endpoint::Options {

@@ -171,8 +171,9 @@ impl Handle {
     pub async fn idle(&self, limit: Duration) -> bool {
         let end = Instant::now() + limit;
         while Instant::now() < end {
+            let submitted = self.shared.submitted.load(Ordering::Relaxed);
             let stats = self.stats();
-            if stats.running + stats.waiting == 0 {
+            if submitted + stats.running + stats.waiting == 0 {
                 return true;
             }
             tokio::time::sleep(Duration::from_millis(5)).await;

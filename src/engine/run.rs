@@ -139,6 +139,8 @@ impl<R: Runner> Worker<R> {
             Err(panic) => {
                 // The device's state is unknown from here on: what runs fails, and readiness says so.
                 self.stats.healthy = false;
+                // Before anybody hears of it: whoever sees the failure must see the state too.
+                self.publish();
                 let text = panic_text(&*panic);
                 tracing::error!("a step panicked: {text}");
                 self.fail(Failure::internal("the engine failed while computing this request"));

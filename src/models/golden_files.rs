@@ -21,8 +21,14 @@ fn read<T: serde::de::DeserializeOwned>(file: &str) -> T {
 
 /// Runs `f` with a runner on a thread of its own, since a runner makes its thread a computing one for good.
 fn with_runner(files: &ModelFiles, f: impl FnOnce(&mut ModelRunner) + Send) {
-    let settings = EngineSettings { device: DeviceChoice::Cpu, threads: Some(2), block_size: Some(BLOCK), kv_cache_gb: Some(0.02), ..Default::default() };
-    std::thread::scope(|scope| scope.spawn(|| f(&mut ModelRunner::load(files, 0, &settings).unwrap())).join().unwrap());
+    let settings = EngineSettings {
+        device: DeviceChoice::Cpu,
+        threads: Some(2),
+        block_size: Some(BLOCK),
+        kv_cache_gb: Some(0.02),
+        ..Default::default()
+    };
+    std::thread::scope(|scope| scope.spawn(|| f(&mut ModelRunner::load(files, || Ok(usize::MAX), &settings).unwrap())).join().unwrap());
 }
 
 /// Greedy ids after `prompt`, until `stop` or `count`.

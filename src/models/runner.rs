@@ -42,7 +42,11 @@ impl ModelRunner {
     /// Loads the model on the calling thread, which from then on is the only one to use it (and one of the computing threads).
     /// `vocab_size`: ids from there on have no token and are never drawn; asked when the weights are in, so that a tokenizer can be loaded
     /// beside them.
-    pub fn load(files: &ModelFiles, vocab_size: impl FnOnce() -> Result<usize, Failure>, settings: &EngineSettings) -> Result<Self, Failure> {
+    pub fn load(
+        files: &ModelFiles,
+        vocab_size: impl FnOnce() -> Result<usize, Failure>,
+        settings: &EngineSettings,
+    ) -> Result<Self, Failure> {
         let device = open_device(settings.device)?;
         let threads = memory::threads(settings);
         let pool = if device.is_cpu() { Some(computing_threads(threads)?) } else { None };
@@ -130,7 +134,12 @@ impl Runner for ModelRunner {
 }
 
 /// What [`ModelRunner::load`] would plan, without reading the weights: the device's name and the memory plan.
-pub fn plan(shape: &Architecture, checkpoint: &Checkpoint, vocab_size: usize, settings: &EngineSettings) -> Result<(String, MemoryPlan), Failure> {
+pub fn plan(
+    shape: &Architecture,
+    checkpoint: &Checkpoint,
+    vocab_size: usize,
+    settings: &EngineSettings,
+) -> Result<(String, MemoryPlan), Failure> {
     let device = open_device(settings.device)?;
     let weights = if device.is_cpu() { checkpoint.bytes() } else { shape.parameters() * 2 };
     let plan = MemoryPlan::new(shape, vocab_size, weights, kv_dtype(&device).size_in_bytes(), device_memory(&device), settings)?;
