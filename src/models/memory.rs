@@ -67,7 +67,7 @@ impl MemoryPlan {
         if settings.max_model_len.is_some_and(|asked| asked > room) || room < block_size {
             return Err(Failure::internal(format!(
                 "the KV cache holds {room} tokens ({blocks} blocks of {block_size}, {} MiB), less than one sequence of {wanted} tokens needs; lower MAX_MODEL_LEN or raise {}",
-                blocks * block_bytes >> 20,
+                (blocks * block_bytes) >> 20,
                 if memory.gpu { "GPU_MEMORY_UTILIZATION" } else { "KV_CACHE_GB" }
             )));
         }

@@ -60,7 +60,7 @@ pub fn exp(x: f32) -> f32 {
     let p = p * r + 8.333_452e-3;
     let p = p * r + 4.166_579_6e-2;
     let p = p * r + 1.666_666_5e-1;
-    let p = p * r + 5.000_000_1e-1;
+    let p = p * r + 0.5;
     let value = p * r * r + r + 1.0;
     value * f32::from_bits((((n as i32) + 127) << 23) as u32)
 }
@@ -109,7 +109,7 @@ mod tests {
     fn rms_norm_of_the_spec() {
         let mut out = [0f32; 4];
         rms_norm(&[1.0, -2.0, 3.0, 4.0], &[1.0, 0.5, 2.0, 1.0], 1e-5, &mut out);
-        for (got, want) in out.iter().zip([0.365_148_13, -0.365_148_13, 2.190_888_9, 1.460_592_5]) {
+        for (got, want) in out.iter().zip([0.365_148_1, -0.365_148_1, 2.190_889, 1.460_593]) {
             assert!((got - want).abs() < 1e-6, "{got} {want}");
         }
     }
@@ -121,7 +121,7 @@ mod tests {
             (1.0, Rope::Interleaved, [-1.142_639_7, 1.922_075_6, 2.994_340_2, 4.004_238_6]),
             (3.0, Rope::Interleaved, [-1.272_232_5, -1.838_865, 2.983_002_5, 4.012_692]),
             (1.0, Rope::Half, [-1.984_110_7, 1.994_341_1, 2.462_378, 4.002_824_4]),
-            (3.0, Rope::Half, [-1.413_352_5, 1.983_011_5, -2.828_857_5, 4.008_449_3]),
+            (3.0, Rope::Half, [-1.413_353, 1.983_012, -2.828_857, 4.008_449]),
         ];
         for (position, rope, want) in cases {
             let cos = inv_freq.map(|f| (position * f).cos());

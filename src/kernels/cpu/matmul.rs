@@ -18,30 +18,49 @@ const WIDEN_ROWS: usize = 6;
 
 /// `w` is `[n, k]`; see the module.
 pub fn matmul_f32(x: &[f32], w: &[f32], out: &mut [f32], k: usize) {
-    drive(x.len() / k, w.len() / k, k, x, out, &|x, out, m, n, k, from, to| {
-        let w = Ptr(w.as_ptr());
-        dispatch!(columns::<f32>(x: Ptr<f32>, w: Ptr<f32>, out: PtrMut<f32>, m: usize, n: usize, k: usize, from: usize, to: usize))
+    drive(Shape::of(x, w.len(), out, k), &|shape, from, to| {
+        let (x, w, out) = (Ptr(x.as_ptr()), Ptr(w.as_ptr()), shape.out);
+        dispatch!(columns::<f32>(x: Ptr<f32>, w: Ptr<f32>, out: PtrMut<f32>, shape: Shape, from: usize, to: usize));
     });
 }
 
 /// The same with weights in bf16; identical numbers to widening them first.
 pub fn matmul_bf16(x: &[f32], w: &[half::bf16], out: &mut [f32], k: usize) {
-    drive(x.len() / k, w.len() / k, k, x, out, &|x, out, m, n, k, from, to| {
-        let w = Ptr(w.as_ptr());
-        dispatch!(columns::<half::bf16>(x: Ptr<f32>, w: Ptr<half::bf16>, out: PtrMut<f32>, m: usize, n: usize, k: usize, from: usize, to: usize))
+    drive(Shape::of(x, w.len(), out, k), &|shape, from, to| {
+        let (x, w, out) = (Ptr(x.as_ptr()), Ptr(w.as_ptr()), shape.out);
+        dispatch!(columns::<half::bf16>(x: Ptr<f32>, w: Ptr<half::bf16>, out: PtrMut<f32>, shape: Shape, from: usize, to: usize));
     });
 }
 
-type Columns<'a> = &'a (dyn Fn(Ptr<f32>, PtrMut<f32>, usize, usize, usize, usize, usize) + Sync);
+/// `[m, k] · [n, k]ᵀ → [m, n]`, checked against the slices.
+#[derive(Clone, Copy)]
+struct Shape {
+    m: usize,
+    n: usize,
+    k: usize,
+    out: PtrMut<f32>,
+}
 
-fn drive(m: usize, n: usize, k: usize, x: &[f32], out: &mut [f32], columns: Columns<'_>) {
-    assert!(k > 0 && x.len() == m * k && out.len() == m * n, "matmul shapes: x {}, out {}, m {m}, n {n}, k {k}", x.len(), out.len());
-    let (x, out) = (Ptr(x.as_ptr()), PtrMut(out.as_mut_ptr()));
-    if m * n * k <= SERIAL_WORK {
-        return columns(x, out, m, n, k, 0, n);
+impl Shape {
+    fn of(x: &[f32], weights: usize, out: &mut [f32], k: usize) -> Self {
+        assert!(
+            k > 0 && x.len().is_multiple_of(k) && weights.is_multiple_of(k),
+            "matmul: x of {} and w of {weights} values in rows of {k}",
+            x.len()
+        );
+        let (m, n) = (x.len() / k, weights / k);
+        assert_eq!(out.len(), m * n, "matmul: output of [{m}, {n}]");
+        Self { m, n, k, out: PtrMut(out.as_mut_ptr()) }
     }
-    let tasks = n.div_ceil(TASK_ROWS);
-    (0..tasks).into_par_iter().for_each(|task| columns(x, out, m, n, k, task * TASK_ROWS, n.min((task + 1) * TASK_ROWS)));
+}
+
+/// Shares the columns of the output among the threads.
+fn drive(shape: Shape, columns: &(dyn Fn(Shape, usize, usize) + Sync)) {
+    let n = shape.n;
+    if shape.m * n * shape.k <= SERIAL_WORK {
+        return columns(shape, 0, n);
+    }
+    (0..n.div_ceil(TASK_ROWS)).into_par_iter().for_each(|task| columns(shape, task * TASK_ROWS, n.min((task + 1) * TASK_ROWS)));
 }
 
 /// Output columns `from..to`.
@@ -49,8 +68,8 @@ fn drive(m: usize, n: usize, k: usize, x: &[f32], out: &mut [f32], columns: Colu
 /// # Safety
 /// Pointers are valid for their shapes, and no other thread writes these columns.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
-unsafe fn columns<S: Simd, W: Weight>(x: Ptr<f32>, w: Ptr<W>, out: PtrMut<f32>, m: usize, n: usize, k: usize, from: usize, to: usize) {
+unsafe fn columns<S: Simd, W: Weight>(x: Ptr<f32>, w: Ptr<W>, out: PtrMut<f32>, shape: Shape, from: usize, to: usize) {
+    let Shape { m, k, .. } = shape;
     unsafe {
         let mut scratch: Vec<f32> = Vec::new();
         let mut column = from;
@@ -60,9 +79,9 @@ unsafe fn columns<S: Simd, W: Weight>(x: Ptr<f32>, w: Ptr<W>, out: PtrMut<f32>, 
             if m >= WIDEN_ROWS && size_of::<W>() != size_of::<f32>() {
                 scratch.clear();
                 scratch.extend((0..width * k).map(|i| (*tile.add(i)).widen()));
-                rows::<S, f32>(x.0, scratch.as_ptr(), out.0.add(column), m, n, k, width);
+                rows::<S, f32>(x.0, scratch.as_ptr(), out.0.add(column), shape, width);
             } else {
-                rows::<S, W>(x.0, tile, out.0.add(column), m, n, k, width);
+                rows::<S, W>(x.0, tile, out.0.add(column), shape, width);
             }
             column += width;
         }
@@ -71,7 +90,8 @@ unsafe fn columns<S: Simd, W: Weight>(x: Ptr<f32>, w: Ptr<W>, out: PtrMut<f32>, 
 
 /// All rows of x against `width` rows of w.
 #[inline(always)]
-unsafe fn rows<S: Simd, W: Weight>(x: *const f32, w: *const W, out: *mut f32, m: usize, n: usize, k: usize, width: usize) {
+unsafe fn rows<S: Simd, W: Weight>(x: *const f32, w: *const W, out: *mut f32, shape: Shape, width: usize) {
+    let Shape { m, n, k, .. } = shape;
     unsafe {
         let mut row = 0;
         while row < m {

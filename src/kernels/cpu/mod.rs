@@ -90,12 +90,15 @@ pub fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         return Err(Error::Msg(format!("linear: input width {k} against weight [{n}, {k_w}]")));
     }
     let mut out = vec![0f32; t * n];
-    with_values::<f32, _>(x, |x| {
-        match w.dtype() {
-            DType::BF16 => with_values(w, |w| Ok(matmul::matmul_bf16(x, w, &mut out, k)))?,
-            _ => with_values(w, |w| Ok(matmul::matmul_f32(x, w, &mut out, k)))?,
-        }
-        Ok(())
+    with_values::<f32, _>(x, |x| match w.dtype() {
+        DType::BF16 => with_values(w, |w| {
+            matmul::matmul_bf16(x, w, &mut out, k);
+            Ok(())
+        }),
+        _ => with_values(w, |w| {
+            matmul::matmul_f32(x, w, &mut out, k);
+            Ok(())
+        }),
     })?;
     if let Some(bias) = bias {
         with_values::<f32, _>(bias, |bias| {

@@ -1,3 +1,5 @@
+// A list of ranges that happens to hold one.
+#![allow(clippy::single_range_in_vec_init)]
 use std::collections::HashMap;
 use std::path::PathBuf;
 
