@@ -344,3 +344,61 @@ fn a_cut_file_is_an_error() {
     let error = on_thread(|| load(&files(bytes)).err().unwrap());
     assert!(error.message.contains("model.safetensors"), "{error}");
 }
+
+/// The specification's intermediate values of layer 0 and the final norm, at the last position: they tell which kernel is wrong when the logits are.
+#[test]
+fn the_values_inside_the_layers() {
+    use crate::kernels::{self, Batch, KvCache, Rope};
+    use candle_core::{DType, Device, Tensor};
+    let all = tiny();
+    let tensor = |name: &str| {
+        let weights = named(&all, &format!("{name}.weight"));
+        Tensor::from_vec(weights.values, weights.shape, &Device::Cpu).unwrap()
+    };
+    let (t, ids) = (IDS.len(), Tensor::new(&IDS, &Device::Cpu).unwrap());
+    let angle = |position: usize, i: usize| position as f32 * 500_000f32.powf(-2.0 * i as f32 / 4.0);
+    let table = |f: fn(f32) -> f32| {
+        let values: Vec<f32> =
+            (0..t).flat_map(|position| (0..2).map(move |i| (position, i))).map(|(position, i)| f(angle(position, i))).collect();
+        Tensor::from_vec(values, (t, 2), &Device::Cpu).unwrap()
+    };
+    let batch = Batch {
+        tokens: ids.clone(),
+        slots: Tensor::arange(0u32, t as u32, &Device::Cpu).unwrap(),
+        cos: table(f32::cos),
+        sin: table(f32::sin),
+        rows: vec![kernels::BatchRow { start: 0, len: t, context: t, blocks: Arc::new(vec![0]) }],
+        block_size: 8,
+        groups: std::sync::OnceLock::new(),
+    };
+    let last = |x: &Tensor| x.get(t - 1).unwrap().to_vec1::<f32>().unwrap();
+    let layer = |x: &Tensor, n: usize| {
+        let weight = |name: &str| tensor(&format!("layers.{n}.{name}"));
+        let cache = || Tensor::zeros((1, 8, 2, 4), DType::F32, &Device::Cpu).unwrap();
+        let cache = KvCache { k: cache(), v: cache() };
+        let normed = kernels::rms_norm(x, &weight("input_layernorm"), 1e-5).unwrap();
+        let projections = [weight("self_attn.q_proj"), weight("self_attn.k_proj"), weight("self_attn.v_proj")];
+        let qkv = kernels::linear(&normed, &Tensor::cat(&projections, 0).unwrap(), None).unwrap();
+        let q = kernels::rope_and_store(&qkv, 4, Rope::Interleaved, &batch, &cache).unwrap();
+        let attended = kernels::paged_attention(&q, &batch, &cache).unwrap();
+        let attended = kernels::linear(&attended, &weight("self_attn.o_proj"), None).unwrap();
+        let x = x.add(&attended).unwrap();
+        let hidden = kernels::rms_norm(&x, &weight("post_attention_layernorm"), 1e-5).unwrap();
+        let gate_up = Tensor::cat(&[weight("mlp.gate_proj"), weight("mlp.up_proj")], 0).unwrap();
+        let hidden = kernels::silu_mul(&kernels::linear(&hidden, &gate_up, None).unwrap()).unwrap();
+        let out = x.add(&kernels::linear(&hidden, &weight("mlp.down_proj"), None).unwrap()).unwrap();
+        (normed, qkv, q, attended, out)
+    };
+    let (normed, qkv, q, attended, out) = layer(&kernels::embed(&tensor("embed_tokens"), &ids).unwrap(), 0);
+    close(&last(&normed), &[0.05375, -0.68647, -1.34548, -1.20313, 0.35758, 0.42115, -0.16891, 1.98315], TOLERANCE, "input norm");
+    close(&last(&qkv)[..4], &[0.67490, 2.45845, 1.76291, 1.30635], TOLERANCE, "q before rope");
+    close(&last(&q)[..4], &[2.54891, 0.05019, 1.75363, 1.31878], TOLERANCE, "q after rope");
+    close(&last(&attended), &[1.82623, 4.48758, 1.69352, 0.27170, -6.48794, -1.84224, -0.56767, -4.05965], TOLERANCE, "attention output");
+    close(&last(&out), &[-1.15668, 14.35059, -2.46583, 2.17769, -11.50883, -5.31448, 0.13706, -10.63215], TOLERANCE, "layer output");
+    let normed = kernels::rms_norm(&layer(&out, 1).4, &tensor("norm"), 1e-5).unwrap();
+    close(&last(&normed), &[0.33707, 2.35069, -1.01576, -0.46335, -1.07550, -0.91664, -0.98052, -0.63853], TOLERANCE, "final norm");
+    let logits = last(&kernels::linear(&normed, &tensor("embed_tokens"), None).unwrap());
+    close(&logits, &LAST, TOLERANCE, "logits");
+    let log_sum = logits.iter().map(|logit| logit.exp()).sum::<f32>().ln();
+    close(&[logits[6] - log_sum, logits[3] - log_sum], &[-0.05537, -3.67661], TOLERANCE, "log-softmax at 6 and 3");
+}
