@@ -19,7 +19,9 @@ use crate::server::{self, Door, Endpoints, Options, Phase, Readiness, endpoint};
 
 /// The endpoint that `serve` attaches its worker to.
 const LOCAL_ENDPOINT: &str = "local";
-const DEFAULT_PORT: u16 = 8000;
+const LAPTOP_PORT: u16 = 8000;
+/// Where a load-balancing endpoint looks when PORT says nothing.
+const PLATFORM_PORT: u16 = 80;
 /// How long responses may go on after everything else has drained.
 const RESPONSES_END: Duration = Duration::from_secs(10);
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(600);
@@ -27,7 +29,7 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(600);
 /// Everything a laptop needs: the local endpoint, a worker on it through the real job protocol, and the direct OpenAI routes.
 pub async fn serve(settings: Settings) -> Result<ExitCode, Failure> {
     let shutdown = Shutdown::listen()?;
-    let (listener, base) = bind(&settings, "127.0.0.1").await?;
+    let (listener, base) = bind(&settings, "127.0.0.1", LAPTOP_PORT).await?;
     let endpoints = Endpoints::new(endpoint_options(&settings));
     let direct = Direct::new();
     let router = server::direct(direct.door(), direct.readiness.clone(), Some(&endpoints), &Options::from(&settings.server));
@@ -60,7 +62,7 @@ pub async fn serve(settings: Settings) -> Result<ExitCode, Failure> {
 /// The local endpoint alone. Prints the variables with which workers attach.
 pub async fn gateway(settings: Settings) -> Result<ExitCode, Failure> {
     let shutdown = Shutdown::listen()?;
-    let (listener, base) = bind(&settings, "127.0.0.1").await?;
+    let (listener, base) = bind(&settings, "127.0.0.1", LAPTOP_PORT).await?;
     let endpoints = Endpoints::new(endpoint_options(&settings));
     let router = server::gateway(&endpoints, Readiness::new(Phase::Ready), &Options::from(&settings.server));
     let (closing, server) = spawn_server(listener, router);
@@ -78,7 +80,7 @@ pub async fn gateway(settings: Settings) -> Result<ExitCode, Failure> {
 /// The direct OpenAI server alone: RunPod's load-balancing endpoints, Pods, any other place.
 pub async fn http(settings: Settings) -> Result<ExitCode, Failure> {
     let shutdown = Shutdown::listen()?;
-    let (listener, base) = bind(&settings, "0.0.0.0").await?;
+    let (listener, base) = bind(&settings, "0.0.0.0", PLATFORM_PORT).await?;
     let direct = Direct::new();
     let options = Options::from(&settings.server);
     let (closing, server) = spawn_server(listener, server::direct(direct.door(), direct.readiness.clone(), None, &options));
@@ -154,9 +156,9 @@ fn spawn_server(listener: TcpListener, router: axum::Router) -> Server {
 }
 
 /// The listener of the settings, and the URL under which this machine reaches it.
-async fn bind(settings: &Settings, default_host: &str) -> Result<(TcpListener, String), Failure> {
+async fn bind(settings: &Settings, default_host: &str, default_port: u16) -> Result<(TcpListener, String), Failure> {
     let host = settings.server.host.as_deref().unwrap_or(default_host);
-    let listener = listen(host, settings.server.port.unwrap_or(DEFAULT_PORT), "PORT").await?;
+    let listener = listen(host, settings.server.port.unwrap_or(default_port), "PORT").await?;
     let port = listener.local_addr().map_err(|error| Failure::internal(format!("listener: {error}")))?.port();
     let host = match host {
         "0.0.0.0" => "127.0.0.1".to_string(),

@@ -68,7 +68,11 @@ impl MemoryPlan {
             return Err(Failure::internal(format!(
                 "the KV cache holds {room} tokens ({blocks} blocks of {block_size}, {} MiB), less than one sequence of {wanted} tokens needs; lower MAX_MODEL_LEN or raise {}",
                 (blocks * block_bytes) >> 20,
-                if memory.gpu { "GPU_MEMORY_UTILIZATION" } else { "KV_CACHE_GB" }
+                match settings.num_blocks {
+                    Some(_) => "NUM_GPU_BLOCKS_OVERRIDE",
+                    None if memory.gpu => "GPU_MEMORY_UTILIZATION",
+                    None => "KV_CACHE_GB",
+                }
             )));
         }
         let shape = Shape { max_model_len: wanted.min(room), vocab_size, block_size, blocks, max_num_seqs, max_num_batched_tokens };
