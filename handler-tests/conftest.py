@@ -13,7 +13,7 @@ from harness import questions  # noqa: E402
 from harness.program import Program, Server, binary  # noqa: E402
 from harness.queue import ScriptedQueue  # noqa: E402
 
-LOG_TAIL = 8000
+LOG_TAIL = 3000
 
 
 def pytest_configure():
@@ -26,11 +26,17 @@ def pytest_configure():
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
-    """A failure shows what the programs that still run have said."""
+    """A failure shows what the programs that run have said since the test began."""
     report = (yield).get_result()
     if report.failed:
         for program in Program.running:
-            report.sections.append((f"log of {program.name}", program.log[-LOG_TAIL:]))
+            report.sections.append((f"log of {program.name}", program.log_since_mark[-LOG_TAIL:]))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    for program in Program.running:
+        program.mark()
 
 
 def pytest_sessionfinish():

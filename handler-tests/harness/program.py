@@ -63,7 +63,16 @@ class Program:
                 stderr=stderr,
                 start_new_session=True,
             )
+        self.marks = (0, 0)
         Program.running.append(self)
+
+    def mark(self) -> None:
+        """What is said from here on is `log_since_mark`."""
+        self.marks = (len(self.stdout), len(self.stderr))
+
+    @property
+    def log_since_mark(self) -> str:
+        return self.stdout[self.marks[0] :] + self.stderr[self.marks[1] :]
 
     @property
     def stdout(self) -> str:

@@ -53,13 +53,15 @@ const cases = {
       model: await model(),
       messages,
       temperature: 0,
-      n: 2,
       stream_options: { include_usage: true },
     });
     let text = "";
     stream.on("content", (delta) => (text += delta));
     const final = await stream.finalChatCompletion();
     return { text, final };
+  },
+  async choices() {
+    return client.chat.completions.stream({ model: await model(), messages, temperature: 0, n: 3 }).finalChatCompletion();
   },
   async errors() {
     return {
