@@ -16,8 +16,8 @@ SCHEMA = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type":
 
 # name: (chat body, param, code); None in place of a code means JSON null, ... any.
 BODIES = {
-    "no messages": ({}, ..., None),
-    "empty messages": ({"messages": []}, "messages", ...),
+    "no messages": ({}, ..., "missing_required_parameter"),
+    "empty messages": ({"messages": []}, "messages", "missing_required_parameter"),
     "messages of a wrong type": ({"messages": 7}, "messages", None),
     "a message of a wrong type": ({"messages": ["hello"]}, "messages[0]", None),
     "content of a wrong type": ({"messages": [{"role": "user", "content": 7}]}, "messages[0].content", None),
@@ -45,7 +45,10 @@ BODIES = {
     "response_format": ({"messages": HELLO, "response_format": SCHEMA}, "response_format", ...),
     "logprobs": ({"messages": HELLO, "logprobs": True}, "logprobs", ...),
     "an image": ({"messages": IMAGE}, "messages[0].content[1]", ...),
-    "guided_json": ({"messages": HELLO, "guided_json": {}}, "guided_json", ...),
+    "guided_json": ({"messages": HELLO, "guided_json": {"type": "object"}}, "guided_json", ...),
+    "guided_json of anything": ({"messages": HELLO, "guided_json": {}}, "guided_json", ...),
+    "guided_regex": ({"messages": HELLO, "guided_regex": "[a-z]+"}, "guided_regex", ...),
+    "json_object": ({"messages": HELLO, "response_format": {"type": "json_object"}}, "response_format", ...),
 }
 
 
@@ -113,7 +116,7 @@ def test_jobs(http, server, capital, name, form, operation):
         ({"prompt": ""}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"prompt": "word " * 5000}, "prompt"),
-        ({"input_ids": [10**9]}, "input_ids"),
+        ({"input_ids": [10**9]}, "input_ids[0]"),
         ({"input_ids": ["x"]}, "input_ids"),
         ({"prompt": "x", "sampling_params": 7}, "sampling_params"),
         ({"prompt": "x", "sampling_params": {"temperature": 9}}, "sampling_params.temperature"),
@@ -250,11 +253,11 @@ def test_a_template_that_fails(http, capital, tmp_path):
 
 
 def test_a_full_queue(story):
-    """Beyond what may wait: 429 with a hint, and what was there before is answered."""
-    env = {"MAX_NUM_SEQS": "1", "MAX_WAITING": "2"}
+    """Beyond what may wait: 429 with a hint. When there is room again, the same request is answered."""
+    env = {"MAX_NUM_SEQS": "1", "MAX_WAITING": "127"}
     with Server("http", "--model", "demo", env=env) as server, httpx.Client(timeout=120) as client:
         url = f"{server.base}/v1/chat/completions"
-        body = story.request(ignore_eos=True, max_tokens=1500, n=3, stream=True)
+        body = story.request(ignore_eos=True, max_tokens=1500, n=128, stream=True)
         with client.stream("POST", url, json=body) as busy:
             next(busy.iter_text())
             refused = client.post(url, json=story.request())

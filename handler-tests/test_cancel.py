@@ -86,7 +86,7 @@ def test_an_execution_timeout_stops_the_work(tight, story):
 def test_other_requests_go_on(server, http, story, capital):
     """Cancelling one of a batch leaves its neighbours as they are."""
     url = server.endpoint
-    doomed = [http.post(f"{url}/run", json={"input": story.request(ignore_eos=True, max_tokens=1500, stream=True)}).json()["id"] for _ in range(4)]
+    doomed = [http.post(f"{url}/run", json={"input": story.request(ignore_eos=True, max_tokens=1500, n=32, stream=True)}).json()["id"] for _ in range(4)]
     kept = [http.post(f"{url}/run", json={"input": story.request()}).json()["id"] for _ in range(4)]
     for job in doomed:
         http.post(f"{url}/cancel/{job}")
