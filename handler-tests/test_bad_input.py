@@ -257,11 +257,12 @@ def test_a_full_queue(story):
     env = {"MAX_NUM_SEQS": "1", "MAX_WAITING": "130"}
     with Server("http", "--model", "demo", env=env) as server, httpx.Client(timeout=120) as client:
         url = f"{server.base}/v1/chat/completions"
-        body = story.request(ignore_eos=True, max_tokens=1500, n=128, stream=True)
+        body = story.request(ignore_eos=True, max_tokens=1500, n=128, temperature=1, stream=True)
         with client.stream("POST", url, json=body) as busy:
             assert busy.status_code == 200
-            next(busy.iter_text())
-            refused = client.post(url, json=story.request(n=10))
+            pieces = busy.iter_text()
+            next(pieces)
+            refused = client.post(url, json=story.request(n=10, temperature=1))
             assert refused.status_code == 429 and refused.headers["retry-after"]
             assert (refused.json()["error"]["type"], refused.json()["error"]["code"]) == ("rate_limit_error", "engine_overloaded")
         answered = wait_for(lambda: (again := client.post(url, json=story.request())).status_code == 200 and again, "room")

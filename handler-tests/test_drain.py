@@ -11,12 +11,12 @@ from harness.program import Program, Server, binary, wait_for
 from harness.queue import Reply
 
 TOKENS = 1200
-# Of each job: the demo model is quick, and these must still run when the signal comes.
+# Of each job: the demo model is quick, and these must still run when the signal comes. (At temperature 0 they would be computed as one.)
 CHOICES = 8
 
 
 def long_input(story, **more) -> dict:
-    return story.request(ignore_eos=True, max_tokens=TOKENS, n=CHOICES, **more)
+    return story.request(ignore_eos=True, max_tokens=TOKENS, n=CHOICES, temperature=1, **more)
 
 
 def test_eight_running_jobs_end_on_their_worker(queue, worker, story):
@@ -78,7 +78,7 @@ def test_an_idle_worker_ends_at_once(queue, worker):
 
 
 def test_what_is_unfinished_at_the_deadline_fails(queue, worker, story):
-    queue.give([{"id": "endless-u1", "input": story.request(ignore_eos=True, max_tokens=1500, n=100)}])
+    queue.give([{"id": "endless-u1", "input": story.request(ignore_eos=True, max_tokens=1500, n=100, temperature=1)}])
     program = worker(DRAIN_TIMEOUT="1", MAX_NUM_SEQS="1")
     wait_for(lambda: [seen for seen in queue.requests("ping") if "job_id" in seen.query], "the job to run")
     program.terminate()

@@ -10,7 +10,7 @@ from harness.program import wait_for
 from harness.queue import Reply
 
 # Seconds of work in one row.
-LONG = {"ignore_eos": True, "max_tokens": 1500, "n": 12}
+LONG = {"ignore_eos": True, "max_tokens": 1500, "n": 12, "temperature": 1}
 
 
 def job(name: str, question, **more) -> dict:
@@ -131,7 +131,7 @@ def test_heartbeat(queue, worker, story):
 
 def test_a_stopped_job_is_silent(queue, worker, story, capital):
     # Minutes of work, if nothing stops it.
-    queue.give([job("stop-u1", story, stream=True, ignore_eos=True, max_tokens=1500, n=100)])
+    queue.give([job("stop-u1", story, stream=True, ignore_eos=True, max_tokens=1500, n=100, temperature=1)])
     worker(MAX_NUM_SEQS="1", MAX_CONCURRENCY="2")
     wait_for(lambda: queue.chunks("stop-u1"), "the first chunk")
     queue.to_stop.append("stop-u1")

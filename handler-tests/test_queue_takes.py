@@ -35,7 +35,7 @@ def test_several_jobs_at_once(queue, worker, capital):
 
 
 def test_a_busy_worker_asks_for_what_is_free(queue, worker, story):
-    queue.give([job("long-u1", story, ignore_eos=True, max_tokens=1500, n=8)])
+    queue.give([job("long-u1", story, ignore_eos=True, max_tokens=1500, n=8, temperature=1)])
     worker(MAX_CONCURRENCY="3")
     busy = wait_for(lambda: [seen for seen in queue.requests("job-take-batch") if "job_in_progress=1" in seen.line], "a take beside the running job")
     assert busy[0].query["batch_size"] == ["2"]
@@ -128,7 +128,7 @@ def test_fields_beside_the_input_do_not_matter(queue, worker, capital):
 
 
 def test_a_job_given_twice_is_answered_once(queue, worker, story):
-    long = job("twice-u1", story, ignore_eos=True, max_tokens=1500, n=8, stream=True)
+    long = job("twice-u1", story, ignore_eos=True, max_tokens=1500, n=8, temperature=1, stream=True)
     queue.give([long, long], [long])
     worker()
     queue.done("twice-u1")

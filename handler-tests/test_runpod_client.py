@@ -67,7 +67,7 @@ def test_stream_of_an_openai_route(endpoint, story):
 
 
 def test_cancel(endpoint, story, capital):
-    job = endpoint.run(story.request(ignore_eos=True, max_tokens=1500, n=128))
+    job = endpoint.run(story.request(ignore_eos=True, max_tokens=1500, n=128, temperature=1))
     assert job.cancel()["status"] == "CANCELLED"
     assert job.status() == "CANCELLED"
     assert questions.text(endpoint.run_sync(capital.request(), timeout=120)) == capital.answer
@@ -103,7 +103,7 @@ def test_async_client(endpoint, capital, story):
             whole = await endpoint.run(capital.request())
             streamed = await endpoint.run(story.request(stream=True))
             chunks = [chunk async for chunk in streamed.stream()]
-            stopped = await endpoint.run(story.request(ignore_eos=True, max_tokens=1500, n=128))
+            stopped = await endpoint.run(story.request(ignore_eos=True, max_tokens=1500, n=128, temperature=1))
             cancelled = await stopped.cancel()
             health = await endpoint.health()
             return questions.text(await whole.output(timeout=120)), spoken(chunks), cancelled["status"], set(health)
