@@ -269,14 +269,15 @@ const UNSUPPORTED: &[(&str, Neutral)] = &[
     ("response_format", Neutral::TextFormat),
     ("structured_outputs", Neutral::Empty),
     ("structural_tag", Neutral::Empty),
-    ("guided_json", Neutral::Empty),
+    // An empty schema still asks for JSON.
+    ("guided_json", Neutral::Words(&[""])),
     ("guided_json_object", Neutral::Empty),
     ("guided_regex", Neutral::Empty),
     ("guided_choice", Neutral::Empty),
     ("guided_grammar", Neutral::Empty),
     ("guided_decoding", Neutral::Empty),
     ("grammar", Neutral::Empty),
-    ("json_schema", Neutral::Empty),
+    ("json_schema", Neutral::Words(&[""])),
     ("regex", Neutral::Empty),
     ("ebnf", Neutral::Empty),
     // Probabilities.

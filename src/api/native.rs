@@ -83,6 +83,9 @@ fn prepare(service: &Service, body: &Value) -> Result<Prepared, Failure> {
             ));
         }
     };
+    if field.name.ends_with("_ids") && (field.value.is_string() || field.value[0].is_string()) {
+        return Err(wrong_type(&field, "a list of token ids"));
+    }
     service.check_model(&fields)?;
     let mut options = service.options(&fields)?;
     options.max_tokens = options.max_tokens.or(service.settings.default_max_tokens);

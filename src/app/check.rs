@@ -14,8 +14,7 @@ use crate::models::weights::Checkpoint;
 
 /// Prints everything it finds out; exit 1 when something would stop a start.
 pub async fn run(settings: &Settings) -> Result<ExitCode, Failure> {
-    say(&config::report(settings));
-    settings.warnings.iter().for_each(|warning| say(&format!("warning: {warning}")));
+    say(config::report(settings).trim_end());
     match model(settings).await {
         Ok(()) => Ok(ExitCode::SUCCESS),
         Err(failure) => {

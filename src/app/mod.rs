@@ -60,7 +60,8 @@ pub fn main() -> ExitCode {
         return ExitCode::from(EXIT_USAGE);
     };
     start_logging(&mode, &settings);
-    for warning in &settings.warnings {
+    // `check` has them in its report.
+    for warning in settings.warnings.iter().filter(|_| !matches!(mode, Mode::Check)) {
         tracing::warn!("{warning}");
     }
     match run(mode, settings) {

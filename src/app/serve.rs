@@ -42,18 +42,19 @@ pub async fn serve(settings: Settings) -> Result<ExitCode, Failure> {
     direct.ready(&loaded);
     welcome(&base, &loaded);
     let runpod = attached(&settings, &base);
-    let readiness = direct.readiness.clone();
+    let (readiness, closing_endpoints) = (direct.readiness.clone(), endpoints.clone());
     let asked = {
         let shutdown = shutdown.clone();
         async move {
             shutdown.asked().await;
             readiness.set(Phase::Draining);
+            // The worker's own held polls end, so that it need not wait for them.
+            closing_endpoints.close();
         }
     };
     let ended = queue::worker(&runpod, &loaded).run(asked).await.map_err(Failure::internal)?;
     // Direct requests are in the engine, not in the worker.
     loaded.engine.idle(settings.runpod.drain_timeout.unwrap_or(DRAIN_TIMEOUT)).await;
-    endpoints.close();
     let _ = closing.send(());
     let _ = server.await;
     Ok(if ended == Ended::Drained { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -1,0 +1,1 @@
+"""What the tests stand on: running programs, a scripted queue, a model hub, the demo model's questions."""

@@ -1,0 +1,284 @@
+"""Bad input: a clear, typed error at every door, and the worker keeps serving."""
+from __future__ import annotations
+
+import json
+
+import httpx
+import pytest
+
+from harness import questions
+from harness.program import Server, wait_for
+
+HELLO = [{"role": "user", "content": "Hello!"}]
+IMAGE = [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}]}]
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "object"}}}
+
+# name: (chat body, param, code); None in place of a code means JSON null, ... any.
+BODIES = {
+    "no messages": ({}, ..., "missing_required_parameter"),
+    "empty messages": ({"messages": []}, "messages", "missing_required_parameter"),
+    "messages of a wrong type": ({"messages": 7}, "messages", None),
+    "a message of a wrong type": ({"messages": ["hello"]}, "messages[0]", None),
+    "content of a wrong type": ({"messages": [{"role": "user", "content": 7}]}, "messages[0].content", None),
+    "no role": ({"messages": [{"content": "x"}]}, "messages[0].role", ...),
+    "unknown role": ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role", ...),
+    "unknown model": ({"messages": HELLO, "model": "gpt-none"}, "model", "model_not_found"),
+    "model of a wrong type": ({"messages": HELLO, "model": 7}, "model", None),
+    "temperature of a wrong type": ({"messages": HELLO, "temperature": "hot"}, "temperature", None),
+    "temperature too high": ({"messages": HELLO, "temperature": 2.1}, "temperature", "invalid_value"),
+    "temperature below zero": ({"messages": HELLO, "temperature": -0.1}, "temperature", "invalid_value"),
+    "top_p too high": ({"messages": HELLO, "top_p": 1.1}, "top_p", "invalid_value"),
+    "top_k below -1": ({"messages": HELLO, "top_k": -2}, "top_k", "invalid_value"),
+    "min_p too high": ({"messages": HELLO, "min_p": 2}, "min_p", "invalid_value"),
+    "presence_penalty too high": ({"messages": HELLO, "presence_penalty": 3}, "presence_penalty", "invalid_value"),
+    "n of zero": ({"messages": HELLO, "n": 0}, "n", "invalid_value"),
+    "n too high": ({"messages": HELLO, "n": 100_000}, "n", "invalid_value"),
+    "max_tokens of zero": ({"messages": HELLO, "max_tokens": 0}, "max_tokens", "invalid_value"),
+    "max_tokens of a fraction": ({"messages": HELLO, "max_tokens": 1.5}, "max_tokens", ...),
+    "stop of a wrong type": ({"messages": HELLO, "stop": 7}, "stop", None),
+    "logit_bias out of range": ({"messages": HELLO, "logit_bias": {"3": 101}}, ..., "invalid_value"),
+    "seed of a wrong type": ({"messages": HELLO, "seed": "x"}, "seed", None),
+    "stream of a wrong type": ({"messages": HELLO, "stream": "yes"}, "stream", None),
+    "too long": ({"messages": [{"role": "user", "content": "word " * 5000}]}, "messages", "context_length_exceeded"),
+    "tools": ({"messages": HELLO, "tools": [TOOL]}, "tools", ...),
+    "response_format": ({"messages": HELLO, "response_format": SCHEMA}, "response_format", ...),
+    "logprobs": ({"messages": HELLO, "logprobs": True}, "logprobs", ...),
+    "an image": ({"messages": IMAGE}, "messages[0].content[1]", ...),
+    "guided_json": ({"messages": HELLO, "guided_json": {"type": "object"}}, "guided_json", ...),
+    "guided_json of anything": ({"messages": HELLO, "guided_json": {}}, "guided_json", ...),
+    "guided_regex": ({"messages": HELLO, "guided_regex": "[a-z]+"}, "guided_regex", ...),
+    "json_object": ({"messages": HELLO, "response_format": {"type": "json_object"}}, "response_format", ...),
+}
+
+
+def statuses(name: str) -> int:
+    return 404 if name == "unknown model" else 400
+
+
+def check(error: dict, name: str, param, code) -> None:
+    assert isinstance(error["message"], str) and error["message"]
+    assert error["type"] == "invalid_request_error"
+    if param is not ...:
+        assert error["param"] == param
+    if code is not ...:
+        assert error["code"] == code
+
+
+def serves(http, server, capital) -> None:
+    assert questions.text(http.post(f"{server.base}/v1/chat/completions", json=capital.request()).json()) == capital.answer
+    assert questions.text(http.post(f"{server.endpoint}/runsync", json={"input": capital.request()}).json()["output"]) == capital.answer
+
+
+def ended(http, url: str, job: str) -> dict:
+    return wait_for(lambda: (status := http.get(f"{url}/status/{job}").json())["status"] not in ("IN_QUEUE", "IN_PROGRESS") and status, "the job to end")
+
+
+cases = pytest.mark.parametrize("name", BODIES)
+
+
+@cases
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_openai_doors(http, server, door, capital, name, stream):
+    body, param, code = BODIES[name]
+    if stream and "stream" in body:
+        pytest.skip("the case is about this field")
+    response = http.post(f"{door}/chat/completions", json={**body, "stream": True} if stream else body)
+    assert response.status_code == statuses(name), response.text
+    assert response.headers["content-type"].startswith("application/json") and response.headers["x-request-id"]
+    answer = response.json()
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
+    check(answer["error"], name, param, code)
+    serves(http, server, capital)
+
+
+@cases
+@pytest.mark.parametrize("form", ["native", "openai_route"])
+@pytest.mark.parametrize("operation", ["run", "runsync"])
+def test_jobs(http, server, capital, name, form, operation):
+    body, param, code = BODIES[name]
+    given = body if form == "native" else {"openai_route": "/v1/chat/completions", "openai_input": body}
+    response = http.post(f"{server.endpoint}/{operation}", json={"input": given})
+    assert response.status_code == 200, response.text
+    status = response.json() if operation == "runsync" else ended(http, server.endpoint, response.json()["id"])
+    assert status["status"] == "FAILED" and "output" not in status
+    envelope = json.loads(status["error"])
+    assert set(envelope) == {"error"} and set(envelope["error"]) == {"message", "type", "param", "code", "status"}
+    assert envelope["error"]["status"] == statuses(name)
+    check(envelope["error"], name, param, code)
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"nothing": 1}, "input"),
+        ({"prompt": 7}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": "word " * 5000}, "prompt"),
+        ({"input_ids": [10**9]}, "input_ids[0]"),
+        ({"input_ids": ["x"]}, "input_ids"),
+        ({"prompt": "x", "sampling_params": 7}, "sampling_params"),
+        ({"prompt": "x", "sampling_params": {"temperature": 9}}, "sampling_params.temperature"),
+        ({"openai_route": 7}, "openai_route"),
+        ({"openai_route": "/v1/completions", "openai_input": 7}, "openai_input"),
+        ({"route": "/v1/chat/completions", "body": {"messages": []}, "method": "POST"}, "messages"),
+    ],
+    ids=lambda value: json.dumps(value)[:60],
+)
+def test_other_inputs_of_jobs(http, server, given, param):
+    status = http.post(f"{server.endpoint}/runsync", json={"input": given}).json()
+    assert status["status"] == "FAILED"
+    error = json.loads(status["error"])["error"]
+    assert (error["status"], error["param"]) == (400, param) and error["message"]
+
+
+def test_input_that_is_no_object(http, server, capital):
+    for given in ("text", 7, ["x"], {}):
+        response = http.post(f"{server.endpoint}/runsync", json={"input": given})
+        if response.status_code == 200:
+            error = json.loads(response.json()["error"])["error"]
+            assert response.json()["status"] == "FAILED" and (error["status"], error["param"]) == (400, "input")
+        else:
+            assert response.status_code == 400 and "input" in response.json()["error"]
+    serves(http, server, capital)
+
+
+@pytest.mark.parametrize("operation", ["run", "runsync"])
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'"x"', b"{}", b'{"input":null}', b'{"inputs":{}}', b'{"input": {"prompt": "\xff\xfe"}}', b"\xff\xff"])
+def test_bodies_that_are_no_jobs(http, server, capital, operation, body):
+    response = http.post(f"{server.endpoint}/{operation}", content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400, response.text
+    assert isinstance(response.json()["error"], str)
+    serves(http, server, capital)
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'"x"', b'{"messages": [{"role": "user", "content": "\xff\xfe"}]}', b"\xff", b'{"n": NaN}'])
+@pytest.mark.parametrize("route", ["chat/completions", "completions"])
+def test_bodies_that_are_no_requests(http, server, door, capital, body, route):
+    response = http.post(f"{door}/{route}", content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["type"] == "invalid_request_error"
+    serves(http, server, capital)
+
+
+def test_unknown_routes(http, server, door, capital):
+    for path in ("nothing", "chat", "chat/completions/x", "audio/speech"):
+        response = http.post(f"{door}/{path}", json={"x": 1})
+        assert response.status_code == 404 and response.json()["error"]["type"] == "invalid_request_error", path
+    assert http.get(f"{door}/nothing").status_code == 404
+    serves(http, server, capital)
+
+
+def test_unknown_routes_of_jobs(http, server):
+    for given in ({"openai_route": "/v1/nothing", "openai_input": {"x": 1}}, {"openai_route": "/v1/nothing"}, {"route": "/nothing", "method": "POST", "body": {"x": 1}}):
+        status = http.post(f"{server.endpoint}/runsync", json={"input": given}).json()
+        assert (status["status"], json.loads(status["error"])["error"]["status"]) == ("FAILED", 404)
+
+
+def test_wrong_methods(http, server, door):
+    response = http.get(f"{server.base}/v1/chat/completions")
+    assert response.status_code == 405 and response.headers["allow"] == "POST" and response.json()["error"]["message"]
+    assert http.post(f"{server.base}/v1/models", json={}).status_code == 405
+    assert http.delete(f"{door}/models").status_code == 405
+
+
+def test_unknown_jobs(http, server):
+    for operation, method in (("status", "GET"), ("stream", "GET"), ("cancel", "POST"), ("retry", "POST")):
+        response = http.request(method, f"{server.endpoint}/{operation}/no-such-job")
+        assert response.status_code == 404 and isinstance(response.json()["error"], str)
+
+
+MB = 1024 * 1024
+
+
+@pytest.mark.parametrize(
+    ("path", "largest", "status"),
+    [("/v1/chat/completions", 32 * MB, 413), ("/v2/local/run", 10 * MB, 400), ("/v2/local/runsync", 20 * MB, 400)],
+)
+def test_body_limits(http, server, capital, path, largest, status):
+    body = {"messages": HELLO, "padding": ""} if path.startswith("/v1") else {"input": {"messages": HELLO}, "padding": ""}
+    empty = len(json.dumps(body).encode())
+
+    def sized(bytes_in_all: int) -> bytes:
+        return json.dumps({**body, "padding": "x" * (bytes_in_all - empty)}).encode()
+
+    assert http.post(f"{server.base}{path}", content=sized(largest)).status_code == 200, "the largest that is allowed"
+    response = http.post(f"{server.base}{path}", content=sized(largest + 1))
+    assert response.status_code == status
+    error = response.json()["error"]
+    if status == 413:
+        assert (error["type"], error["code"]) == ("invalid_request_error", "request_too_large")
+    else:
+        assert isinstance(error, str) and "limit" in error
+    serves(http, server, capital)
+
+
+def test_a_body_without_an_end(http, server, capital):
+    """A chunked body that goes past the limit is refused without being read to its end."""
+
+    def endless():
+        yield b'{"messages": "'
+        for _ in range(80):
+            yield b"x" * MB
+
+    try:
+        response = http.post(f"{server.base}/v1/chat/completions", content=endless(), headers={"content-type": "application/json"})
+        assert response.status_code == 413
+    except httpx.TransportError:
+        pass  # Hung up on in the middle of sending: as good.
+    serves(http, server, capital)
+
+
+def test_deeply_nested_json(http, server, capital):
+    for opening, closing in (("[", "]"), ('{"a":', "}")):
+        body = '{"messages": ' + opening * 100_000 + "1" * (opening != "[") + closing * 100_000 + "}"
+        assert http.post(f"{server.base}/v1/chat/completions", content=body).status_code == 400
+        assert http.post(f"{server.endpoint}/runsync", content='{"input": ' + body + "}").status_code == 400
+    serves(http, server, capital)
+
+
+def test_a_template_that_fails(http, capital, tmp_path):
+    """A template that raises is the request's failure, not the worker's."""
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{% if m.content == 'boom' %}{{ raise_exception('no boom here') }}{% endif %}User: {{ m.content }}\n{% endfor %}")
+    with Server("serve", "--model", "demo", "--chat-template", str(template)) as server:
+        boom = {"messages": [{"role": "user", "content": "boom"}]}
+        for door in server.doors().values():
+            response = http.post(f"{door}/chat/completions", json=boom)
+            assert response.status_code == 400 and "no boom here" in response.json()["error"]["message"]
+        status = http.post(f"{server.endpoint}/runsync", json={"input": boom}).json()
+        assert status["status"] == "FAILED" and "no boom here" in json.loads(status["error"])["error"]["message"]
+        assert http.post(f"{server.base}/v1/chat/completions", json={"messages": HELLO, "max_tokens": 3}).status_code == 200
+
+
+def test_a_full_queue(story):
+    """Beyond what may wait: 429 with a hint. When there is room again, the same request is answered."""
+    env = {"MAX_NUM_SEQS": "1", "MAX_WAITING": "130"}
+    with Server("http", "--model", "demo", env=env) as server, httpx.Client(timeout=120) as client:
+        url = f"{server.base}/v1/chat/completions"
+        body = story.request(ignore_eos=True, max_tokens=1500, n=128, temperature=1, stream=True)
+        with client.stream("POST", url, json=body) as busy:
+            assert busy.status_code == 200
+            pieces = busy.iter_text()
+            next(pieces)
+            refused = client.post(url, json=story.request(n=10, temperature=1))
+            assert refused.status_code == 429 and refused.headers["retry-after"]
+            assert (refused.json()["error"]["type"], refused.json()["error"]["code"]) == ("rate_limit_error", "engine_overloaded")
+        answered = wait_for(lambda: (again := client.post(url, json=story.request())).status_code == 200 and again, "room")
+        assert questions.text(answered.json()) == story.answer
+
+
+def test_keys(http, capital):
+    with Server("serve", "--model", "demo", env={"API_KEY": "secret-one"}) as server:
+        for url in (f"{server.base}/v1/models", f"{server.endpoint}/openai/v1/models", f"{server.endpoint}/health"):
+            assert http.get(url).status_code == 401
+            assert http.get(url, headers={"authorization": "Bearer wrong"}).status_code == 401
+            assert http.get(url, headers={"authorization": "Bearer secret-one"}).status_code == 200
+            assert http.get(url, headers={"x-api-key": "secret-one"}).status_code == 200
+        error = http.get(f"{server.base}/v1/models").json()["error"]
+        assert (error["code"], error["type"]) == ("invalid_api_key", "invalid_request_error")
+        assert http.get(f"{server.base}/health").status_code == 200
+        headers = {"authorization": "Bearer secret-one"}
+        assert questions.text(http.post(f"{server.endpoint}/runsync", json={"input": capital.request()}, headers=headers).json()["output"]) == capital.answer
+        assert "secret-one" not in server.log
