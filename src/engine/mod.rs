@@ -155,8 +155,10 @@ impl Handle {
                 format!("the prompt has {} tokens, and the context holds {} with the answer", request.prompt.len(), limits.max_model_len);
             return Err(Failure::bad_request("prompt", message).code("context_length_exceeded"));
         }
+        // Free rows are no waiting places, but who finds one does not wait.
+        let free_rows = limits.max_num_seqs.saturating_sub(stats.running);
         let waiting = stats.waiting + self.shared.submitted.load(Ordering::Relaxed);
-        if waiting >= limits.max_waiting {
+        if waiting >= limits.max_waiting + free_rows {
             let message = format!("{waiting} requests are waiting already (MAX_WAITING={}); try again later", limits.max_waiting);
             return Err(Failure::new(crate::error::Kind::Overloaded, message).code("engine_overloaded").retry_after(1));
         }
