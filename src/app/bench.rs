@@ -16,6 +16,7 @@ use super::{model, say};
 use crate::config::{BenchArgs, Settings};
 use crate::engine::{Event, Handle, Request, SamplingParams};
 use crate::error::Failure;
+use crate::kernels;
 use crate::models::hub;
 use crate::models::memory;
 use crate::models::runner::About;
@@ -247,20 +248,22 @@ fn table_row(row: &Value) -> String {
 /// Bytes per second that `threads` threads read from main memory together: the best of five passes over a buffer no cache holds.
 fn memory_bandwidth(threads: usize) -> f64 {
     const BYTES: usize = 1 << 30;
-    let data = vec![1u64; BYTES / 8];
+    let data = vec![1f32; BYTES / 4];
     let pass = || {
         let begin = Instant::now();
-        let total: u64 = std::thread::scope(|scope| {
-            let parts: Vec<_> = data
-                .chunks(data.len().div_ceil(threads))
-                .map(|part| scope.spawn(move || part.iter().fold(0u64, |sum, value| sum.wrapping_add(*value))))
-                .collect();
+        let total: f32 = std::thread::scope(|scope| {
+            let parts: Vec<_> =
+                data.chunks(data.len().div_ceil(threads)).map(|part| scope.spawn(move || kernels::cpu::read(part))).collect();
             parts.into_iter().filter_map(|part| part.join().ok()).sum()
         });
         std::hint::black_box(total);
         BYTES as f64 / begin.elapsed().as_secs_f64()
     };
-    (0..5).map(|_| pass()).fold(0.0, f64::max)
+    let best = (0..5).map(|_| pass()).fold(0.0, f64::max);
+    drop(data);
+    // The buffer is not the model's: the peak of memory starts anew here, where the system allows it.
+    let _ = std::fs::write("/proc/self/clear_refs", "5");
+    best
 }
 
 #[cfg(test)]

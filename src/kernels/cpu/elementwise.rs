@@ -36,6 +36,36 @@ unsafe fn sum_of_squares<S: Simd>(x: &[f32]) -> f32 {
     }
 }
 
+/// The sum of a long slice, read as fast as one thread can: for measuring memory.
+pub fn sum(values: &[f32]) -> f32 {
+    let mut out = 0.0;
+    let target = &mut out;
+    dispatch!(sum_all::<>(values: &[f32], target: &mut f32));
+    out
+}
+
+#[inline(always)]
+unsafe fn sum_all<S: Simd>(values: &[f32], target: &mut f32) {
+    const STREAMS: usize = 8;
+    const AHEAD: usize = 1024;
+    // SAFETY: reads whole vectors inside the slice; a prefetch may name any address.
+    unsafe {
+        let (one, mut acc) = (S::splat(1.0), [S::zero(); STREAMS]);
+        let step = STREAMS * S::LANES;
+        let whole = values.len() - values.len() % step;
+        let mut i = 0;
+        while i < whole {
+            for c in 0..STREAMS {
+                let p = values.as_ptr().add(i + c * S::LANES);
+                S::prefetch(p.wrapping_add(AHEAD));
+                acc[c] = S::mul_add(S::load(p), one, acc[c]);
+            }
+            i += step;
+        }
+        *target = acc.into_iter().map(|acc| S::sum(acc)).sum::<f32>() + values[whole..].iter().sum::<f32>();
+    }
+}
+
 /// `out = gate · sigmoid(gate) · up`.
 pub fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
     dispatch!(silu_mul_row::<>(gate: &[f32], up: &[f32], out: &mut [f32]));
@@ -130,6 +160,13 @@ mod tests {
             for (got, want) in out.iter().zip(want) {
                 assert!((got - want).abs() < 1e-5, "{rope:?} {position}: {got} {want}");
             }
+        }
+    }
+
+    #[test]
+    fn sums_are_whole() {
+        for n in [0, 1, 127, 128, 1000, 4099] {
+            assert_eq!(sum(&vec![1.0; n]), n as f32);
         }
     }
 

@@ -13,6 +13,7 @@ use super::{Ptr, PtrMut};
 const TASK_ROWS: usize = 64;
 /// Below so many multiply-adds the work is not worth a second thread.
 const SERIAL_WORK: usize = 32 * 1024;
+const CACHE_LINE: usize = 64;
 /// From so many rows of x on, weights are widened once per tile.
 const WIDEN_ROWS: usize = 6;
 
@@ -120,6 +121,7 @@ unsafe fn tile<S: Simd, W: Weight, const MR: usize, const NR: usize>(x: *const f
     unsafe {
         let mut acc = [[S::zero(); NR]; MR];
         let whole = k - k % S::LANES;
+        let line = CACHE_LINE / size_of::<W>();
         let mut i = 0;
         while i < whole {
             let mut xs = [S::zero(); MR];
@@ -127,6 +129,10 @@ unsafe fn tile<S: Simd, W: Weight, const MR: usize, const NR: usize>(x: *const f
                 xs[r] = S::load(x.add(r * k + i));
             }
             for c in 0..NR {
+                // The hardware follows rows of a few kilobytes badly: ask for the next tile's while this one is computed.
+                if MR == 1 && i % line == 0 {
+                    S::prefetch(w.wrapping_add((NR + c) * k + i));
+                }
                 let ws = W::load::<S>(w.add(c * k + i));
                 for r in 0..MR {
                     acc[r][c] = S::mul_add(xs[r], ws, acc[r][c]);

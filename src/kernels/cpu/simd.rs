@@ -24,6 +24,9 @@ pub trait Simd: Copy {
     unsafe fn mul_add(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// The sum of all lanes, always in the same order.
     unsafe fn sum(v: Self::V) -> f32;
+    /// Asks for a cache line that will be read soon; any address will do.
+    #[inline(always)]
+    fn prefetch<T>(_p: *const T) {}
 }
 
 /// A type of stored weights that widens to f32 without loss.
@@ -179,6 +182,10 @@ pub mod x86 {
                 _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)))
             }
         }
+        #[inline(always)]
+        fn prefetch<T>(p: *const T) {
+            unsafe { _mm_prefetch(p.cast(), _MM_HINT_T0) }
+        }
     }
 
     /// 512-bit vectors.
@@ -217,6 +224,10 @@ pub mod x86 {
         #[inline(always)]
         unsafe fn sum(v: __m512) -> f32 {
             unsafe { _mm512_reduce_add_ps(v) }
+        }
+        #[inline(always)]
+        fn prefetch<T>(p: *const T) {
+            unsafe { _mm_prefetch(p.cast(), _MM_HINT_T0) }
         }
     }
 }
