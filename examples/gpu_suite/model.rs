@@ -52,20 +52,7 @@ fn with_runner<T: Send>(
 }
 
 fn greedy() -> Draw {
-    Draw {
-        temperature: 0.0,
-        top_p: 1.0,
-        top_k: 0,
-        min_p: 0.0,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        repetition_penalty: 1.0,
-        bias: Arc::default(),
-        suppressed: Arc::default(),
-        seen: Arc::default(),
-        seed: 0,
-        index: 0,
-    }
+    Draw { temperature: 0.0, ..Default::default() }
 }
 
 /// Adds `ids[from..to]` of the sequence in place `place` to a plan; places are so many tokens apart that they share no block.

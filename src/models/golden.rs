@@ -142,20 +142,7 @@ fn load(files: &ModelFiles) -> Result<ModelRunner, crate::error::Failure> {
 }
 
 pub(crate) fn greedy() -> Draw {
-    Draw {
-        temperature: 0.0,
-        top_p: 1.0,
-        top_k: 0,
-        min_p: 0.0,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        repetition_penalty: 1.0,
-        bias: Arc::default(),
-        suppressed: Arc::default(),
-        seen: Arc::default(),
-        seed: 0,
-        index: 0,
-    }
+    Draw { temperature: 0.0, ..Default::default() }
 }
 
 /// A plan that runs `ids[from..to]` of one sequence whose blocks are scattered over the pool.

@@ -77,6 +77,26 @@ pub struct Draw {
     pub index: u64,
 }
 
+/// Temperature 1 and everything else off.
+impl Default for Draw {
+    fn default() -> Self {
+        Self {
+            temperature: 1.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            repetition_penalty: 1.0,
+            bias: Arc::default(),
+            suppressed: Arc::default(),
+            seen: Arc::default(),
+            seed: 0,
+            index: 0,
+        }
+    }
+}
+
 /// Token statistics for the penalties.
 #[derive(Debug, Clone, Default)]
 pub struct Seen {

@@ -152,20 +152,7 @@ mod tests {
     use std::sync::Arc;
 
     fn plain() -> Draw {
-        Draw {
-            temperature: 1.0,
-            top_p: 1.0,
-            top_k: 0,
-            min_p: 0.0,
-            presence_penalty: 0.0,
-            frequency_penalty: 0.0,
-            repetition_penalty: 1.0,
-            bias: Arc::default(),
-            suppressed: Arc::default(),
-            seen: Arc::default(),
-            seed: 0,
-            index: 0,
-        }
+        Draw::default()
     }
 
     /// The worked example of the reference's sampler.
