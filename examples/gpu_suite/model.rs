@@ -64,7 +64,7 @@ fn add_row(plan: &mut Plan, ids: &[u32], from: usize, to: usize, place: usize) {
     plan.tokens.extend(&ids[from..to]);
     plan.positions.extend(from as u32..to as u32);
     plan.slots.extend((from..to).map(|p| blocks[p / BLOCK_SIZE] * BLOCK_SIZE as u32 + (p % BLOCK_SIZE) as u32));
-    plan.rows.push(Row { start, len: to - from, context: to, blocks: Arc::new(blocks), draw: Some(greedy()) });
+    plan.rows.push(Row { start, len: to - from, context: to, blocks: Arc::new(blocks), draw: Some(greedy()), proposed: 0, score: None });
 }
 
 fn chunk(ids: &[u32], from: usize, to: usize) -> Plan {

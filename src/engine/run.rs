@@ -222,7 +222,10 @@ mod tests {
             if plan.tokens.contains(&FAIL) {
                 return Err(Failure::internal("told to fail"));
             }
-            Ok(Output { tokens: plan.rows.iter().filter(|row| row.draw.is_some()).map(|row| row.context as u32 % 50).collect() })
+            Ok(Output {
+                tokens: plan.rows.iter().filter(|row| row.draw.is_some()).map(|row| row.context as u32 % 50).collect(),
+                ..Default::default()
+            })
         }
     }
 

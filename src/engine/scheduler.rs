@@ -170,6 +170,8 @@ impl Scheduler {
             context: to,
             blocks: sequence.blocks.clone(),
             draw: (to == sequence.tokens.len()).then(|| sequence.draw()),
+            proposed: 0,
+            score: None,
         });
         plan.tokens.extend_from_slice(&sequence.tokens[from..to]);
         plan.positions.extend(from as u32..to as u32);
@@ -345,14 +347,14 @@ mod tests {
         let first = scheduler.plan().unwrap();
         assert_eq!(first.tokens, [1, 2]);
         drop(first);
-        scheduler.settle(&Output { tokens: vec![9] });
+        scheduler.settle(&Output { tokens: vec![9], ..Default::default() });
         scheduler.add(Sequence::new(2, &request((0..30).collect(), 5), 400));
         for step in 0..4 {
             let plan = scheduler.plan().unwrap();
             assert_eq!((plan.rows[0].len, plan.tokens.len()), (1, 8), "step {step}");
             assert!(plan.rows[1].draw.is_none());
             drop(plan);
-            assert_eq!(scheduler.settle(&Output { tokens: vec![9] }).len(), 1);
+            assert_eq!(scheduler.settle(&Output { tokens: vec![9], ..Default::default() }).len(), 1);
         }
         let plan = scheduler.plan().unwrap();
         assert_eq!((plan.rows[1].len, plan.rows[1].context), (2, 30));

@@ -85,6 +85,7 @@ impl Sequence {
             seen: self.seen.clone(),
             seed: p.seed,
             index: self.output_len() as u64,
+            logprobs: None,
         }
     }
 

@@ -153,7 +153,7 @@ pub(crate) fn chunk(ids: &[u32], from: usize, to: usize, block_size: usize) -> P
         tokens: ids[from..to].to_vec(),
         positions: (from as u32..to as u32).collect(),
         slots: (from..to).map(slot).collect(),
-        rows: vec![Row { start: 0, len: to - from, context: to, blocks: Arc::new(blocks), draw: Some(greedy()) }],
+        rows: vec![Row { start: 0, len: to - from, context: to, blocks: Arc::new(blocks), draw: Some(greedy()), proposed: 0, score: None }],
     }
 }
 

@@ -46,6 +46,52 @@ pub struct Row {
     pub blocks: Arc<Vec<u32>>,
     /// How to draw the next token from the last token's logits; `None` while a prefill is unfinished.
     pub draw: Option<Draw>,
+    /// The last so many tokens of this row are guesses at what will be drawn (speculation). A token is drawn after the one before
+    /// them and after each of them: `proposed + 1` draws with indices from `draw.index` on. 0 without a draw.
+    pub proposed: usize,
+    /// Asks how probable the prompt's tokens were: for each token of this row, the log probability of the one that follows it.
+    pub score: Option<Score>,
+}
+
+/// What [`Row::score`] asks for.
+#[derive(Debug, Clone)]
+pub struct Score {
+    /// The token after each token of the row, `[len]`; one less when the last of them is the prompt's last.
+    pub targets: Vec<u32>,
+    pub logprobs: LogprobsSpec,
+}
+
+/// How log probabilities are reported.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LogprobsSpec {
+    /// Alternatives, most probable first; 0 = the token itself only.
+    pub top: u32,
+    pub mode: LogprobsMode,
+}
+
+/// What is reported as a log probability (`LOGPROBS_MODE`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LogprobsMode {
+    /// log softmax of the model's logits.
+    #[default]
+    RawLogprobs,
+    /// The model's logits.
+    RawLogits,
+    /// log softmax after suppression, bias, penalties and temperature, before min_p, top_k and top_p.
+    ProcessedLogprobs,
+    /// The logits of the same moment.
+    ProcessedLogits,
+}
+
+/// How probable one token was.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Logprobs {
+    /// The token's own value, in the mode's unit.
+    pub own: f32,
+    /// How many tokens of the vocabulary were at least as probable, itself included.
+    pub rank: u32,
+    /// The most probable tokens with their values, most probable first, ties by id.
+    pub top: Vec<(u32, f32)>,
 }
 
 /// How one row draws its next token. Plain data; the arithmetic is in `models::sample`.
@@ -75,6 +121,8 @@ pub struct Draw {
     /// The request's seed, and the index of the token to draw: together they fix the random number, whatever else is in the step.
     pub seed: u64,
     pub index: u64,
+    /// Report how probable the drawn token was.
+    pub logprobs: Option<LogprobsSpec>,
 }
 
 /// Temperature 1 and everything else off.
@@ -93,6 +141,7 @@ impl Default for Draw {
             seen: Arc::default(),
             seed: 0,
             index: 0,
+            logprobs: None,
         }
     }
 }
@@ -106,10 +155,15 @@ pub struct Seen {
     pub output: Vec<(u32, u32)>,
 }
 
-/// What a step gave: for each row with a [`Draw`], in row order, the drawn token.
+/// What a step gave.
 #[derive(Debug, Default, Clone)]
 pub struct Output {
+    /// Drawn tokens of the rows with a [`Draw`], in row order, `proposed + 1` of each.
     pub tokens: Vec<u32>,
+    /// As long as `tokens` when any draw asked for them, else empty.
+    pub logprobs: Vec<Option<Logprobs>>,
+    /// One of each target of the rows with a [`Score`], in row order.
+    pub scores: Vec<Logprobs>,
 }
 
 /// What the engine must know of the model it drives.

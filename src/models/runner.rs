@@ -12,7 +12,10 @@ use crate::models::memory::{self, Memory, MemoryPlan};
 use crate::models::sample;
 use crate::models::transformer::Transformer;
 use crate::models::weights::{Checkpoint, device_failure};
-use crate::models::{Draw, Output, Plan, Runner, Shape};
+use crate::models::{Draw, LogprobsSpec, Output, Plan, Runner, Shape};
+
+/// Rows of logits made at a time: bounds their memory when many tokens are drawn or scored in one step.
+const LOGITS_ROWS: usize = 64;
 
 /// One model on one device, with its KV cache.
 pub struct ModelRunner {
@@ -75,13 +78,15 @@ impl ModelRunner {
         Ok(Self { model, caches, columns, plan, about, _threads: pool })
     }
 
-    /// Logits `[rows with a draw, vocab]` of a plan, as the sampler would see them.
+    /// Logits `[draws, vocab]` of a plan, as the sampler would see them.
     pub fn logits(&mut self, plan: &Plan) -> Result<Vec<Vec<f32>>, Failure> {
-        let logits = self.forward(plan).map_err(device_failure)?;
+        let x = self.forward(plan).map_err(device_failure)?;
+        let positions: Vec<usize> = wanted(plan).into_iter().map(|(token, _)| token).collect();
+        let logits = self.logits_of(&x, &positions).map_err(device_failure)?;
         logits.to_vec2().map_err(device_failure)
     }
 
-    /// `[rows with a draw, vocab_size]`, f32 on the device.
+    /// Runs the plan's tokens: `[t, hidden]`, before the final norm.
     fn forward(&mut self, plan: &Plan) -> candle_core::Result<Tensor> {
         let device = &self.model.device;
         let t = plan.tokens.len();
@@ -100,22 +105,71 @@ impl ModelRunner {
             block_size: self.plan.shape.block_size,
             groups: std::sync::OnceLock::new(),
         };
-        let x = self.model.forward(&batch, &self.caches)?;
-        let last: Vec<u32> = plan.rows.iter().filter(|row| row.draw.is_some()).map(|row| (row.start + row.len - 1) as u32).collect();
-        if last.is_empty() {
+        self.model.forward(&batch, &self.caches)
+    }
+
+    /// `[positions, vocab_size]`, f32 on the device; `x [t, hidden]`.
+    fn logits_of(&self, x: &Tensor, positions: &[usize]) -> candle_core::Result<Tensor> {
+        let device = &self.model.device;
+        if positions.is_empty() {
             return Tensor::zeros((0, self.plan.shape.vocab_size), DType::F32, device);
         }
-        let x = if last.len() == t { x } else { x.index_select(&Tensor::from_slice(&last, last.len(), device)?, 0)? };
+        let rows: Vec<u32> = positions.iter().map(|token| *token as u32).collect();
+        let x = if rows.len() == x.dim(0)? { x.clone() } else { x.index_select(&Tensor::from_vec(rows, positions.len(), device)?, 0)? };
         self.model.logits(&x)?.narrow(1, 0, self.plan.shape.vocab_size)
     }
 
-    fn draw(&self, logits: &Tensor, draws: &[&Draw]) -> candle_core::Result<Vec<u32>> {
-        if !logits.device().is_cpu() && draws.iter().all(|draw| draw.is_plain_greedy()) {
-            return kernels::composed::argmax(&logits.contiguous()?, &self.columns);
+    /// Draws and scores from `logits [wanted, vocab_size]`.
+    fn answer(&self, logits: &Tensor, wanted: &[(usize, Wanted<'_>)], output: &mut Output) -> candle_core::Result<()> {
+        let plain = |wanted: &Wanted<'_>| matches!(wanted, Wanted::Draw(draw, _) if draw.is_plain_greedy() && draw.logprobs.is_none());
+        if !logits.device().is_cpu() && wanted.iter().all(|(_, wanted)| plain(wanted)) {
+            output.tokens.extend(kernels::composed::argmax(&logits.contiguous()?, &self.columns)?);
+            return Ok(());
         }
         let mut rows: Vec<Vec<f32>> = logits.to_vec2()?;
-        Ok(rows.par_iter_mut().zip(draws).map(|(row, draw)| sample::sample(row, draw)).collect())
+        let drawn: Vec<_> = rows
+            .par_iter_mut()
+            .zip(wanted)
+            .map(|(row, (_, wanted))| match wanted {
+                Wanted::Draw(draw, nth) => {
+                    let (token, logprobs) = sample::sample(row, draw, *nth);
+                    (Some(token), logprobs)
+                }
+                Wanted::Score(target, spec) => (None, Some(sample::score(row, *target, *spec))),
+            })
+            .collect();
+        for (token, logprobs) in drawn {
+            match token {
+                Some(token) => {
+                    output.tokens.push(token);
+                    output.logprobs.push(logprobs);
+                }
+                None => output.scores.extend(logprobs),
+            }
+        }
+        Ok(())
     }
+}
+
+/// What is wanted of one token's logits.
+enum Wanted<'a> {
+    /// A draw, the nth of its row.
+    Draw(&'a Draw, u64),
+    Score(u32, LogprobsSpec),
+}
+
+/// The tokens of a plan whose logits are wanted, by index, in the order of [`Output`]: first every draw, then every score.
+fn wanted(plan: &Plan) -> Vec<(usize, Wanted<'_>)> {
+    let draws = plan.rows.iter().filter_map(|row| row.draw.as_ref().map(|draw| (row, draw)));
+    let draws = draws.flat_map(|(row, draw)| {
+        let first = row.start + row.len - 1 - row.proposed;
+        (0..=row.proposed).map(move |nth| (first + nth, Wanted::Draw(draw, nth as u64)))
+    });
+    let scores = plan.rows.iter().filter_map(|row| row.score.as_ref().map(|score| (row, score)));
+    let scores = scores.flat_map(|(row, score)| {
+        score.targets.iter().enumerate().map(move |(i, target)| (row.start + i, Wanted::Score(*target, score.logprobs)))
+    });
+    draws.chain(scores).collect()
 }
 
 impl Runner for ModelRunner {
@@ -124,12 +178,17 @@ impl Runner for ModelRunner {
     }
 
     fn step(&mut self, plan: &Plan) -> Result<Output, Failure> {
-        let draws: Vec<&Draw> = plan.rows.iter().filter_map(|row| row.draw.as_ref()).collect();
-        let logits = self.forward(plan).map_err(device_failure)?;
-        if draws.is_empty() {
-            return Ok(Output::default());
+        let x = self.forward(plan).map_err(device_failure)?;
+        let mut output = Output::default();
+        for part in wanted(plan).chunks(LOGITS_ROWS) {
+            let positions: Vec<usize> = part.iter().map(|(token, _)| *token).collect();
+            let logits = self.logits_of(&x, &positions).map_err(device_failure)?;
+            self.answer(&logits, part, &mut output).map_err(device_failure)?;
         }
-        Ok(Output { tokens: self.draw(&logits, &draws).map_err(device_failure)? })
+        if output.logprobs.iter().all(Option::is_none) {
+            output.logprobs.clear();
+        }
+        Ok(output)
     }
 }
 

@@ -1,12 +1,22 @@
 //! The arithmetic of drawing one token from one row of logits. Order of operations: see [`Draw`].
 
-use crate::models::Draw;
+use crate::models::{Draw, Logprobs, LogprobsSpec};
 
 /// Temperatures and top_p below this are greedy (FastDeploy's and FastChat's limit).
 pub const GREEDY_BELOW: f32 = 1e-5;
 
-/// Draws a token from `logits [vocab]`, which is used up. Ties go to the lower id.
-pub fn sample(logits: &mut [f32], draw: &Draw) -> u32 {
+/// Draws a token from `logits [vocab]`, which is used up: the `nth` of its row, so with the random number of `draw.index + nth`.
+pub fn sample(logits: &mut [f32], draw: &Draw, nth: u64) -> (u32, Option<Logprobs>) {
+    (token(logits, draw, draw.index + nth), None)
+}
+
+/// How probable `target` was.
+pub fn score(logits: &[f32], target: u32, _spec: LogprobsSpec) -> Logprobs {
+    Logprobs { own: logits[target as usize], rank: 0, top: Vec::new() }
+}
+
+/// Ties go to the lower id.
+fn token(logits: &mut [f32], draw: &Draw, index: u64) -> u32 {
     adjust(logits, draw);
     if draw.is_greedy() {
         return argmax(logits);
@@ -17,7 +27,7 @@ pub fn sample(logits: &mut [f32], draw: &Draw) -> u32 {
     }
     let scale = 1.0 / draw.temperature;
     let weight = |logit: f32| f64::from(((logit - max) * scale).exp());
-    let u = uniform(draw.seed, draw.index);
+    let u = uniform(draw.seed, index);
     if draw.min_p <= 0.0 && draw.top_k == 0 && draw.top_p >= 1.0 {
         let total: f64 = logits.iter().map(|logit| weight(*logit)).sum();
         return pick(logits.iter().enumerate().map(|(id, logit)| (id as u32, weight(*logit))), u * total);
@@ -193,9 +203,9 @@ mod tests {
     #[test]
     fn greedy_takes_the_lower_id_on_ties() {
         let draw = Draw { temperature: 0.0, ..plain() };
-        assert_eq!(sample(&mut [0.5, 2.0, 2.0, -1.0], &draw), 1);
+        assert_eq!(sample(&mut [0.5, 2.0, 2.0, -1.0], &draw, 0).0, 1);
         let draw = Draw { suppressed: Arc::new(vec![1]), ..draw };
-        assert_eq!(sample(&mut [0.5, 2.0, 2.0, -1.0], &draw), 2);
+        assert_eq!(sample(&mut [0.5, 2.0, 2.0, -1.0], &draw, 0).0, 2);
     }
 
     #[test]
@@ -203,7 +213,7 @@ mod tests {
         let logits: Vec<f32> = [0.5f32, 0.25, 0.125, 0.125].iter().map(|p| p.ln()).collect();
         let mut counts = [0f64; 4];
         for index in 0..40_000 {
-            counts[sample(&mut logits.clone(), &Draw { seed: 7, index, ..plain() }) as usize] += 1.0 / 40_000.0;
+            counts[sample(&mut logits.clone(), &Draw { seed: 7, index, ..plain() }, 0).0 as usize] += 1.0 / 40_000.0;
         }
         for (got, want) in counts.iter().zip([0.5, 0.25, 0.125, 0.125]) {
             assert!((got - want).abs() < 0.01, "{counts:?}");
@@ -243,7 +253,7 @@ mod tests {
             // Rounding of the temperature may move the border by one token of (nearly) no weight.
             prop_assert!(kept.len().abs_diff(want.len()) <= 1, "{} {}", kept.len(), want.len());
             prop_assert!(kept.iter().zip(&want).all(|(a, b)| a == b));
-            let drawn = sample(&mut logits.clone(), &Draw { seed: 1, index: 5, ..draw });
+            let drawn = sample(&mut logits.clone(), &Draw { seed: 1, index: 5, ..draw }, 0).0;
             prop_assert!(kept.contains(&drawn));
         }
 

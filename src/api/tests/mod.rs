@@ -43,7 +43,7 @@ impl Runner for Scripted {
                 None => Ok(2),
             }
         });
-        Ok(Output { tokens: drawn.collect::<Result<_, _>>()? })
+        Ok(Output { tokens: drawn.collect::<Result<_, _>>()?, ..Default::default() })
     }
 }
 
