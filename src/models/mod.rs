@@ -12,6 +12,7 @@ pub mod files;
 pub mod hub;
 pub mod memory;
 mod protobuf;
+pub mod quantize;
 pub mod runner;
 pub mod sample;
 pub mod sentencepiece;
