@@ -85,7 +85,8 @@ impl Run {
                 params.max_tokens = options.max_tokens.unwrap_or(room).min(room);
                 params.min_tokens = params.min_tokens.min(params.max_tokens);
                 params.seed = params.seed.wrapping_add(choice as u64);
-                let generation = service.engine.submit(Request { id: id.clone(), prompt: prompt.clone(), params, deadline })?;
+                let generation =
+                    service.engine.submit(Request { id: id.clone(), prompt: prompt.clone(), params, prompt_logprobs: None, deadline })?;
                 choices.push(follow(choices.len(), generation, text.clone(), sender.clone()));
             }
         }
@@ -188,6 +189,7 @@ async fn follow(
         let mut piece = Piece { index, text: String::new(), tokens: Vec::new(), ending: None };
         let mut stop = None;
         match generation.next().await {
+            Event::Prompt(_) => continue,
             Event::Token(token) => {
                 produced += 1;
                 piece.tokens.push(token.id);

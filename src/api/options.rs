@@ -148,6 +148,8 @@ impl Options {
             frequency_penalty: drawn.frequency_penalty as f32,
             repetition_penalty: drawn.repetition_penalty as f32,
             logit_bias: Arc::new(fields.logit_bias(vocab_size)?),
+            bad_words: Arc::default(),
+            logprobs: None,
             seed: fields.seed()?.unwrap_or_else(pick_seed),
             max_tokens: 0,
             min_tokens,

@@ -99,6 +99,7 @@ impl Target {
                     let mut moments = Vec::with_capacity(output);
                     loop {
                         match generation.next().await {
+                            Event::Prompt(_) => {}
                             Event::Token(_) => moments.push((begin.elapsed(), 1)),
                             Event::Finished(_) => return Ok(moments),
                             Event::Failed(failure) => return Err(failure),
@@ -144,7 +145,7 @@ impl Target {
 
 fn engine_request(prompt: Vec<u32>, output: usize) -> Request {
     let params = SamplingParams { temperature: 0.0, max_tokens: output, ignore_eos: true, ..Default::default() };
-    Request { id: "bench".into(), prompt: Arc::new(prompt), params, deadline: None }
+    Request { id: "bench".into(), prompt: Arc::new(prompt), params, prompt_logprobs: None, deadline: None }
 }
 
 /// Distinct in every wave and sequence, so that nothing is cached.

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 use crate::error::Failure;
+use crate::models::{Logprobs, LogprobsSpec};
 
 pub mod blocks;
 pub mod detokenize;
@@ -28,6 +29,8 @@ pub struct Request {
     /// At least one token id, all below the vocabulary size.
     pub prompt: Arc<Vec<u32>>,
     pub params: SamplingParams,
+    /// Report how probable the prompt's tokens were, in an [`Event::Prompt`] before the first token.
+    pub prompt_logprobs: Option<LogprobsSpec>,
     /// After this moment the request fails with `Kind::Timeout`, wherever it stands.
     pub deadline: Option<Instant>,
 }
@@ -35,6 +38,8 @@ pub struct Request {
 /// What the engine tells of one sequence, in order. After `Finished` or `Failed` comes nothing.
 #[derive(Debug, Clone)]
 pub enum Event {
+    /// Of each prompt token but the first, how probable it was after those before it. Only when asked for.
+    Prompt(Vec<Logprobs>),
     Token(Token),
     Finished(Finish),
     Failed(Failure),
@@ -46,6 +51,8 @@ pub enum Event {
 pub struct Token {
     pub id: u32,
     pub ends: bool,
+    /// When the request asked for them.
+    pub logprobs: Option<Box<Logprobs>>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -134,7 +134,7 @@ impl<R: Runner> Worker<R> {
         let result = std::panic::catch_unwind(AssertUnwindSafe(|| runner.step(&plan)));
         drop(plan);
         match result {
-            Ok(Ok(output)) => self.settle(&output),
+            Ok(Ok(output)) => self.settle(output),
             Ok(Err(failure)) => self.fail(failure),
             Err(panic) => {
                 // The device's state is unknown from here on: what runs fails, and readiness says so.
@@ -148,11 +148,14 @@ impl<R: Runner> Worker<R> {
         }
     }
 
-    fn settle(&mut self, output: &Output) {
+    fn settle(&mut self, output: Output) {
         for outcome in self.scheduler.settle(output) {
             self.stats.output_tokens += 1;
             let Some(client) = self.clients.get(&outcome.id) else { continue };
             // A closed channel is a cancelled sequence: the next round removes it.
+            if let Some(prompt) = outcome.prompt {
+                let _ = client.events.send(Event::Prompt(prompt));
+            }
             let _ = client.events.send(Event::Token(outcome.token));
             if let Some(finish) = outcome.finish {
                 let _ = client.events.send(Event::Finished(finish));
@@ -239,7 +242,7 @@ mod tests {
 
     fn request(prompt: &[u32], max_tokens: usize) -> Request {
         let params = SamplingParams { max_tokens, ..Default::default() };
-        Request { id: "test".into(), prompt: Arc::new(prompt.to_vec()), params, deadline: None }
+        Request { id: "test".into(), prompt: Arc::new(prompt.to_vec()), params, prompt_logprobs: None, deadline: None }
     }
 
     async fn collect(mut generation: Generation) -> (Vec<u32>, Result<Finish, Failure>) {
@@ -247,6 +250,7 @@ mod tests {
         loop {
             match generation.next().await {
                 Event::Token(token) => tokens.push(token.id),
+                Event::Prompt(_) => {}
                 Event::Finished(finish) => return (tokens, Ok(finish)),
                 Event::Failed(failure) => return (tokens, Err(failure)),
             }

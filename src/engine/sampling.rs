@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use crate::models::LogprobsSpec;
+
 /// How one sequence is drawn and when it ends. Every value is checked by `api` before it comes here.
 #[derive(Debug, Clone)]
 pub struct SamplingParams {
@@ -16,6 +18,10 @@ pub struct SamplingParams {
     pub frequency_penalty: f32,
     pub repetition_penalty: f32,
     pub logit_bias: Arc<Vec<(u32, f32)>>,
+    /// Token sequences that the output must not contain, none of them empty. Their last token is not drawn where the output ends with the others.
+    pub bad_words: Arc<Vec<Vec<u32>>>,
+    /// Report how probable each drawn token was.
+    pub logprobs: Option<LogprobsSpec>,
     /// Fixes every draw of this sequence. `api` picks one at random when the caller gives none, and adds the choice index.
     pub seed: u64,
     /// At least 1.
@@ -41,6 +47,8 @@ impl Default for SamplingParams {
             frequency_penalty: 0.0,
             repetition_penalty: 1.0,
             logit_bias: Arc::default(),
+            bad_words: Arc::default(),
+            logprobs: None,
             seed: 0,
             max_tokens: 16,
             min_tokens: 0,

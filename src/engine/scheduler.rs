@@ -10,7 +10,7 @@ use std::sync::Arc;
 use super::blocks::BlockPool;
 use super::sequence::{Sequence, SequenceId};
 use super::{Finish, Token};
-use crate::models::{Output, Plan, Row, Shape};
+use crate::models::{Logprobs, Output, Plan, Row, Shape};
 
 /// Output tokens per running sequence that admission keeps room for; more would waste memory on requests that ask for 4,096 and use 100.
 const RESERVED_OUTPUT: usize = 256;
@@ -19,6 +19,8 @@ const RESERVED_OUTPUT: usize = 256;
 #[derive(Debug)]
 pub struct Outcome {
     pub id: SequenceId,
+    /// Before the first token, when asked for.
+    pub prompt: Option<Vec<Logprobs>>,
     pub token: Token,
     pub finish: Option<Finish>,
 }
@@ -127,7 +129,7 @@ impl Scheduler {
 
     fn preempt(&mut self, index: usize) {
         let mut sequence = self.release(index);
-        sequence.computed = 0;
+        sequence.restart();
         self.preempted += 1;
         self.waiting.push_front(sequence);
     }
@@ -171,7 +173,7 @@ impl Scheduler {
             blocks: sequence.blocks.clone(),
             draw: (to == sequence.tokens.len()).then(|| sequence.draw()),
             proposed: 0,
-            score: None,
+            score: sequence.score(from, to),
         });
         plan.tokens.extend_from_slice(&sequence.tokens[from..to]);
         plan.positions.extend(from as u32..to as u32);
@@ -181,12 +183,15 @@ impl Scheduler {
     }
 
     /// Takes in the results of the last plan (which must be gone by now). Finished sequences have left and their blocks are free.
-    pub fn settle(&mut self, output: &Output) -> Vec<Outcome> {
+    pub fn settle(&mut self, output: Output) -> Vec<Outcome> {
         let mut drawn = output.tokens.iter();
+        let mut logprobs = output.logprobs.into_iter();
+        let mut scores = output.scores.into_iter();
         let mut outcomes = Vec::with_capacity(output.tokens.len());
         for (id, len) in std::mem::take(&mut self.in_flight) {
             let Some(index) = self.running.iter().position(|sequence| sequence.id == id) else { continue };
             let sequence = &mut self.running[index];
+            sequence.scored(sequence.computed, sequence.computed + len, &mut scores);
             sequence.computed += len;
             if sequence.computed < sequence.tokens.len() {
                 continue;
@@ -194,7 +199,9 @@ impl Scheduler {
             let Some(token) = drawn.next() else { break };
             let finish = sequence.push(*token);
             let ends = matches!(finish, Some(Finish::Stop | Finish::StopToken(_)));
-            outcomes.push(Outcome { id, token: Token { id: *token, ends }, finish });
+            let logprobs = logprobs.next().flatten().map(Box::new);
+            let prompt = sequence.take_prompt_logprobs();
+            outcomes.push(Outcome { id, prompt, token: Token { id: *token, ends, logprobs }, finish });
             if finish.is_some() {
                 self.release(index);
             }
@@ -232,6 +239,7 @@ impl Scheduler {
 mod tests {
     use super::*;
     use crate::engine::{Request, SamplingParams};
+    use crate::models::{LogprobsMode, LogprobsSpec};
     use proptest::prelude::*;
     use std::collections::HashMap;
 
@@ -239,6 +247,13 @@ mod tests {
     fn next(tokens: &[u32]) -> u32 {
         tokens.iter().fold(17u32, |hash, token| hash.wrapping_mul(31).wrapping_add(*token)) % 97 + 3
     }
+
+    /// What it says of `token` after these.
+    fn logprobs(tokens: &[u32], token: u32) -> Logprobs {
+        Logprobs { own: next(tokens) as f32, rank: token, top: Vec::new() }
+    }
+
+    const SPEC: LogprobsSpec = LogprobsSpec { top: 0, mode: LogprobsMode::RawLogprobs };
 
     fn shape(blocks: usize, block_size: usize, seqs: usize, batched: usize) -> Shape {
         Shape {
@@ -253,7 +268,7 @@ mod tests {
 
     fn request(prompt: Vec<u32>, max_tokens: usize) -> Request {
         let params = SamplingParams { temperature: 0.0, max_tokens, ..Default::default() };
-        Request { id: "t".into(), prompt: Arc::new(prompt), params, deadline: None }
+        Request { id: "t".into(), prompt: Arc::new(prompt), params, prompt_logprobs: None, deadline: None }
     }
 
     /// A model whose KV cache is a table of tokens by slot: a row's context is read back through its block table.
@@ -273,8 +288,13 @@ mod tests {
                 let context: Vec<u32> = (0..row.context)
                     .map(|p| self.cache[row.blocks[p / self.block_size] as usize * self.block_size + p % self.block_size])
                     .collect();
-                if row.draw.is_some() {
+                if let Some(draw) = &row.draw {
                     output.tokens.push(next(&context));
+                    output.logprobs.push(draw.logprobs.map(|_| logprobs(&context, next(&context))));
+                }
+                if let Some(score) = &row.score {
+                    let known = row.context - row.len;
+                    output.scores.extend(score.targets.iter().enumerate().map(|(i, target)| logprobs(&context[..=known + i], *target)));
                 }
             }
             output
@@ -301,12 +321,16 @@ mod tests {
             let mut scheduler = Scheduler::new(shape.clone());
             let mut model = Scripted { cache: vec![0; blocks * block_size], block_size };
             let mut produced: HashMap<SequenceId, Vec<u32>> = HashMap::new();
+            let mut prompts: HashMap<SequenceId, Vec<Logprobs>> = HashMap::new();
             let mut cancelled = Vec::new();
             let last_arrival = arrivals.iter().map(|arrival| arrival.0).max().unwrap_or(0);
             for step in 0..5_000 {
                 for (id, (at, prompt, max_tokens, _, _)) in arrivals.iter().enumerate() {
                     if *at == step && prompt.len() < shape.max_model_len {
-                        scheduler.add(Sequence::new(id as u64, &request(prompt.clone(), *max_tokens), shape.max_model_len));
+                        let mut request = request(prompt.clone(), *max_tokens);
+                        request.prompt_logprobs = (id % 2 == 0).then_some(SPEC);
+                        request.params.logprobs = (id % 3 == 0).then_some(SPEC);
+                        scheduler.add(Sequence::new(id as u64, &request, shape.max_model_len));
                     }
                 }
                 for (id, (_, _, _, when, kind)) in arrivals.iter().enumerate() {
@@ -322,8 +346,16 @@ mod tests {
                 prop_assert!(plan.tokens.len() <= shape.max_num_batched_tokens);
                 let output = model.step(&plan);
                 drop(plan);
-                for outcome in scheduler.settle(&output) {
-                    produced.entry(outcome.id).or_default().push(outcome.token.id);
+                for outcome in scheduler.settle(output) {
+                    let tokens = produced.entry(outcome.id).or_default();
+                    prop_assert!(outcome.prompt.is_none() || tokens.is_empty(), "before the first token");
+                    let context = [&arrivals[outcome.id as usize].1, tokens.as_slice()].concat();
+                    let want = (outcome.id % 3 == 0).then(|| Box::new(logprobs(&context, outcome.token.id)));
+                    prop_assert_eq!(&outcome.token.logprobs, &want);
+                    tokens.push(outcome.token.id);
+                    if let Some(prompt) = outcome.prompt {
+                        prop_assert!(prompts.insert(outcome.id, prompt).is_none(), "once");
+                    }
                 }
                 scheduler.check_invariants();
             }
@@ -331,6 +363,8 @@ mod tests {
             for (id, (_, prompt, max_tokens, _, _)) in arrivals.iter().enumerate() {
                 let want = if prompt.len() < shape.max_model_len { expected(prompt, *max_tokens, shape.max_model_len) } else { Vec::new() };
                 let got = produced.remove(&(id as u64)).unwrap_or_default();
+                let want_prompt = (id % 2 == 0 && !got.is_empty()).then(|| (1..prompt.len()).map(|i| logprobs(&prompt[..i], prompt[i])).collect());
+                prop_assert_eq!(prompts.remove(&(id as u64)), want_prompt);
                 if cancelled.contains(&(id as u64)) {
                     prop_assert!(want.starts_with(&got));
                 } else {
@@ -347,14 +381,14 @@ mod tests {
         let first = scheduler.plan().unwrap();
         assert_eq!(first.tokens, [1, 2]);
         drop(first);
-        scheduler.settle(&Output { tokens: vec![9], ..Default::default() });
+        scheduler.settle(Output { tokens: vec![9], ..Default::default() });
         scheduler.add(Sequence::new(2, &request((0..30).collect(), 5), 400));
         for step in 0..4 {
             let plan = scheduler.plan().unwrap();
             assert_eq!((plan.rows[0].len, plan.tokens.len()), (1, 8), "step {step}");
             assert!(plan.rows[1].draw.is_none());
             drop(plan);
-            assert_eq!(scheduler.settle(&Output { tokens: vec![9], ..Default::default() }).len(), 1);
+            assert_eq!(scheduler.settle(Output { tokens: vec![9], ..Default::default() }).len(), 1);
         }
         let plan = scheduler.plan().unwrap();
         assert_eq!((plan.rows[1].len, plan.rows[1].context), (2, 30));
@@ -378,6 +412,26 @@ mod tests {
         assert_eq!(Sequence::new(1, &request, 100).push(2), None);
         request.params.max_tokens = 1;
         assert_eq!(Sequence::new(1, &request, 100).push(2), Some(Finish::Length));
+    }
+
+    #[test]
+    fn bad_words_are_kept_from_completion() {
+        let mut request = request(vec![4, 5], 10);
+        request.params.bad_words = Arc::new(vec![vec![9], vec![4, 5, 6], vec![6, 7], vec![6, 6, 8]]);
+        request.params.eos_token_ids = Arc::new(vec![2]);
+        request.params.min_tokens = 1;
+        let mut sequence = Sequence::new(1, &request, 100);
+        assert!(!sequence.may_speculate());
+        assert_eq!(*sequence.draw().suppressed, [9, 2], "only the output counts, not the prompt");
+        let mut then = |token| {
+            sequence.push(token);
+            sequence.draw().suppressed.to_vec()
+        };
+        assert_eq!(then(6), [9, 7]);
+        assert_eq!(then(6), [9, 7, 8]);
+        assert_eq!(then(4), [9]);
+        assert_eq!(then(5), [9, 6]);
+        assert_eq!(then(5), [9]);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::sampling::SamplingParams;
 use super::{Finish, Request};
-use crate::models::{Draw, Seen};
+use crate::models::{Draw, Logprobs, LogprobsSpec, Score, Seen};
 
 /// Names a sequence for as long as the engine knows it.
 pub type SequenceId = u64;
@@ -23,8 +23,9 @@ pub struct Sequence {
     params: SamplingParams,
     /// Kept only when a penalty needs it.
     seen: Arc<Seen>,
-    /// Ids not drawn before `min_tokens`.
-    ends: Arc<Vec<u32>>,
+    banned: Banned,
+    /// The prompt's log probabilities as far as they are known; `None` when nobody asked, and once they are handed over.
+    prompt_logprobs: Option<(LogprobsSpec, Vec<Logprobs>)>,
     max_len: usize,
 }
 
@@ -39,8 +40,6 @@ impl Sequence {
             seen.prompt.sort_unstable();
             seen.prompt.dedup();
         }
-        let eos = if params.ignore_eos { [].iter() } else { params.eos_token_ids.iter() };
-        let ends = eos.chain(params.stop_token_ids.iter()).copied().collect();
         let max_len = max_model_len.min(prompt_len.saturating_add(params.max_tokens));
         Self {
             id,
@@ -48,9 +47,10 @@ impl Sequence {
             prompt_len,
             computed: 0,
             blocks: Arc::default(),
+            banned: Banned::new(&params),
+            prompt_logprobs: request.prompt_logprobs.map(|spec| (spec, Vec::new())),
             params,
             seen: Arc::new(seen),
-            ends: Arc::new(ends),
             max_len,
         }
     }
@@ -81,12 +81,51 @@ impl Sequence {
             frequency_penalty: p.frequency_penalty,
             repetition_penalty: p.repetition_penalty,
             bias: p.logit_bias.clone(),
-            suppressed: if self.output_len() < p.min_tokens { self.ends.clone() } else { Arc::default() },
+            suppressed: self.banned.after(&self.tokens[self.prompt_len..], p),
             seen: self.seen.clone(),
             seed: p.seed,
             index: self.output_len() as u64,
-            logprobs: None,
+            logprobs: p.logprobs,
         }
+    }
+
+    /// False when what may be drawn, or how, depends on the tokens drawn before: such a row must not run ahead on guesses.
+    pub fn may_speculate(&self) -> bool {
+        let p = &self.params;
+        !p.has_penalties() && self.output_len() >= p.min_tokens && p.bad_words.iter().all(|word| word.len() == 1)
+    }
+
+    /// False while prompt tokens must really be run because their log probabilities are wanted.
+    pub fn may_use_cache(&self) -> bool {
+        self.prompt_logprobs.is_none()
+    }
+
+    /// All keys and values are lost: everything is run anew.
+    pub fn restart(&mut self) {
+        self.computed = 0;
+        if let Some((_, known)) = &mut self.prompt_logprobs {
+            known.clear();
+        }
+    }
+
+    /// What is to be scored when tokens `from..to` run.
+    pub fn score(&self, from: usize, to: usize) -> Option<Score> {
+        let (spec, known) = self.prompt_logprobs.as_ref()?;
+        debug_assert_eq!(known.len(), from.min(self.prompt_len - 1), "every prompt token is scored once");
+        let targets = self.tokens.get(from + 1..self.prompt_len.min(to + 1)).unwrap_or_default().to_vec();
+        (!targets.is_empty()).then_some(Score { targets, logprobs: *spec })
+    }
+
+    /// Takes in the scores of tokens `from..to` from the front of `scores`.
+    pub fn scored(&mut self, from: usize, to: usize, scores: &mut impl Iterator<Item = Logprobs>) {
+        if let Some((_, known)) = &mut self.prompt_logprobs {
+            known.extend(scores.take((self.prompt_len.min(to + 1)).saturating_sub(from + 1)));
+        }
+    }
+
+    /// Hands over the prompt's log probabilities, once all of them are there.
+    pub fn take_prompt_logprobs(&mut self) -> Option<Vec<Logprobs>> {
+        self.prompt_logprobs.take().map(|(_, known)| known)
     }
 
     /// Appends a drawn token; tells whether it ended the sequence.
@@ -108,6 +147,39 @@ impl Sequence {
             return Some(Finish::StopToken(token));
         }
         (self.tokens.len() >= self.max_len).then_some(Finish::Length)
+    }
+}
+
+/// Ids that must not be drawn. The lists are made once, but where the output has come to the last token of a bad word.
+#[derive(Debug)]
+struct Banned {
+    /// Bad words of one token.
+    always: Arc<Vec<u32>>,
+    /// Those, and the ids that end the sequence: before `min_tokens`.
+    early: Arc<Vec<u32>>,
+}
+
+impl Banned {
+    fn new(params: &SamplingParams) -> Self {
+        let always: Vec<u32> = params.bad_words.iter().filter(|word| word.len() == 1).flatten().copied().collect();
+        let eos = if params.ignore_eos { [].iter() } else { params.eos_token_ids.iter() };
+        let early = if params.min_tokens == 0 {
+            Vec::new()
+        } else {
+            always.iter().chain(eos).chain(params.stop_token_ids.iter()).copied().collect()
+        };
+        Self { always: Arc::new(always), early: Arc::new(early) }
+    }
+
+    /// For the token after `output`.
+    fn after(&self, output: &[u32], params: &SamplingParams) -> Arc<Vec<u32>> {
+        let list = if output.len() < params.min_tokens { &self.early } else { &self.always };
+        let last = |word: &Vec<u32>| match word.split_last() {
+            Some((last, rest)) if !rest.is_empty() && output.ends_with(rest) => Some(*last),
+            _ => None,
+        };
+        let mut now = params.bad_words.iter().filter_map(last).peekable();
+        if now.peek().is_none() { list.clone() } else { Arc::new(list.iter().copied().chain(now).collect()) }
     }
 }
 

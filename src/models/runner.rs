@@ -124,6 +124,7 @@ impl ModelRunner {
         let plain = |wanted: &Wanted<'_>| matches!(wanted, Wanted::Draw(draw, _) if draw.is_plain_greedy() && draw.logprobs.is_none());
         if !logits.device().is_cpu() && wanted.iter().all(|(_, wanted)| plain(wanted)) {
             output.tokens.extend(kernels::composed::argmax(&logits.contiguous()?, &self.columns)?);
+            output.logprobs.resize(output.tokens.len(), None);
             return Ok(());
         }
         let mut rows: Vec<Vec<f32>> = logits.to_vec2()?;

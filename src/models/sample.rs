@@ -1,40 +1,111 @@
 //! The arithmetic of drawing one token from one row of logits. Order of operations: see [`Draw`].
+//!
+//! Nothing is allocated once a thread has drawn its first token: what a draw needs beside the row lies in a buffer of the thread's own.
 
-use crate::models::{Draw, Logprobs, LogprobsSpec};
+use std::cell::RefCell;
+
+use crate::kernels::cpu::softmax::{self, BLOCK};
+use crate::models::{Draw, Logprobs, LogprobsMode, LogprobsSpec};
+
+mod nucleus;
+#[cfg(test)]
+mod reference_tests;
+mod report;
+#[cfg(test)]
+mod tests;
 
 /// Temperatures and top_p below this are greedy (FastDeploy's and FastChat's limit).
 pub const GREEDY_BELOW: f32 = 1e-5;
 
-/// Draws a token from `logits [vocab]`, which is used up: the `nth` of its row, so with the random number of `draw.index + nth`.
-pub fn sample(logits: &mut [f32], draw: &Draw, nth: u64) -> (u32, Option<Logprobs>) {
-    (token(logits, draw, draw.index + nth), None)
+/// What a draw needs beside the logits; kept by each computing thread.
+#[derive(Default)]
+struct Scratch {
+    /// Sums of weights by block of the row.
+    sums: Vec<f64>,
+    /// Tokens that the filters have left, with their logits.
+    kept: Vec<(u32, f32)>,
+    /// The row as the model gave it, when that is to be reported and something has changed it.
+    raw: Vec<f32>,
 }
 
-/// How probable `target` was.
-pub fn score(logits: &[f32], target: u32, _spec: LogprobsSpec) -> Logprobs {
-    Logprobs { own: logits[target as usize], rank: 0, top: Vec::new() }
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// Draws a token from `logits [vocab]`, which is used up: the `nth` of its row, so with the random number of `draw.index + nth`.
+pub fn sample(logits: &mut [f32], draw: &Draw, nth: u64) -> (u32, Option<Logprobs>) {
+    SCRATCH.with_borrow_mut(|scratch| {
+        let raw = draw.logprobs.is_some_and(|spec| spec.mode.is_raw()) && draw.changes_logits();
+        if raw {
+            scratch.raw.clear();
+            scratch.raw.extend_from_slice(logits);
+        }
+        adjust(logits, draw);
+        let token = token(logits, draw, draw.index.wrapping_add(nth), scratch);
+        let logprobs = draw.logprobs.map(|spec| {
+            let temperature = if spec.mode.is_raw() || draw.is_greedy() { 1.0 } else { draw.temperature };
+            let row = if raw { scratch.raw.as_slice() } else { &*logits };
+            report::report(row, temperature, token, spec, &mut scratch.sums, &mut scratch.kept)
+        });
+        (token, logprobs)
+    })
+}
+
+/// How probable `target` was. Nothing was drawn here, so the processed modes are the same as the raw ones.
+pub fn score(logits: &[f32], target: u32, spec: LogprobsSpec) -> Logprobs {
+    SCRATCH.with_borrow_mut(|scratch| report::report(logits, 1.0, target, spec, &mut scratch.sums, &mut scratch.kept))
 }
 
 /// Ties go to the lower id.
-fn token(logits: &mut [f32], draw: &Draw, index: u64) -> u32 {
-    adjust(logits, draw);
+fn token(logits: &[f32], draw: &Draw, index: u64, scratch: &mut Scratch) -> u32 {
     if draw.is_greedy() {
         return argmax(logits);
     }
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let max = softmax::max(logits);
     if !max.is_finite() {
         return argmax(logits);
     }
-    let scale = 1.0 / draw.temperature;
-    let weight = |logit: f32| f64::from(((logit - max) * scale).exp());
     let u = uniform(draw.seed, index);
+    let scale = 1.0 / draw.temperature;
     if draw.min_p <= 0.0 && draw.top_k == 0 && draw.top_p >= 1.0 {
-        let total: f64 = logits.iter().map(|logit| weight(*logit)).sum();
-        return pick(logits.iter().enumerate().map(|(id, logit)| (id as u32, weight(*logit))), u * total);
+        return from_all(logits, max, scale, u, &mut scratch.sums);
     }
-    let kept = nucleus(logits, draw, max, &weight);
-    let total: f64 = kept.iter().map(|(_, weight)| weight).sum();
-    pick(kept.into_iter(), u * total)
+    nucleus::keep(logits, draw, max, scale, scratch);
+    let weight = |logit: f32| f64::from(softmax::weight((logit - max) * scale));
+    let total: f64 = scratch.kept.iter().map(|(_, logit)| weight(*logit)).sum();
+    pick(scratch.kept.iter().map(|(id, logit)| (*id, weight(*logit))), u * total)
+}
+
+/// Draws from the whole distribution: finds the block in which the running sum passes the target, then the token in it.
+fn from_all(logits: &[f32], max: f32, scale: f32, u: f64, sums: &mut Vec<f64>) -> u32 {
+    softmax::exp_sums(logits, max, scale, sums);
+    let mut target = u * sums.iter().sum::<f64>();
+    // NOTE: the last block with any weight takes what rounding leaves over.
+    let last = sums.iter().rposition(|sum| *sum > 0.0).unwrap_or(0);
+    let mut block = 0;
+    while block < last && sums[block] <= target {
+        target -= sums[block];
+        block += 1;
+    }
+    let from = block * BLOCK;
+    let values = &logits[from..logits.len().min(from + BLOCK)];
+    let weighed = values.iter().enumerate().map(|(i, logit)| ((from + i) as u32, f64::from(softmax::weight((logit - max) * scale))));
+    pick(weighed, target)
+}
+
+/// The item at which the running sum passes `target`; the last one of any weight when rounding keeps it from doing so.
+fn pick(items: impl Iterator<Item = (u32, f64)>, target: f64) -> u32 {
+    let (mut sum, mut last) = (0.0, 0);
+    for (id, weight) in items {
+        sum += weight;
+        if weight > 0.0 {
+            last = id;
+            if sum > target {
+                return id;
+            }
+        }
+    }
+    last
 }
 
 impl Draw {
@@ -45,8 +116,24 @@ impl Draw {
 
     /// Greedy and without any change to the logits: an argmax on the device answers it.
     pub fn is_plain_greedy(&self) -> bool {
+        self.is_greedy() && !self.changes_logits()
+    }
+
+    /// Something comes before the temperature.
+    fn changes_logits(&self) -> bool {
         let penalized = self.presence_penalty != 0.0 || self.frequency_penalty != 0.0 || self.repetition_penalty != 1.0;
-        self.is_greedy() && !penalized && self.bias.is_empty() && self.suppressed.is_empty()
+        penalized || !self.bias.is_empty() || !self.suppressed.is_empty()
+    }
+}
+
+impl LogprobsMode {
+    fn is_raw(self) -> bool {
+        matches!(self, LogprobsMode::RawLogprobs | LogprobsMode::RawLogits)
+    }
+
+    /// Logits as they are, not log probabilities.
+    fn is_logits(self) -> bool {
+        matches!(self, LogprobsMode::RawLogits | LogprobsMode::ProcessedLogits)
     }
 }
 
@@ -81,66 +168,8 @@ pub fn adjust(logits: &mut [f32], draw: &Draw) {
 
 /// The greatest logit's id, the lower one on ties.
 pub fn argmax(logits: &[f32]) -> u32 {
-    let mut best = (0, f32::NEG_INFINITY);
-    for (id, logit) in logits.iter().enumerate() {
-        if *logit > best.1 {
-            best = (id, *logit);
-        }
-    }
-    best.0 as u32
-}
-
-/// What min_p, then top_k, then top_p leave, with weights, most probable first.
-fn nucleus(logits: &[f32], draw: &Draw, max: f32, weight: &dyn Fn(f32) -> f64) -> Vec<(u32, f64)> {
-    let least = if draw.min_p > 0.0 { f64::from(draw.min_p) } else { f64::MIN_POSITIVE };
-    // A weight is relative to the greatest probability, which is just what min_p speaks of.
-    let mut kept: Vec<(u32, f32)> = logits
-        .iter()
-        .enumerate()
-        .map(|(id, logit)| (id as u32, *logit))
-        .filter(|(_, logit)| weight(*logit) >= least || *logit == max)
-        .collect();
-    let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
-    if draw.top_k > 0 && (draw.top_k as usize) < kept.len() {
-        kept.select_nth_unstable_by(draw.top_k as usize - 1, order);
-        kept.truncate(draw.top_k as usize);
-    }
-    if draw.top_p >= 1.0 {
-        kept.sort_unstable_by(order);
-        return kept.into_iter().map(|(id, logit)| (id, weight(logit))).collect();
-    }
-    let target = f64::from(draw.top_p) * kept.iter().map(|(_, logit)| weight(*logit)).sum::<f64>();
-    // The nucleus is nearly always short: sort the head only, and a longer one when its mass does not reach.
-    let mut head = 128.min(kept.len());
-    loop {
-        if head < kept.len() {
-            kept.select_nth_unstable_by(head - 1, order);
-        }
-        kept[..head].sort_unstable_by(order);
-        let mut mass = 0.0;
-        for (end, (_, logit)) in kept[..head].iter().enumerate() {
-            mass += weight(*logit);
-            if mass >= target || end + 1 == kept.len() {
-                return kept[..=end].iter().map(|(id, logit)| (*id, weight(*logit))).collect();
-            }
-        }
-        head = (head * 8).min(kept.len());
-    }
-}
-
-/// The item at which the running sum passes `target`.
-fn pick(items: impl Iterator<Item = (u32, f64)>, target: f64) -> u32 {
-    let (mut sum, mut last) = (0.0, 0);
-    for (id, weight) in items {
-        sum += weight;
-        if weight > 0.0 {
-            last = id;
-            if sum > target {
-                return id;
-            }
-        }
-    }
-    last
+    let max = softmax::max(logits);
+    logits.iter().position(|logit| *logit == max).unwrap_or(0) as u32
 }
 
 /// A number in `[0, 1)` that depends on the seed and the token's index alone (SplitMix64's finaliser, twice).
@@ -152,115 +181,4 @@ pub fn uniform(seed: u64, index: u64) -> f64 {
     };
     let bits = mix(mix(seed.wrapping_add(0x9E37_79B9_7F4A_7C15)) ^ index.wrapping_mul(0x9E37_79B9_7F4A_7C15));
     (bits >> 11) as f64 / (1u64 << 53) as f64
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::models::Seen;
-    use proptest::prelude::*;
-    use std::sync::Arc;
-
-    fn plain() -> Draw {
-        Draw::default()
-    }
-
-    /// The worked example of the reference's sampler.
-    fn example() -> (Vec<f32>, Draw) {
-        let seen = Seen { prompt: vec![0], output: vec![(1, 2), (3, 1)] };
-        let draw = Draw {
-            temperature: 0.5,
-            repetition_penalty: 1.25,
-            frequency_penalty: 0.1,
-            presence_penalty: 0.2,
-            seen: Arc::new(seen),
-            ..plain()
-        };
-        (vec![2.0, 1.0, 0.5, -1.0, 0.0], draw)
-    }
-
-    #[test]
-    fn penalties_in_the_reference_order() {
-        let (mut z, draw) = example();
-        adjust(&mut z, &draw);
-        for (got, want) in z.iter().zip([3.2, 0.8, 1.0, -3.1, 0.0]) {
-            assert!((got / draw.temperature - want).abs() < 1e-5, "{got} {want}");
-        }
-    }
-
-    #[test]
-    fn top_p_keeps_the_crossing_token() {
-        for (top_p, want) in [(0.8, vec![0]), (0.85, vec![0, 2])] {
-            let (mut z, mut draw) = example();
-            draw.top_p = top_p;
-            adjust(&mut z, &draw);
-            let max = z[0];
-            let kept = nucleus(&z, &draw, max, &|logit| f64::from(((logit - max) / 0.5).exp()));
-            assert_eq!(kept.iter().map(|(id, _)| *id).collect::<Vec<_>>(), want);
-        }
-    }
-
-    #[test]
-    fn greedy_takes_the_lower_id_on_ties() {
-        let draw = Draw { temperature: 0.0, ..plain() };
-        assert_eq!(sample(&mut [0.5, 2.0, 2.0, -1.0], &draw, 0).0, 1);
-        let draw = Draw { suppressed: Arc::new(vec![1]), ..draw };
-        assert_eq!(sample(&mut [0.5, 2.0, 2.0, -1.0], &draw, 0).0, 2);
-    }
-
-    #[test]
-    fn draws_follow_the_probabilities() {
-        let logits: Vec<f32> = [0.5f32, 0.25, 0.125, 0.125].iter().map(|p| p.ln()).collect();
-        let mut counts = [0f64; 4];
-        for index in 0..40_000 {
-            counts[sample(&mut logits.clone(), &Draw { seed: 7, index, ..plain() }, 0).0 as usize] += 1.0 / 40_000.0;
-        }
-        for (got, want) in counts.iter().zip([0.5, 0.25, 0.125, 0.125]) {
-            assert!((got - want).abs() < 0.01, "{counts:?}");
-        }
-    }
-
-    /// Sort everything, then filter step by step.
-    fn slow(logits: &[f32], draw: &Draw) -> Vec<u32> {
-        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let mut all: Vec<(u32, f64)> =
-            logits.iter().enumerate().map(|(id, logit)| (id as u32, f64::from(((logit - max) / draw.temperature).exp()))).collect();
-        all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-        all.retain(|(_, weight)| *weight >= f64::from(draw.min_p));
-        if draw.top_k > 0 {
-            all.truncate(draw.top_k as usize);
-        }
-        let total: f64 = all.iter().map(|(_, weight)| weight).sum();
-        let mut mass = 0.0;
-        let mut kept = Vec::new();
-        for (id, weight) in all {
-            kept.push(id);
-            mass += weight;
-            if mass >= f64::from(draw.top_p) * total {
-                break;
-            }
-        }
-        kept
-    }
-
-    proptest! {
-        #[test]
-        fn filters_equal_the_slow_way(logits in prop::collection::vec(-8f32..8.0, 1..700), temperature in 0.2f32..3.0, top_p in 0.05f32..0.999, top_k in 0u32..400, min_p in 0f32..0.4) {
-            let draw = Draw { temperature, top_p, top_k, min_p, ..plain() };
-            let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let kept: Vec<u32> = nucleus(&logits, &draw, max, &|logit| f64::from(((logit - max) * (1.0 / temperature)).exp())).iter().map(|(id, _)| *id).collect();
-            let want = slow(&logits, &draw);
-            // Rounding of the temperature may move the border by one token of (nearly) no weight.
-            prop_assert!(kept.len().abs_diff(want.len()) <= 1, "{} {}", kept.len(), want.len());
-            prop_assert!(kept.iter().zip(&want).all(|(a, b)| a == b));
-            let drawn = sample(&mut logits.clone(), &Draw { seed: 1, index: 5, ..draw }, 0).0;
-            prop_assert!(kept.contains(&drawn));
-        }
-
-        #[test]
-        fn the_same_seed_and_index_draw_the_same(seed in any::<u64>(), index in any::<u64>()) {
-            prop_assert_eq!(uniform(seed, index), uniform(seed, index));
-            prop_assert!((0.0..1.0).contains(&uniform(seed, index)));
-        }
-    }
 }

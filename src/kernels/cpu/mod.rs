@@ -9,6 +9,7 @@ mod attention;
 mod elementwise;
 mod matmul;
 pub(crate) mod simd;
+pub mod softmax;
 pub(crate) mod vectorize;
 
 /// A pointer that tasks of one kernel share; each reads or writes a part of its own.

@@ -1,0 +1,318 @@
+//! Drawing against a plain, slow reference: everything in f64, whole sorts, one step after the other.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::models::Seen;
+
+/// What the slow way says of one row.
+pub struct Slow {
+    /// Logits after everything but the temperature.
+    pub adjusted: Vec<f64>,
+    /// Tokens that may be drawn, in the order in which the sampler adds them up, with their probabilities.
+    pub kept: Vec<(u32, f64)>,
+}
+
+/// The worked definition, with the borders of the filters moved outward by `slack` (inward if negative).
+pub fn slow(logits: &[f32], draw: &Draw, slack: f64) -> Slow {
+    let mut z: Vec<f64> = logits.iter().map(|logit| f64::from(*logit)).collect();
+    draw.suppressed.iter().for_each(|id| z[*id as usize] = f64::NEG_INFINITY);
+    draw.bias.iter().for_each(|(id, bias)| z[*id as usize] += f64::from(*bias));
+    let counts: HashMap<u32, u32> = draw.seen.output.iter().copied().collect();
+    for (id, z) in z.iter_mut().enumerate() {
+        let (id, r) = (id as u32, f64::from(draw.repetition_penalty));
+        if counts.contains_key(&id) || draw.seen.prompt.contains(&id) {
+            *z = if *z > 0.0 { *z / r } else { *z * r };
+        }
+        if let Some(count) = counts.get(&id) {
+            *z -= f64::from(draw.frequency_penalty) * f64::from(*count) + f64::from(draw.presence_penalty);
+        }
+    }
+    let adjusted = z.clone();
+    let max = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let mut all: Vec<(u32, f64)> =
+        z.iter().enumerate().map(|(id, z)| (id as u32, ((z - max) / f64::from(draw.temperature)).exp())).collect();
+    all.retain(|(_, weight)| *weight > 0.0);
+    let limited = draw.top_k > 0 && (draw.top_k as usize) < logits.len();
+    if limited || draw.top_p < 1.0 {
+        all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    }
+    all.retain(|(_, weight)| *weight >= f64::from(draw.min_p) - slack);
+    if draw.top_k > 0 && (draw.top_k as usize) < all.len() {
+        let border = all[draw.top_k as usize - 1].1;
+        // Logits that differ by less than f32 shows are ties, of which any may be taken.
+        all.retain(|(_, weight)| if slack > 0.0 { *weight >= border - slack } else { *weight > border - slack });
+    }
+    let total: f64 = all.iter().map(|(_, weight)| weight).sum();
+    let mut mass = 0.0;
+    all.retain(|(_, weight)| {
+        let inside = mass < (f64::from(draw.top_p) + slack) * total || draw.top_p >= 1.0;
+        mass += weight;
+        inside
+    });
+    let total: f64 = all.iter().map(|(_, weight)| weight).sum();
+    Slow { adjusted, kept: all.into_iter().map(|(id, weight)| (id, weight / total)).collect() }
+}
+
+/// What the filters leave, the fast way.
+pub fn fast(logits: &[f32], draw: &Draw) -> Vec<u32> {
+    let mut scratch = Scratch::default();
+    let mut z = logits.to_vec();
+    adjust(&mut z, draw);
+    nucleus::keep(&z, draw, softmax::max(&z), 1.0 / draw.temperature, &mut scratch);
+    scratch.kept.iter().map(|(id, _)| *id).collect()
+}
+
+/// The worked example of the reference's sampler.
+fn example() -> (Vec<f32>, Draw) {
+    let seen = Seen { prompt: vec![0], output: vec![(1, 2), (3, 1)] };
+    let draw = Draw {
+        temperature: 0.5,
+        repetition_penalty: 1.25,
+        frequency_penalty: 0.1,
+        presence_penalty: 0.2,
+        seen: Arc::new(seen),
+        ..Draw::default()
+    };
+    (vec![2.0, 1.0, 0.5, -1.0, 0.0], draw)
+}
+
+#[test]
+fn penalties_in_the_reference_order() {
+    let (mut z, draw) = example();
+    adjust(&mut z, &draw);
+    for (got, want) in z.iter().zip([3.2, 0.8, 1.0, -3.1, 0.0]) {
+        assert!((got / draw.temperature - want).abs() < 1e-5, "{got} {want}");
+    }
+}
+
+#[test]
+fn top_p_keeps_the_crossing_token() {
+    for (top_p, want) in [(0.8, vec![0]), (0.85, vec![0, 2])] {
+        let (z, draw) = example();
+        assert_eq!(fast(&z, &Draw { top_p, ..draw }), want);
+    }
+}
+
+#[test]
+fn the_example_reports_what_each_mode_names() {
+    let (z, draw) = example();
+    let raw_sum: f64 = z.iter().map(|z| f64::from(*z).exp()).sum();
+    for (mode, own, first, second) in [
+        (LogprobsMode::RawLogits, 2.0, (0, 2.0), (1, 1.0)),
+        (LogprobsMode::RawLogprobs, 2.0 - raw_sum.ln(), (0, 2.0 - raw_sum.ln()), (1, 1.0 - raw_sum.ln())),
+        (LogprobsMode::ProcessedLogits, 3.2, (0, 3.2), (2, 1.0)),
+        (LogprobsMode::ProcessedLogprobs, 0.803_78f64.ln(), (0, 0.803_78f64.ln()), (2, 0.089_06f64.ln())),
+    ] {
+        // A nucleus of one token: 0 is drawn whatever the random number.
+        let draw = Draw { top_p: 0.8, logprobs: Some(LogprobsSpec { top: 2, mode }), ..draw.clone() };
+        let (token, logprobs) = sample(&mut z.clone(), &draw, 0);
+        let logprobs = logprobs.unwrap();
+        assert_eq!((token, logprobs.rank), (0, 1));
+        assert!((f64::from(logprobs.own) - own).abs() < 1e-4, "{mode:?} {logprobs:?}");
+        for (got, want) in logprobs.top.iter().zip([first, second]) {
+            assert!(got.0 == want.0 && (f64::from(got.1) - want.1).abs() < 1e-4, "{mode:?} {logprobs:?}");
+        }
+    }
+}
+
+#[test]
+fn greedy_takes_the_lower_id_on_ties() {
+    let draw = Draw { temperature: 0.0, ..Draw::default() };
+    assert_eq!(sample(&mut [0.5, 2.0, 2.0, -1.0], &draw, 0).0, 1);
+    let draw = Draw { suppressed: Arc::new(vec![1]), ..draw };
+    assert_eq!(sample(&mut [0.5, 2.0, 2.0, -1.0], &draw, 0).0, 2);
+}
+
+#[test]
+fn ranks_and_tops_count_ties_by_id() {
+    let spec = LogprobsSpec { top: 3, mode: LogprobsMode::RawLogits };
+    let got = score(&[1.0, 3.0, 2.0, 3.0, 2.0], 4, spec);
+    assert_eq!(got, Logprobs { own: 2.0, rank: 4, top: vec![(1, 3.0), (3, 3.0), (2, 2.0)] });
+    assert_eq!(score(&[1.0, 3.0], 0, LogprobsSpec { top: u32::MAX, ..spec }).top, [(1, 3.0), (0, 1.0)], "the whole vocabulary");
+    assert!(score(&[1.0], 0, LogprobsSpec { top: 0, ..spec }).top.is_empty());
+}
+
+#[test]
+fn reports_are_of_the_model_when_the_draw_is_changed() {
+    let draw = Draw {
+        temperature: 0.0,
+        suppressed: Arc::new(vec![1]),
+        bias: Arc::new(vec![(2, 5.0)]),
+        logprobs: Some(LogprobsSpec { top: 1, mode: LogprobsMode::RawLogits }),
+        ..Draw::default()
+    };
+    let (token, logprobs) = sample(&mut [0.0, 9.0, 1.0], &draw, 0);
+    assert_eq!((token, logprobs), (2, Some(Logprobs { own: 1.0, rank: 2, top: vec![(1, 9.0)] })));
+    let draw = Draw { logprobs: Some(LogprobsSpec { top: 1, mode: LogprobsMode::ProcessedLogits }), ..draw };
+    assert_eq!(sample(&mut [0.0, 9.0, 1.0], &draw, 0).1, Some(Logprobs { own: 6.0, rank: 1, top: vec![(2, 6.0)] }));
+}
+
+#[test]
+fn draws_follow_the_probabilities() {
+    let logits: Vec<f32> = [0.5f32, 0.25, 0.125, 0.125].iter().map(|p| p.ln()).collect();
+    for draw in [Draw::default(), Draw { top_p: 0.9999, ..Draw::default() }, Draw { top_k: 4, ..Draw::default() }] {
+        let mut counts = [0f64; 4];
+        for index in 0..40_000 {
+            counts[sample(&mut logits.clone(), &Draw { seed: 7, index, ..draw.clone() }, 0).0 as usize] += 1.0 / 40_000.0;
+        }
+        for (got, want) in counts.iter().zip([0.5, 0.25, 0.125, 0.125]) {
+            assert!((got - want).abs() < 0.01, "{counts:?}");
+        }
+    }
+}
+
+#[test]
+fn the_nth_draw_of_a_row_is_the_draw_at_that_index() {
+    let logits: Vec<f32> = (0..200).map(|i| (i % 13) as f32 / 5.0).collect();
+    for nth in 0..20 {
+        let ahead = sample(&mut logits.clone(), &Draw { seed: 3, index: 40, ..Draw::default() }, nth).0;
+        assert_eq!(ahead, sample(&mut logits.clone(), &Draw { seed: 3, index: 40 + nth, ..Draw::default() }, 0).0);
+    }
+}
+
+#[test]
+fn a_row_without_any_allowed_token_still_answers() {
+    let draw = Draw {
+        suppressed: Arc::new(vec![0, 1]),
+        logprobs: Some(LogprobsSpec { top: 1, mode: LogprobsMode::ProcessedLogprobs }),
+        ..Draw::default()
+    };
+    assert_eq!(sample(&mut [1.0, 2.0], &draw, 0).0, 0);
+}
+
+fn rows() -> impl Strategy<Value = Vec<f32>> {
+    prop_oneof![
+        3 => prop::collection::vec(-8f32..8.0, 1..300),
+        1 => prop::collection::vec(-3f32..3.0, 300..3000),
+        1 => prop::collection::vec(-30f32..0.0, 1..3000),
+    ]
+}
+
+/// A row of logits, and every parameter at random, each of them often off.
+fn cases() -> impl Strategy<Value = (Vec<f32>, Draw)> {
+    let filters = (
+        prop_oneof![Just(1f32), 0.2f32..3.0],
+        prop_oneof![Just(1f32), 0.05f32..0.999],
+        prop_oneof![Just(0u32), 2u32..400],
+        prop_oneof![Just(0f32), 0f32..0.4],
+    );
+    let penalties = (prop_oneof![Just(0f32), -2f32..2.0], prop_oneof![Just(0f32), -2f32..2.0], prop_oneof![Just(1f32), 0.5f32..2.0]);
+    let some = || prop::collection::btree_map(any::<u32>(), (-10f32..10.0, 1u32..5), 0..6);
+    let lists = (some(), some(), some(), some());
+    (rows(), filters, penalties, lists, any::<(u64, u64)>()).prop_map(
+        |(row, filters, penalties, (bias, suppressed, prompt, output), at)| {
+            let vocab = row.len() as u32;
+            let distinct = |map: std::collections::BTreeMap<u32, (f32, u32)>| {
+                map.into_iter().map(|(id, values)| (id % vocab, values)).collect::<std::collections::BTreeMap<_, _>>()
+            };
+            let seen = Seen {
+                prompt: distinct(prompt).into_keys().collect(),
+                output: distinct(output).into_iter().map(|(id, (_, count))| (id, count)).collect(),
+            };
+            // At least one token stays.
+            let suppressed = distinct(suppressed).into_keys().filter(|id| *id != 0).collect();
+            let draw = Draw {
+                temperature: filters.0,
+                top_p: filters.1,
+                top_k: filters.2,
+                min_p: filters.3,
+                presence_penalty: penalties.0,
+                frequency_penalty: penalties.1,
+                repetition_penalty: penalties.2,
+                bias: Arc::new(distinct(bias).into_iter().map(|(id, (bias, _))| (id, bias)).collect()),
+                suppressed: Arc::new(suppressed),
+                seen: Arc::new(seen),
+                seed: at.0,
+                index: at.1,
+                logprobs: None,
+            };
+            (row, draw)
+        },
+    )
+}
+
+/// What f32 may get wrong of a probability.
+const SLACK: f64 = 2e-5;
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(600))]
+
+    #[test]
+    fn filters_equal_the_slow_way((row, draw) in cases()) {
+        prop_assume!(draw.top_k > 0 || draw.top_p < 1.0 || draw.min_p > 0.0);
+        let kept = fast(&row, &draw);
+        let (inner, outer) = (slow(&row, &draw, -SLACK), slow(&row, &draw, SLACK));
+        for (id, _) in &inner.kept {
+            prop_assert!(kept.contains(id), "{id} is missing");
+        }
+        for id in &kept {
+            prop_assert!(outer.kept.iter().any(|(kept, _)| kept == id), "{id} is kept");
+        }
+    }
+
+    /// End to end: the token drawn is the one in whose share of the distribution the random number falls.
+    #[test]
+    fn the_random_number_finds_the_right_token((row, draw) in cases()) {
+        let slow = slow(&row, &draw, 0.0);
+        let u = uniform(draw.seed, draw.index);
+        let token = sample(&mut row.clone(), &draw, 0).0;
+        // A token at a border may be there for one and not for the other, which moves the others' shares by its own.
+        let border = [-SLACK, SLACK].map(|slack| self::slow(&row, &draw, slack).kept);
+        prop_assume!(border[0].len() == border[1].len());
+        let mut before = 0.0;
+        let share = slow.kept.iter().find_map(|(id, p)| {
+            before += p;
+            (*id == token).then_some((before - p, before))
+        });
+        let (from, to) = share.expect("a token that may be drawn");
+        // Tokens that tie in f32 may be added up in another order.
+        prop_assert!(from - 1e-3 <= u && u <= to + 1e-3, "{token}: {from} {u} {to}");
+    }
+
+    #[test]
+    fn logprobs_equal_the_slow_way((row, draw) in cases(), top in 0u32..300, processed in any::<bool>(), as_logits in any::<bool>()) {
+        let mode = match (processed, as_logits) {
+            (false, false) => LogprobsMode::RawLogprobs,
+            (false, true) => LogprobsMode::RawLogits,
+            (true, false) => LogprobsMode::ProcessedLogprobs,
+            (true, true) => LogprobsMode::ProcessedLogits,
+        };
+        let plain = sample(&mut row.clone(), &draw, 0);
+        let (token, logprobs) = sample(&mut row.clone(), &Draw { logprobs: Some(LogprobsSpec { top, mode }), ..draw.clone() }, 0);
+        prop_assert_eq!((token, None), plain, "asking changes nothing");
+        let logprobs = logprobs.expect("asked for");
+        let temperature = if processed { f64::from(draw.temperature) } else { 1.0 };
+        let z: Vec<f64> = if processed { slow(&row, &draw, 0.0).adjusted } else { row.iter().map(|z| f64::from(*z)).collect() };
+        let z: Vec<f64> = z.into_iter().map(|z| z / temperature).collect();
+        let max = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let shift = if as_logits { 0.0 } else { max + z.iter().map(|z| (z - max).exp()).sum::<f64>().ln() };
+        let near = |got: f32, id: u32| {
+            let want = z[id as usize] - shift;
+            f64::from(got) == want || (f64::from(got) - want).abs() < 2e-5 * (1.0 + want.abs())
+        };
+        prop_assert!(near(logprobs.own, token), "{} {}", logprobs.own, z[token as usize] - shift);
+        prop_assert_eq!(logprobs.top.len(), (top as usize).min(row.len()));
+        prop_assert!(logprobs.top.iter().all(|(id, got)| near(*got, *id)));
+        prop_assert!(logprobs.top.is_sorted_by(|a, b| a.1 >= b.1));
+        let apart = 1e-4;
+        let (least, most) = (z.iter().filter(|other| **other > z[token as usize] + apart).count(), z.iter().filter(|other| **other >= z[token as usize] - apart).count());
+        prop_assert!((least + 1..=most).contains(&(logprobs.rank as usize)), "{} {least} {most}", logprobs.rank);
+        if let Some((_, last)) = logprobs.top.last() {
+            let greater = z.iter().filter(|z| **z - shift > f64::from(*last) + apart * (1.0 + shift.abs())).count();
+            prop_assert!(greater <= logprobs.top.len(), "one of the most probable is missing");
+        }
+        if !processed {
+            prop_assert_eq!(score(&row, token, LogprobsSpec { top, mode }), logprobs, "a score is a raw report");
+        }
+    }
+
+    #[test]
+    fn the_same_seed_and_index_draw_the_same(seed in any::<u64>(), index in any::<u64>()) {
+        prop_assert_eq!(uniform(seed, index), uniform(seed, index));
+        prop_assert!((0.0..1.0).contains(&uniform(seed, index)));
+    }
+}
