@@ -49,6 +49,10 @@ pub struct Env {
     /// CPU threads that compute.
     #[arg(long, help_heading = "Engine")]
     pub threads: Option<String>,
+    /// Bits a weight: `BF16` keeps the weights as stored, `wint8` holds every matrix at 8 bits, `wint4` the layers at 4 bits, embedding and
+    /// output at 8.
+    #[arg(long, help_heading = "Engine")]
+    pub quantization: Option<String>,
     /// Longest sequence, prompt and output together (`4096`, `4k` = 4000, `4K` = 4096).
     #[arg(long, help_heading = "Engine")]
     pub max_model_len: Option<String>,

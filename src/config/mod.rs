@@ -106,11 +106,24 @@ pub enum DeviceChoice {
     Cuda(usize),
 }
 
+/// How many bits a weight is held at (`QUANTIZATION`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Quantization {
+    /// As the checkpoint has it.
+    #[default]
+    AsStored,
+    /// Every matrix at 8 bits.
+    Wint8,
+    /// The layers' matrices at 4 bits, embedding and LM head at 8.
+    Wint4,
+}
+
 /// `None` = auto.
 #[derive(Debug, Clone, Default)]
 pub struct EngineSettings {
     pub device: DeviceChoice,
     pub threads: Option<usize>,
+    pub quantization: Quantization,
     pub max_model_len: Option<usize>,
     pub max_num_seqs: Option<usize>,
     pub max_num_batched_tokens: Option<usize>,

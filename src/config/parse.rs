@@ -2,6 +2,8 @@
 
 use serde_json::Value;
 
+use super::Quantization;
+
 /// Not given, as platforms write it: empty, blanks, or `None`.
 pub fn unset(value: &str) -> bool {
     matches!(value.trim(), "" | "None")
@@ -52,6 +54,46 @@ pub fn list(value: &str) -> Option<Vec<String>> {
     Some(list)
 }
 
+/// FastDeploy's other strategies, and what they need that is not here.
+const STRATEGIES: &[(&str, &str)] = &[
+    ("wint2", "2-bit weights of a checkpoint made for it"),
+    ("block_wise_fp8", "8-bit floats"),
+    ("tensor_wise_fp8", "8-bit floats"),
+    ("wfp8afp8", "8-bit floats, activations too"),
+    ("w4afp8", "activations as 8-bit floats"),
+    ("wfp4afp8", "activations as 8-bit floats"),
+    ("w4a8", "activation scales of a checkpoint made for it"),
+    ("w8a8", "activation scales of a checkpoint made for it"),
+    ("mix_quant", "a strategy for each kind of layer"),
+    ("mxfp4", "4-bit floats"),
+    ("nvfp4", "4-bit floats"),
+    ("compressed_tensors", "a checkpoint made for it"),
+];
+
+/// A strategy by FastDeploy's name, plain or as `{"quantization": …}`, in any case; what is wrong with it otherwise.
+pub fn quantization(value: &str) -> Result<Quantization, String> {
+    let object = value.trim_start().starts_with('{').then(|| serde_json::from_str::<Value>(value));
+    let name = match object {
+        None => value.trim().to_owned(),
+        Some(Ok(Value::Object(object))) => match object.iter().find(|(key, value)| *key != "quantization" || !value.is_string()) {
+            // Kinds of layers by themselves are mix_quant, with or without the name.
+            Some((key, _)) if key.ends_with("_quant_type") => return Err(format!("mix_quant ({key}) is not supported here")),
+            Some((key, _)) => return Err(format!("{key:?} in it is not supported here")),
+            None => object.get("quantization").and_then(Value::as_str).unwrap_or_default().trim().to_owned(),
+        },
+        Some(_) => return Err("it begins like a JSON object and is not one".to_owned()),
+    };
+    match name.to_ascii_lowercase().as_str() {
+        "bf16" | "bfloat16" | "none" | "unquantized" | "" => Ok(Quantization::AsStored),
+        "wint8" => Ok(Quantization::Wint8),
+        "wint4" => Ok(Quantization::Wint4),
+        lower => Err(match STRATEGIES.iter().find(|(known, _)| *known == lower) {
+            Some((known, needs)) => format!("FastDeploy's {known} ({needs}) is not supported here"),
+            None => format!("{name:?} is not supported here"),
+        }),
+    }
+}
+
 /// A JSON value as an environment variable would spell it; `None` for null.
 pub fn spelled(value: Value) -> Option<String> {
     match value {
@@ -86,10 +128,43 @@ mod tests {
         }
     }
 
+    #[test]
+    fn quantizations() {
+        for (value, meaning) in [
+            ("BF16", Quantization::AsStored),
+            ("bfloat16", Quantization::AsStored),
+            ("none", Quantization::AsStored),
+            ("wint8", Quantization::Wint8),
+            (" WINT8 ", Quantization::Wint8),
+            ("WInt4", Quantization::Wint4),
+            (r#"{"quantization": "wint4"}"#, Quantization::Wint4),
+            ("{}", Quantization::AsStored),
+        ] {
+            assert_eq!(quantization(value), Ok(meaning), "{value}");
+        }
+        for (value, word) in [
+            ("wint2", "wint2 ("),
+            ("W4A8", "w4a8 ("),
+            ("awq", "\"awq\""),
+            ("int8", "\"int8\""),
+            (r#"{"quantization": "w4afp8"}"#, "w4afp8 ("),
+            (r#"{"dense_quant_type": "wint8", "moe_quant_type": "wint4"}"#, "mix_quant"),
+            (r#"{"quantization": "wint8", "is_checkpoint_bf16": true}"#, "is_checkpoint_bf16"),
+            (r#"{"quantization": 8}"#, "quantization"),
+            ("{wint8}", "JSON"),
+        ] {
+            let problem = quantization(value).expect_err(value);
+            assert!(problem.contains(word), "{value}: {problem}");
+        }
+        for (name, _) in STRATEGIES {
+            assert!(quantization(name).expect_err(name).contains(&format!("FastDeploy's {name} ")));
+        }
+    }
+
     proptest! {
         #[test]
         fn never_panics(value in "\\PC*") {
-            let _ = (unset(&value), boolean(&value), count(&value), list(&value));
+            let _ = (unset(&value), boolean(&value), count(&value), list(&value), quantization(&value));
         }
 
         #[test]

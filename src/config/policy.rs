@@ -105,6 +105,7 @@ const WORKS: &[(&str, &str)] = &[
     ("BASE_PATH", "/runpod-volume"),
     ("DEVICE", "auto: the first GPU in a CUDA build, else the CPU"),
     ("THREADS", "auto: all cores"),
+    ("QUANTIZATION", "BF16: as stored"),
     ("MAX_MODEL_LEN", "auto: the model's, bounded by memory"),
     ("MAX_NUM_SEQS", "auto: 16 on the CPU, up to 256 on a GPU"),
     ("MAX_NUM_BATCHED_TOKENS", "auto: 256 to 512 on the CPU, 2048 on a GPU"),
@@ -227,8 +228,7 @@ const REFUSED: &[(&str, &[Refusal])] = &[
         ("SCHEDULER_NAME", &["local"]),
         ("ROUTER", &[]),
     ]),
-    ("this version computes with the weights as stored: set BF16, or unset it", &[
-        ("QUANTIZATION", &["BF16", "bfloat16", "none", "unquantized"]),
+    ("weights are held as stored or as QUANTIZATION says, and activations are f32 or bf16: unset it", &[
         ("QUANTIZATION_PARAM_PATH", &[]),
         ("LM_HEAD_FP32", &["false"]),
         ("OVERRIDE_ATTENTION_DTYPE", &[]),

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::sources::Merged;
 use super::{
     ApiSettings, Args, BatchGrowth, DEFAULT_MODEL, DeviceChoice, EngineSettings, Env, HubSettings, LogLevel, LogSettings, Mistake,
-    NativeFormat, RunpodSettings, Secret, ServerSettings, Settings, Surroundings, parse, policy, report,
+    NativeFormat, Quantization, RunpodSettings, Secret, ServerSettings, Settings, Surroundings, parse, policy, report,
 };
 
 /// Words for "decide yourself".
@@ -87,6 +87,7 @@ impl Reader {
         EngineSettings {
             device: self.device(env),
             threads: self.count("THREADS", &env.threads, 1, &["auto", "0"]),
+            quantization: self.quantization(env),
             max_model_len: self.count("MAX_MODEL_LEN", &env.max_model_len, 1, AUTO),
             max_num_seqs: self.count("MAX_NUM_SEQS", &env.max_num_seqs, 1, &["auto"]),
             max_num_batched_tokens: self.count("MAX_NUM_BATCHED_TOKENS", &env.max_num_batched_tokens, 1, &["auto", "0"]),
@@ -192,6 +193,14 @@ impl Reader {
                 }
             },
         }
+    }
+
+    fn quantization(&mut self, env: &Env) -> Quantization {
+        let Some(typed) = text(&env.quantization) else { return Quantization::default() };
+        parse::quantization(&typed).unwrap_or_else(|problem| {
+            self.mistake("QUANTIZATION", format!("{problem}; use BF16 (weights as stored), wint8 or wint4"));
+            Quantization::default()
+        })
     }
 
     fn block_size(&mut self, env: &Env) -> Option<usize> {

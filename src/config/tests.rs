@@ -112,7 +112,7 @@ fn all_mistakes_at_once_under_the_names_typed() {
         ("GPU_MEMORY_UTILIZATION", "1.5"),
         ("ANY_MODEL_NAME", "perhaps"),
         ("OVERRIDE_GENERATION_CONFIG", "[1]"),
-        ("QUANTIZATION", "wint4"),
+        ("QUANTIZATION", "wint2"),
         ("PORT", "123456"),
         ("DEVICE", "tpu"),
         ("LOG_LEVEL", "loud"),
@@ -150,12 +150,11 @@ fn all_mistakes_at_once_under_the_names_typed() {
 
 #[test]
 fn refused_unless_it_asks_for_what_happens_anyway() {
-    let harmless = [("TENSOR_PARALLEL_SIZE", "1"), ("ENABLE_LORA", "No"), ("QUANTIZATION", "bf16"), ("GUIDED_DECODING_BACKEND", "off")];
+    let harmless = [("TENSOR_PARALLEL_SIZE", "1"), ("ENABLE_LORA", "No"), ("GUIDED_DECODING_BACKEND", "off")];
     assert!(env(&harmless).warnings.is_empty());
     for (name, value) in [
         ("TENSOR_PARALLEL_SIZE", "2"),
         ("ENABLE_LORA", "true"),
-        ("QUANTIZATION", "awq"),
         ("SPECULATIVE_CONFIG", r#"{"method":"ngram"}"#),
         ("GUIDED_DECODING_BACKEND", "xgrammar"),
         ("TOOL_CALL_PARSER", "hermes"),
@@ -235,6 +234,7 @@ fn values() {
         ("KV_CACHE_MEMORY_BYTES", "1073741824"),
         ("REQUEST_TIMEOUT", "0"),
         ("RUNPOD_PING_INTERVAL", "4000"),
+        ("QUANTIZATION", "WINT4"),
         ("MIN_BATCH_SIZE", "2"),
         ("BATCH_GROWTH_FACTOR", "1.3"),
         ("PORT", "8000"),
@@ -251,6 +251,7 @@ fn values() {
     assert_eq!(settings.engine.device, DeviceChoice::Cuda(1));
     assert_eq!(settings.engine.kv_cache_gb, Some(1.0));
     assert_eq!(settings.engine.request_timeout, None);
+    assert_eq!(settings.engine.quantization, Quantization::Wint4);
     assert_eq!(settings.runpod.ping_interval, Some(Duration::from_secs(4)));
     assert_eq!(settings.runpod.batch, Some(BatchGrowth { min: 2, growth: 1.3, max: 50 }));
     assert_eq!((settings.server.port, settings.server.health_port), (Some(8000), None));
