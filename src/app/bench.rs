@@ -6,7 +6,7 @@
 
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use futures::StreamExt;
 use futures::future::try_join_all;
@@ -27,7 +27,8 @@ type Moments = Vec<(Duration, usize)>;
 /// What is measured.
 enum Target {
     Engine { engine: Handle, about: About, bandwidth: Option<f64> },
-    Server { client: reqwest::Client, url: String, key: Option<String> },
+    /// `salt` makes the prompts of every run others: a running server keeps those of the last one in its prefix cache.
+    Server { client: reqwest::Client, url: String, key: Option<String>, salt: u64 },
 }
 
 /// Measures every concurrency that was asked for, one line each.
@@ -52,7 +53,9 @@ impl Target {
             let client =
                 reqwest::Client::builder().no_proxy().build().map_err(|error| Failure::internal(format!("HTTP client: {error}")))?;
             let key = settings.server.api_keys.first().map(|key| key.reveal().to_string());
-            return Ok(Self::Server { client, url: url.trim_end_matches('/').trim_end_matches("/v1").to_string(), key });
+            let url = url.trim_end_matches('/').trim_end_matches("/v1").to_string();
+            let salt = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64 >> 10);
+            return Ok(Self::Server { client, url, key, salt });
         }
         let files = hub::fetch(&settings.model, &settings.hub).await?;
         let (engine, about) = model::start_engine(settings, &files, || Ok(usize::MAX)).await?;
@@ -108,10 +111,10 @@ impl Target {
                 }))
                 .await
             }
-            Self::Server { client, url, key } => {
+            Self::Server { client, url, key, salt } => {
                 let one = |i: usize| {
                     // Ids that every vocabulary has and that are not control tokens.
-                    let body = json!({"model": null, "prompt": random_prompt(prompt, 1_000, seed, i), "max_tokens": output, "ignore_eos": true, "temperature": 0, "stream": true,
+                    let body = json!({"model": null, "prompt": random_prompt(prompt, 1_000, salt.wrapping_add(seed), i), "max_tokens": output, "ignore_eos": true, "temperature": 0, "stream": true,
                         "stream_options": {"include_usage": true, "continuous_usage_stats": true}});
                     let request = client.post(format!("{url}/v1/completions")).json(&body);
                     let request = if let Some(key) = key { request.bearer_auth(key) } else { request };
