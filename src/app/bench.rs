@@ -26,9 +26,18 @@ type Moments = Vec<(Duration, usize)>;
 
 /// What is measured.
 enum Target {
-    Engine { engine: Handle, about: About, bandwidth: Option<f64> },
+    Engine {
+        engine: Handle,
+        about: About,
+        bandwidth: Option<f64>,
+    },
     /// `salt` makes the prompts of every run others: a running server keeps those of the last one in its prefix cache.
-    Server { client: reqwest::Client, url: String, key: Option<String>, salt: u64 },
+    Server {
+        client: reqwest::Client,
+        url: String,
+        key: Option<String>,
+        salt: u64,
+    },
 }
 
 /// Measures every concurrency that was asked for, one line each.
