@@ -46,6 +46,7 @@ pub struct Writer {
     include_usage: bool,
     continuous_usage: bool,
     return_token_ids: bool,
+    prompt_tokens_details: bool,
     /// Choices whose first chunk is out.
     opened: Vec<bool>,
 }
@@ -68,6 +69,7 @@ impl Writer {
             include_usage: request.options.include_usage,
             continuous_usage: request.options.include_usage && request.options.continuous_usage,
             return_token_ids: request.options.return_token_ids,
+            prompt_tokens_details: !service.settings.hide_prompt_tokens_details,
             opened: vec![false; choices],
         }
     }
@@ -83,7 +85,7 @@ impl Writer {
             Surface::Text => "text_completion",
         });
         object.insert("choices".to_owned(), pieces.iter().map(|piece| self.whole_choice(piece)).collect());
-        object.insert("usage".to_owned(), usage(&run));
+        object.insert("usage".to_owned(), self.usage(&run));
         if let (true, Surface::Chat { .. }) = (self.return_token_ids, &self.surface) {
             object.insert("prompt_token_ids".to_owned(), json!(self.prompts.first()));
         }
@@ -192,7 +194,7 @@ impl Writer {
         if run.is_done() {
             if self.include_usage {
                 let mut chunk = self.chunk(Vec::new());
-                chunk.insert("usage".to_owned(), usage(run));
+                chunk.insert("usage".to_owned(), self.usage(run));
                 write_frame(&mut frames, &Value::Object(chunk));
             }
             frames.push_str("data: [DONE]\n\n");
@@ -202,7 +204,7 @@ impl Writer {
 
     fn frame(&self, frames: &mut String, mut chunk: Map<String, Value>, run: &Run) {
         if self.include_usage {
-            chunk.insert("usage".to_owned(), if self.continuous_usage { usage(run) } else { Value::Null });
+            chunk.insert("usage".to_owned(), if self.continuous_usage { self.usage(run) } else { Value::Null });
         }
         write_frame(frames, &Value::Object(chunk));
     }
@@ -214,7 +216,7 @@ impl Writer {
         if first {
             for index in (0..self.opened.len()).filter(|_| self.opened.len() > 1) {
                 if !pieces.iter().any(|piece| piece.index == index) {
-                    pieces.push(Piece { index, text: String::new(), tokens: Vec::new(), ending: None });
+                    pieces.push(Piece { index, cached: None, text: String::new(), tokens: Vec::new(), ending: None });
                 }
             }
             pieces.sort_by_key(|piece| piece.index);
@@ -243,9 +245,21 @@ impl Writer {
             chunk.insert("prompt_token_ids".to_owned(), json!(self.prompts.first()));
         }
         if run.is_done() {
-            chunk.insert("usage".to_owned(), usage(run));
+            chunk.insert("usage".to_owned(), self.usage(run));
         }
         Some(Value::Object(chunk))
+    }
+
+    fn usage(&self, run: &Run) -> Value {
+        let mut usage = json!({
+            "prompt_tokens": run.prompt_tokens,
+            "completion_tokens": run.completion_tokens,
+            "total_tokens": run.prompt_tokens + run.completion_tokens,
+        });
+        if self.prompt_tokens_details {
+            usage["prompt_tokens_details"] = json!({ "cached_tokens": run.cached_tokens() });
+        }
+        usage
     }
 
     /// The older form: each choice's new texts, and the counts so far.
@@ -272,14 +286,6 @@ fn put_ending(choice: &mut Value, ending: Option<&Ending>) {
             StopReason::Token(id) => json!(id),
         };
     }
-}
-
-fn usage(run: &Run) -> Value {
-    json!({
-        "prompt_tokens": run.prompt_tokens,
-        "completion_tokens": run.completion_tokens,
-        "total_tokens": run.prompt_tokens + run.completion_tokens,
-    })
 }
 
 /// A stream on its way.

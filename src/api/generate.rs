@@ -39,6 +39,8 @@ pub enum StopReason {
 pub struct Piece {
     /// `prompt index * n + choice`.
     pub index: usize,
+    /// Prompt tokens found in the prefix cache, told once, before everything else.
+    pub cached: Option<usize>,
     pub text: String,
     /// Sampled tokens, the one that ended the sequence included: they count in usage.
     pub tokens: Vec<u32>,
@@ -56,6 +58,10 @@ pub struct Run {
     pub prompt_tokens: usize,
     /// So far, of the pieces given out.
     pub completion_tokens: usize,
+    /// Choices of each prompt.
+    n: usize,
+    /// Prompt tokens found in the prefix cache, by prompt; the first of its choices to run says how many.
+    cached: Vec<Option<usize>>,
 }
 
 impl Drop for Run {
@@ -93,7 +99,13 @@ impl Run {
         let open = choices.len();
         let task = tokio::spawn(async move { choices.into_iter().collect::<FuturesUnordered<_>>().collect::<()>().await });
         let prompt_tokens = prompts.iter().map(|prompt| prompt.len()).sum();
-        Ok(Self { pieces, task, open, failure: None, prompt_tokens, completion_tokens: 0 })
+        let cached = vec![None; prompts.len()];
+        Ok(Self { pieces, task, open, failure: None, prompt_tokens, completion_tokens: 0, n: options.n, cached })
+    }
+
+    /// Prompt tokens that were found in the prefix cache: what the first choice of each prompt found, not what it left for the others.
+    pub fn cached_tokens(&self) -> usize {
+        self.cached.iter().flatten().sum()
     }
 
     /// Everything that is ready, at least one piece; `None` when all choices have ended or one has failed.
@@ -121,6 +133,10 @@ impl Run {
             }
         }
         for piece in &ready {
+            if let Some(cached) = piece.cached {
+                let known = &mut self.cached[piece.index / self.n];
+                *known = Some(known.map_or(cached, |known| known.min(cached)));
+            }
             self.completion_tokens += piece.tokens.len();
             self.open -= usize::from(piece.ending.is_some());
         }
@@ -160,6 +176,7 @@ pub fn merged(pieces: impl IntoIterator<Item = Piece>) -> Vec<Piece> {
             Some(earlier) => {
                 earlier.text.push_str(&piece.text);
                 earlier.tokens.extend(piece.tokens);
+                earlier.cached = earlier.cached.or(piece.cached);
                 earlier.ending = piece.ending;
             }
             None => merged.push(piece),
@@ -185,11 +202,17 @@ async fn follow(
 ) {
     let mut detokenizer = Detokenizer::new(&options.stops, options.include_stop);
     let mut produced = 0;
+    let mut started = None;
     loop {
-        let mut piece = Piece { index, text: String::new(), tokens: Vec::new(), ending: None };
+        let mut piece = Piece { index, cached: None, text: String::new(), tokens: Vec::new(), ending: None };
         let mut stop = None;
         match generation.next().await {
             Event::Prompt(_) => continue,
+            Event::Started { cached_tokens } => {
+                // Told with the first token: a piece without one would open a stream too early.
+                started = Some(cached_tokens);
+                continue;
+            }
             Event::Token(token) => {
                 produced += 1;
                 piece.tokens.push(token.id);
@@ -214,6 +237,7 @@ async fn follow(
         if let Some(stop) = stop {
             piece.ending = Some(Ending { reason: "stop", stop: StopReason::Text(options.stops[stop].clone()) });
         }
+        piece.cached = started.take();
         let ended = piece.ending.is_some();
         if pieces.send(Ok(piece)).is_err() || ended {
             return;
@@ -235,6 +259,7 @@ mod tests {
     fn merging_keeps_order_and_endings() {
         let piece = |index, text: &str, ending: bool| Piece {
             index,
+            cached: None,
             text: text.to_owned(),
             tokens: vec![1],
             ending: ending.then_some(Ending { reason: "stop", stop: StopReason::None }),

@@ -111,7 +111,7 @@ impl Target {
                     let mut moments = Vec::with_capacity(output);
                     loop {
                         match generation.next().await {
-                            Event::Prompt(_) => {}
+                            Event::Started { .. } | Event::Prompt(_) => {}
                             Event::Token(_) => moments.push((begin.elapsed(), 1)),
                             Event::Finished(_) => return Ok(moments),
                             Event::Failed(failure) => return Err(failure),

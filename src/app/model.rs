@@ -12,9 +12,6 @@ use crate::models::hub;
 use crate::models::runner::{About, ModelRunner};
 use crate::models::tokenizer::Tokenizer;
 
-/// Requests that may wait when MAX_WAITING says nothing.
-const MAX_WAITING: usize = 512;
-
 /// A model that is ready to answer.
 pub struct Loaded {
     pub service: Arc<Service>,
@@ -65,7 +62,12 @@ pub async fn start_engine(
         let _ = send.send(runner.about.clone());
         Ok(runner)
     };
-    let engine = engine::start(load, settings.engine.max_waiting.unwrap_or(MAX_WAITING)).await?;
+    let defaults = engine::Options::default();
+    let options = engine::Options {
+        max_waiting: settings.engine.max_waiting.unwrap_or(defaults.max_waiting),
+        prefix_caching: settings.engine.prefix_caching.unwrap_or(defaults.prefix_caching),
+    };
+    let engine = engine::start(load, options).await?;
     let about = receive.await.map_err(|_| Failure::internal("the engine ended while starting"))?;
     Ok((engine, about))
 }

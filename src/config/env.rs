@@ -77,6 +77,12 @@ pub struct Env {
     /// Share of the GPU's memory that may be used, above 0 and at most 1.
     #[arg(long, help_heading = "Engine")]
     pub gpu_memory_utilization: Option<String>,
+    /// Keep the keys and values of earlier tokens, so that what begins the same is not computed again.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", help_heading = "Engine")]
+    pub enable_prefix_caching: Option<String>,
+    /// The opposite of `ENABLE_PREFIX_CACHING`, which comes first.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", help_heading = "Engine")]
+    pub disable_radix_cache: Option<String>,
     /// Requests that may wait for a place; beyond it they are refused with 429.
     #[arg(long, help_heading = "Engine")]
     pub max_waiting: Option<String>,
@@ -123,6 +129,9 @@ pub struct Env {
     /// Send usage in every stream, asked for or not.
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", help_heading = "API")]
     pub enable_force_include_usage: Option<String>,
+    /// Tell in `usage.prompt_tokens_details` how many prompt tokens came from the prefix cache.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", help_heading = "API")]
+    pub enable_prompt_tokens_details: Option<String>,
 
     /// Jobs taken at once from the queue.
     #[arg(long, help_heading = "Queue worker")]

@@ -132,6 +132,7 @@ pub struct EngineSettings {
     /// In GiB.
     pub kv_cache_gb: Option<f64>,
     pub gpu_memory_utilization: Option<f64>,
+    pub prefix_caching: Option<bool>,
     pub max_waiting: Option<usize>,
     /// Seconds a request may take in all.
     pub request_timeout: Option<Duration>,
@@ -169,6 +170,8 @@ pub struct ApiSettings {
     pub max_n: Option<usize>,
     /// `ENABLE_FORCE_INCLUDE_USAGE`.
     pub force_include_usage: bool,
+    /// `ENABLE_PROMPT_TOKENS_DETAILS=false`: usage without `prompt_tokens_details`.
+    pub hide_prompt_tokens_details: bool,
     /// Engine's `SEED`: base of the seeds picked for requests without one.
     pub seed: Option<u64>,
     pub request_timeout: Option<Duration>,

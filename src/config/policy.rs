@@ -114,6 +114,8 @@ const WORKS: &[(&str, &str)] = &[
     ("KV_CACHE_GB", "auto"),
     ("KV_CACHE_MEMORY_BYTES", "auto"),
     ("GPU_MEMORY_UTILIZATION", "0.9"),
+    ("ENABLE_PREFIX_CACHING", "true"),
+    ("DISABLE_RADIX_CACHE", "false"),
     ("MAX_WAITING", "512"),
     ("REQUEST_TIMEOUT", "3600"),
     ("SEED", "random"),
@@ -129,6 +131,7 @@ const WORKS: &[(&str, &str)] = &[
     ("MAX_N", "128"),
     ("NATIVE_OUTPUT_FORMAT", "openai"),
     ("ENABLE_FORCE_INCLUDE_USAGE", "false"),
+    ("ENABLE_PROMPT_TOKENS_DETAILS", "true"),
     ("MAX_CONCURRENCY", "auto: 2 x MAX_NUM_SEQS"),
     ("DRAIN_TIMEOUT", "600"),
     ("STREAM_INTERVAL_MS", "50"),
@@ -347,8 +350,8 @@ const REFUSED: &[(&str, &[Refusal])] = &[
 /// Names without effect: why, and which. `!` marks switches, which take no value as flags.
 #[rustfmt::skip]
 const NO_EFFECT: &[(&str, &[&str])] = &[
-    ("no prefix cache in this version; answers are the same", &[
-        "ENABLE_PREFIX_CACHING!", "PREFIX_CACHING_HASH_ALGO", "DISABLE_RADIX_CACHE!", "ENABLE_PROMPT_TOKENS_DETAILS!",
+    ("the prefix cache compares tokens, so no hash can mix up two prompts", &[
+        "PREFIX_CACHING_HASH_ALGO",
     ]),
     ("long prompts are always computed in pieces; answers are the same", &[
         "ENABLE_CHUNKED_PREFILL!", "FD_DISABLE_CHUNKED_PREFILL!", "MAX_NUM_PARTIAL_PREFILLS", "MAX_LONG_PARTIAL_PREFILLS",

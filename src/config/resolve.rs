@@ -101,6 +101,7 @@ impl Reader {
                 "above 0 and at most 1",
                 |value| value > 0.0 && value <= 1.0,
             ),
+            prefix_caching: self.prefix_caching(env),
             max_waiting: self.count("MAX_WAITING", &env.max_waiting, 1, &["auto"]),
             request_timeout: match self.number("REQUEST_TIMEOUT", &env.request_timeout, &["auto"], "0 or more", |value| value >= 0.0) {
                 Some(0.0) => None,
@@ -132,6 +133,7 @@ impl Reader {
             override_generation_config: self.object("OVERRIDE_GENERATION_CONFIG", &env.override_generation_config),
             max_n: self.count("MAX_N", &env.max_n, 1, &["auto"]),
             force_include_usage: self.switch("ENABLE_FORCE_INCLUDE_USAGE", &env.enable_force_include_usage),
+            hide_prompt_tokens_details: self.given_switch("ENABLE_PROMPT_TOKENS_DETAILS", &env.enable_prompt_tokens_details) == Some(false),
             seed: None,
             request_timeout: None,
         }
@@ -291,11 +293,24 @@ impl Reader {
     }
 
     fn switch(&mut self, name: &str, typed: &Option<String>) -> bool {
-        let Some(typed) = text(typed) else { return false };
-        parse::boolean(&typed).unwrap_or_else(|| {
+        self.given_switch(name, typed).unwrap_or(false)
+    }
+
+    /// `None` when not given.
+    fn given_switch(&mut self, name: &str, typed: &Option<String>) -> Option<bool> {
+        let typed = text(typed)?;
+        let given = parse::boolean(&typed);
+        if given.is_none() {
             self.mistake(name, format!("{typed:?} is neither true nor false; use true, 1, yes, on, or false, 0, no, off"));
-            false
-        })
+        }
+        given
+    }
+
+    /// `ENABLE_PREFIX_CACHING`, or its opposite in SGLang's words.
+    fn prefix_caching(&mut self, env: &Env) -> Option<bool> {
+        let enabled = self.given_switch("ENABLE_PREFIX_CACHING", &env.enable_prefix_caching);
+        let disabled = self.given_switch("DISABLE_RADIX_CACHE", &env.disable_radix_cache);
+        enabled.or(disabled.map(|disabled| !disabled))
     }
 
     /// A whole number of at least `least`; `None` when not given or one of `auto`.

@@ -192,9 +192,22 @@ fn their_forms_start_here() {
 
 #[test]
 fn no_effect_is_said_once_by_reason() {
-    let settings = env(&[("SWAP_SPACE", "4"), ("CPU_OFFLOAD_GB", "0"), ("ENABLE_PREFIX_CACHING", "true")]);
+    let settings = env(&[("SWAP_SPACE", "4"), ("CPU_OFFLOAD_GB", "0"), ("KV_CACHE_RATIO", "0.5")]);
     assert_eq!(settings.warnings.len(), 2, "{:?}", settings.warnings);
     assert!(settings.warnings.iter().any(|warning| warning.starts_with("no effect here: CPU_OFFLOAD_GB, SWAP_SPACE (")));
+}
+
+#[test]
+fn the_prefix_cache_under_each_name() {
+    assert_eq!(env(&[]).engine.prefix_caching, None);
+    assert_eq!(env(&[("ENABLE_PREFIX_CACHING", "false")]).engine.prefix_caching, Some(false));
+    assert_eq!(env(&[("DISABLE_RADIX_CACHE", "1")]).engine.prefix_caching, Some(false));
+    assert_eq!(env(&[("DISABLE_RADIX_CACHE", "1"), ("ENABLE_PREFIX_CACHING", "yes")]).engine.prefix_caching, Some(true));
+    let flag = |flag: &str| resolve(&[flag], &[]).expect("settings").engine.prefix_caching;
+    assert_eq!((flag("--no-enable-prefix-caching"), flag("--enable-prefix-caching")), (Some(false), Some(true)));
+    assert!(mistakes(&[("ENABLE_PREFIX_CACHING", "perhaps")])[0].starts_with("ENABLE_PREFIX_CACHING: "));
+    assert!(env(&[("ENABLE_PROMPT_TOKENS_DETAILS", "false")]).api.hide_prompt_tokens_details);
+    assert!(!env(&[]).api.hide_prompt_tokens_details);
 }
 
 #[test]

@@ -38,6 +38,10 @@ pub struct Request {
 /// What the engine tells of one sequence, in order. After `Finished` or `Failed` comes nothing.
 #[derive(Debug, Clone)]
 pub enum Event {
+    /// It has left the waiting queue. So many tokens of its prompt were in the prefix cache.
+    Started {
+        cached_tokens: usize,
+    },
     /// Of each prompt token but the first, how probable it was after those before it. Only when asked for.
     Prompt(Vec<Logprobs>),
     Token(Token),
@@ -65,6 +69,21 @@ pub enum Finish {
     Length,
 }
 
+/// How the engine runs, whatever the model.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Requests that may wait; beyond it `submit` fails with `Kind::Overloaded`.
+    pub max_waiting: usize,
+    /// Keys and values of earlier tokens are found again (`ENABLE_PREFIX_CACHING`).
+    pub prefix_caching: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { max_waiting: 512, prefix_caching: true }
+    }
+}
+
 /// What the engine can take; checked by `api` before it submits, so that errors name the caller's fields.
 #[derive(Debug, Clone)]
 pub struct Limits {
@@ -82,8 +101,14 @@ pub struct Stats {
     pub running: usize,
     pub waiting: usize,
     pub blocks_total: usize,
+    /// Blocks that can be had, whether they are cached or not.
     pub blocks_free: usize,
+    /// Of these, blocks of the prefix cache.
+    pub blocks_cached: usize,
     pub preempted: u64,
+    /// Prompt tokens looked up in the prefix cache, and those found there.
+    pub prefix_queried: u64,
+    pub prefix_hits: u64,
     pub prompt_tokens: u64,
     pub output_tokens: u64,
     pub steps: u64,

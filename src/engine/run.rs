@@ -9,16 +9,16 @@ use std::time::Instant;
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::scheduler::Scheduler;
+use super::scheduler::{Outcome, Scheduler};
 use super::sequence::{Sequence, SequenceId};
-use super::{Command, Event, Handle, Limits, Shared, Stats};
+use super::{Command, Event, Handle, Limits, Options, Shared, Stats};
 use crate::error::{Failure, Kind};
-use crate::models::{Output, Runner};
+use crate::models::{Output, Plan, Runner};
 
 /// Starts the engine's thread, loads the model on it by `load`, and returns the door once it is ready to run.
 ///
 /// The model is made, used and dropped on that thread alone.
-pub async fn start<R, F>(load: F, max_waiting: usize) -> Result<Handle, Failure>
+pub async fn start<R, F>(load: F, options: Options) -> Result<Handle, Failure>
 where
     R: Runner,
     F: FnOnce() -> Result<R, Failure> + Send + 'static,
@@ -32,11 +32,15 @@ where
         };
         let shape = runner.shape().clone();
         let (commands, receiver) = std::sync::mpsc::channel();
-        let limits =
-            Limits { max_model_len: shape.max_model_len, vocab_size: shape.vocab_size, max_num_seqs: shape.max_num_seqs, max_waiting };
+        let limits = Limits {
+            max_model_len: shape.max_model_len,
+            vocab_size: shape.vocab_size,
+            max_num_seqs: shape.max_num_seqs,
+            max_waiting: options.max_waiting,
+        };
         let stats = Stats { blocks_total: shape.blocks, blocks_free: shape.blocks, healthy: true, ..Default::default() };
         let shared = Arc::new(Shared { limits, commands, stats: Mutex::new(stats), submitted: 0.into() });
-        let worker = Worker::new(runner, Arc::downgrade(&shared));
+        let worker = Worker::new(runner, Arc::downgrade(&shared), &options);
         if ready.send(Ok(Handle { shared })).is_ok() {
             worker.run(&receiver);
         }
@@ -65,13 +69,26 @@ struct Worker<R> {
     stats: Stats,
     /// Commands taken since the last `publish`.
     taken: usize,
+    /// Kept between steps for their memory.
+    plan: Plan,
+    outcomes: Vec<Outcome>,
 }
 
 impl<R: Runner> Worker<R> {
-    fn new(runner: R, shared: std::sync::Weak<Shared>) -> Self {
+    fn new(runner: R, shared: std::sync::Weak<Shared>, options: &Options) -> Self {
         let shape = runner.shape().clone();
         let stats = Stats { blocks_total: shape.blocks, healthy: true, ..Default::default() };
-        Self { scheduler: Scheduler::new(shape), runner, clients: HashMap::new(), shared, next_id: 0, stats, taken: 0 }
+        Self {
+            scheduler: Scheduler::new(shape, options.prefix_caching),
+            runner,
+            clients: HashMap::new(),
+            shared,
+            next_id: 0,
+            stats,
+            taken: 0,
+            plan: Plan::default(),
+            outcomes: Vec::new(),
+        }
     }
 
     fn run(mut self, commands: &Receiver<Command>) {
@@ -128,11 +145,18 @@ impl<R: Runner> Worker<R> {
     }
 
     fn step(&mut self) {
-        let Some(plan) = self.scheduler.plan() else { return };
+        if !self.scheduler.plan(&mut self.plan) {
+            return;
+        }
+        for (id, cached_tokens) in self.scheduler.started() {
+            if let Some(client) = self.clients.get(id) {
+                let _ = client.events.send(Event::Started { cached_tokens: *cached_tokens });
+            }
+        }
         self.stats.steps += 1;
-        let runner = &mut self.runner;
-        let result = std::panic::catch_unwind(AssertUnwindSafe(|| runner.step(&plan)));
-        drop(plan);
+        let (runner, plan) = (&mut self.runner, &self.plan);
+        let result = std::panic::catch_unwind(AssertUnwindSafe(|| runner.step(plan)));
+        self.plan.clear();
         match result {
             Ok(Ok(output)) => self.settle(output),
             Ok(Err(failure)) => self.fail(failure),
@@ -149,7 +173,8 @@ impl<R: Runner> Worker<R> {
     }
 
     fn settle(&mut self, output: Output) {
-        for outcome in self.scheduler.settle(output) {
+        self.scheduler.settle(output, &mut self.outcomes);
+        for outcome in self.outcomes.drain(..) {
             self.stats.output_tokens += 1;
             let Some(client) = self.clients.get(&outcome.id) else { continue };
             // A closed channel is a cancelled sequence: the next round removes it.
@@ -176,8 +201,12 @@ impl<R: Runner> Worker<R> {
     fn publish(&mut self) {
         self.stats.running = self.scheduler.running();
         self.stats.waiting = self.scheduler.waiting();
-        self.stats.blocks_free = self.scheduler.pool().free();
-        self.stats.preempted = self.scheduler.preempted;
+        self.stats.blocks_free = self.scheduler.pool().available();
+        self.stats.blocks_cached = self.scheduler.pool().idle();
+        let totals = self.scheduler.totals();
+        self.stats.preempted = totals.preempted;
+        self.stats.prefix_queried = totals.prefix_queried;
+        self.stats.prefix_hits = totals.prefix_hits;
         if let Some(shared) = self.shared.upgrade() {
             if let Ok(mut stats) = shared.stats.lock() {
                 *stats = self.stats.clone();
@@ -237,7 +266,7 @@ mod tests {
     }
 
     async fn engine(gate: Option<std::sync::mpsc::Receiver<()>>, max_waiting: usize) -> Handle {
-        start(move || Ok(Scripted { shape: shape(), gate }), max_waiting).await.unwrap()
+        start(move || Ok(Scripted { shape: shape(), gate }), Options { max_waiting, ..Default::default() }).await.unwrap()
     }
 
     fn request(prompt: &[u32], max_tokens: usize) -> Request {
@@ -249,6 +278,7 @@ mod tests {
         let mut tokens = Vec::new();
         loop {
             match generation.next().await {
+                Event::Started { .. } => {}
                 Event::Token(token) => tokens.push(token.id),
                 Event::Prompt(_) => {}
                 Event::Finished(finish) => return (tokens, Ok(finish)),
@@ -274,6 +304,7 @@ mod tests {
         let engine = engine(Some(gate), 100).await;
         let mut generation = engine.submit(request(&[1; 10], 50)).unwrap();
         steps.send(()).unwrap();
+        assert!(matches!(generation.next().await, Event::Started { cached_tokens: 0 }));
         assert!(matches!(generation.next().await, Event::Token(_)));
         assert_eq!(engine.submit(request(&[2], 1)).map(|_| ()), Ok(()));
         drop(generation);
@@ -343,9 +374,9 @@ mod tests {
 
     #[tokio::test]
     async fn a_model_that_cannot_load_is_an_error() {
-        let failed = start(|| Err::<Scripted, _>(Failure::internal("no weights")), 1).await.err().unwrap();
+        let failed = start(|| Err::<Scripted, _>(Failure::internal("no weights")), Options::default()).await.err().unwrap();
         assert_eq!(failed.message, "no weights");
-        let failed = start(|| -> Result<Scripted, Failure> { panic!("boom") }, 1).await.err().unwrap();
+        let failed = start(|| -> Result<Scripted, Failure> { panic!("boom") }, Options::default()).await.err().unwrap();
         assert!(failed.message.contains("boom"));
     }
 }

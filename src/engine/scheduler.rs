@@ -1,8 +1,17 @@
 //! The scheduler: which sequences run in the next step. Pure: no tensors, no channels, no clock.
 //!
-//! Each step first gives every sequence that decodes its one token, then spends what is left of the token budget on prompts, in chunks,
-//! first come first served. A sequence is admitted when the blocks of its tokens are free and a part of what the running ones may
-//! still need stays free too; when they run out all the same, the newest sequence is put back and computed anew later.
+//! Each step first gives every sequence that decodes its one token, then spends what is left of the token budget on prompts, in chunks.
+//!
+//! - **Stall.** While streams run, a step computes at most half the budget ([`MIXED_SHARE`]) of prompt tokens, so that no stream waits
+//!   longer for its next token than one modest chunk takes.
+//! - **Fairness.** Of several prompts the oldest gets half of what there is, and the others share the other half, the one with the fewest
+//!   tokens left first; what one side does not use goes to the other. So a short chat gets past a long prompt within a few steps, the
+//!   long one goes on in every step, and since every prompt becomes the oldest one day, none starves.
+//! - **Admission**, first come first served: a sequence is admitted when the blocks of its tokens can be had and a part of what the running
+//!   ones may still need stays free too. When blocks run out all the same, the newest sequence is put back and computed anew later.
+//! - **Prefix cache.** What is cached of a sequence's tokens is not computed again; at least its last token is. A sequence whose next block is
+//!   just being computed for another one (the same prompt `n` times, chats under one system prompt) waits until it can share it, and
+//!   does not hold up those behind it.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -14,6 +23,8 @@ use crate::models::{Logprobs, Output, Plan, Row, Shape};
 
 /// Output tokens per running sequence that admission keeps room for; more would waste memory on requests that ask for 4,096 and use 100.
 const RESERVED_OUTPUT: usize = 256;
+/// Part of the token budget that prompts get while streams run.
+const MIXED_SHARE: usize = 2;
 
 /// What happened to one sequence in a step.
 #[derive(Debug)]
@@ -25,6 +36,23 @@ pub struct Outcome {
     pub finish: Option<Finish>,
 }
 
+/// What a plan in flight runs of one sequence.
+#[derive(Debug, Clone, Copy)]
+struct InFlight {
+    id: SequenceId,
+    /// Tokens that the sequence has; guesses not counted.
+    len: usize,
+}
+
+/// Running totals since the start.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Totals {
+    pub preempted: u64,
+    /// Prompt tokens that were looked up in the prefix cache, and those found there.
+    pub prefix_queried: u64,
+    pub prefix_hits: u64,
+}
+
 /// See the module.
 pub struct Scheduler {
     shape: Shape,
@@ -32,20 +60,28 @@ pub struct Scheduler {
     waiting: VecDeque<Sequence>,
     /// In order of admission.
     running: Vec<Sequence>,
-    /// Ids and token counts of the plan in flight, in row order.
-    in_flight: Vec<(SequenceId, usize)>,
-    pub preempted: u64,
+    /// The plan in flight, in row order.
+    in_flight: Vec<InFlight>,
+    /// Sequences that the last plan admitted for the first time, with the prompt tokens that were cached.
+    started: Vec<(SequenceId, usize)>,
+    totals: Totals,
+    /// Kept between steps for their memory.
+    path: Vec<u32>,
+    shares: Vec<(usize, usize)>,
 }
 
 impl Scheduler {
-    pub fn new(shape: Shape) -> Self {
+    pub fn new(shape: Shape, prefix_caching: bool) -> Self {
         Self {
-            pool: BlockPool::new(shape.blocks),
-            shape,
+            pool: BlockPool::new(shape.blocks, shape.block_size, prefix_caching),
             waiting: VecDeque::new(),
-            running: Vec::new(),
-            in_flight: Vec::new(),
-            preempted: 0,
+            running: Vec::with_capacity(shape.max_num_seqs),
+            in_flight: Vec::with_capacity(shape.max_num_seqs),
+            started: Vec::new(),
+            totals: Totals::default(),
+            path: Vec::new(),
+            shares: Vec::with_capacity(shape.max_num_seqs),
+            shape,
         }
     }
 
@@ -65,6 +101,15 @@ impl Scheduler {
         &self.pool
     }
 
+    pub fn totals(&self) -> Totals {
+        self.totals
+    }
+
+    /// Sequences that the last plan admitted for the first time, with the prompt tokens that were cached.
+    pub fn started(&self) -> &[(SequenceId, usize)] {
+        &self.started
+    }
+
     /// Takes a sequence out, wherever it stands; its blocks are free at once. Not between a plan and its settling.
     pub fn remove(&mut self, id: SequenceId) {
         debug_assert!(self.in_flight.is_empty(), "removing while a step is in flight");
@@ -76,24 +121,24 @@ impl Scheduler {
 
     fn release(&mut self, index: usize) -> Sequence {
         let mut sequence = self.running.remove(index);
-        self.pool.give(std::mem::take(&mut sequence.blocks).iter().copied());
+        self.pool.release(&std::mem::take(&mut sequence.blocks));
         sequence
     }
 
-    /// The next step, or `None` when there is nothing to do.
-    pub fn plan(&mut self) -> Option<Plan> {
-        let mut plan = Plan::default();
+    /// Fills `plan` with the next step; false when there is nothing to do. `plan` must be empty of rows by the time of [`Self::settle`].
+    pub fn plan(&mut self, plan: &mut Plan) -> bool {
+        plan.clear();
+        self.started.clear();
         let mut budget = self.shape.max_num_batched_tokens;
-        self.plan_decodes(&mut plan, &mut budget);
-        for index in 0..self.running.len() {
-            if budget > 0 && self.running[index].pending() > 1 {
-                self.plan_chunk(index, &mut plan, &mut budget);
-            }
+        self.plan_decodes(plan, &mut budget);
+        if !plan.rows.is_empty() {
+            budget = budget.min((self.shape.max_num_batched_tokens / MIXED_SHARE).max(1));
         }
-        while budget > 0 && self.admit() {
-            self.plan_chunk(self.running.len() - 1, &mut plan, &mut budget);
+        if budget > 0 {
+            self.admit();
+            self.plan_prompts(plan, budget);
         }
-        (!plan.rows.is_empty()).then_some(plan)
+        !plan.rows.is_empty()
     }
 
     /// One token for every sequence that decodes, making room by preemption.
@@ -111,46 +156,106 @@ impl Scheduler {
         }
         for index in 0..self.running.len() {
             if *budget > 0 && self.running[index].pending() == 1 {
-                self.plan_chunk(index, plan, budget);
+                self.plan_row(index, 1, plan);
+                *budget -= 1;
             }
         }
     }
 
+    /// Chunks of the prompts, `budget` tokens in all, by the rule of the module.
+    fn plan_prompts(&mut self, plan: &mut Plan, budget: usize) {
+        // Whoever decodes has its row already; whoever was admitted just now with one token to go has not.
+        let decoding = self.in_flight.len();
+        let mut shares = std::mem::take(&mut self.shares);
+        shares.clear();
+        let planned = |id| self.in_flight[..decoding].iter().any(|row| row.id == id);
+        shares.extend(self.running.iter().enumerate().filter(|(_, s)| !planned(s.id)).map(|(index, s)| (index, s.pending())));
+        if let Some((oldest, others)) = shares.split_first_mut() {
+            others.sort_by_key(|(_, pending)| *pending);
+            let wanted = std::mem::take(&mut oldest.1);
+            let mut left = budget;
+            oldest.1 = wanted.min(if others.is_empty() { left } else { left.div_ceil(2) });
+            left -= oldest.1;
+            for (_, len) in others {
+                *len = left.min(*len);
+                left -= *len;
+            }
+            oldest.1 += left.min(wanted - oldest.1);
+        }
+        for (index, len) in shares.iter().copied().filter(|(_, len)| *len > 0) {
+            self.plan_row(index, len, plan);
+        }
+        self.shares = shares;
+    }
+
     /// Room for one more token of sequence `index`; false when the pool is empty.
     fn grow(&mut self, index: usize) -> bool {
-        let needed = self.running[index].tokens.len().div_ceil(self.shape.block_size);
-        let missing = needed - self.running[index].blocks.len().min(needed);
-        let Some(blocks) = self.pool.take(missing) else { return false };
-        if !blocks.is_empty() {
-            Arc::make_mut(&mut self.running[index].blocks).extend(blocks);
-        }
-        true
+        let sequence = &mut self.running[index];
+        let missing = sequence.tokens.len().div_ceil(self.shape.block_size).saturating_sub(sequence.blocks.len());
+        missing == 0 || self.pool.take(missing, Arc::make_mut(&mut sequence.blocks))
     }
 
     fn preempt(&mut self, index: usize) {
         let mut sequence = self.release(index);
         sequence.restart();
-        self.preempted += 1;
+        self.totals.preempted += 1;
         self.waiting.push_front(sequence);
     }
 
-    /// Moves the first waiting sequence to the running ones when everything it needs is there.
-    fn admit(&mut self) -> bool {
-        let Some(first) = self.waiting.front() else { return false };
-        if self.running.len() >= self.shape.max_num_seqs {
+    /// Moves waiting sequences to the running ones, in order, while everything the next one needs is there.
+    fn admit(&mut self) {
+        let mut path = std::mem::take(&mut self.path);
+        let mut at = 0;
+        while at < self.waiting.len() && self.running.len() < self.shape.max_num_seqs {
+            let sequence = &self.waiting[at];
+            // The last token is computed whatever is cached: its logits are wanted.
+            let known = if sequence.may_use_cache() { sequence.tokens.len() - 1 } else { 0 };
+            self.pool.lookup(&sequence.tokens[..known], &mut path);
+            if self.soon_cached(sequence, path.len()) {
+                at += 1;
+                continue;
+            }
+            let missing = sequence.tokens.len().div_ceil(self.shape.block_size) - path.len();
+            // Alone, a sequence needs no reserve: nobody can take its blocks.
+            let reserved = match self.running.as_slice() {
+                [] => 0,
+                running => running.iter().chain([sequence]).map(|sequence| self.reserve(sequence)).sum(),
+            };
+            if self.pool.available() < self.pool.idle_among(&path) + missing + reserved {
+                break;
+            }
+            let Some(mut sequence) = self.waiting.remove(at) else { break };
+            self.pool.share(&path);
+            let mut blocks = Vec::with_capacity(path.len() + missing);
+            blocks.extend_from_slice(&path);
+            self.pool.take(missing, &mut blocks);
+            sequence.blocks = Arc::new(blocks);
+            sequence.cached = path.len();
+            sequence.computed = path.len() * self.shape.block_size;
+            if !std::mem::replace(&mut sequence.started, true) {
+                self.started.push((sequence.id, sequence.computed));
+                if self.pool.caching() && sequence.may_use_cache() {
+                    self.totals.prefix_queried += sequence.tokens.len() as u64;
+                    self.totals.prefix_hits += sequence.computed as u64;
+                }
+            }
+            self.running.push(sequence);
+        }
+        self.path = path;
+    }
+
+    /// Whether the block after the first `hits` ones of a waiting sequence is being computed for a running one.
+    fn soon_cached(&self, sequence: &Sequence, hits: usize) -> bool {
+        let (from, to) = (hits * self.shape.block_size, (hits + 1) * self.shape.block_size);
+        // As in the lookup, the last token does not count.
+        if !self.pool.caching() || !sequence.may_use_cache() || to >= sequence.tokens.len() {
             return false;
         }
-        let needed = first.tokens.len().div_ceil(self.shape.block_size);
-        let reserved: usize = self.running.iter().chain([first]).map(|sequence| self.reserve(sequence)).sum();
-        // Alone, a sequence needs no reserve: nobody can take its blocks.
-        if self.pool.free() < needed + if self.running.is_empty() { 0 } else { reserved } {
-            return false;
-        }
-        let Some(blocks) = self.pool.take(needed) else { return false };
-        let Some(mut sequence) = self.waiting.pop_front() else { return false };
-        sequence.blocks = Arc::new(blocks);
-        self.running.push(sequence);
-        true
+        self.running.iter().any(|other| {
+            let ahead = other.computed < to && to <= other.tokens.len();
+            // The block itself first, where they are most likely to differ.
+            ahead && other.tokens[from..to] == sequence.tokens[from..to] && other.tokens[..from] == sequence.tokens[..from]
+        })
     }
 
     /// Blocks this sequence may soon want beyond those of its tokens.
@@ -160,10 +265,9 @@ impl Scheduler {
         soon.div_ceil(self.shape.block_size).saturating_sub(held)
     }
 
-    /// Adds a row for the next tokens of sequence `index`.
-    fn plan_chunk(&mut self, index: usize, plan: &mut Plan, budget: &mut usize) {
+    /// Adds a row for the next `len` tokens of sequence `index`.
+    fn plan_row(&mut self, index: usize, len: usize, plan: &mut Plan) {
         let sequence = &self.running[index];
-        let len = sequence.pending().min(*budget);
         let (from, to) = (sequence.computed, sequence.computed + len);
         let size = self.shape.block_size;
         plan.rows.push(Row {
@@ -178,52 +282,71 @@ impl Scheduler {
         plan.tokens.extend_from_slice(&sequence.tokens[from..to]);
         plan.positions.extend(from as u32..to as u32);
         plan.slots.extend((from..to).map(|position| sequence.blocks[position / size] * size as u32 + (position % size) as u32));
-        *budget -= len;
-        self.in_flight.push((sequence.id, len));
+        self.in_flight.push(InFlight { id: sequence.id, len });
     }
 
-    /// Takes in the results of the last plan (which must be gone by now). Finished sequences have left and their blocks are free.
-    pub fn settle(&mut self, output: Output) -> Vec<Outcome> {
-        let mut drawn = output.tokens.iter();
+    /// Takes in the results of the last plan, into `outcomes`. Finished sequences have left; their full blocks stay cached.
+    ///
+    /// NOTE: the plan's rows must be gone by now: they share the block tables that change here.
+    pub fn settle(&mut self, output: Output, outcomes: &mut Vec<Outcome>) {
+        outcomes.clear();
+        let mut drawn = output.tokens.into_iter();
         let mut logprobs = output.logprobs.into_iter();
         let mut scores = output.scores.into_iter();
-        let mut outcomes = Vec::with_capacity(output.tokens.len());
-        for (id, len) in std::mem::take(&mut self.in_flight) {
-            let Some(index) = self.running.iter().position(|sequence| sequence.id == id) else { continue };
+        let mut in_flight = std::mem::take(&mut self.in_flight);
+        for row in in_flight.drain(..) {
+            let Some(index) = self.running.iter().position(|sequence| sequence.id == row.id) else { continue };
             let sequence = &mut self.running[index];
-            sequence.scored(sequence.computed, sequence.computed + len, &mut scores);
-            sequence.computed += len;
-            if sequence.computed < sequence.tokens.len() {
+            sequence.scored(sequence.computed, sequence.computed + row.len, &mut scores);
+            sequence.computed += row.len;
+            let draws = sequence.computed == sequence.tokens.len();
+            self.cache(index);
+            if !draws {
                 continue;
             }
             let Some(token) = drawn.next() else { break };
-            let finish = sequence.push(*token);
+            let sequence = &mut self.running[index];
+            let finish = sequence.push(token);
             let ends = matches!(finish, Some(Finish::Stop | Finish::StopToken(_)));
             let logprobs = logprobs.next().flatten().map(Box::new);
             let prompt = sequence.take_prompt_logprobs();
-            outcomes.push(Outcome { id, prompt, token: Token { id: *token, ends, logprobs }, finish });
+            outcomes.push(Outcome { id: row.id, prompt, token: Token { id: token, ends, logprobs }, finish });
             if finish.is_some() {
                 self.release(index);
             }
         }
-        outcomes
+        self.in_flight = in_flight;
+    }
+
+    /// Caches the blocks of sequence `index` that have become full.
+    fn cache(&mut self, index: usize) {
+        if !self.pool.caching() {
+            return;
+        }
+        let sequence = &mut self.running[index];
+        let size = self.shape.block_size;
+        while (sequence.cached + 1) * size <= sequence.computed {
+            let at = sequence.cached;
+            let parent = at.checked_sub(1).map(|before| sequence.blocks[before]);
+            let block = self.pool.cache(parent, sequence.blocks[at], &sequence.tokens[at * size..(at + 1) * size]);
+            if block != sequence.blocks[at] {
+                Arc::make_mut(&mut sequence.blocks)[at] = block;
+            }
+            sequence.cached += 1;
+        }
     }
 
     /// The last plan failed: its sequences leave. Their ids.
     pub fn abandon(&mut self) -> Vec<SequenceId> {
-        let ids: Vec<_> = std::mem::take(&mut self.in_flight).into_iter().map(|(id, _)| id).collect();
+        let ids: Vec<_> = self.in_flight.drain(..).map(|row| row.id).collect();
         ids.iter().for_each(|id| self.remove(*id));
         ids
     }
 
-    /// Free and owned blocks add up, no block has two owners, and every running sequence has room for its tokens.
+    /// Panics unless free, cached and used blocks add up, every block has the right number of holders, only full computed blocks are shared,
+    /// and every running sequence has room for its tokens.
     pub fn check_invariants(&self) {
-        let owned: Vec<u32> = self.running.iter().flat_map(|sequence| sequence.blocks.iter().copied()).collect();
-        let mut distinct = owned.clone();
-        distinct.sort_unstable();
-        distinct.dedup();
-        assert_eq!(distinct.len(), owned.len(), "a block has two owners");
-        assert_eq!(owned.len() + self.pool.free(), self.pool.total(), "blocks leaked");
+        self.pool.check_invariants(self.running.iter().map(|sequence| sequence.blocks.as_slice()));
         assert!(self.running.len() <= self.shape.max_num_seqs, "too many sequences");
         assert!(
             self.waiting.iter().all(|sequence| sequence.blocks.is_empty() && sequence.computed == 0),
@@ -231,218 +354,12 @@ impl Scheduler {
         );
         for sequence in &self.running {
             assert!(sequence.computed <= sequence.blocks.len() * self.shape.block_size, "keys without a block");
+            assert!(sequence.cached * self.shape.block_size <= sequence.computed, "a block is cached before it is computed");
         }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::engine::{Request, SamplingParams};
-    use crate::models::{LogprobsMode, LogprobsSpec};
-    use proptest::prelude::*;
-    use std::collections::HashMap;
-
-    /// What a scripted model says after these tokens: a function of the whole sequence, so that a wrong context shows.
-    fn next(tokens: &[u32]) -> u32 {
-        tokens.iter().fold(17u32, |hash, token| hash.wrapping_mul(31).wrapping_add(*token)) % 97 + 3
-    }
-
-    /// What it says of `token` after these.
-    fn logprobs(tokens: &[u32], token: u32) -> Logprobs {
-        Logprobs { own: next(tokens) as f32, rank: token, top: Vec::new() }
-    }
-
-    const SPEC: LogprobsSpec = LogprobsSpec { top: 0, mode: LogprobsMode::RawLogprobs };
-
-    fn shape(blocks: usize, block_size: usize, seqs: usize, batched: usize) -> Shape {
-        Shape {
-            max_model_len: blocks * block_size,
-            vocab_size: 100,
-            block_size,
-            blocks,
-            max_num_seqs: seqs,
-            max_num_batched_tokens: batched,
-        }
-    }
-
-    fn request(prompt: Vec<u32>, max_tokens: usize) -> Request {
-        let params = SamplingParams { temperature: 0.0, max_tokens, ..Default::default() };
-        Request { id: "t".into(), prompt: Arc::new(prompt), params, prompt_logprobs: None, deadline: None }
-    }
-
-    /// A model whose KV cache is a table of tokens by slot: a row's context is read back through its block table.
-    struct Scripted {
-        cache: Vec<u32>,
-        block_size: usize,
-    }
-
-    impl Scripted {
-        fn step(&mut self, plan: &Plan) -> Output {
-            for (token, slot) in plan.tokens.iter().zip(&plan.slots) {
-                self.cache[*slot as usize] = *token;
-            }
-            let mut output = Output::default();
-            for row in &plan.rows {
-                assert_eq!(plan.positions[row.start + row.len - 1] as usize + 1, row.context);
-                let context: Vec<u32> = (0..row.context)
-                    .map(|p| self.cache[row.blocks[p / self.block_size] as usize * self.block_size + p % self.block_size])
-                    .collect();
-                if let Some(draw) = &row.draw {
-                    output.tokens.push(next(&context));
-                    output.logprobs.push(draw.logprobs.map(|_| logprobs(&context, next(&context))));
-                }
-                if let Some(score) = &row.score {
-                    let known = row.context - row.len;
-                    output.scores.extend(score.targets.iter().enumerate().map(|(i, target)| logprobs(&context[..=known + i], *target)));
-                }
-            }
-            output
-        }
-    }
-
-    fn expected(prompt: &[u32], max_tokens: usize, max_len: usize) -> Vec<u32> {
-        let mut tokens = prompt.to_vec();
-        while tokens.len() < max_len.min(prompt.len() + max_tokens) {
-            tokens.push(next(&tokens));
-        }
-        tokens.split_off(prompt.len())
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(400))]
-
-        #[test]
-        fn any_schedule_ends_with_the_right_tokens_and_no_leak(
-            blocks in 2usize..14, block_size in 1usize..6, seqs in 1usize..6, batched in 1usize..12,
-            arrivals in prop::collection::vec((0usize..30, prop::collection::vec(0u32..100, 1..20), 1usize..16, any::<prop::sample::Index>(), 0u8..8), 1..14),
-        ) {
-            let shape = shape(blocks, block_size, seqs, batched.max(seqs));
-            let mut scheduler = Scheduler::new(shape.clone());
-            let mut model = Scripted { cache: vec![0; blocks * block_size], block_size };
-            let mut produced: HashMap<SequenceId, Vec<u32>> = HashMap::new();
-            let mut prompts: HashMap<SequenceId, Vec<Logprobs>> = HashMap::new();
-            let mut cancelled = Vec::new();
-            let last_arrival = arrivals.iter().map(|arrival| arrival.0).max().unwrap_or(0);
-            for step in 0..5_000 {
-                for (id, (at, prompt, max_tokens, _, _)) in arrivals.iter().enumerate() {
-                    if *at == step && prompt.len() < shape.max_model_len {
-                        let mut request = request(prompt.clone(), *max_tokens);
-                        request.prompt_logprobs = (id % 2 == 0).then_some(SPEC);
-                        request.params.logprobs = (id % 3 == 0).then_some(SPEC);
-                        scheduler.add(Sequence::new(id as u64, &request, shape.max_model_len));
-                    }
-                }
-                for (id, (_, _, _, when, kind)) in arrivals.iter().enumerate() {
-                    if *kind == 0 && step == when.index(60) {
-                        scheduler.remove(id as u64);
-                        cancelled.push(id as u64);
-                    }
-                }
-                let Some(plan) = scheduler.plan() else {
-                    if step > last_arrival.max(60) { break }
-                    continue;
-                };
-                prop_assert!(plan.tokens.len() <= shape.max_num_batched_tokens);
-                let output = model.step(&plan);
-                drop(plan);
-                for outcome in scheduler.settle(output) {
-                    let tokens = produced.entry(outcome.id).or_default();
-                    prop_assert!(outcome.prompt.is_none() || tokens.is_empty(), "before the first token");
-                    let context = [&arrivals[outcome.id as usize].1, tokens.as_slice()].concat();
-                    let want = (outcome.id % 3 == 0).then(|| Box::new(logprobs(&context, outcome.token.id)));
-                    prop_assert_eq!(&outcome.token.logprobs, &want);
-                    tokens.push(outcome.token.id);
-                    if let Some(prompt) = outcome.prompt {
-                        prop_assert!(prompts.insert(outcome.id, prompt).is_none(), "once");
-                    }
-                }
-                scheduler.check_invariants();
-            }
-            prop_assert_eq!((scheduler.running(), scheduler.waiting(), scheduler.pool().free()), (0, 0, blocks));
-            for (id, (_, prompt, max_tokens, _, _)) in arrivals.iter().enumerate() {
-                let want = if prompt.len() < shape.max_model_len { expected(prompt, *max_tokens, shape.max_model_len) } else { Vec::new() };
-                let got = produced.remove(&(id as u64)).unwrap_or_default();
-                let want_prompt = (id % 2 == 0 && !got.is_empty()).then(|| (1..prompt.len()).map(|i| logprobs(&prompt[..i], prompt[i])).collect());
-                prop_assert_eq!(prompts.remove(&(id as u64)), want_prompt);
-                if cancelled.contains(&(id as u64)) {
-                    prop_assert!(want.starts_with(&got));
-                } else {
-                    prop_assert_eq!(got, want);
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn decodes_go_on_while_a_long_prompt_is_read_in_chunks() {
-        let mut scheduler = Scheduler::new(shape(100, 4, 4, 8));
-        scheduler.add(Sequence::new(1, &request(vec![1, 2], 50), 400));
-        let first = scheduler.plan().unwrap();
-        assert_eq!(first.tokens, [1, 2]);
-        drop(first);
-        scheduler.settle(Output { tokens: vec![9], ..Default::default() });
-        scheduler.add(Sequence::new(2, &request((0..30).collect(), 5), 400));
-        for step in 0..4 {
-            let plan = scheduler.plan().unwrap();
-            assert_eq!((plan.rows[0].len, plan.tokens.len()), (1, 8), "step {step}");
-            assert!(plan.rows[1].draw.is_none());
-            drop(plan);
-            assert_eq!(scheduler.settle(Output { tokens: vec![9], ..Default::default() }).len(), 1);
-        }
-        let plan = scheduler.plan().unwrap();
-        assert_eq!((plan.rows[1].len, plan.rows[1].context), (2, 30));
-        assert!(plan.rows[1].draw.is_some());
-    }
-
-    #[test]
-    fn ends_are_told_apart() {
-        let mut request = request(vec![1], 10);
-        request.params.eos_token_ids = Arc::new(vec![2]);
-        request.params.stop_token_ids = Arc::new(vec![7]);
-        request.params.min_tokens = 2;
-        let mut sequence = Sequence::new(1, &request, 100);
-        assert_eq!(*sequence.draw().suppressed, [2, 7]);
-        assert_eq!(sequence.push(5), None);
-        assert_eq!(sequence.push(6), None);
-        assert!(sequence.draw().suppressed.is_empty());
-        assert_eq!(sequence.push(7), Some(Finish::StopToken(7)));
-        assert_eq!(Sequence::new(1, &request, 100).push(2), Some(Finish::Stop));
-        request.params.ignore_eos = true;
-        assert_eq!(Sequence::new(1, &request, 100).push(2), None);
-        request.params.max_tokens = 1;
-        assert_eq!(Sequence::new(1, &request, 100).push(2), Some(Finish::Length));
-    }
-
-    #[test]
-    fn bad_words_are_kept_from_completion() {
-        let mut request = request(vec![4, 5], 10);
-        request.params.bad_words = Arc::new(vec![vec![9], vec![4, 5, 6], vec![6, 7], vec![6, 6, 8]]);
-        request.params.eos_token_ids = Arc::new(vec![2]);
-        request.params.min_tokens = 1;
-        let mut sequence = Sequence::new(1, &request, 100);
-        assert!(!sequence.may_speculate());
-        assert_eq!(*sequence.draw().suppressed, [9, 2], "only the output counts, not the prompt");
-        let mut then = |token| {
-            sequence.push(token);
-            sequence.draw().suppressed.to_vec()
-        };
-        assert_eq!(then(6), [9, 7]);
-        assert_eq!(then(6), [9, 7, 8]);
-        assert_eq!(then(4), [9]);
-        assert_eq!(then(5), [9, 6]);
-        assert_eq!(then(5), [9]);
-    }
-
-    #[test]
-    fn penalties_see_prompt_and_output() {
-        let mut request = request(vec![5, 3, 5], 10);
-        request.params.repetition_penalty = 1.1;
-        let mut sequence = Sequence::new(1, &request, 100);
-        for token in [8, 9, 8] {
-            sequence.push(token);
-        }
-        let seen = sequence.draw().seen;
-        assert_eq!((&seen.prompt[..], &seen.output[..]), (&[3, 5][..], &[(8, 2), (9, 1)][..]));
-    }
-}
+mod model_tests;
+#[cfg(test)]
+mod tests;

@@ -20,6 +20,10 @@ pub struct Sequence {
     pub computed: usize,
     /// Blocks that hold them, and room for the next.
     pub blocks: Arc<Vec<u32>>,
+    /// The first so many blocks are full, computed, and known to the prefix cache.
+    pub cached: usize,
+    /// It has been admitted before.
+    pub started: bool,
     params: SamplingParams,
     /// Kept only when a penalty needs it.
     seen: Arc<Seen>,
@@ -47,6 +51,8 @@ impl Sequence {
             prompt_len,
             computed: 0,
             blocks: Arc::default(),
+            cached: 0,
+            started: false,
             banned: Banned::new(&params),
             prompt_logprobs: request.prompt_logprobs.map(|spec| (spec, Vec::new())),
             params,
@@ -103,6 +109,7 @@ impl Sequence {
     /// All keys and values are lost: everything is run anew.
     pub fn restart(&mut self) {
         self.computed = 0;
+        self.cached = 0;
         if let Some((_, known)) = &mut self.prompt_logprobs {
             known.clear();
         }

@@ -34,6 +34,16 @@ pub struct Plan {
     pub rows: Vec<Row>,
 }
 
+impl Plan {
+    /// Empty again; the memory stays for the next step.
+    pub fn clear(&mut self) {
+        self.tokens.clear();
+        self.positions.clear();
+        self.slots.clear();
+        self.rows.clear();
+    }
+}
+
 /// The part of a [`Plan`] that belongs to one sequence.
 #[derive(Debug, Clone)]
 pub struct Row {

@@ -121,7 +121,8 @@ pub async fn world_with(says: &[Vec<Say>], settings: ApiSettings, files: ModelFi
         max_num_seqs: 8,
         max_num_batched_tokens: 64,
     };
-    let engine = engine::start(move || Ok(Scripted { shape, scripts, pace }), 32).await?;
+    let engine =
+        engine::start(move || Ok(Scripted { shape, scripts, pace }), engine::Options { max_waiting: 32, ..Default::default() }).await?;
     let service = Arc::new(Service::new(settings, engine, tokenizer.clone(), ModelInfo::from_files(&files)?)?);
     Ok(World { service, tokenizer })
 }

@@ -59,6 +59,8 @@ async fn a_stream_says_the_same_as_the_whole_answer() {
         vec![Say::Text("x STOP y")],
     ])
     .await;
+    // The first one finds nothing in the prefix cache.
+    world.chat(json!({})).await.unwrap();
     for more in
         [json!({}), json!({"stop": "STOP"}), json!({"max_tokens": 4}), json!({"stop": ["o w", "é"], "include_stop_str_in_output": true})]
     {

@@ -26,7 +26,8 @@ async fn a_chat_completion_has_the_shape_of_openais() {
                 "finish_reason": "stop",
                 "stop_reason": null,
             }],
-            "usage": {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens},
+            "usage": {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens,
+                "prompt_tokens_details": {"cached_tokens": 0}},
         })
     );
 }
@@ -43,7 +44,7 @@ async fn a_text_completion_has_the_shape_of_openais() {
             "model": "baidu/ERNIE-test",
             "system_fingerprint": null,
             "choices": [{"index": 0, "text": "Hello", "logprobs": null, "finish_reason": "stop", "stop_reason": null}],
-            "usage": {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4},
+            "usage": {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4, "prompt_tokens_details": {"cached_tokens": 0}},
         })
     );
 }
@@ -237,4 +238,38 @@ async fn models_are_listed_and_found_by_every_name() {
     {
         assert_eq!(world.chat(json!({"model": model})).await.unwrap()["model"], "main");
     }
+}
+
+/// Three full blocks of 16 tokens, and one token that is always computed.
+fn long_prompt() -> String {
+    "a".repeat(48)
+}
+
+#[tokio::test]
+async fn usage_tells_what_came_from_the_prefix_cache() {
+    let world = saying("Hello").await;
+    let cached = |answer: &Value| answer["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap();
+    let complete = |more: Value| world.complete(with(json!({"prompt": long_prompt()}), more));
+    let first = complete(json!({"n": 3})).await.unwrap();
+    assert_eq!(cached(&first), 0, "what the first choice leaves for the others was not cached before");
+    let prompt = first["usage"]["prompt_tokens"].as_u64().unwrap();
+    let all = (prompt - 1) / 16 * 16;
+    assert_eq!(cached(&complete(json!({})).await.unwrap()), all);
+    assert_eq!(cached(&complete(json!({"prompt": [long_prompt(), "another one"]})).await.unwrap()), all, "all prompts together");
+    let events = world
+        .events(
+            "/v1/completions",
+            json!({"prompt": long_prompt(), "seed": 0, "stream_options": {"include_usage": true, "continuous_usage_stats": true}}),
+        )
+        .await;
+    assert!(events.iter().all(|event| cached(event) == all), "in every running usage: {events:?}");
+    let chunks = world.job_stream(json!({"prompt": long_prompt(), "seed": 0, "stream": true})).await;
+    assert_eq!(cached(chunks.last().unwrap()), all);
+}
+
+#[tokio::test]
+async fn details_of_usage_can_be_left_out() {
+    let settings = ApiSettings { hide_prompt_tokens_details: true, ..ApiSettings::default() };
+    let world = world_with(&[vec![Say::Text("Hello")]], settings, files(&[]), Duration::ZERO).await.unwrap();
+    assert_eq!(world.complete(json!({})).await.unwrap()["usage"].get("prompt_tokens_details"), None);
 }

@@ -1,0 +1,329 @@
+use super::*;
+use crate::engine::{Request, SamplingParams};
+use crate::models::{LogprobsMode, LogprobsSpec};
+use proptest::prelude::*;
+use std::collections::HashMap;
+
+/// What a scripted model says after these tokens: a function of the whole sequence, so that a wrong context shows.
+fn next(tokens: &[u32]) -> u32 {
+    tokens.iter().fold(17u32, |hash, token| hash.wrapping_mul(31).wrapping_add(*token)) % 97 + 3
+}
+
+/// What it says of `token` after these.
+fn logprobs(tokens: &[u32], token: u32) -> Logprobs {
+    Logprobs { own: next(tokens) as f32, rank: token, top: Vec::new() }
+}
+
+const SPEC: LogprobsSpec = LogprobsSpec { top: 0, mode: LogprobsMode::RawLogprobs };
+
+fn shape(blocks: usize, block_size: usize, seqs: usize, batched: usize) -> Shape {
+    Shape { max_model_len: blocks * block_size, vocab_size: 100, block_size, blocks, max_num_seqs: seqs, max_num_batched_tokens: batched }
+}
+
+fn request(prompt: Vec<u32>, max_tokens: usize) -> Request {
+    let params = SamplingParams { temperature: 0.0, max_tokens, ..Default::default() };
+    Request { id: "t".into(), prompt: Arc::new(prompt), params, prompt_logprobs: None, deadline: None }
+}
+
+/// A model whose KV cache is a table of tokens by slot: a row's context is read back through its block table.
+struct Scripted {
+    cache: Vec<u32>,
+    block_size: usize,
+}
+
+impl Scripted {
+    fn step(&mut self, plan: &Plan) -> Output {
+        for (token, slot) in plan.tokens.iter().zip(&plan.slots) {
+            self.cache[*slot as usize] = *token;
+        }
+        let mut output = Output::default();
+        for row in &plan.rows {
+            assert_eq!(plan.positions[row.start + row.len - 1] as usize + 1, row.context);
+            let context: Vec<u32> = (0..row.context)
+                .map(|p| self.cache[row.blocks[p / self.block_size] as usize * self.block_size + p % self.block_size])
+                .collect();
+            if let Some(draw) = &row.draw {
+                output.tokens.push(next(&context));
+                output.logprobs.push(draw.logprobs.map(|_| logprobs(&context, next(&context))));
+            }
+            if let Some(score) = &row.score {
+                let known = row.context - row.len;
+                output.scores.extend(score.targets.iter().enumerate().map(|(i, target)| logprobs(&context[..=known + i], *target)));
+            }
+        }
+        output
+    }
+}
+
+fn expected(prompt: &[u32], max_tokens: usize, max_len: usize) -> Vec<u32> {
+    let mut tokens = prompt.to_vec();
+    while tokens.len() < max_len.min(prompt.len() + max_tokens) {
+        tokens.push(next(&tokens));
+    }
+    tokens.split_off(prompt.len())
+}
+
+/// Plans, runs and settles one step; `None` when there was nothing to do. The tokens that were run, and what came of it.
+fn step(scheduler: &mut Scheduler, model: &mut Scripted) -> Option<(usize, Vec<Outcome>)> {
+    let mut plan = Plan::default();
+    if !scheduler.plan(&mut plan) {
+        return None;
+    }
+    let output = model.step(&plan);
+    let tokens = plan.tokens.len();
+    plan.clear();
+    let mut outcomes = Vec::new();
+    scheduler.settle(output, &mut outcomes);
+    scheduler.check_invariants();
+    Some((tokens, outcomes))
+}
+
+fn scripted(shape: &Shape) -> Scripted {
+    Scripted { cache: vec![0; shape.blocks * shape.block_size], block_size: shape.block_size }
+}
+
+/// When it comes, its prompt, its `max_tokens`, when it is cancelled (if it is).
+type Arrival = (usize, Vec<u32>, usize, Option<usize>);
+
+/// Prompts with common beginnings: a piece of one of three texts, then something of its own.
+fn arrival() -> impl Strategy<Value = Arrival> {
+    let prompt = (0u32..3, 0u32..12, prop::collection::vec(0u32..3, 1..8));
+    let prompt = prompt.prop_map(|(text, shared, own)| (0..shared).map(|at| text * 20 + at).chain(own).collect::<Vec<_>>());
+    (0usize..30, prompt, 1usize..16, prop::option::weighted(0.15, 0usize..60))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(10_000))]
+
+    /// Arrivals, cancellations, ends and preemptions in any order, with and without the prefix cache: the right tokens, and no leak.
+    #[test]
+    fn any_schedule_ends_with_the_right_tokens_and_no_leak(
+        blocks in 2usize..14, block_size in 1usize..6, seqs in 1usize..6, batched in 1usize..12, caching in prop::bool::weighted(0.8),
+        arrivals in prop::collection::vec(arrival(), 1..10),
+    ) {
+        let shape = shape(blocks, block_size, seqs, batched.max(seqs));
+        let mut scheduler = Scheduler::new(shape.clone(), caching);
+        let mut model = scripted(&shape);
+        let mut produced: HashMap<SequenceId, Vec<u32>> = HashMap::new();
+        let mut prompts: HashMap<SequenceId, Vec<Logprobs>> = HashMap::new();
+        for now in 0..5_000 {
+            for (id, (at, prompt, max_tokens, _)) in arrivals.iter().enumerate() {
+                if *at == now && prompt.len() < shape.max_model_len {
+                    let mut request = request(prompt.clone(), *max_tokens);
+                    request.prompt_logprobs = (id % 4 == 0).then_some(SPEC);
+                    request.params.logprobs = (id % 3 == 0).then_some(SPEC);
+                    scheduler.add(Sequence::new(id as u64, &request, shape.max_model_len));
+                }
+            }
+            for (id, (_, _, _, cancelled)) in arrivals.iter().enumerate() {
+                if *cancelled == Some(now) {
+                    scheduler.remove(id as u64);
+                }
+            }
+            match step(&mut scheduler, &mut model) {
+                Some((tokens, outcomes)) => {
+                    prop_assert!(tokens <= shape.max_num_batched_tokens);
+                    for outcome in outcomes {
+                        let tokens = produced.entry(outcome.id).or_default();
+                        prop_assert!(outcome.prompt.is_none() || tokens.is_empty(), "before the first token");
+                        let context = [&arrivals[outcome.id as usize].1, tokens.as_slice()].concat();
+                        let want = (outcome.id % 3 == 0).then(|| Box::new(logprobs(&context, outcome.token.id)));
+                        prop_assert_eq!(&outcome.token.logprobs, &want);
+                        tokens.push(outcome.token.id);
+                        if let Some(prompt) = outcome.prompt {
+                            prop_assert!(prompts.insert(outcome.id, prompt).is_none(), "once");
+                        }
+                    }
+                }
+                None if now >= 60 => break,
+                None => prop_assert_eq!(scheduler.running() + scheduler.waiting(), 0, "something waits and nothing runs"),
+            }
+        }
+        prop_assert_eq!((scheduler.running(), scheduler.waiting(), scheduler.pool().available()), (0, 0, blocks));
+        for (id, (_, prompt, max_tokens, cancelled)) in arrivals.iter().enumerate() {
+            let fits = prompt.len() < shape.max_model_len;
+            let want = if fits { expected(prompt, *max_tokens, shape.max_model_len) } else { Vec::new() };
+            let got = produced.remove(&(id as u64)).unwrap_or_default();
+            let want_prompt = (id % 4 == 0 && !got.is_empty()).then(|| (1..prompt.len()).map(|i| logprobs(&prompt[..i], prompt[i])).collect());
+            prop_assert_eq!(prompts.remove(&(id as u64)), want_prompt);
+            if cancelled.is_some() {
+                prop_assert!(want.starts_with(&got));
+            } else {
+                prop_assert_eq!(got, want);
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    /// A short prompt behind a long one is read within a bounded number of steps, and the long one goes on in each of them.
+    #[test]
+    fn a_short_prompt_gets_past_a_long_one(
+        budget in 4usize..40, long in 200u32..400, head_start in 0usize..5, short in 1u32..30, decoding in 0u64..3,
+    ) {
+        let shape = shape(800, 4, 8, budget);
+        let mut scheduler = Scheduler::new(shape.clone(), true);
+        let mut model = scripted(&shape);
+        for id in 0..decoding {
+            scheduler.add(Sequence::new(10 + id, &request(vec![90 + id as u32], 500), 3_000));
+        }
+        step(&mut scheduler, &mut model);
+        scheduler.add(Sequence::new(1, &request((1000..1000 + long).collect(), 5), 3_000));
+        for _ in 0..head_start {
+            step(&mut scheduler, &mut model);
+        }
+        scheduler.add(Sequence::new(2, &request((5000..5000 + short).collect(), 5), 3_000));
+        // What prompts get in a step while streams run, and the half of it that is not the oldest's.
+        let prompts = if decoding > 0 { (budget / MIXED_SHARE).max(1).min(budget - decoding as usize) } else { budget };
+        let bound = (short as usize).div_ceil((prompts / 2).max(1)) + 1;
+        let computed = |scheduler: &Scheduler| scheduler.running.iter().find(|s| s.id == 1).map(|s| s.computed);
+        for waited in 1.. {
+            let before = computed(&scheduler);
+            let (_, outcomes) = step(&mut scheduler, &mut model).unwrap();
+            if outcomes.iter().any(|outcome| outcome.id == 2) {
+                prop_assert!(waited <= bound, "{waited} steps for {short} tokens, bound {bound}");
+                break;
+            }
+            prop_assert!(computed(&scheduler) > before || before.is_none_or(|before| before >= long as usize), "the long one stands still");
+            prop_assert!(waited <= bound || computed(&scheduler).is_none_or(|computed| computed >= long as usize), "still waiting after {waited} steps");
+        }
+    }
+}
+
+#[test]
+fn choices_of_one_prompt_share_its_blocks_and_compute_it_once() {
+    let shape = shape(100, 4, 8, 8);
+    let mut scheduler = Scheduler::new(shape.clone(), true);
+    let mut model = scripted(&shape);
+    for id in 0..4 {
+        scheduler.add(Sequence::new(id, &request((0..22).collect(), 3), 100));
+    }
+    // Another prompt behind them does not wait for them.
+    scheduler.add(Sequence::new(9, &request(vec![50, 51], 1), 100));
+    let mut prompt_tokens = 0;
+    let mut first = Vec::new();
+    let mut used = usize::MAX;
+    while let Some((tokens, outcomes)) = step(&mut scheduler, &mut model) {
+        prompt_tokens += tokens;
+        first.extend(outcomes.iter().map(|outcome| outcome.id));
+        if scheduler.running() == 4 {
+            used = 100 - scheduler.pool().available();
+        }
+    }
+    assert_eq!(first[0], 9);
+    // 22 tokens once and 2 of them (the block that is not full) three times more, 2 of the other, 2 decodes of each choice.
+    assert_eq!(prompt_tokens, 22 + 3 * 2 + 2 + 4 * 2);
+    // Five shared blocks, and one or two of their own each.
+    assert!(used <= 5 + 4 * 2, "{used} blocks");
+    assert_eq!(scheduler.totals().prefix_hits, 3 * 20);
+}
+
+#[test]
+fn the_next_turn_of_a_chat_finds_prompt_and_answer() {
+    let shape = shape(100, 4, 8, 64);
+    let mut scheduler = Scheduler::new(shape.clone(), true);
+    let mut model = scripted(&shape);
+    let mut tokens: Vec<u32> = (0..10).collect();
+    scheduler.add(Sequence::new(1, &request(tokens.clone(), 7), 100));
+    while let Some((_, outcomes)) = step(&mut scheduler, &mut model) {
+        tokens.extend(outcomes.iter().map(|outcome| outcome.token.id));
+    }
+    assert_eq!(tokens.len(), 17);
+    tokens.extend([1, 2, 3]);
+    scheduler.add(Sequence::new(2, &request(tokens, 1), 100));
+    let mut plan = Plan::default();
+    assert!(scheduler.plan(&mut plan));
+    // The last drawn token was never run, so 16 of the 17 are there: four blocks.
+    assert_eq!((scheduler.started(), plan.tokens.len()), (&[(2, 16)][..], 4));
+}
+
+#[test]
+fn the_last_token_is_computed_even_if_all_are_cached() {
+    let shape = shape(100, 4, 8, 64);
+    let mut scheduler = Scheduler::new(shape.clone(), true);
+    let mut model = scripted(&shape);
+    for id in 0..2 {
+        scheduler.add(Sequence::new(id, &request((0..8).collect(), 1), 100));
+        let (tokens, outcomes) = step(&mut scheduler, &mut model).unwrap();
+        assert_eq!((tokens, outcomes.len()), (if id == 0 { 8 } else { 4 }, 1));
+    }
+}
+
+#[test]
+fn decodes_go_on_while_a_long_prompt_is_read_in_chunks() {
+    let mut scheduler = Scheduler::new(shape(100, 4, 4, 9), true);
+    let mut plan = Plan::default();
+    let mut outcomes = Vec::new();
+    let drawn = Output { tokens: vec![9], ..Default::default() };
+    scheduler.add(Sequence::new(1, &request(vec![1, 2], 50), 400));
+    assert!(scheduler.plan(&mut plan));
+    assert_eq!(plan.tokens, [1, 2]);
+    plan.clear();
+    scheduler.settle(drawn.clone(), &mut outcomes);
+    scheduler.add(Sequence::new(2, &request((0..18).collect(), 5), 400));
+    for step in 0..4 {
+        assert!(scheduler.plan(&mut plan));
+        // Half the budget beside the stream.
+        assert_eq!((plan.rows[0].len, plan.tokens.len()), (1, 1 + 4), "step {step}");
+        assert!(plan.rows[1].draw.is_none());
+        plan.clear();
+        scheduler.settle(drawn.clone(), &mut outcomes);
+        assert_eq!(outcomes.len(), 1);
+    }
+    assert!(scheduler.plan(&mut plan));
+    assert_eq!((plan.rows[1].len, plan.rows[1].context), (2, 18));
+    assert!(plan.rows[1].draw.is_some());
+}
+
+#[test]
+fn ends_are_told_apart() {
+    let mut request = request(vec![1], 10);
+    request.params.eos_token_ids = Arc::new(vec![2]);
+    request.params.stop_token_ids = Arc::new(vec![7]);
+    request.params.min_tokens = 2;
+    let mut sequence = Sequence::new(1, &request, 100);
+    assert_eq!(*sequence.draw().suppressed, [2, 7]);
+    assert_eq!(sequence.push(5), None);
+    assert_eq!(sequence.push(6), None);
+    assert!(sequence.draw().suppressed.is_empty());
+    assert_eq!(sequence.push(7), Some(Finish::StopToken(7)));
+    assert_eq!(Sequence::new(1, &request, 100).push(2), Some(Finish::Stop));
+    request.params.ignore_eos = true;
+    assert_eq!(Sequence::new(1, &request, 100).push(2), None);
+    request.params.max_tokens = 1;
+    assert_eq!(Sequence::new(1, &request, 100).push(2), Some(Finish::Length));
+}
+
+#[test]
+fn bad_words_are_kept_from_completion() {
+    let mut request = request(vec![4, 5], 10);
+    request.params.bad_words = Arc::new(vec![vec![9], vec![4, 5, 6], vec![6, 7], vec![6, 6, 8]]);
+    request.params.eos_token_ids = Arc::new(vec![2]);
+    request.params.min_tokens = 1;
+    let mut sequence = Sequence::new(1, &request, 100);
+    assert!(!sequence.may_speculate());
+    assert_eq!(*sequence.draw().suppressed, [9, 2], "only the output counts, not the prompt");
+    let mut then = |token| {
+        sequence.push(token);
+        sequence.draw().suppressed.to_vec()
+    };
+    assert_eq!(then(6), [9, 7]);
+    assert_eq!(then(6), [9, 7, 8]);
+    assert_eq!(then(4), [9]);
+    assert_eq!(then(5), [9, 6]);
+    assert_eq!(then(5), [9]);
+}
+
+#[test]
+fn penalties_see_prompt_and_output() {
+    let mut request = request(vec![5, 3, 5], 10);
+    request.params.repetition_penalty = 1.1;
+    let mut sequence = Sequence::new(1, &request, 100);
+    for token in [8, 9, 8] {
+        sequence.push(token);
+    }
+    let seen = sequence.draw().seen;
+    assert_eq!((&seen.prompt[..], &seen.output[..]), (&[3, 5][..], &[(8, 2), (9, 1)][..]));
+}
