@@ -182,7 +182,8 @@ async fn service(path: &Path, device: DeviceChoice) -> Result<Arc<Service>, Fail
     let tokenizer = Arc::new(Tokenizer::load(&files)?);
     let model = ModelInfo::from_files(&files)?;
     let (vocab_size, settings) = (tokenizer.vocab_size(), EngineSettings { max_model_len: None, ..settings(device) });
-    let engine = worker_candle::engine::start(move || ModelRunner::load(&files, || Ok(vocab_size), &settings), 1024).await?;
+    let options = worker_candle::engine::Options { max_waiting: 1024, ..Default::default() };
+    let engine = worker_candle::engine::start(move || ModelRunner::load(&files, || Ok(vocab_size), &settings), options).await?;
     Ok(Arc::new(Service::new(ApiSettings::default(), engine, tokenizer, model)?))
 }
 
