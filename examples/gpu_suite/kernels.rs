@@ -6,7 +6,8 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
-use worker_candle::kernels::{Batch, BatchRow, KvCache, Rope, composed, cpu};
+use worker_candle::kernels::composed::{self, Batch, KvCache};
+use worker_candle::kernels::{BatchRow, Rope};
 
 use crate::Fail;
 use crate::report::Part;
@@ -76,17 +77,17 @@ impl Twins<'_> {
         let (t, n, out) = (random.between(1, 40), random.pick(&[8, 70, 128, 1024]), random.between(1, 400));
         let (x, x_dev) = self.both(&random.tensor(&[t, n])?)?;
         let (w, w_dev) = self.both(&random.tensor(&[n])?)?;
-        self.compare("rms_norm", exact, &cpu::rms_norm(&x, &w, 1e-5)?, &composed::rms_norm(&x_dev, &w_dev, 1e-5)?)?;
+        self.compare("rms_norm", exact, &composed::rms_norm(&x, &w, 1e-5)?, &composed::rms_norm(&x_dev, &w_dev, 1e-5)?)?;
         let (m, m_dev) = self.both(&random.tensor(&[out, n])?)?;
         let (bias, bias_dev) = self.both(&random.tensor(&[out])?)?;
         let wide = if self.dtype == DType::F32 { 1e-4 } else { 2e-2 };
-        self.compare("linear", wide, &cpu::linear(&x, &m, None)?, &composed::linear(&x_dev, &m_dev, None)?)?;
-        self.compare("linear + bias", wide, &cpu::linear(&x, &m, Some(&bias))?, &composed::linear(&x_dev, &m_dev, Some(&bias_dev))?)?;
+        self.compare("linear", wide, &composed::linear(&x, &m, None)?, &composed::linear(&x_dev, &m_dev, None)?)?;
+        self.compare("linear + bias", wide, &composed::linear(&x, &m, Some(&bias))?, &composed::linear(&x_dev, &m_dev, Some(&bias_dev))?)?;
         let (gate_up, gate_up_dev) = self.both(&(random.tensor(&[t, 2 * n])? * 20.0)?)?;
-        self.compare("silu_mul", exact, &cpu::silu_mul(&gate_up)?, &composed::silu_mul(&gate_up_dev)?)?;
+        self.compare("silu_mul", exact, &composed::silu_mul(&gate_up)?, &composed::silu_mul(&gate_up_dev)?)?;
         let ids: Vec<u32> = (0..t).map(|_| random.between(0, out) as u32).collect();
         let ids = Tensor::from_vec(ids, t, &Device::Cpu)?;
-        self.compare("embed", 0.0, &cpu::embed(&m, &ids)?, &composed::embed(&m_dev, &ids.to_device(self.device)?)?)
+        self.compare("embed", 0.0, &composed::embed(&m, &ids)?, &composed::embed(&m_dev, &ids.to_device(self.device)?)?)
     }
 
     fn attention(&mut self, random: &mut Random) -> Result<(), Fail> {
@@ -119,14 +120,14 @@ impl Twins<'_> {
         }
         let (qkv, qkv_dev) = self.both(&random.tensor(&[t, (heads + 2 * kv) * d])?)?;
         let rope = random.pick(&[Rope::Interleaved, Rope::Half]);
-        let q = cpu::rope_and_store(&qkv, heads, rope, &batch, &cache)?;
+        let q = composed::rope_and_store(&qkv, heads, rope, &batch, &cache)?;
         let q_dev = composed::rope_and_store(&qkv_dev, heads, rope, &batch_dev, &cache_dev)?;
         let exact = if self.dtype == DType::F32 { 2e-5 } else { 1e-2 };
         self.compare("rope", exact, &q, &q_dev)?;
         self.compare("keys stored", exact, &cache.k, &cache_dev.k)?;
         self.compare("values stored", 0.0, &cache.v, &cache_dev.v)?;
         let wide = if self.dtype == DType::F32 { 1e-4 } else { 2e-2 };
-        let (want, got) = (cpu::paged_attention(&q, &batch, &cache)?, composed::paged_attention(&q_dev, &batch_dev, &cache_dev)?);
+        let (want, got) = (composed::paged_attention(&q, &batch, &cache)?, composed::paged_attention(&q_dev, &batch_dev, &cache_dev)?);
         self.compare("paged_attention", wide, &want, &got)
     }
 }

@@ -2,6 +2,7 @@
 
 #![allow(unsafe_code)]
 
+use std::cell::RefCell;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -9,7 +10,8 @@ use candle_core::cuda_backend::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use candle_core::cuda_backend::cudarc::driver::{CudaGraph, DriverError};
 use candle_core::{DType, Device, Tensor};
-use worker_candle::kernels::{Batch, BatchRow, KvCache, linear, rms_norm};
+use worker_candle::kernels::composed::{self, Batch, linear, rms_norm};
+use worker_candle::kernels::{Activations, BatchRow, Inputs, KvCache};
 use worker_candle::models::architecture::Architecture;
 use worker_candle::models::runner::open_device;
 use worker_candle::models::transformer::Transformer;
@@ -156,8 +158,8 @@ fn one_shape(device: &Device, cuda: &CudaDevice, rows: usize, k: usize, n: usize
 /// A decode step with fixed places for its inputs and its output.
 struct Step {
     model: Transformer,
-    caches: Vec<KvCache>,
-    batch: Batch,
+    rows: usize,
+    state: RefCell<(Activations, Vec<KvCache>)>,
     out: Tensor,
 }
 
@@ -174,28 +176,39 @@ impl Step {
         // Keys and values of an earlier context: small random numbers.
         let mut random = Random(5);
         let filled = random.tensor(&[dims.0, dims.1, dims.2, dims.3])?.to_dtype(DType::BF16)?.to_device(device)?;
-        let caches =
-            (0..model.shape.layers).map(|_| Ok(KvCache { k: filled.copy()?, v: filled.copy()? })).collect::<candle_core::Result<_>>()?;
+        let caches = (0..model.shape.layers)
+            .map(|_| Ok(KvCache::Tensors(composed::KvCache { k: filled.copy()?, v: filled.copy()? })))
+            .collect::<candle_core::Result<_>>()?;
         let blocks = |row: usize| Arc::new((0..per_row).map(|i| (row * per_row + i) as u32).collect::<Vec<_>>());
         let last = (context - 1) as u32;
         let slots: Vec<u32> = (0..rows).map(|row| (row * per_row * Self::BLOCK_SIZE) as u32 + last).collect();
-        let (cos, sin) = model.rotary(&vec![last; rows])?;
-        let batch = Batch {
-            tokens: Tensor::from_vec((0..rows as u32).map(|row| row + 5).collect::<Vec<_>>(), rows, device)?,
-            slots: Tensor::from_vec(slots, rows, device)?,
-            cos,
-            sin,
-            rows: (0..rows).map(|row| BatchRow { start: row, len: 1, context, blocks: blocks(row) }).collect(),
-            block_size: Self::BLOCK_SIZE,
-            groups: std::sync::OnceLock::new(),
-        };
+        let tokens: Vec<u32> = (0..rows as u32).map(|row| row + 5).collect();
+        let positions = vec![last; rows];
+        let batch_rows: Vec<BatchRow> = (0..rows).map(|row| BatchRow { start: row, len: 1, context, blocks: blocks(row) }).collect();
+        let inputs = Inputs { tokens: &tokens, positions: &positions, slots: &slots, rows: &batch_rows, frequencies: model.frequencies() };
+        let mut values = composed::Activations::new(device, Self::BLOCK_SIZE);
+        values.begin(&inputs)?;
         let out = Tensor::zeros((rows, model.shape.vocab_size), DType::F32, device)?;
-        Ok(Self { model, caches, batch, out })
+        let values = Activations::Tensors(Box::new(values));
+        Ok(Self { model, rows, state: RefCell::new((values, caches)), out })
+    }
+
+    /// The token ids that a step reads.
+    fn tokens(&self) -> Result<Tensor, Fail> {
+        match &self.state.borrow().0 {
+            Activations::Tensors(values) => Ok(values.batch.as_ref().map(|batch: &Batch| batch.tokens.clone()).ok_or("no batch")?),
+            Activations::Cpu(_) => Err("a step on the device".into()),
+        }
     }
 
     fn run(&self) -> candle_core::Result<()> {
-        let x = self.model.forward(&self.batch, &self.caches)?;
-        self.out.slice_set(&self.model.logits(&x)?, 0, 0)
+        let (values, caches) = &mut *self.state.borrow_mut();
+        self.model.forward(values, caches)?;
+        self.model.logits(values, &(0..self.rows).collect::<Vec<_>>())?;
+        match values {
+            Activations::Tensors(values) => self.out.slice_set(values.logits()?, 0, 0),
+            Activations::Cpu(_) => candle_core::bail!("a step on the device"),
+        }
     }
 
     fn result(&self) -> Result<Vec<f32>, Fail> {
@@ -251,14 +264,14 @@ fn one_graph(
     };
     replayed("the same inputs", &first)?;
     // Another input in the same place: a replay must see it.
-    let tokens = step.batch.tokens.copy()?;
+    let tokens = step.tokens()?.copy()?;
     let other: Vec<u32> = (0..rows as u32).map(|row| row + 77).collect();
-    step.batch.tokens.slice_set(&Tensor::from_vec(other, rows, device)?, 0, 0)?;
+    step.tokens()?.slice_set(&Tensor::from_vec(other, rows, device)?, 0, 0)?;
     step.run()?;
     let second = step.result()?;
     replayed("other tokens", &second)?;
     part.check(format!("{name}: other tokens give other logits"), first != second, "by graph and eager alike");
-    step.batch.tokens.slice_set(&tokens, 0, 0)?;
+    step.tokens()?.slice_set(&tokens, 0, 0)?;
     let mut seconds = 0.0;
     for round in 0..10 {
         seconds += replays(cuda, &graph, 1_000)? / 10.0;

@@ -2,7 +2,157 @@
 
 use candle_core::{D, DType, Device, Result, Tensor};
 
-use super::{Batch, BatchRow, KvCache, Rope};
+use super::{BatchRow, Inputs, Rope};
+
+/// Keys and values of one layer.
+#[derive(Debug, Clone)]
+pub struct KvCache {
+    /// `[blocks, block_size, kv, d]`
+    pub k: Tensor,
+    /// `[blocks, block_size, kv, d]`
+    pub v: Tensor,
+}
+
+/// Where the tokens of a step belong: the device's half of a plan.
+#[derive(Debug, Clone)]
+pub struct Batch {
+    /// `[t]`, u32 on the device: rows of the embedding.
+    pub tokens: Tensor,
+    /// `[t]`, u32 on the device: KV slots.
+    pub slots: Tensor,
+    /// `[t, d/2]`, f32 on the device.
+    pub cos: Tensor,
+    pub sin: Tensor,
+    /// Not to be changed after the first layer has run: see `groups`.
+    pub rows: Vec<BatchRow>,
+    pub block_size: usize,
+    /// How [`paged_attention`] takes the rows, made at its first call in a step; empty at the start.
+    pub groups: std::sync::OnceLock<Vec<Group>>,
+}
+
+impl Batch {
+    pub fn new(inputs: &Inputs<'_>, block_size: usize, device: &Device) -> Result<Self> {
+        let t = inputs.tokens.len();
+        let angles = inputs.positions.iter().flat_map(|position| inputs.frequencies.iter().map(move |f| *position as f32 * f));
+        let (cos, sin): (Vec<f32>, Vec<f32>) = angles.map(|angle| (angle.cos(), angle.sin())).unzip();
+        let half = inputs.frequencies.len();
+        Ok(Self {
+            tokens: Tensor::from_slice(inputs.tokens, t, device)?,
+            slots: Tensor::from_slice(inputs.slots, t, device)?,
+            cos: Tensor::from_vec(cos, (t, half), device)?,
+            sin: Tensor::from_vec(sin, (t, half), device)?,
+            rows: inputs.rows.to_vec(),
+            block_size,
+            groups: std::sync::OnceLock::new(),
+        })
+    }
+}
+
+/// The values of a step as tensors; see [`super::Activations`].
+#[derive(Debug)]
+pub struct Activations {
+    pub device: Device,
+    pub block_size: usize,
+    pub batch: Option<Batch>,
+    x: Option<Tensor>,
+    normed: Option<Tensor>,
+    qkv: Option<Tensor>,
+    attended: Option<Tensor>,
+    gated: Option<Tensor>,
+    logits: Option<Tensor>,
+}
+
+fn made<'a, T>(value: &'a Option<T>, name: &str) -> Result<&'a T> {
+    value.as_ref().ok_or_else(|| candle_core::Error::Msg(format!("{name} is read before it is made")))
+}
+
+impl Activations {
+    pub fn new(device: &Device, block_size: usize) -> Self {
+        let device = device.clone();
+        Self { device, block_size, batch: None, x: None, normed: None, qkv: None, attended: None, gated: None, logits: None }
+    }
+
+    pub fn begin(&mut self, inputs: &Inputs<'_>) -> Result<()> {
+        self.batch = Some(Batch::new(inputs, self.block_size, &self.device)?);
+        Ok(())
+    }
+
+    pub fn embed(&mut self, table: &Tensor) -> Result<()> {
+        self.x = Some(embed(table, &made(&self.batch, "batch")?.tokens)?);
+        Ok(())
+    }
+
+    pub fn norm(&mut self, w: &Tensor, eps: f32) -> Result<()> {
+        self.normed = Some(rms_norm(made(&self.x, "x")?, w, eps)?);
+        Ok(())
+    }
+
+    pub fn project(&mut self, w: &Tensor, bias: Option<&Tensor>) -> Result<()> {
+        self.qkv = Some(linear(made(&self.normed, "normed")?, w, bias)?);
+        Ok(())
+    }
+
+    /// Leaves the rotated queries in place of qkv.
+    pub fn rope_and_store(&mut self, heads: usize, rope: Rope, cache: &KvCache) -> Result<()> {
+        self.qkv = Some(rope_and_store(made(&self.qkv, "qkv")?, heads, rope, made(&self.batch, "batch")?, cache)?);
+        Ok(())
+    }
+
+    pub fn attend(&mut self, cache: &KvCache) -> Result<()> {
+        self.attended = Some(paged_attention(made(&self.qkv, "qkv")?, made(&self.batch, "batch")?, cache)?);
+        Ok(())
+    }
+
+    pub fn add_attended(&mut self, w: &Tensor, bias: Option<&Tensor>) -> Result<()> {
+        self.x = Some(made(&self.x, "x")?.add(&linear(made(&self.attended, "attended")?, w, bias)?)?);
+        Ok(())
+    }
+
+    pub fn gate(&mut self, w: &Tensor, bias: Option<&Tensor>) -> Result<()> {
+        self.gated = Some(silu_mul(&linear(made(&self.normed, "normed")?, w, bias)?)?);
+        Ok(())
+    }
+
+    pub fn add_gated(&mut self, w: &Tensor, bias: Option<&Tensor>) -> Result<()> {
+        self.x = Some(made(&self.x, "x")?.add(&linear(made(&self.gated, "gated")?, w, bias)?)?);
+        Ok(())
+    }
+
+    pub fn head(&mut self, positions: &[usize], norm: &Tensor, eps: f32, w: &Tensor) -> Result<()> {
+        let x = made(&self.x, "x")?;
+        let all = positions.len() == x.dim(0)?;
+        let picked = if all {
+            x.clone()
+        } else {
+            let positions: Vec<u32> = positions.iter().map(|position| *position as u32).collect();
+            x.index_select(&Tensor::from_slice(&positions, positions.len(), &self.device)?, 0)?
+        };
+        self.logits = Some(linear(&rms_norm(&picked, norm, eps)?, w, None)?.to_dtype(DType::F32)?);
+        Ok(())
+    }
+
+    /// What [`Activations::head`] made, `[positions, vocab]` in f32 on the device.
+    pub fn logits(&self) -> Result<&Tensor> {
+        made(&self.logits, "logits")
+    }
+
+    /// A value of this step, for tests: `x`, `normed`, `qkv`, `attended` or `gated`.
+    pub fn value(&self, name: &str) -> Result<&Tensor> {
+        let value = match name {
+            "x" => &self.x,
+            "normed" => &self.normed,
+            "qkv" => &self.qkv,
+            "attended" => &self.attended,
+            _ => &self.gated,
+        };
+        made(value, name)
+    }
+
+    /// Sets the residual stream, for tests.
+    pub fn set_x(&mut self, x: Tensor) {
+        self.x = Some(x);
+    }
+}
 
 pub fn embed(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
     table.index_select(ids, 0)

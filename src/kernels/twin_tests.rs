@@ -5,7 +5,9 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use proptest::prelude::*;
 
-use super::{Batch, BatchRow, KvCache, Rope, composed, cpu};
+use super::cpu::attention::Shape;
+use super::cpu::packed::{Columns, Form, Packed};
+use super::{BatchRow, Inputs, Matrix, Rope, Sizes, composed, cpu};
 
 fn random(shape: &[usize], seed: &mut u64) -> Tensor {
     let n: usize = shape.iter().product();
@@ -18,88 +20,200 @@ fn random(shape: &[usize], seed: &mut u64) -> Tensor {
     Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
 }
 
-fn assert_close(a: &Tensor, b: &Tensor, tolerance: f32) {
-    assert_eq!(a.dims(), b.dims());
-    let (a, b): (Vec<f32>, Vec<f32>) = (a.flatten_all().unwrap().to_vec1().unwrap(), b.flatten_all().unwrap().to_vec1().unwrap());
-    for (i, (a, b)) in a.iter().zip(&b).enumerate() {
-        assert!((a - b).abs() <= tolerance * (1.0 + b.abs()), "value {i}: {a} {b}");
+fn values(tensor: &Tensor) -> Vec<f32> {
+    tensor.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn assert_close(ours: &[f32], theirs: &Tensor, tolerance: f32, what: &str) {
+    let theirs = values(theirs);
+    assert_eq!(ours.len(), theirs.len(), "{what}");
+    for (i, (a, b)) in ours.iter().zip(&theirs).enumerate() {
+        assert!((a - b).abs() <= tolerance * (1.0 + b.abs()), "{what}, value {i}: {a} {b}");
     }
 }
 
-/// Rows of the given (context, len), each with its own blocks.
-fn batch(rows: &[(usize, usize)], block_size: usize, d: usize, seed: &mut u64) -> (Batch, usize) {
-    let (mut start, mut next, mut slots, mut out) = (0, 0u32, Vec::new(), Vec::new());
+fn pack(w: &Tensor, columns: Columns) -> Packed {
+    let (n, k) = w.dims2().unwrap();
+    let numbers = values(w);
+    Packed::new(n, k, Form::F32, columns, &|row, out| {
+        out.f32.clear();
+        out.f32.extend_from_slice(&numbers[row * k..(row + 1) * k]);
+    })
+    .unwrap()
+}
+
+/// A step: rows of the given (context, len), each with its own blocks.
+struct Step {
+    tokens: Vec<u32>,
+    positions: Vec<u32>,
+    slots: Vec<u32>,
+    rows: Vec<BatchRow>,
+    blocks: usize,
+}
+
+fn step(rows: &[(usize, usize)], block_size: usize) -> Step {
+    let (mut start, mut next) = (0, 0u32);
+    let mut step = Step { tokens: vec![], positions: vec![], slots: vec![], rows: vec![], blocks: 0 };
     for (context, len) in rows {
         let count = context.div_ceil(block_size) as u32;
         // Descending, so that the order of blocks matters.
         let blocks: Vec<u32> = (next..next + count).rev().collect();
         next += count;
-        slots.extend((context - len..*context).map(|p| blocks[p / block_size] * block_size as u32 + (p % block_size) as u32));
-        out.push(BatchRow { start, len: *len, context: *context, blocks: Arc::new(blocks) });
+        step.slots.extend((context - len..*context).map(|p| blocks[p / block_size] * block_size as u32 + (p % block_size) as u32));
+        step.positions.extend((context - len..*context).map(|p| p as u32));
+        step.rows.push(BatchRow { start, len: *len, context: *context, blocks: Arc::new(blocks) });
         start += len;
     }
-    let batch = Batch {
-        tokens: Tensor::zeros(start, DType::U32, &Device::Cpu).unwrap(),
-        slots: Tensor::from_vec(slots, start, &Device::Cpu).unwrap(),
-        cos: random(&[start, d / 2], seed),
-        sin: random(&[start, d / 2], seed),
-        rows: out,
-        block_size,
-        groups: std::sync::OnceLock::new(),
-    };
-    (batch, next as usize)
+    step.tokens = vec![0; start];
+    step.blocks = next as usize;
+    step
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
+    /// The whole of a layer's attention, in both forms, for random rows; then the same tokens one row at a time, to the bit.
     #[test]
     fn attention_and_rope(
-        contexts in prop::collection::vec((1usize..70, 1usize..4), 1..7), kv in 1usize..4, group in 1usize..7,
-        d in prop::sample::select(vec![4usize, 8, 10, 16, 32, 64, 72]), block_size in prop::sample::select(vec![1usize, 4, 16]),
-        half in any::<bool>(), scores in 1usize..3000, gathered in 1usize..20_000, mut seed in any::<u64>(),
+        contexts in prop::collection::vec((1usize..70, 1usize..20), 1..7), kv in 1usize..4, group in 1usize..14,
+        d in prop::sample::select(vec![4usize, 8, 10, 16, 32, 64, 72]), block_size in prop::sample::select(vec![1usize, 4, 16, 20, 32, 48]),
+        half in any::<bool>(), scores in 1usize..3000, gathered in 1usize..20_000, long in 0usize..900, threads in 1usize..4, mut seed in any::<u64>(),
     ) {
-        let rows: Vec<(usize, usize)> = contexts.into_iter().map(|(context, len)| (context, len.min(context))).collect();
-        let (batch, blocks) = batch(&rows, block_size, d, &mut seed);
+        let mut rows: Vec<(usize, usize)> = contexts.into_iter().map(|(context, len)| (context, len.min(context))).collect();
+        rows[0].0 += long;
+        let step = step(&rows, block_size);
         let heads = kv * group;
-        let t = batch.rows.iter().map(|row| row.len).sum::<usize>();
-        let (k, v) = (random(&[blocks, block_size, kv, d], &mut seed), random(&[blocks, block_size, kv, d], &mut seed));
-        let qkv = random(&[t, (heads + 2 * kv) * d], &mut seed);
+        let t = step.tokens.len();
+        let width = (heads + 2 * kv) * d;
+        let sizes = Sizes { max_tokens: t, max_logits: 1, hidden: width, heads, kv, d, intermediate: 2, vocab: 2, block_size };
+        let frequencies: Vec<f32> = values(&random(&[d / 2], &mut seed));
+        let inputs = Inputs { tokens: &step.tokens, positions: &step.positions, slots: &step.slots, rows: &step.rows, frequencies: &frequencies };
         let rope = if half { Rope::Half } else { Rope::Interleaved };
-        let (ours, theirs) = (KvCache { k: k.copy().unwrap(), v: v.copy().unwrap() }, KvCache { k, v });
-        let q = cpu::rope_and_store(&qkv, heads, rope, &batch, &ours).unwrap();
-        let q_composed = composed::rope_and_store(&qkv, heads, rope, &batch, &theirs).unwrap();
-        assert_close(&q, &q_composed, 1e-5);
-        assert_close(&ours.k, &theirs.k, 1e-5);
-        assert_close(&ours.v, &theirs.v, 0.0);
-        let attended = cpu::paged_attention(&q, &batch, &ours).unwrap();
-        assert_close(&attended, &composed::paged_attention(&q, &batch, &ours).unwrap(), 2e-5);
+        // Keys and values of earlier steps: stored as if they were computed, every position of every row.
+        let earlier = random(&[step.blocks * block_size, width], &mut seed);
+        let identity = {
+            let mut numbers = vec![0f32; width * width];
+            (0..width).for_each(|i| numbers[i * width + i] = 1.0);
+            Tensor::from_vec(numbers, (width, width), &Device::Cpu).unwrap()
+        };
+        let packed = pack(&identity, Columns::Plain);
+        let weight = Tensor::ones(width, DType::F32, &Device::Cpu).unwrap();
+        let x = random(&[t, width], &mut seed);
+
+        let mut cache = cpu::Cache::new(step.blocks, Shape { kv, d, block_size }).unwrap();
+        let zeros = || Tensor::zeros((step.blocks, block_size, kv, d), DType::F32, &Device::Cpu).unwrap();
+        let tensors = composed::KvCache { k: zeros(), v: zeros() };
+        let all = step.blocks * block_size;
+        let everywhere: Vec<u32> = (0..all as u32).collect();
+        {
+            let row = [BatchRow { start: 0, len: all, context: all, blocks: Arc::new((0..step.blocks as u32).collect()) }];
+            let inputs = Inputs { tokens: &everywhere, positions: &everywhere, slots: &everywhere, rows: &row, frequencies: &frequencies };
+            let mut ours = cpu::Activations::new(Sizes { max_tokens: all, ..sizes }, threads).unwrap();
+            ours.begin(&inputs).unwrap();
+            ours.set_x(&values(&earlier));
+            ours.norm(&weight, 1e-5).unwrap();
+            ours.project(&packed, None).unwrap();
+            ours.rope_and_store(rope, &mut cache).unwrap();
+            let mut theirs = composed::Activations::new(&Device::Cpu, block_size);
+            theirs.begin(&inputs).unwrap();
+            theirs.set_x(earlier);
+            theirs.norm(&weight, 1e-5).unwrap();
+            theirs.project(&identity, None).unwrap();
+            theirs.rope_and_store(heads, rope, &tensors).unwrap();
+        }
+
+        let mut ours = cpu::Activations::new(sizes, threads).unwrap();
+        ours.begin(&inputs).unwrap();
+        ours.set_x(&values(&x));
+        ours.norm(&weight, 1e-5).unwrap();
+        ours.project(&packed, None).unwrap();
+        ours.rope_and_store(rope, &mut cache).unwrap();
+        ours.attend(&cache).unwrap();
+        let attended = ours.values("attended").to_vec();
+
+        let mut theirs = composed::Activations::new(&Device::Cpu, block_size);
+        theirs.begin(&inputs).unwrap();
+        theirs.set_x(x.clone());
+        theirs.norm(&weight, 1e-5).unwrap();
+        theirs.project(&identity, None).unwrap();
+        theirs.rope_and_store(heads, rope, &tensors).unwrap();
+        theirs.attend(&tensors).unwrap();
+        assert_close(&attended, theirs.value("attended").unwrap(), 3e-5, "attended");
+        let q = theirs.value("qkv").unwrap();
+        let our_q: Vec<f32> = ours.values("qkv").chunks_exact(width).flat_map(|row| row[..heads * d].to_vec()).collect();
+        assert_close(&our_q, q, 2e-5, "q");
+        for slot in &step.slots {
+            for head in 0..kv {
+                let (key, value) = cache.read(*slot as usize, head);
+                let at = |cache: &Tensor| {
+                    let block = cache.get(*slot as usize / block_size).unwrap();
+                    block.get(*slot as usize % block_size).unwrap().get(head).unwrap()
+                };
+                assert_close(&key, &at(&tensors.k), 2e-5, "key");
+                assert_close(&value, &at(&tensors.v), 2e-5, "value");
+            }
+        }
         // Cut finely, too.
+        let batch = composed::Batch::new(&inputs, block_size, &Device::Cpu).unwrap();
         let groups = composed::groups(&batch, heads, kv * d, composed::Bounds { scores, gathered }, &Device::Cpu).unwrap();
-        let cut = Batch { groups: groups.into(), ..batch.clone() };
-        assert_close(&attended, &composed::paged_attention(&q, &cut, &ours).unwrap(), 2e-5);
+        let cut = composed::Batch { groups: groups.into(), ..batch };
+        assert_close(&attended, &composed::paged_attention(q, &cut, &tensors).unwrap(), 3e-5, "cut finely");
+
+        // Token by token, alone: the same bits.
+        let (x, mut alone) = (values(&x), cpu::Activations::new(sizes, 1).unwrap());
+        for row in &step.rows {
+            for i in 0..row.len {
+                let at = row.start + i;
+                let rows = [BatchRow { start: 0, len: 1, context: row.context - row.len + i + 1, blocks: row.blocks.clone() }];
+                let one = |all: &[u32]| [all[at]];
+                let (tokens, positions, slots) = (one(&step.tokens), one(&step.positions), one(&step.slots));
+                alone.begin(&Inputs { tokens: &tokens, positions: &positions, slots: &slots, rows: &rows, frequencies: &frequencies }).unwrap();
+                alone.set_x(&x[at * width..(at + 1) * width]);
+                alone.norm(&weight, 1e-5).unwrap();
+                alone.project(&packed, None).unwrap();
+                alone.rope_and_store(rope, &mut cache).unwrap();
+                alone.attend(&cache).unwrap();
+                prop_assert_eq!(alone.values("attended"), &attended[at * heads * d..(at + 1) * heads * d]);
+            }
+        }
     }
 
     #[test]
-    fn rows(t in 1usize..9, n in 1usize..70, out in 1usize..40, mut seed in any::<u64>()) {
-        let (x, w, m) = (random(&[t, n], &mut seed), random(&[n], &mut seed), random(&[out, n], &mut seed));
-        assert_close(&cpu::rms_norm(&x, &w, 1e-5).unwrap(), &composed::rms_norm(&x, &w, 1e-5).unwrap(), 1e-5);
-        assert_close(&cpu::linear(&x, &m, None).unwrap(), &composed::linear(&x, &m, None).unwrap(), 1e-5);
-        let bias = random(&[out], &mut seed);
-        assert_close(&cpu::linear(&x, &m, Some(&bias)).unwrap(), &composed::linear(&x, &m, Some(&bias)).unwrap(), 1e-5);
-        let gate_up = (random(&[t, 2 * n], &mut seed) * 20.0).unwrap();
-        assert_close(&cpu::silu_mul(&gate_up).unwrap(), &composed::silu_mul(&gate_up).unwrap(), 1e-5);
-        let ids = Tensor::from_vec((0..t as u32).map(|i| i * 7 % out as u32).collect::<Vec<_>>(), t, &Device::Cpu).unwrap();
-        assert_close(&cpu::embed(&m, &ids).unwrap(), &composed::embed(&m, &ids).unwrap(), 0.0);
-    }
-
-    #[test]
-    fn argmax_takes_the_lowest_on_ties(values in prop::collection::vec(0u8..4, 6..120)) {
-        let n = values.len() / 3;
-        let rows: Vec<f32> = values[..3 * n].iter().map(|value| f32::from(*value) - 1.5).collect();
-        let columns = Tensor::arange(0f32, n as f32, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
-        let got = composed::argmax(&Tensor::from_vec(rows.clone(), (3, n), &Device::Cpu).unwrap(), &columns).unwrap();
-        let want: Vec<u32> = rows.chunks(n).map(|row| row.iter().position(|x| row.iter().all(|y| y <= x)).unwrap() as u32).collect();
-        prop_assert_eq!(got, want);
+    fn rows(t in 1usize..30, hidden in 1usize..70, half in 1usize..40, vocab in 1usize..70, mut seed in any::<u64>()) {
+        let sizes = Sizes { max_tokens: t, max_logits: t, hidden, heads: 1, kv: 1, d: 2, intermediate: half, vocab, block_size: 16 };
+        let (x, weight) = (random(&[t, hidden], &mut seed), random(&[hidden], &mut seed));
+        let (gate_up, bias) = ((random(&[2 * half, hidden], &mut seed) * 0.5).unwrap(), random(&[2 * half], &mut seed));
+        let (down, down_bias, table) = (random(&[hidden, half], &mut seed), random(&[hidden], &mut seed), random(&[vocab, hidden], &mut seed));
+        let tokens: Vec<u32> = (0..t as u32).map(|i| i * 7 % vocab as u32).collect();
+        let positions: Vec<u32> = (0..t as u32).collect();
+        let rows = [BatchRow { start: 0, len: t, context: t, blocks: Arc::new((0..t.div_ceil(16) as u32).collect()) }];
+        let inputs = Inputs { tokens: &tokens, positions: &positions, slots: &positions, rows: &rows, frequencies: &[1.0] };
+        let (mut ours, mut theirs) = (cpu::Activations::new(sizes, 2).unwrap(), composed::Activations::new(&Device::Cpu, 16));
+        ours.begin(&inputs).unwrap();
+        theirs.begin(&inputs).unwrap();
+        let packed = pack(&table, Columns::Plain);
+        ours.embed(&packed).unwrap();
+        theirs.embed(&table).unwrap();
+        assert_close(ours.values("x"), theirs.value("x").unwrap(), 0.0, "embed");
+        ours.set_x(&values(&x));
+        theirs.set_x(x);
+        ours.norm(&weight, 1e-5).unwrap();
+        theirs.norm(&weight, 1e-5).unwrap();
+        assert_close(ours.values("normed"), theirs.value("normed").unwrap(), 1e-5, "norm");
+        for bias in [None, Some(&bias)] {
+            ours.gate(&pack(&gate_up, Columns::Gated), bias).unwrap();
+            theirs.gate(&gate_up, bias).unwrap();
+            assert_close(ours.values("gated"), theirs.value("gated").unwrap(), 1e-5, "gate");
+        }
+        for bias in [None, Some(&down_bias)] {
+            ours.add_gated(&pack(&down, Columns::Plain), bias).unwrap();
+            theirs.add_gated(&down, bias).unwrap();
+            assert_close(ours.values("x"), theirs.value("x").unwrap(), 2e-5, "down");
+        }
+        let picked: Vec<usize> = (0..t).step_by(2).collect();
+        ours.head(&picked, &weight, 1e-5, &packed).unwrap();
+        theirs.head(&picked, &weight, 1e-5, &table).unwrap();
+        assert_close(ours.logits(), theirs.logits().unwrap(), 3e-5, "logits");
+        prop_assert!(super::Activations::Cpu(Box::new(ours)).embed(&Matrix::Tensor(table)).is_err());
     }
 }

@@ -335,57 +335,94 @@ fn a_cut_file_is_an_error() {
 /// The specification's intermediate values of layer 0 and the final norm, at the last position: they tell which kernel is wrong when the logits are.
 #[test]
 fn the_values_inside_the_layers() {
-    use crate::kernels::{self, Batch, KvCache, Rope};
+    use crate::kernels::cpu::packed::Columns;
+    use crate::kernels::{Activations, BatchRow, Inputs, KvCache, Matrix, Rope, Sizes, composed, cpu};
+    use crate::models::transformer::pack;
     use candle_core::{DType, Device, Tensor};
     let all = tiny();
     let tensor = |name: &str| {
         let weights = named(&all, &format!("{name}.weight"));
         Tensor::from_vec(weights.values, weights.shape, &Device::Cpu).unwrap()
     };
-    let (t, ids) = (IDS.len(), Tensor::new(&IDS, &Device::Cpu).unwrap());
-    let angle = |position: usize, i: usize| position as f32 * 500_000f32.powf(-2.0 * i as f32 / 4.0);
-    let table = |f: fn(f32) -> f32| {
-        let values: Vec<f32> =
-            (0..t).flat_map(|position| (0..2).map(move |i| (position, i))).map(|(position, i)| f(angle(position, i))).collect();
-        Tensor::from_vec(values, (t, 2), &Device::Cpu).unwrap()
-    };
-    let batch = Batch {
-        tokens: ids.clone(),
-        slots: Tensor::arange(0u32, t as u32, &Device::Cpu).unwrap(),
-        cos: table(f32::cos),
-        sin: table(f32::sin),
-        rows: vec![kernels::BatchRow { start: 0, len: t, context: t, blocks: Arc::new(vec![0]) }],
+    let sizes = Sizes {
+        max_tokens: 8,
+        max_logits: 1,
+        hidden: 8,
+        heads: 4,
+        kv: 2,
+        d: 4,
+        intermediate: tensor("layers.0.mlp.up_proj").dim(0).unwrap(),
+        vocab: 16,
         block_size: 8,
-        groups: std::sync::OnceLock::new(),
     };
-    let last = |x: &Tensor| x.get(t - 1).unwrap().to_vec1::<f32>().unwrap();
-    let layer = |x: &Tensor, n: usize| {
-        let weight = |name: &str| tensor(&format!("layers.{n}.{name}"));
-        let cache = || Tensor::zeros((1, 8, 2, 4), DType::F32, &Device::Cpu).unwrap();
-        let cache = KvCache { k: cache(), v: cache() };
-        let normed = kernels::rms_norm(x, &weight("input_layernorm"), 1e-5).unwrap();
-        let projections = [weight("self_attn.q_proj"), weight("self_attn.k_proj"), weight("self_attn.v_proj")];
-        let qkv = kernels::linear(&normed, &Tensor::cat(&projections, 0).unwrap(), None).unwrap();
-        let q = kernels::rope_and_store(&qkv, 4, Rope::Interleaved, &batch, &cache).unwrap();
-        let attended = kernels::paged_attention(&q, &batch, &cache).unwrap();
-        let attended = kernels::linear(&attended, &weight("self_attn.o_proj"), None).unwrap();
-        let x = x.add(&attended).unwrap();
-        let hidden = kernels::rms_norm(&x, &weight("post_attention_layernorm"), 1e-5).unwrap();
-        let gate_up = Tensor::cat(&[weight("mlp.gate_proj"), weight("mlp.up_proj")], 0).unwrap();
-        let hidden = kernels::silu_mul(&kernels::linear(&hidden, &gate_up, None).unwrap()).unwrap();
-        let out = x.add(&kernels::linear(&hidden, &weight("mlp.down_proj"), None).unwrap()).unwrap();
-        (normed, qkv, q, attended, out)
-    };
-    let (normed, qkv, q, attended, out) = layer(&kernels::embed(&tensor("embed_tokens"), &ids).unwrap(), 0);
-    close(&last(&normed), &[0.05375, -0.68647, -1.34548, -1.20313, 0.35758, 0.42115, -0.16891, 1.98315], TOLERANCE, "input norm");
-    close(&last(&qkv)[..4], &[0.67490, 2.45845, 1.76291, 1.30635], TOLERANCE, "q before rope");
-    close(&last(&q)[..4], &[2.54891, 0.05019, 1.75363, 1.31878], TOLERANCE, "q after rope");
-    close(&last(&attended), &[1.82623, 4.48758, 1.69352, 0.27170, -6.48794, -1.84224, -0.56767, -4.05965], TOLERANCE, "attention output");
-    close(&last(&out), &[-1.15668, 14.35059, -2.46583, 2.17769, -11.50883, -5.31448, 0.13706, -10.63215], TOLERANCE, "layer output");
-    let normed = kernels::rms_norm(&layer(&out, 1).4, &tensor("norm"), 1e-5).unwrap();
-    close(&last(&normed), &[0.33707, 2.35069, -1.01576, -0.46335, -1.07550, -0.91664, -0.98052, -0.63853], TOLERANCE, "final norm");
-    let logits = last(&kernels::linear(&normed, &tensor("embed_tokens"), None).unwrap());
-    close(&logits, &LAST, TOLERANCE, "logits");
-    let log_sum = logits.iter().map(|logit| logit.exp()).sum::<f32>().ln();
-    close(&[logits[6] - log_sum, logits[3] - log_sum], &[-0.05537, -3.67661], TOLERANCE, "log-softmax at 6 and 3");
+    let sizes = Sizes { vocab: tensor("embed_tokens").dim(0).unwrap(), ..sizes };
+    let t = IDS.len();
+    let frequencies: Vec<f32> = (0..2).map(|i| 500_000f32.powf(-2.0 * i as f32 / 4.0)).collect();
+    let positions: Vec<u32> = (0..t as u32).collect();
+    let rows = [BatchRow { start: 0, len: t, context: t, blocks: Arc::new(vec![0]) }];
+    let inputs = Inputs { tokens: &IDS, positions: &positions, slots: &positions, rows: &rows, frequencies: &frequencies };
+    for on_tensors in [false, true] {
+        let mut values = if on_tensors {
+            Activations::Tensors(Box::new(composed::Activations::new(&Device::Cpu, 8)))
+        } else {
+            Activations::Cpu(Box::new(cpu::Activations::new(sizes, 2).unwrap()))
+        };
+        let form = |tensor: Tensor, columns: Columns| if on_tensors { Matrix::Tensor(tensor) } else { pack(&tensor, columns).unwrap() };
+        let last = |values: &Activations, name: &str| -> Vec<f32> {
+            match values {
+                Activations::Cpu(values) => values.values(name).chunks_exact(values.values(name).len() / t).next_back().unwrap().to_vec(),
+                Activations::Tensors(values) => values.value(name).unwrap().get(t - 1).unwrap().to_vec1().unwrap(),
+            }
+        };
+        let embedding = form(tensor("embed_tokens"), Columns::Plain);
+        values.begin(&inputs).unwrap();
+        values.embed(&embedding).unwrap();
+        for n in 0..2 {
+            let what = |what: &str| format!("{what}, tensors: {on_tensors}");
+            let weight = |name: &str| tensor(&format!("layers.{n}.{name}"));
+            let plain = |name: &str| form(weight(name), Columns::Plain);
+            let zeros = || Tensor::zeros((1, 8, 2, 4), DType::F32, &Device::Cpu).unwrap();
+            let mut cache = if on_tensors {
+                KvCache::Tensors(composed::KvCache { k: zeros(), v: zeros() })
+            } else {
+                KvCache::Cpu(cpu::Cache::new(1, cpu::attention::Shape { kv: 2, d: 4, block_size: 8 }).unwrap())
+            };
+            let projections = [weight("self_attn.q_proj"), weight("self_attn.k_proj"), weight("self_attn.v_proj")];
+            let gate_up = Tensor::cat(&[weight("mlp.gate_proj"), weight("mlp.up_proj")], 0).unwrap();
+            values.norm(&weight("input_layernorm"), 1e-5).unwrap();
+            let normed = last(&values, "normed");
+            values.project(&form(Tensor::cat(&projections, 0).unwrap(), Columns::Plain), None).unwrap();
+            let qkv = last(&values, "qkv");
+            values.rope_and_store(4, Rope::Interleaved, &mut cache).unwrap();
+            let q = last(&values, "qkv");
+            values.attend(&cache).unwrap();
+            let before = last(&values, "x");
+            values.add_attended(&plain("self_attn.o_proj"), None).unwrap();
+            let attended: Vec<f32> = last(&values, "x").iter().zip(&before).map(|(after, before)| after - before).collect();
+            values.norm(&weight("post_attention_layernorm"), 1e-5).unwrap();
+            values.gate(&form(gate_up, Columns::Gated), None).unwrap();
+            values.add_gated(&plain("mlp.down_proj"), None).unwrap();
+            if n == 0 {
+                let norm = [0.05375, -0.68647, -1.34548, -1.20313, 0.35758, 0.42115, -0.16891, 1.98315];
+                close(&normed, &norm, TOLERANCE, &what("input norm"));
+                close(&qkv[..4], &[0.67490, 2.45845, 1.76291, 1.30635], TOLERANCE, &what("q before rope"));
+                close(&q[..4], &[2.54891, 0.05019, 1.75363, 1.31878], TOLERANCE, &what("q after rope"));
+                let output = [1.82623, 4.48758, 1.69352, 0.27170, -6.48794, -1.84224, -0.56767, -4.05965];
+                close(&attended, &output, TOLERANCE, &what("attention output"));
+                let output = [-1.15668, 14.35059, -2.46583, 2.17769, -11.50883, -5.31448, 0.13706, -10.63215];
+                close(&last(&values, "x"), &output, TOLERANCE, &what("layer output"));
+            }
+        }
+        values.head(&[t - 1], &tensor("norm"), 1e-5, &embedding).unwrap();
+        let logits: Vec<f32> = match &mut values {
+            Activations::Cpu(values) => values.logits().to_vec(),
+            Activations::Tensors(values) => values.logits().unwrap().get(0).unwrap().to_vec1().unwrap(),
+        };
+        close(&logits, &LAST, TOLERANCE, "logits");
+        let log_sum = logits.iter().map(|logit| logit.exp()).sum::<f32>().ln();
+        close(&[logits[6] - log_sum, logits[3] - log_sum], &[-0.05537, -3.67661], TOLERANCE, "log-softmax at 6 and 3");
+        values.norm(&tensor("norm"), 1e-5).unwrap();
+        let norm = [0.33707, 2.35069, -1.01576, -0.46335, -1.07550, -0.91664, -0.98052, -0.63853];
+        close(&last(&values, "normed"), &norm, TOLERANCE, "final norm");
+    }
 }

@@ -1,32 +1,36 @@
 //! The runner of real models: a plan becomes device inputs, a forward pass, drawn tokens.
 
+use std::sync::Mutex;
+
 use candle_core::{DType, Device, Tensor};
-use rayon::prelude::*;
 
 use crate::config::{DeviceChoice, EngineSettings};
 use crate::error::Failure;
-use crate::kernels::{self, Batch, BatchRow, KvCache};
+use crate::kernels::{self, Activations, BatchRow, Inputs, KvCache, cpu};
 use crate::models::architecture::Architecture;
 use crate::models::files::ModelFiles;
 use crate::models::memory::{self, Memory, MemoryPlan};
 use crate::models::sample;
 use crate::models::transformer::Transformer;
 use crate::models::weights::{Checkpoint, device_failure};
-use crate::models::{Draw, LogprobsSpec, Output, Plan, Runner, Shape};
+use crate::models::{Draw, Logprobs, LogprobsSpec, Output, Plan, Runner, Shape};
 
 /// Rows of logits made at a time: bounds their memory when many tokens are drawn or scored in one step.
-const LOGITS_ROWS: usize = 64;
+const LOGITS_ROWS: usize = 16;
 
 /// One model on one device, with its KV cache.
 pub struct ModelRunner {
     model: Transformer,
     caches: Vec<KvCache>,
+    /// The buffers of a step.
+    values: Activations,
+    /// The rows of the step at hand.
+    rows: Vec<BatchRow>,
     /// `[1, vocab_size]`: 0, 1, 2 …, for greedy draws on the device.
     columns: Tensor,
     plan: MemoryPlan,
     /// What was loaded, for logs and reports.
     pub about: About,
-    _threads: Option<rayon::ThreadPool>,
 }
 
 /// Facts about a loaded model.
@@ -52,19 +56,27 @@ impl ModelRunner {
     ) -> Result<Self, Failure> {
         let device = open_device(settings.device)?;
         let threads = memory::threads(settings);
-        let pool = if device.is_cpu() { Some(computing_threads(threads)?) } else { None };
         let shape = Architecture::from_files(files)?;
         let checkpoint = Checkpoint::open(files, &shape)?;
         tracing::debug!("checkpoint: {}", checkpoint.describe());
         let before = device_memory(&device);
-        let model = Transformer::load(shape, &checkpoint, &device)?;
+        let model = loading_threads(threads)?.install(|| Transformer::load(shape, &checkpoint, &device))?;
         for name in checkpoint.unused() {
             tracing::warn!("tensor {name} of {} is not used by this architecture", files.name);
         }
+        drop(checkpoint);
         let kv_dtype = kv_dtype(&device);
         let vocab_size = vocab_size()?.min(model.shape.vocab_size);
         let plan = MemoryPlan::new(&model.shape, vocab_size, model.bytes_in_memory(), kv_dtype.size_in_bytes(), before, settings)?;
         let caches = allocate(&model, &plan.shape, kv_dtype, &device)?;
+        let values = if device.is_cpu() {
+            let sizes = model.sizes(plan.shape.max_num_batched_tokens, LOGITS_ROWS, plan.shape.block_size);
+            let values = cpu::Activations::new(sizes, threads);
+            let values = values.map_err(|error| Failure::internal(format!("cannot start {threads} computing threads: {error}")))?;
+            Activations::Cpu(Box::new(values))
+        } else {
+            Activations::Tensors(Box::new(kernels::composed::Activations::new(&device, plan.shape.block_size)))
+        };
         let about = About {
             device: describe(&device),
             threads: if device.is_cpu() { threads } else { 0 },
@@ -75,80 +87,108 @@ impl ModelRunner {
         };
         let columns =
             Tensor::arange(0f32, plan.shape.vocab_size as f32, &device).and_then(|ids| ids.unsqueeze(0)).map_err(device_failure)?;
-        Ok(Self { model, caches, columns, plan, about, _threads: pool })
+        Ok(Self { model, caches, values, rows: Vec::new(), columns, plan, about })
     }
 
     /// Logits `[draws, vocab]` of a plan, as the sampler would see them.
     pub fn logits(&mut self, plan: &Plan) -> Result<Vec<Vec<f32>>, Failure> {
-        let x = self.forward(plan).map_err(device_failure)?;
-        let positions: Vec<usize> = wanted(plan).into_iter().map(|(token, _)| token).collect();
-        let logits = self.logits_of(&x, &positions).map_err(device_failure)?;
-        logits.to_vec2().map_err(device_failure)
+        self.forward(plan).map_err(device_failure)?;
+        let mut all = Vec::new();
+        for part in wanted(plan).chunks(LOGITS_ROWS) {
+            let positions: Vec<usize> = part.iter().map(|(token, _)| *token).collect();
+            self.model.logits(&mut self.values, &positions).map_err(device_failure)?;
+            all.extend(self.logits_on_host().map_err(device_failure)?);
+        }
+        Ok(all)
     }
 
-    /// Runs the plan's tokens: `[t, hidden]`, before the final norm.
-    fn forward(&mut self, plan: &Plan) -> candle_core::Result<Tensor> {
-        let device = &self.model.device;
-        let t = plan.tokens.len();
+    /// Runs the plan's tokens.
+    fn forward(&mut self, plan: &Plan) -> candle_core::Result<()> {
         // On a GPU such an id would trip an assertion in a kernel, after which the device is lost to this process.
         if let Some(id) = plan.tokens.iter().find(|id| **id as usize >= self.model.shape.vocab_size) {
             candle_core::bail!("token id {id} is outside the vocabulary of {}", self.model.shape.vocab_size);
         }
-        let (cos, sin) = self.model.rotary(&plan.positions)?;
+        self.rows.clear();
         let row = |row: &crate::models::Row| BatchRow { start: row.start, len: row.len, context: row.context, blocks: row.blocks.clone() };
-        let batch = Batch {
-            tokens: Tensor::from_slice(&plan.tokens, t, device)?,
-            slots: Tensor::from_slice(&plan.slots, t, device)?,
-            cos,
-            sin,
-            rows: plan.rows.iter().map(row).collect(),
-            block_size: self.plan.shape.block_size,
-            groups: std::sync::OnceLock::new(),
+        self.rows.extend(plan.rows.iter().map(row));
+        let inputs = Inputs {
+            tokens: &plan.tokens,
+            positions: &plan.positions,
+            slots: &plan.slots,
+            rows: &self.rows,
+            frequencies: self.model.frequencies(),
         };
-        self.model.forward(&batch, &self.caches)
+        self.values.begin(&inputs)?;
+        // The plan's block tables are its own again: a sequence that grows must not find them shared.
+        self.rows.clear();
+        self.model.forward(&mut self.values, &mut self.caches)
     }
 
-    /// `[positions, vocab_size]`, f32 on the device; `x [t, hidden]`.
-    fn logits_of(&self, x: &Tensor, positions: &[usize]) -> candle_core::Result<Tensor> {
-        let device = &self.model.device;
-        if positions.is_empty() {
-            return Tensor::zeros((0, self.plan.shape.vocab_size), DType::F32, device);
+    fn logits_on_host(&mut self) -> candle_core::Result<Vec<Vec<f32>>> {
+        let vocab = self.plan.shape.vocab_size;
+        match &mut self.values {
+            Activations::Cpu(values) => {
+                Ok(values.logits().chunks_exact(self.model.shape.vocab_size).map(|row| row[..vocab].to_vec()).collect())
+            }
+            Activations::Tensors(values) => values.logits()?.narrow(1, 0, vocab)?.to_vec2(),
         }
-        let rows: Vec<u32> = positions.iter().map(|token| *token as u32).collect();
-        let x = if rows.len() == x.dim(0)? { x.clone() } else { x.index_select(&Tensor::from_vec(rows, positions.len(), device)?, 0)? };
-        self.model.logits(&x)?.narrow(1, 0, self.plan.shape.vocab_size)
     }
 
-    /// Draws and scores from `logits [wanted, vocab_size]`.
-    fn answer(&self, logits: &Tensor, wanted: &[(usize, Wanted<'_>)], output: &mut Output) -> candle_core::Result<()> {
-        let plain = |wanted: &Wanted<'_>| matches!(wanted, Wanted::Draw(draw, _) if draw.is_plain_greedy() && draw.logprobs.is_none());
-        if !logits.device().is_cpu() && wanted.iter().all(|(_, wanted)| plain(wanted)) {
-            output.tokens.extend(kernels::composed::argmax(&logits.contiguous()?, &self.columns)?);
-            output.logprobs.resize(output.tokens.len(), None);
-            return Ok(());
-        }
-        let mut rows: Vec<Vec<f32>> = logits.to_vec2()?;
-        let drawn: Vec<_> = rows
-            .par_iter_mut()
-            .zip(wanted)
-            .map(|(row, (_, wanted))| match wanted {
-                Wanted::Draw(draw, nth) => {
-                    let (token, logprobs) = sample::sample(row, draw, *nth);
-                    (Some(token), logprobs)
+    /// Draws and scores from the logits at hand, one row for each that is wanted.
+    fn answer(&mut self, wanted: &[(usize, Wanted<'_>)], output: &mut Output) -> candle_core::Result<()> {
+        let vocab = self.plan.shape.vocab_size;
+        let answers: Vec<Mutex<Option<Answer>>> = match &mut self.values {
+            Activations::Tensors(values) => {
+                let logits = values.logits()?.narrow(1, 0, vocab)?;
+                let plain =
+                    |wanted: &Wanted<'_>| matches!(wanted, Wanted::Draw(draw, _) if draw.is_plain_greedy() && draw.logprobs.is_none());
+                if wanted.iter().all(|(_, wanted)| plain(wanted)) {
+                    output.tokens.extend(kernels::composed::argmax(&logits.contiguous()?, &self.columns)?);
+                    output.logprobs.resize(output.tokens.len(), None);
+                    return Ok(());
                 }
-                Wanted::Score(target, spec) => (None, Some(sample::score(row, *target, *spec))),
-            })
-            .collect();
-        for (token, logprobs) in drawn {
-            match token {
-                Some(token) => {
+                let mut rows: Vec<Vec<f32>> = logits.to_vec2()?;
+                rows.iter_mut().zip(wanted).map(|(row, (_, wanted))| Mutex::new(Some(wanted.answer(row)))).collect()
+            }
+            Activations::Cpu(values) => {
+                let answers: Vec<Mutex<Option<Answer>>> = wanted.iter().map(|_| Mutex::new(None)).collect();
+                values.each_logits(&|row, logits| {
+                    if let (Some((_, wanted)), Some(Ok(mut answer))) = (wanted.get(row), answers.get(row).map(Mutex::lock)) {
+                        *answer = Some(wanted.answer(&mut logits[..vocab]));
+                    }
+                });
+                answers
+            }
+        };
+        for answer in answers {
+            match answer.into_inner() {
+                Ok(Some(Answer::Drawn(token, logprobs))) => {
                     output.tokens.push(token);
                     output.logprobs.push(logprobs);
                 }
-                None => output.scores.extend(logprobs),
+                Ok(Some(Answer::Scored(logprobs))) => output.scores.push(logprobs),
+                _ => candle_core::bail!("a row of logits was not sampled"),
             }
         }
         Ok(())
+    }
+}
+
+/// What one row of logits gave.
+enum Answer {
+    Drawn(u32, Option<Logprobs>),
+    Scored(Logprobs),
+}
+
+impl Wanted<'_> {
+    fn answer(&self, logits: &mut [f32]) -> Answer {
+        match self {
+            Self::Draw(draw, nth) => {
+                let (token, logprobs) = sample::sample(logits, draw, *nth);
+                Answer::Drawn(token, logprobs)
+            }
+            Self::Score(target, spec) => Answer::Scored(sample::score(logits, *target, *spec)),
+        }
     }
 }
 
@@ -179,12 +219,12 @@ impl Runner for ModelRunner {
     }
 
     fn step(&mut self, plan: &Plan) -> Result<Output, Failure> {
-        let x = self.forward(plan).map_err(device_failure)?;
+        self.forward(plan).map_err(device_failure)?;
         let mut output = Output::default();
         for part in wanted(plan).chunks(LOGITS_ROWS) {
             let positions: Vec<usize> = part.iter().map(|(token, _)| *token).collect();
-            let logits = self.logits_of(&x, &positions).map_err(device_failure)?;
-            self.answer(&logits, part, &mut output).map_err(device_failure)?;
+            self.model.logits(&mut self.values, &positions).map_err(device_failure)?;
+            self.answer(part, &mut output).map_err(device_failure)?;
         }
         if output.logprobs.iter().all(Option::is_none) {
             output.logprobs.clear();
@@ -219,18 +259,22 @@ fn allocate(model: &Transformer, shape: &Shape, dtype: DType, device: &Device) -
              MAX_MODEL_LEN or GPU_MEMORY_UTILIZATION"
         )));
     }
+    if device.is_cpu() {
+        let shape = cpu::attention::Shape { kv: model.shape.kv_heads, d: model.shape.head_dim, block_size: shape.block_size };
+        let failed = |error| Failure::internal(format!("no memory for the KV cache: {error}; lower KV_CACHE_GB"));
+        return (0..model.shape.layers).map(|_| cpu::Cache::new(dims.0, shape).map(KvCache::Cpu).map_err(failed)).collect();
+    }
     let zeros = || Tensor::zeros(dims, dtype, device).map_err(device_failure);
-    (0..model.shape.layers).map(|_| Ok(KvCache { k: zeros()?, v: zeros()? })).collect()
+    (0..model.shape.layers).map(|_| Ok(KvCache::Tensors(kernels::composed::KvCache { k: zeros()?, v: zeros()? }))).collect()
 }
 
-/// A pool in which the calling thread computes too, so that a small step need not wake anybody.
-fn computing_threads(threads: usize) -> Result<rayon::ThreadPool, Failure> {
+/// Threads that pack weights; they end with the loading.
+fn loading_threads(threads: usize) -> Result<rayon::ThreadPool, Failure> {
     rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
-        .thread_name(|i| format!("compute-{i}"))
-        .use_current_thread()
+        .thread_name(|i| format!("load-{i}"))
         .build()
-        .map_err(|error| Failure::internal(format!("cannot start {threads} computing threads: {error}")))
+        .map_err(|error| Failure::internal(format!("cannot start {threads} loading threads: {error}")))
 }
 
 /// Opens the device that was asked for.

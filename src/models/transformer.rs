@@ -1,29 +1,19 @@
 //! One config-driven decoder: RMSNorm, grouped-query attention with rotary positions, gated SiLU feed-forward.
 
-use candle_core::{Device, Result as TensorResult, Tensor};
+use candle_core::{CpuStorage, DType, Device, Result as TensorResult, Storage, Tensor};
 
 use crate::error::Failure;
-use crate::kernels::{self, Batch, KvCache};
+use crate::kernels::cpu::packed::{Columns, Form, Packed, Row};
+use crate::kernels::{Activations, KvCache, Matrix, Sizes};
 use crate::models::architecture::Architecture;
-use crate::models::weights::Checkpoint;
+use crate::models::weights::{Checkpoint, device_failure};
 
 /// `y = x · Wᵀ + b`. The one place where weights take other forms.
 pub struct Linear {
     /// `[out, in]`
-    weight: Tensor,
+    weight: Matrix,
     /// `[out]`
     bias: Option<Tensor>,
-}
-
-impl Linear {
-    /// `x [t, in]` → `[t, out]`
-    pub fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
-        kernels::linear(x, &self.weight, self.bias.as_ref())
-    }
-
-    pub fn bytes(&self) -> usize {
-        self.weight.elem_count() * self.weight.dtype().size_in_bytes()
-    }
 }
 
 struct Layer {
@@ -43,96 +33,146 @@ struct Layer {
 pub struct Transformer {
     pub shape: Architecture,
     pub device: Device,
-    embed: Tensor,
+    /// `[vocab, hidden]`
+    embed: Matrix,
     layers: Vec<Layer>,
     norm: Tensor,
-    head: Linear,
+    /// `[vocab, hidden]`; `None` = the embedding.
+    head: Option<Matrix>,
+    /// `[d/2]`: `theta^(-2i/d)`, in f32 as the references do it.
+    frequencies: Vec<f32>,
 }
 
 impl Transformer {
     pub fn load(shape: Architecture, weights: &Checkpoint, device: &Device) -> Result<Self, Failure> {
-        let embed = weights.embedding(&shape, device)?;
-        let head = if shape.tie_word_embeddings { embed.clone() } else { weights.head(&shape, device)? };
+        let embed = matrix(weights.embedding(&shape, device)?, Columns::Plain)?;
+        let head = if shape.tie_word_embeddings { None } else { Some(matrix(weights.head(&shape, device)?, Columns::Plain)?) };
         let layers = (0..shape.layers).map(|i| Layer::load(i, &shape, weights, device)).collect::<Result<Vec<_>, _>>()?;
         let norm = weights.vector("norm.weight", shape.hidden_size, device)?;
-        Ok(Self { head: Linear { weight: head, bias: None }, shape, device: device.clone(), embed, layers, norm })
+        let frequency = |i: usize| (1.0 / shape.rope_theta.powf(2.0 * i as f64 / shape.head_dim as f64)) as f32;
+        let frequencies = (0..shape.head_dim / 2).map(frequency).collect();
+        Ok(Self { shape, device: device.clone(), embed, layers, norm, head, frequencies })
     }
 
-    /// Runs the tokens of one step, writing their keys and values. `[t, hidden]`, before the final norm.
-    pub fn forward(&self, batch: &Batch, caches: &[KvCache]) -> TensorResult<Tensor> {
-        let mut x = kernels::embed(&self.embed, &batch.tokens)?;
+    /// Runs the tokens that `values` were begun with, writing their keys and values. Leaves the residual stream before the final norm.
+    pub fn forward(&self, values: &mut Activations, caches: &mut [KvCache]) -> TensorResult<()> {
+        values.embed(&self.embed)?;
         for (layer, cache) in self.layers.iter().zip(caches) {
-            x = layer.forward(&x, batch, cache, &self.shape)?;
+            layer.forward(values, cache, &self.shape)?;
         }
-        Ok(x)
+        Ok(())
     }
 
-    /// Logits in f32 of the rows `[n, hidden]` → `[n, vocab]`.
-    pub fn logits(&self, x: &Tensor) -> TensorResult<Tensor> {
-        let x = kernels::rms_norm(&x.contiguous()?, &self.norm, self.shape.rms_norm_eps)?;
-        self.head.forward(&x)?.to_dtype(candle_core::DType::F32)
+    /// Logits in f32 of the step's tokens `positions`.
+    pub fn logits(&self, values: &mut Activations, positions: &[usize]) -> TensorResult<()> {
+        values.head(positions, &self.norm, self.shape.rms_norm_eps, self.head.as_ref().unwrap_or(&self.embed))
+    }
+
+    /// What a token's position is multiplied by for its rotary angles, `[d/2]`.
+    pub fn frequencies(&self) -> &[f32] {
+        &self.frequencies
+    }
+
+    /// How large the values of a step can be.
+    pub fn sizes(&self, max_tokens: usize, max_logits: usize, block_size: usize) -> Sizes {
+        let a = &self.shape;
+        Sizes {
+            max_tokens,
+            max_logits,
+            hidden: a.hidden_size,
+            heads: a.heads,
+            kv: a.kv_heads,
+            d: a.head_dim,
+            intermediate: a.intermediate_size,
+            vocab: a.vocab_size,
+            block_size,
+        }
     }
 
     /// Bytes a decode step reads, which bound its speed: all matrices, the embedding's single row left out.
     pub fn bytes_per_step(&self) -> usize {
-        let layer = |layer: &Layer| layer.qkv.bytes() + layer.output.bytes() + layer.gate_up.bytes() + layer.down.bytes();
-        self.layers.iter().map(layer).sum::<usize>() + self.head.bytes()
+        let layer = |layer: &Layer| {
+            [&layer.qkv, &layer.output, &layer.gate_up, &layer.down].map(|linear| linear.weight.bytes()).iter().sum::<usize>()
+        };
+        self.layers.iter().map(layer).sum::<usize>() + self.head.as_ref().unwrap_or(&self.embed).bytes()
     }
 
     /// Bytes of all matrices held.
     pub fn bytes_in_memory(&self) -> usize {
-        let embedding = if self.shape.tie_word_embeddings { 0 } else { self.embed.elem_count() * self.embed.dtype().size_in_bytes() };
-        self.bytes_per_step() + embedding
+        self.bytes_per_step() + if self.head.is_some() { self.embed.bytes() } else { 0 }
     }
 
     /// The type weights are kept in, for reports.
     pub fn weight_dtype(&self) -> &'static str {
-        self.embed.dtype().as_str()
+        match &self.embed {
+            Matrix::Tensor(tensor) => tensor.dtype().as_str(),
+            Matrix::Packed(packed) => match packed.form {
+                Form::F32 => "f32",
+                Form::Bf16 => "bf16",
+                Form::Int8 => "8-bit",
+                Form::Int4 => "4-bit",
+            },
+        }
     }
+}
 
-    /// cos and sin of every token's angles, `[t, d/2]` each: `position · theta^(-2i/d)`, in f32 as the references do it.
-    pub fn rotary(&self, positions: &[u32]) -> TensorResult<(Tensor, Tensor)> {
-        let half = self.shape.head_dim / 2;
-        let inverse: Vec<f32> =
-            (0..half).map(|i| (1.0 / self.shape.rope_theta.powf(2.0 * i as f64 / self.shape.head_dim as f64)) as f32).collect();
-        let angles = positions.iter().flat_map(|position| inverse.iter().map(move |f| *position as f32 * f));
-        let (cos, sin): (Vec<f32>, Vec<f32>) = angles.map(|angle| (angle.cos(), angle.sin())).unzip();
-        let shape = (positions.len(), half);
-        Ok((Tensor::from_vec(cos, shape, &self.device)?, Tensor::from_vec(sin, shape, &self.device)?))
-    }
+/// A matrix `[n, k]` in the form its device computes with.
+fn matrix(tensor: Tensor, columns: Columns) -> Result<Matrix, Failure> {
+    if tensor.device().is_cpu() { pack(&tensor, columns) } else { Ok(Matrix::Tensor(tensor)) }
+}
+
+/// A matrix on the CPU, in the order its kernels read.
+pub(crate) fn pack(tensor: &Tensor, columns: Columns) -> Result<Matrix, Failure> {
+    let (n, k) = tensor.dims2().map_err(device_failure)?;
+    let form = if tensor.dtype() == DType::BF16 { Form::Bf16 } else { Form::F32 };
+    let (storage, _) = tensor.storage_and_layout();
+    let fill = |row: usize, out: &mut Row| match &*storage {
+        Storage::Cpu(CpuStorage::BF16(values)) => {
+            out.bf16.clear();
+            out.bf16.extend_from_slice(&values[row * k..(row + 1) * k]);
+        }
+        Storage::Cpu(CpuStorage::F32(values)) => {
+            out.f32.clear();
+            out.f32.extend_from_slice(&values[row * k..(row + 1) * k]);
+        }
+        _ => {}
+    };
+    let packed = Packed::new(n, k, form, columns, &fill);
+    packed.map(Matrix::Packed).map_err(|error| Failure::internal(format!("no memory for a weight matrix [{n}, {k}]: {error}")))
 }
 
 impl Layer {
     fn load(index: usize, a: &Architecture, weights: &Checkpoint, device: &Device) -> Result<Self, Failure> {
         let name = |part: &str| format!("layers.{index}.{part}");
-        let linear = |fused: Option<&str>, parts: &[(&str, usize)], input: usize| -> Result<Linear, Failure> {
+        let linear = |fused: Option<&str>, parts: &[(&str, usize)], input: usize, columns: Columns| -> Result<Linear, Failure> {
             let fused = fused.map(name);
             let parts: Vec<(String, usize)> = parts.iter().map(|(part, out)| (name(part), *out)).collect();
             let parts: Vec<(&str, usize)> = parts.iter().map(|(part, out)| (part.as_str(), *out)).collect();
-            let weight = weights.matrix(fused.as_deref(), &parts, input, device)?;
+            let weight = matrix(weights.matrix(fused.as_deref(), &parts, input, device)?, columns)?;
             let bias = if a.bias { Some(weights.bias(fused.as_deref(), &parts, device)?) } else { None };
             Ok(Linear { weight, bias })
         };
         let (h, q, kv, i) = (a.hidden_size, a.q_width(), a.kv_width(), a.intermediate_size);
+        let qkv = [("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)];
         Ok(Self {
             input_norm: weights.vector(&name("input_layernorm.weight"), h, device)?,
-            qkv: linear(Some("self_attn.qkv_proj"), &[("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)], h)?,
-            output: linear(None, &[("self_attn.o_proj", h)], q)?,
+            qkv: linear(Some("self_attn.qkv_proj"), &qkv, h, Columns::Plain)?,
+            output: linear(None, &[("self_attn.o_proj", h)], q, Columns::Plain)?,
             post_norm: weights.vector(&name("post_attention_layernorm.weight"), h, device)?,
             // Gate first, despite the name.
-            gate_up: linear(Some("mlp.up_gate_proj"), &[("mlp.gate_proj", i), ("mlp.up_proj", i)], h)?,
-            down: linear(None, &[("mlp.down_proj", h)], i)?,
+            gate_up: linear(Some("mlp.up_gate_proj"), &[("mlp.gate_proj", i), ("mlp.up_proj", i)], h, Columns::Gated)?,
+            down: linear(None, &[("mlp.down_proj", h)], i, Columns::Plain)?,
         })
     }
 
-    /// `x [t, hidden]` → `[t, hidden]`
-    fn forward(&self, x: &Tensor, batch: &Batch, cache: &KvCache, a: &Architecture) -> TensorResult<Tensor> {
-        let hidden = kernels::rms_norm(x, &self.input_norm, a.rms_norm_eps)?;
-        let q = kernels::rope_and_store(&self.qkv.forward(&hidden)?, a.heads, a.rope, batch, cache)?;
-        let attended = kernels::paged_attention(&q, batch, cache)?;
-        let x = x.add(&self.output.forward(&attended)?)?;
-        let hidden = kernels::rms_norm(&x, &self.post_norm, a.rms_norm_eps)?;
-        let hidden = kernels::silu_mul(&self.gate_up.forward(&hidden)?)?;
-        x.add(&self.down.forward(&hidden)?)
+    fn forward(&self, values: &mut Activations, cache: &mut KvCache, a: &Architecture) -> TensorResult<()> {
+        values.norm(&self.input_norm, a.rms_norm_eps)?;
+        values.project(&self.qkv.weight, self.qkv.bias.as_ref())?;
+        values.rope_and_store(a.heads, a.rope, cache)?;
+        values.attend(cache)?;
+        values.add_attended(&self.output.weight, self.output.bias.as_ref())?;
+        values.norm(&self.post_norm, a.rms_norm_eps)?;
+        values.gate(&self.gate_up.weight, self.gate_up.bias.as_ref())?;
+        values.add_gated(&self.down.weight, self.down.bias.as_ref())
     }
 }

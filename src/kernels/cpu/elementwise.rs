@@ -1,9 +1,6 @@
 //! Normalisation, activation and rotation of single rows.
 
-use rayon::prelude::*;
-
 use super::super::Rope;
-use super::PARALLEL_VALUES;
 use super::simd::{Simd, dispatch};
 
 /// `out = x · (mean(x²) + eps)^-½ · w`, all of one width.
@@ -66,18 +63,6 @@ unsafe fn sum_all<S: Simd>(values: &[f32], target: &mut f32) {
     }
 }
 
-/// `out = gate · sigmoid(gate) · up`.
-pub fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
-    dispatch!(silu_mul_row::<>(gate: &[f32], up: &[f32], out: &mut [f32]));
-}
-
-#[inline(always)]
-unsafe fn silu_mul_row<S: Simd>(gate: &[f32], up: &[f32], out: &mut [f32]) {
-    for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
-        *out = gate / (1.0 + exp(-gate)) * up;
-    }
-}
-
 /// e^x to about 1e-7 relative, written so that the compiler vectorises loops over it: 2^n · polynomial of the rest (Cephes' coefficients).
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
@@ -95,24 +80,19 @@ pub fn exp(x: f32) -> f32 {
     value * f32::from_bits((((n as i32) + 127) << 23) as u32)
 }
 
-/// Rotates the first `heads` heads of every row of `qkv [t, width]` by `cos`/`sin [t, d/2]`; the rest is copied.
-pub fn rope_rows(qkv: &[f32], width: usize, heads: usize, d: usize, rope: Rope, cos: &[f32], sin: &[f32]) -> Vec<f32> {
-    let mut out = qkv.to_vec();
-    let half = d / 2;
-    let rotate = |(token, row): (usize, &mut [f32])| {
-        let (cos, sin) = (&cos[token * half..(token + 1) * half], &sin[token * half..(token + 1) * half]);
-        for head in row[..heads * d].chunks_exact_mut(d) {
-            rope_head(head, rope, cos, sin);
-        }
-    };
-    if qkv.len() < PARALLEL_VALUES {
-        out.chunks_exact_mut(width).enumerate().for_each(rotate);
-    } else {
-        out.par_chunks_exact_mut(width).with_min_len(4).enumerate().for_each(rotate);
-    }
-    out
+/// Rotates the heads of one row by the `d/2` angles of its position.
+pub fn rope_row(heads: &mut [f32], d: usize, rope: Rope, cos: &[f32], sin: &[f32]) {
+    dispatch!(rope_heads::<>(heads: &mut [f32], d: usize, rope: Rope, cos: &[f32], sin: &[f32]));
 }
 
+// Generic for `dispatch!` alone: the compiler vectorises it.
+#[allow(clippy::extra_unused_type_parameters)]
+#[inline(always)]
+unsafe fn rope_heads<S: Simd>(heads: &mut [f32], d: usize, rope: Rope, cos: &[f32], sin: &[f32]) {
+    heads.chunks_exact_mut(d).for_each(|head| rope_head(head, rope, cos, sin));
+}
+
+#[inline(always)]
 fn rope_head(head: &mut [f32], rope: Rope, cos: &[f32], sin: &[f32]) {
     match rope {
         Rope::Interleaved => {
@@ -156,7 +136,8 @@ mod tests {
         for (position, rope, want) in cases {
             let cos = inv_freq.map(|f| (position * f).cos());
             let sin = inv_freq.map(|f| (position * f).sin());
-            let out = rope_rows(&[1.0, 2.0, 3.0, 4.0], 4, 1, 4, rope, &cos, &sin);
+            let mut out = [1.0, 2.0, 3.0, 4.0];
+            rope_row(&mut out, 4, rope, &cos, &sin);
             for (got, want) in out.iter().zip(want) {
                 assert!((got - want).abs() < 1e-5, "{rope:?} {position}: {got} {want}");
             }

@@ -1,201 +1,458 @@
-//! `out [m, n] = x [m, k] · w [n, k]ᵀ`, both row-major: every output is one dot product of two contiguous rows.
+//! `out [m, n] = x [m, k] · wᵀ` for packed weights (see [`super::packed`]).
 //!
-//! Each dot product is summed by one vector accumulator in order of k, then across its lanes: the same order however many rows there
-//! are, so a row's result does not depend on what else is in the step. Registers hold a tile of `MR × NR` accumulators.
-//! With one row the kernel streams the weights (memory-bound); with many, a tile of weights is widened to f32 once and reused by all rows.
+//! Every output is summed in one lane of one accumulator in order of k, whatever else is computed beside it: a row's result depends neither
+//! on how many rows there are nor on the number of threads, in any form. Registers hold `MR` rows of x by two vectors of columns. One row streams
+//! the weights (memory-bound); many rows reuse each panel from the cache.
+//!
+//! Weights of 8 and 4 bits meet activations rounded to 8 bits, a scale for each 32 of a row: products are summed exactly in integers
+//! over those 32, then in f32.
 
-use rayon::prelude::*;
+use half::f16;
 
-use super::simd::{Simd, Weight, dispatch};
-use super::{Ptr, PtrMut};
+use super::packed::{BLOCK, BLOCK8, Columns, Form, PANEL, Packed, SUB4, SUPER, SUPER4};
+use super::pool::Pool;
+use super::simd::{self, Simd, dispatch};
+use super::{Ptr, PtrMut, elementwise::exp};
 
-/// Rows of weights one task works on: small enough to balance two cores, large enough that a task costs far more than waking a thread.
-const TASK_ROWS: usize = 64;
 /// Below so many multiply-adds the work is not worth a second thread.
-const SERIAL_WORK: usize = 32 * 1024;
-const CACHE_LINE: usize = 64;
-/// From so many rows of x on, weights are widened once per tile.
-const WIDEN_ROWS: usize = 6;
+const SERIAL_WORK: usize = 64 * 1024;
+/// Weights one task streams at least when there are few rows: a task then takes some microseconds.
+const TASK_BYTES: usize = 128 * 1024;
+/// How far ahead of the arithmetic one row asks for weights.
+const AHEAD: usize = 4096;
 
-/// `w` is `[n, k]`; see the module.
-pub fn matmul_f32(x: &[f32], w: &[f32], out: &mut [f32], k: usize) {
-    drive(Shape::of(x, w.len(), out, k), &|shape, from, to| {
-        let (x, w, out) = (Ptr(x.as_ptr()), Ptr(w.as_ptr()), shape.out);
-        dispatch!(columns::<f32>(x: Ptr<f32>, w: Ptr<f32>, out: PtrMut<f32>, shape: Shape, from: usize, to: usize));
-    });
+/// What becomes of the sums.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Then {
+    Store,
+    /// Added to what is there: the residual connection.
+    Add,
 }
 
-/// The same with weights in bf16; identical numbers to widening them first.
-pub fn matmul_bf16(x: &[f32], w: &[half::bf16], out: &mut [f32], k: usize) {
-    drive(Shape::of(x, w.len(), out, k), &|shape, from, to| {
-        let (x, w, out) = (Ptr(x.as_ptr()), Ptr(w.as_ptr()), shape.out);
-        dispatch!(columns::<half::bf16>(x: Ptr<f32>, w: Ptr<half::bf16>, out: PtrMut<f32>, shape: Shape, from: usize, to: usize));
-    });
+/// Room for activations as the kernels want them, made once: rows of a tile interleaved, so that what one step of k needs lies in one
+/// line (rows a power of two apart would also fight for one set of the cache); for weights of 8 and 4 bits rounded to 8.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    x: Vec<f32>,
+    values: Vec<i8>,
+    scales: Vec<f32>,
+    /// Sums of 32 rounded values.
+    sums: Vec<i32>,
 }
 
-/// `[m, k] · [n, k]ᵀ → [m, n]`, checked against the slices.
-#[derive(Clone, Copy)]
-struct Shape {
-    m: usize,
-    n: usize,
-    k: usize,
-    out: PtrMut<f32>,
-}
-
-impl Shape {
-    fn of(x: &[f32], weights: usize, out: &mut [f32], k: usize) -> Self {
-        assert!(
-            k > 0 && x.len().is_multiple_of(k) && weights.is_multiple_of(k),
-            "matmul: x of {} and w of {weights} values in rows of {k}",
-            x.len()
-        );
-        let (m, n) = (x.len() / k, weights / k);
-        assert_eq!(out.len(), m * n, "matmul: output of [{m}, {n}]");
-        Self { m, n, k, out: PtrMut(out.as_mut_ptr()) }
+impl Scratch {
+    /// For up to `values` activations.
+    pub fn with_capacity(values: usize) -> Self {
+        Self { x: vec![0.0; values], values: vec![0; values], scales: vec![0.0; values / BLOCK], sums: vec![0; values / BLOCK] }
     }
-}
 
-/// Shares the columns of the output among the threads.
-fn drive(shape: Shape, columns: &(dyn Fn(Shape, usize, usize) + Sync)) {
-    let n = shape.n;
-    if shape.m * n * shape.k <= SERIAL_WORK {
-        return columns(shape, 0, n);
-    }
-    (0..n.div_ceil(TASK_ROWS)).into_par_iter().for_each(|task| columns(shape, task * TASK_ROWS, n.min((task + 1) * TASK_ROWS)));
-}
-
-/// Output columns `from..to`.
-///
-/// # Safety
-/// Pointers are valid for their shapes, and no other thread writes these columns.
-#[inline(always)]
-unsafe fn columns<S: Simd, W: Weight>(x: Ptr<f32>, w: Ptr<W>, out: PtrMut<f32>, shape: Shape, from: usize, to: usize) {
-    let Shape { m, k, .. } = shape;
-    unsafe {
-        let mut scratch: Vec<f32> = Vec::new();
-        let mut column = from;
-        while column < to {
-            let width = S::NR.min(to - column);
-            let tile = w.0.add(column * k);
-            if m >= WIDEN_ROWS && size_of::<W>() != size_of::<f32>() {
-                scratch.clear();
-                scratch.extend((0..width * k).map(|i| (*tile.add(i)).widen()));
-                rows::<S, f32>(x.0, scratch.as_ptr(), out.0.add(column), shape, width);
-            } else {
-                rows::<S, W>(x.0, tile, out.0.add(column), shape, width);
-            }
-            column += width;
+    fn reserve(&mut self, values: usize) {
+        if self.values.len() < values {
+            *self = Self::with_capacity(values);
         }
     }
 }
 
-/// All rows of x against `width` rows of w.
+#[derive(Clone, Copy)]
+struct Job {
+    m: usize,
+    k: usize,
+    /// Width of a row of `out`.
+    n: usize,
+    x: Ptr<f32>,
+    values: Ptr<i8>,
+    scales: Ptr<f32>,
+    sums: Ptr<i32>,
+    w: Ptr<u8>,
+    panel_bytes: usize,
+    out: PtrMut<f32>,
+    /// One number per row of the weight matrix, or null.
+    bias: Ptr<f32>,
+    columns: Columns,
+    then: Then,
+}
+
+/// `x [m, k]` → `out [m, n]`, or `[m, n/2]` for gated columns; `bias [n]`.
+pub fn matmul(pool: &mut Pool, x: &[f32], w: &Packed, bias: Option<&[f32]>, then: Then, scratch: &mut Scratch, out: &mut [f32]) {
+    let (m, k) = (x.len() / w.k, w.k);
+    let n = if w.columns == Columns::Gated { w.n / 2 } else { w.n };
+    assert!(x.len() == m * k && out.len() == m * n, "matmul: x of {}, out of {} for {w:?}", x.len(), out.len());
+    assert!(bias.is_none_or(|bias| bias.len() == w.n), "matmul: bias for {w:?}");
+    if matches!(w.form, Form::Int8 | Form::Int4) {
+        round(pool, x, k, scratch);
+    } else if m > 1 {
+        interleave(pool, x, k, scratch);
+    }
+    let job = Job {
+        m,
+        k,
+        n,
+        x: Ptr(if m > 1 { scratch.x.as_ptr() } else { x.as_ptr() }),
+        values: Ptr(scratch.values.as_ptr()),
+        scales: Ptr(scratch.scales.as_ptr()),
+        sums: Ptr(scratch.sums.as_ptr()),
+        w: Ptr(w.data()),
+        panel_bytes: w.form.panel_bytes(k),
+        out: PtrMut(out.as_mut_ptr()),
+        bias: Ptr(bias.map_or(std::ptr::null(), <[f32]>::as_ptr)),
+        columns: w.columns,
+        then,
+    };
+    let run: fn(Job, usize, usize) = match w.form {
+        Form::F32 => |job, from, to| dispatch!(panels::<WeightsF32>(job: Job, from: usize, to: usize)),
+        Form::Bf16 => |job, from, to| dispatch!(panels::<WeightsBf16>(job: Job, from: usize, to: usize)),
+        Form::Int8 => |job, from, to| dispatch!(panels::<Weights8>(job: Job, from: usize, to: usize)),
+        Form::Int4 => |job, from, to| dispatch!(panels::<Weights4>(job: Job, from: usize, to: usize)),
+    };
+    let panels = w.panels();
+    if m * panels * PANEL * k <= SERIAL_WORK {
+        return run(job, 0, panels);
+    }
+    // Long streams for few rows; for many, one panel is work enough, and the last tasks end together.
+    let least = if m >= 8 { 1 } else { TASK_BYTES.div_ceil(job.panel_bytes) };
+    let per_task = least.min(panels.div_ceil(2 * pool.threads())).max(1);
+    pool.run(panels.div_ceil(per_task), &|task, _| run(job, task * per_task, panels.min((task + 1) * per_task)));
+}
+
+/// How one form of weights is multiplied.
+trait Weights {
+    /// `MR` rows of x from `row` on against two vectors of columns, the `pass`-th of the panel.
+    ///
+    /// # Safety
+    /// As [`Simd`]; `panel` is whole, and rows are inside x.
+    unsafe fn tile<S: Simd, const MR: usize>(job: &Job, panel: *const u8, row: usize, pass: usize) -> [[S::V; 2]; MR];
+}
+
+/// Panels `from..to` for all rows.
+///
+/// # Safety
+/// The job's pointers are valid for its shape, and no other thread writes these columns.
 #[inline(always)]
-unsafe fn rows<S: Simd, W: Weight>(x: *const f32, w: *const W, out: *mut f32, shape: Shape, width: usize) {
-    let Shape { m, n, k, .. } = shape;
+unsafe fn panels<S: Simd, W: Weights>(job: Job, from: usize, to: usize) {
     unsafe {
-        let mut row = 0;
-        while row < m {
-            let (x, out) = (x.add(row * k), out.add(row * n));
-            match (width, m - row) {
-                (8, 3..) => tile::<S, W, 3, 8>(x, w, out, n, k),
-                (8, 2) => tile::<S, W, 2, 8>(x, w, out, n, k),
-                (8, _) => tile::<S, W, 1, 8>(x, w, out, n, k),
-                (4, 3..) => tile::<S, W, 3, 4>(x, w, out, n, k),
-                (4, 2) => tile::<S, W, 2, 4>(x, w, out, n, k),
-                (4, _) => tile::<S, W, 1, 4>(x, w, out, n, k),
-                _ => {
-                    for column in 0..width {
-                        tile::<S, W, 1, 1>(x, w.add(column * k), out.add(column), n, k);
+        for index in from..to {
+            let panel = job.w.0.add(index * job.panel_bytes);
+            for pass in 0..PANEL / (2 * S::LANES) {
+                let mut row = 0;
+                while row < job.m {
+                    row += match tile_rows(job.m - row, S::MR) {
+                        12 => strip::<S, W, 12>(&job, panel, index, row, pass),
+                        8 => strip::<S, W, 8>(&job, panel, index, row, pass),
+                        6 => strip::<S, W, 6>(&job, panel, index, row, pass),
+                        4 => strip::<S, W, 4>(&job, panel, index, row, pass),
+                        3 => strip::<S, W, 3>(&job, panel, index, row, pass),
+                        2 => strip::<S, W, 2>(&job, panel, index, row, pass),
+                        _ => strip::<S, W, 1>(&job, panel, index, row, pass),
+                    };
+                }
+            }
+        }
+    }
+}
+
+/// Rows to take next of `left`: even shares rather than a full tile and a crumb.
+#[inline(always)]
+pub(super) fn tile_rows(left: usize, most: usize) -> usize {
+    let share = left.div_ceil(left.div_ceil(most));
+    [12, 8, 6, 4, 3, 2].into_iter().find(|rows| *rows <= share.min(most)).unwrap_or(1)
+}
+
+#[inline(always)]
+unsafe fn strip<S: Simd, W: Weights, const MR: usize>(job: &Job, panel: *const u8, index: usize, row: usize, pass: usize) -> usize {
+    unsafe {
+        let sums = W::tile::<S, MR>(job, panel, row, pass);
+        match job.columns {
+            Columns::Plain => finish::<S, MR>(job, &sums, index * PANEL + pass * 2 * S::LANES, row),
+            Columns::Gated => finish_gated::<S, MR>(job, &sums, index * PANEL / 2 + pass * S::LANES, row),
+        }
+    }
+    MR
+}
+
+#[inline(always)]
+unsafe fn finish<S: Simd, const MR: usize>(job: &Job, sums: &[[S::V; 2]; MR], column: usize, row: usize) {
+    unsafe {
+        for (r, sums) in sums.iter().enumerate() {
+            for (v, sum) in sums.iter().enumerate() {
+                let column = column + v * S::LANES;
+                let out = job.out.0.add((row + r) * job.n + column);
+                if column + S::LANES <= job.n {
+                    let mut sum = *sum;
+                    if !job.bias.0.is_null() {
+                        sum = S::add(sum, S::load(job.bias.0.add(column)));
+                    }
+                    if job.then == Then::Add {
+                        sum = S::add(S::load(out), sum);
+                    }
+                    S::store(out, sum);
+                } else if column < job.n {
+                    let mut values = [0f32; 16];
+                    S::store(values.as_mut_ptr(), *sum);
+                    for (i, value) in values[..job.n - column].iter().enumerate() {
+                        let bias = if job.bias.0.is_null() { 0.0 } else { *job.bias.0.add(column + i) };
+                        let before = if job.then == Then::Add { *out.add(i) } else { 0.0 };
+                        *out.add(i) = before + (value + bias);
                     }
                 }
             }
-            row += if width == 8 || width == 4 { 3.min(m - row) } else { 1 };
         }
     }
 }
 
-/// `MR × NR` dot products at once.
+/// `silu(gate) · up`; the tile's first vector are gates, its second what they gate.
 #[inline(always)]
-unsafe fn tile<S: Simd, W: Weight, const MR: usize, const NR: usize>(x: *const f32, w: *const W, out: *mut f32, n: usize, k: usize) {
+unsafe fn finish_gated<S: Simd, const MR: usize>(job: &Job, sums: &[[S::V; 2]; MR], column: usize, row: usize) {
+    if column >= job.n {
+        return;
+    }
     unsafe {
-        let mut acc = [[S::zero(); NR]; MR];
-        let whole = k - k % S::LANES;
-        let line = CACHE_LINE / size_of::<W>();
-        let mut i = 0;
-        while i < whole {
-            let mut xs = [S::zero(); MR];
-            for r in 0..MR {
-                xs[r] = S::load(x.add(r * k + i));
-            }
-            for c in 0..NR {
-                // The hardware follows rows of a few kilobytes badly: ask for the next tile's while this one is computed.
-                if MR == 1 && i % line == 0 {
-                    S::prefetch(w.wrapping_add((NR + c) * k + i));
-                }
-                let ws = W::load::<S>(w.add(c * k + i));
-                for r in 0..MR {
-                    acc[r][c] = S::mul_add(xs[r], ws, acc[r][c]);
+        for (r, [gate, up]) in sums.iter().enumerate() {
+            let (mut gates, mut ups) = ([0f32; 16], [0f32; 16]);
+            S::store(gates.as_mut_ptr(), *gate);
+            S::store(ups.as_mut_ptr(), *up);
+            let width = S::LANES.min(job.n - column);
+            if !job.bias.0.is_null() {
+                for i in 0..width {
+                    gates[i] += *job.bias.0.add(column + i);
+                    ups[i] += *job.bias.0.add(job.n + column + i);
                 }
             }
-            i += S::LANES;
+            for i in 0..16 {
+                gates[i] = gates[i] / (1.0 + exp(-gates[i])) * ups[i];
+            }
+            std::ptr::copy_nonoverlapping(gates.as_ptr(), job.out.0.add((row + r) * job.n + column), width);
         }
-        for (r, acc) in acc.iter().enumerate() {
-            for (c, acc) in acc.iter().enumerate() {
-                let mut sum = S::sum(*acc);
-                for i in whole..k {
-                    sum += *x.add(r * k + i) * (*w.add(c * k + i)).widen();
+    }
+}
+
+struct WeightsF32;
+struct WeightsBf16;
+struct Weights8;
+struct Weights4;
+
+impl Weights for WeightsF32 {
+    #[inline(always)]
+    unsafe fn tile<S: Simd, const MR: usize>(job: &Job, panel: *const u8, row: usize, pass: usize) -> [[S::V; 2]; MR] {
+        unsafe {
+            let mut acc = [[S::zero(); 2]; MR];
+            let (x, k) = (job.x.0.add(row * job.k), job.k);
+            let panel = panel.cast::<f32>().add(pass * 2 * S::LANES);
+            for i in 0..k {
+                let w = panel.add(i * PANEL);
+                S::prefetch(w.wrapping_add(AHEAD / 4));
+                S::prefetch(w.wrapping_add(AHEAD / 4 + 16));
+                let (w0, w1) = (S::load(w), S::load(w.add(S::LANES)));
+                for r in 0..MR {
+                    let x = S::splat(*x.add(i * MR + r));
+                    acc[r][0] = S::mul_add(x, w0, acc[r][0]);
+                    acc[r][1] = S::mul_add(x, w1, acc[r][1]);
                 }
-                *out.add(r * n + c) = sum;
             }
+            acc
+        }
+    }
+}
+
+impl Weights for WeightsBf16 {
+    #[inline(always)]
+    unsafe fn tile<S: Simd, const MR: usize>(job: &Job, panel: *const u8, row: usize, pass: usize) -> [[S::V; 2]; MR] {
+        unsafe {
+            let mut acc = [[S::zero(); 2]; MR];
+            let (x, k) = (job.x.0.add(row * job.k), job.k);
+            let panel = panel.cast::<half::bf16>().add(pass * 4 * S::LANES);
+            for pair in 0..k / 2 {
+                let w = panel.add(pair * 2 * PANEL);
+                S::prefetch(w.wrapping_add(AHEAD / 2));
+                S::prefetch(w.wrapping_add(AHEAD / 2 + 32));
+                let (even0, odd0) = S::load_bf16_pairs(w);
+                let (even1, odd1) = S::load_bf16_pairs(w.add(2 * S::LANES));
+                for r in 0..MR {
+                    let even = S::splat(*x.add(2 * pair * MR + r));
+                    acc[r][0] = S::mul_add(even, even0, acc[r][0]);
+                    acc[r][1] = S::mul_add(even, even1, acc[r][1]);
+                }
+                for r in 0..MR {
+                    let odd = S::splat(*x.add((2 * pair + 1) * MR + r));
+                    acc[r][0] = S::mul_add(odd, odd0, acc[r][0]);
+                    acc[r][1] = S::mul_add(odd, odd1, acc[r][1]);
+                }
+            }
+            if k % 2 == 1 {
+                let w = panel.add(k / 2 * 2 * PANEL);
+                let ((w0, _), (w1, _)) = (S::load_bf16_pairs(w), S::load_bf16_pairs(w.add(2 * S::LANES)));
+                for r in 0..MR {
+                    let x = S::splat(*x.add((k - 1) * MR + r));
+                    acc[r][0] = S::mul_add(x, w0, acc[r][0]);
+                    acc[r][1] = S::mul_add(x, w1, acc[r][1]);
+                }
+            }
+            acc
+        }
+    }
+}
+
+impl Weights for Weights8 {
+    #[inline(always)]
+    unsafe fn tile<S: Simd, const MR: usize>(job: &Job, panel: *const u8, row: usize, pass: usize) -> [[S::V; 2]; MR] {
+        unsafe {
+            let mut acc = [[S::zero(); 2]; MR];
+            let (k, blocks) = (job.k, job.k / BLOCK);
+            let x = job.values.0.add(row * k);
+            for block in 0..blocks {
+                let start = panel.add(block * BLOCK8);
+                let bytes = start.add(2 * PANEL + pass * 8 * S::LANES);
+                let mut sums = [[S::splat_i32(0); 2]; MR];
+                if S::BIASED {
+                    for r in 0..MR {
+                        sums[r] = [S::splat_i32(-128 * *job.sums.0.add((row + r) * blocks + block)); 2];
+                    }
+                }
+                for group in 0..BLOCK / 4 {
+                    let w = bytes.add(group * 4 * PANEL);
+                    S::prefetch(w.wrapping_add(AHEAD));
+                    S::prefetch(w.wrapping_add(AHEAD + 64));
+                    let (w0, w1) = (S::load_bytes(w), S::load_bytes(w.add(4 * S::LANES)));
+                    for r in 0..MR {
+                        let x = S::splat_i32(x.add(r * k + block * BLOCK + group * 4).cast::<i32>().read_unaligned());
+                        sums[r][0] = S::dot_biased(sums[r][0], w0, x);
+                        sums[r][1] = S::dot_biased(sums[r][1], w1, x);
+                    }
+                }
+                let scales = start.cast::<f16>().add(pass * 2 * S::LANES);
+                let (s0, s1) = (S::load_f16(scales), S::load_f16(scales.add(S::LANES)));
+                for r in 0..MR {
+                    let scale = S::splat(*job.scales.0.add((row + r) * blocks + block));
+                    acc[r][0] = S::mul_add(S::to_f32(sums[r][0]), S::mul(s0, scale), acc[r][0]);
+                    acc[r][1] = S::mul_add(S::to_f32(sums[r][1]), S::mul(s1, scale), acc[r][1]);
+                }
+            }
+            acc
+        }
+    }
+}
+
+impl Weights for Weights4 {
+    #[inline(always)]
+    unsafe fn tile<S: Simd, const MR: usize>(job: &Job, panel: *const u8, row: usize, pass: usize) -> [[S::V; 2]; MR] {
+        unsafe {
+            let mut acc = [[S::zero(); 2]; MR];
+            let (k, blocks) = (job.k, job.k / BLOCK);
+            let x = job.values.0.add(row * k);
+            for index in 0..k / SUPER {
+                let start = panel.add(index * SUPER4);
+                let units = start.cast::<f16>().add(pass * 2 * S::LANES);
+                let d = [S::load_f16(units), S::load_f16(units.add(S::LANES))];
+                let dmin = [S::load_f16(units.add(PANEL)), S::load_f16(units.add(PANEL + S::LANES))];
+                for sub in 0..SUPER / BLOCK {
+                    let bytes = start.add(4 * PANEL + sub * SUB4);
+                    let block = index * (SUPER / BLOCK) + sub;
+                    let nibbles = bytes.add(2 * PANEL + pass * 8 * S::LANES);
+                    let mut sums = [[S::splat_i32(0); 2]; MR];
+                    for group in 0..BLOCK / 8 {
+                        let w = nibbles.add(group * 4 * PANEL);
+                        S::prefetch(w.wrapping_add(AHEAD));
+                        S::prefetch(w.wrapping_add(AHEAD + 64));
+                        let (low0, high0) = S::nibbles(S::load_bytes(w));
+                        let (low1, high1) = S::nibbles(S::load_bytes(w.add(4 * S::LANES)));
+                        for r in 0..MR {
+                            let x = x.add(r * k + block * BLOCK + group * 4);
+                            let low = S::splat_i32(x.cast::<i32>().read_unaligned());
+                            let high = S::splat_i32(x.add(BLOCK / 2).cast::<i32>().read_unaligned());
+                            sums[r][0] = S::dot_nibbles(S::dot_nibbles(sums[r][0], low0, low), high0, high);
+                            sums[r][1] = S::dot_nibbles(S::dot_nibbles(sums[r][1], low1, low), high1, high);
+                        }
+                    }
+                    for v in 0..2 {
+                        let at = pass * 2 * S::LANES + v * S::LANES;
+                        let scale = S::mul(d[v], S::load_u8(bytes.add(at)));
+                        let min = S::mul(dmin[v], S::load_u8(bytes.add(PANEL + at)));
+                        for r in 0..MR {
+                            let x_scale = *job.scales.0.add((row + r) * blocks + block);
+                            let x_sum = *job.sums.0.add((row + r) * blocks + block) as f32;
+                            let value = S::mul_add(S::to_f32(sums[r][v]), scale, S::mul(min, S::splat(-x_sum)));
+                            acc[r][v] = S::mul_add(value, S::splat(x_scale), acc[r][v]);
+                        }
+                    }
+                }
+            }
+            acc
+        }
+    }
+}
+
+/// Writes the rows of each tile side by side: `[tile][k][rows]`.
+fn interleave(pool: &mut Pool, x: &[f32], k: usize, scratch: &mut Scratch) {
+    scratch.reserve(x.len());
+    let m = x.len() / k;
+    let target = PtrMut(scratch.x.as_mut_ptr());
+    let most = simd::most_rows();
+    let tile = |row: usize, rows: usize| {
+        // SAFETY: a tile's rows are this task's alone, and reserved above.
+        let out = unsafe { std::slice::from_raw_parts_mut(target.ptr().add(row * k), rows * k) };
+        for (r, x) in x[row * k..(row + rows) * k].chunks_exact(k).enumerate() {
+            for (i, value) in x.iter().enumerate() {
+                out[i * rows + r] = *value;
+            }
+        }
+    };
+    let tiles = |from: usize, to: usize| {
+        let mut row = 0;
+        while row < to {
+            let rows = tile_rows(m - row, most);
+            if row >= from {
+                tile(row, rows);
+            }
+            row += rows;
+        }
+    };
+    if m * k < SERIAL_WORK {
+        tiles(0, m);
+    } else {
+        // A tile belongs to the task in whose share it begins.
+        let share = m.div_ceil(4 * pool.threads()).max(most);
+        pool.run(m.div_ceil(share), &|task, _| tiles(task * share, m.min((task + 1) * share)));
+    }
+}
+
+/// Rounds rows of x to 8 bits, a scale for each 32: the greatest of them becomes 127.
+fn round(pool: &mut Pool, x: &[f32], k: usize, scratch: &mut Scratch) {
+    scratch.reserve(x.len());
+    let m = x.len() / k;
+    let (source, values, scales, sums) =
+        (Ptr(x.as_ptr()), PtrMut(scratch.values.as_mut_ptr()), PtrMut(scratch.scales.as_mut_ptr()), PtrMut(scratch.sums.as_mut_ptr()));
+    let row = move |row: usize| {
+        let (x, values) = (Ptr(source.ptr().wrapping_add(row * k)), PtrMut(values.ptr().wrapping_add(row * k)));
+        let (scales, sums) = (PtrMut(scales.ptr().wrapping_add(row * k / BLOCK)), PtrMut(sums.ptr().wrapping_add(row * k / BLOCK)));
+        dispatch!(round_row::<>(x: Ptr<f32>, values: PtrMut<i8>, scales: PtrMut<f32>, sums: PtrMut<i32>, k: usize));
+    };
+    if m * k < SERIAL_WORK {
+        (0..m).for_each(row);
+    } else {
+        pool.run(m.div_ceil(8), &|task, _| (task * 8..m.min(task * 8 + 8)).for_each(row));
+    }
+}
+
+#[inline(always)]
+unsafe fn round_row<S: Simd>(x: Ptr<f32>, values: PtrMut<i8>, scales: PtrMut<f32>, sums: PtrMut<i32>, k: usize) {
+    // SAFETY: whole blocks inside the row.
+    unsafe {
+        for block in 0..k / BLOCK {
+            let x = &*x.0.add(block * BLOCK).cast::<[f32; BLOCK]>();
+            let values = &mut *values.0.add(block * BLOCK).cast::<[i8; BLOCK]>();
+            let greatest = x.iter().fold(0f32, |most, x| if x.abs() > most { x.abs() } else { most });
+            let inverse = if greatest > 0.0 { 127.0 / greatest } else { 0.0 };
+            let mut sum = 0i32;
+            for i in 0..BLOCK {
+                // Adding 1.5 · 2^23 rounds to the nearest even integer, which the low bits then hold.
+                let q = (x[i] * inverse + 12_582_912.0).to_bits() as i32 - 0x4b40_0000;
+                values[i] = q as i8;
+                sum += q;
+            }
+            *scales.0.add(block) = greatest / 127.0;
+            *sums.0.add(block) = sum;
         }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use half::bf16;
-    use proptest::prelude::*;
-
-    fn values(n: usize, seed: u64) -> Vec<f32> {
-        let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-        (0..n)
-            .map(|_| {
-                state ^= state << 13;
-                state ^= state >> 7;
-                state ^= state << 17;
-                (state >> 40) as f32 / (1u32 << 24) as f32 - 0.5
-            })
-            .collect()
-    }
-
-    fn reference(x: &[f32], w: &[f32], m: usize, n: usize, k: usize) -> Vec<f64> {
-        let dot = |r: usize, c: usize| (0..k).map(|i| f64::from(x[r * k + i]) * f64::from(w[c * k + i])).sum();
-        (0..m * n).map(|i| dot(i / n, i % n)).collect()
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(40))]
-
-        #[test]
-        fn equals_the_plain_sum_and_each_row_is_independent(m in 1usize..14, n in 1usize..150, k in 1usize..90, seed in any::<u64>()) {
-            let (x, w) = (values(m * k, seed), values(n * k, seed ^ 7));
-            let w16: Vec<bf16> = w.iter().map(|v| bf16::from_f32(*v)).collect();
-            let w: Vec<f32> = w16.iter().map(|v| v.to_f32()).collect();
-            let expected = reference(&x, &w, m, n, k);
-            let (mut out, mut out16) = (vec![0f32; m * n], vec![0f32; m * n]);
-            matmul_f32(&x, &w, &mut out, k);
-            matmul_bf16(&x, &w16, &mut out16, k);
-            for (got, want) in out.iter().zip(&expected) {
-                prop_assert!((f64::from(*got) - want).abs() < 1e-4, "{got} {want}");
-            }
-            prop_assert_eq!(&out, &out16);
-            for row in 0..m {
-                let mut alone = vec![0f32; n];
-                matmul_bf16(&x[row * k..(row + 1) * k], &w16, &mut alone, k);
-                prop_assert_eq!(&alone[..], &out[row * n..(row + 1) * n]);
-            }
-        }
-    }
-}
+mod tests;

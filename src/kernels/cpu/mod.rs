@@ -1,16 +1,24 @@
-//! CPU kernels over candle's CPU storage, in f32; weights may be bf16.
+//! CPU kernels, all ours, in f32; weights may be bf16, or of 8 or 4 bits.
+//!
+//! [`Activations`] holds every buffer of a step: made once, so that a step allocates nothing.
 
-use candle_core::{CpuStorage, DType, Device, Error, InplaceOp1, Layout, Result, Storage, Tensor};
-use rayon::prelude::*;
+use candle_core::{CpuStorage, Error, Result, Storage, Tensor};
 
-use super::{Batch, KvCache, Rope};
+use super::{BatchRow, Inputs, Rope, Sizes};
 
-mod attention;
+pub mod attention;
 mod elementwise;
-mod matmul;
+pub mod matmul;
+pub mod packed;
+pub mod pool;
 pub(crate) mod simd;
 pub mod softmax;
 pub(crate) mod vectorize;
+
+pub use attention::Cache;
+use matmul::Then;
+use packed::{Columns, Packed};
+use pool::Pool;
 
 /// A pointer that tasks of one kernel share; each reads or writes a part of its own.
 #[derive(Clone, Copy)]
@@ -23,44 +31,30 @@ unsafe impl<T> Sync for Ptr<T> {}
 unsafe impl<T> Send for PtrMut<T> {}
 unsafe impl<T> Sync for PtrMut<T> {}
 
+impl<T> Ptr<T> {
+    /// Through a method, so that closures take the pointer as a whole.
+    pub(crate) fn ptr(self) -> *const T {
+        self.0
+    }
+}
+
+impl<T> PtrMut<T> {
+    pub(crate) fn ptr(self) -> *mut T {
+        self.0
+    }
+}
+
 /// Values above which elementwise kernels use all threads.
 const PARALLEL_VALUES: usize = 64 * 1024;
+/// Rows one task takes of an elementwise kernel.
+const TASK_ROWS: usize = 8;
 
-/// A slice type of candle's CPU storage.
-trait Element: Sized {
-    fn slice(storage: &CpuStorage) -> Result<&[Self]>;
-}
-
-macro_rules! element {
-    ($type:ty, $variant:ident) => {
-        impl Element for $type {
-            fn slice(storage: &CpuStorage) -> Result<&[Self]> {
-                match storage {
-                    CpuStorage::$variant(values) => Ok(values),
-                    other => Err(Error::Msg(format!(
-                        "expected {} on the CPU, got {:?}",
-                        stringify!($variant),
-                        candle_core::backend::BackendStorage::dtype(other)
-                    ))),
-                }
-            }
-        }
-    };
-}
-element!(f32, F32);
-element!(half::bf16, BF16);
-element!(u32, U32);
-
-/// Runs `f` on the values of a contiguous CPU tensor.
-fn with_values<T: Element, R>(tensor: &Tensor, f: impl FnOnce(&[T]) -> Result<R>) -> Result<R> {
+/// Runs `f` on the values of a contiguous f32 tensor on the CPU.
+fn with_values<R>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
     let (storage, layout) = tensor.storage_and_layout();
-    let Storage::Cpu(storage) = &*storage else { return Err(Error::Msg("expected a tensor on the CPU".into())) };
-    f(contiguous(T::slice(storage)?, layout)?)
-}
-
-fn contiguous<'a, T>(values: &'a [T], layout: &Layout) -> Result<&'a [T]> {
+    let Storage::Cpu(CpuStorage::F32(values)) = &*storage else { return Err(Error::Msg("expected a tensor of f32 on the CPU".into())) };
     match layout.contiguous_offsets() {
-        Some((from, to)) => Ok(&values[from..to]),
+        Some((from, to)) => f(&values[from..to]),
         None => Err(Error::Msg(format!("expected a contiguous tensor, got {layout:?}"))),
     }
 }
@@ -70,131 +64,254 @@ pub fn read(values: &[f32]) -> f32 {
     elementwise::sum(values)
 }
 
-pub fn embed(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
-    let (vocab, hidden) = table.dims2()?;
-    let ids = ids.to_vec1::<u32>()?;
-    if let Some(id) = ids.iter().find(|id| **id as usize >= vocab) {
-        return Err(Error::Msg(format!("token id {id} is outside the vocabulary of {vocab}")));
-    }
-    let mut out = Vec::with_capacity(ids.len() * hidden);
-    let row = |id: &u32| *id as usize * hidden..(*id as usize + 1) * hidden;
-    match table.dtype() {
-        DType::BF16 => with_values::<half::bf16, _>(table, |table| {
-            ids.iter().for_each(|id| out.extend(table[row(id)].iter().map(|value| value.to_f32())));
-            Ok(())
-        })?,
-        _ => with_values::<f32, _>(table, |table| {
-            ids.iter().for_each(|id| out.extend_from_slice(&table[row(id)]));
-            Ok(())
-        })?,
-    }
-    Tensor::from_vec(out, (ids.len(), hidden), &Device::Cpu)
+/// The buffers of a step, and the threads that fill them.
+pub struct Activations {
+    pool: Pool,
+    sizes: Sizes,
+    /// Tokens of this step.
+    t: usize,
+    tokens: Vec<u32>,
+    slots: Vec<u32>,
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+    rows: Vec<BatchRow>,
+    /// `[t, hidden]`: the residual stream.
+    x: Vec<f32>,
+    /// `[t, hidden]`
+    normed: Vec<f32>,
+    /// `[t, (h + 2 kv)·d]`
+    qkv: Vec<f32>,
+    /// `[t, h·d]`
+    attended: Vec<f32>,
+    /// `[t, intermediate]`
+    gated: Vec<f32>,
+    /// `[picked, vocab]`
+    logits: Vec<f32>,
+    picked: usize,
+    scratch: matmul::Scratch,
+    attention: attention::Scratch,
 }
 
-pub fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let ((t, k), (n, k_w)) = (x.dims2()?, w.dims2()?);
-    if k != k_w {
-        return Err(Error::Msg(format!("linear: input width {k} against weight [{n}, {k_w}]")));
-    }
-    let mut out = vec![0f32; t * n];
-    with_values::<f32, _>(x, |x| match w.dtype() {
-        DType::BF16 => with_values(w, |w| {
-            matmul::matmul_bf16(x, w, &mut out, k);
-            Ok(())
-        }),
-        _ => with_values(w, |w| {
-            matmul::matmul_f32(x, w, &mut out, k);
-            Ok(())
-        }),
-    })?;
-    if let Some(bias) = bias {
-        with_values::<f32, _>(bias, |bias| {
-            out.chunks_exact_mut(n).for_each(|row| row.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias));
-            Ok(())
-        })?;
-    }
-    Tensor::from_vec(out, (t, n), &Device::Cpu)
-}
-
-/// Applies `f` to rows of `width_in` values of `x`, giving rows of `width_out`, on all threads when it is worth it.
-fn by_rows(x: &[f32], width_in: usize, width_out: usize, f: impl Fn(&[f32], &mut [f32]) + Sync) -> Vec<f32> {
-    let mut out = vec![0f32; x.len() / width_in * width_out];
-    if x.len() < PARALLEL_VALUES {
-        x.chunks_exact(width_in).zip(out.chunks_exact_mut(width_out)).for_each(|(x, out)| f(x, out));
-    } else {
-        x.par_chunks_exact(width_in).zip(out.par_chunks_exact_mut(width_out)).with_min_len(4).for_each(|(x, out)| f(x, out));
-    }
-    out
-}
-
-pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f32) -> Result<Tensor> {
-    let width = w.elem_count();
-    let out = with_values::<f32, _>(x, |x| {
-        with_values::<f32, _>(w, |w| Ok(by_rows(x, width, width, |x, out| elementwise::rms_norm(x, w, eps, out))))
-    })?;
-    Tensor::from_vec(out, x.shape(), &Device::Cpu)
-}
-
-pub fn silu_mul(gate_up: &Tensor) -> Result<Tensor> {
-    let (t, width) = gate_up.dims2()?;
-    let n = width / 2;
-    let out = with_values::<f32, _>(gate_up, |x| Ok(by_rows(x, width, n, |x, out| elementwise::silu_mul(&x[..n], &x[n..], out))))?;
-    Tensor::from_vec(out, (t, n), &Device::Cpu)
-}
-
-/// Copies the rotated keys, or the values, of a step into their slots.
-struct Store<'a> {
-    /// `[t, qkv width]`
-    qkv: &'a [f32],
-    /// Column of the first value to store, and the width of a whole row of qkv.
-    column: usize,
-    width: usize,
-    slots: &'a [u32],
-    /// Values per slot: kv · d.
-    slot_width: usize,
-}
-
-impl InplaceOp1 for Store<'_> {
-    fn name(&self) -> &'static str {
-        "kv-store"
+impl Activations {
+    pub fn new(sizes: Sizes, threads: usize) -> std::io::Result<Self> {
+        let pool = Pool::new(threads)?;
+        let t = sizes.max_tokens;
+        let qkv = (sizes.heads + 2 * sizes.kv) * sizes.d;
+        let widest = sizes.hidden.max(sizes.heads * sizes.d).max(sizes.intermediate);
+        let shape = attention::Shape { kv: sizes.kv, d: sizes.d, block_size: sizes.block_size };
+        Ok(Self {
+            t: 0,
+            tokens: Vec::with_capacity(t),
+            slots: Vec::with_capacity(t),
+            cos: Vec::with_capacity(t * sizes.d / 2),
+            sin: Vec::with_capacity(t * sizes.d / 2),
+            rows: Vec::with_capacity(t),
+            x: vec![0.0; t * sizes.hidden],
+            normed: vec![0.0; t * sizes.hidden],
+            qkv: vec![0.0; t * qkv],
+            attended: vec![0.0; t * sizes.heads * sizes.d],
+            gated: vec![0.0; t * sizes.intermediate],
+            logits: vec![0.0; sizes.max_logits * sizes.vocab],
+            picked: 0,
+            scratch: matmul::Scratch::with_capacity(t * widest),
+            attention: attention::Scratch::new(t, pool.threads(), sizes.heads, shape),
+            pool,
+            sizes,
+        })
     }
 
-    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
-        let CpuStorage::F32(cache) = storage else { return Err(Error::Msg("the KV cache on the CPU is f32".into())) };
-        let Some((from, to)) = layout.contiguous_offsets() else { return Err(Error::Msg("the KV cache is contiguous".into())) };
-        let cache = &mut cache[from..to];
-        for (token, slot) in self.slots.iter().enumerate() {
-            let source = token * self.width + self.column;
-            let target = *slot as usize * self.slot_width;
-            cache[target..target + self.slot_width].copy_from_slice(&self.qkv[source..source + self.slot_width]);
+    /// Bytes of all buffers.
+    pub fn bytes(sizes: &Sizes) -> usize {
+        let widest = sizes.hidden.max(sizes.heads * sizes.d).max(sizes.intermediate);
+        let per_token = 2 * sizes.hidden + (2 * sizes.heads + 2 * sizes.kv) * sizes.d + sizes.intermediate + widest * 3 / 2;
+        4 * (sizes.max_tokens * per_token + sizes.max_logits * sizes.vocab)
+    }
+
+    pub fn begin(&mut self, inputs: &Inputs<'_>) -> Result<()> {
+        if inputs.tokens.len() > self.sizes.max_tokens {
+            return Err(Error::Msg(format!("a step of {} tokens, and room for {}", inputs.tokens.len(), self.sizes.max_tokens)));
+        }
+        self.t = inputs.tokens.len();
+        self.tokens.clear();
+        self.tokens.extend_from_slice(inputs.tokens);
+        self.slots.clear();
+        self.slots.extend_from_slice(inputs.slots);
+        self.cos.clear();
+        self.sin.clear();
+        for position in inputs.positions {
+            for f in inputs.frequencies {
+                let angle = *position as f32 * f;
+                self.cos.push(angle.cos());
+                self.sin.push(angle.sin());
+            }
+        }
+        self.rows.clear();
+        self.rows.extend_from_slice(inputs.rows);
+        self.attention.plan(&self.rows, self.sizes.heads, self.sizes.kv);
+        Ok(())
+    }
+
+    pub fn embed(&mut self, table: &Packed) -> Result<()> {
+        let hidden = self.sizes.hidden;
+        for (id, x) in self.tokens.iter().zip(self.x.chunks_exact_mut(hidden)) {
+            if *id as usize >= table.n {
+                return Err(Error::Msg(format!("token id {id} is outside the vocabulary of {}", table.n)));
+            }
+            table.row(*id as usize, x);
         }
         Ok(())
     }
-}
 
-pub fn rope_and_store(qkv: &Tensor, heads: usize, rope: Rope, batch: &Batch, cache: &KvCache) -> Result<Tensor> {
-    let (t, width) = qkv.dims2()?;
-    let (_, _, kv, d) = cache.k.dims4()?;
-    let slots = batch.slots.to_vec1::<u32>()?;
-    let rotated = with_values::<f32, _>(qkv, |qkv| {
-        with_values::<f32, _>(&batch.cos, |cos| {
-            with_values::<f32, _>(&batch.sin, |sin| Ok(elementwise::rope_rows(qkv, width, heads + kv, d, rope, cos, sin)))
+    pub fn norm(&mut self, w: &Tensor, eps: f32) -> Result<()> {
+        let (t, hidden) = (self.t, self.sizes.hidden);
+        with_values(w, |w| {
+            let (x, out) = (Ptr(self.x.as_ptr()), PtrMut(self.normed.as_mut_ptr()));
+            by_rows(&mut self.pool, t, hidden, &|row| {
+                // SAFETY: rows below t lie inside both, and each is one task's.
+                let (x, out) = unsafe {
+                    (
+                        std::slice::from_raw_parts(x.ptr().add(row * hidden), hidden),
+                        std::slice::from_raw_parts_mut(out.ptr().add(row * hidden), hidden),
+                    )
+                };
+                elementwise::rms_norm(x, w, eps, out);
+            });
+            Ok(())
         })
-    })?;
-    let slot_width = kv * d;
-    cache.k.inplace_op1(&Store { qkv: &rotated, column: heads * d, width, slots: &slots, slot_width })?;
-    cache.v.inplace_op1(&Store { qkv: &rotated, column: heads * d + slot_width, width, slots: &slots, slot_width })?;
-    let mut q = Vec::with_capacity(t * heads * d);
-    rotated.chunks_exact(width).for_each(|row| q.extend_from_slice(&row[..heads * d]));
-    Tensor::from_vec(q, (t, heads * d), &Device::Cpu)
+    }
+
+    /// `qkv = normed · wᵀ + b`
+    pub fn project(&mut self, w: &Packed, bias: Option<&Tensor>) -> Result<()> {
+        let x = &self.normed[..self.t * w.k];
+        linear(&mut self.pool, x, w, bias, Then::Store, &mut self.scratch, &mut self.qkv[..self.t * w.n])
+    }
+
+    /// Rotates queries and keys in place; keys and values go to their slots.
+    pub fn rope_and_store(&mut self, rope: Rope, cache: &mut Cache) -> Result<()> {
+        let Sizes { heads, kv, d, .. } = self.sizes;
+        let width = (heads + 2 * kv) * d;
+        let slots = &self.slots;
+        if let Some(slot) = slots.iter().find(|slot| **slot as usize >= cache.blocks * cache.shape.block_size) {
+            return Err(Error::Msg(format!("slot {slot} is outside the KV cache")));
+        }
+        let (cos, sin) = (&self.cos, &self.sin);
+        let (qkv, writer) = (PtrMut(self.qkv.as_mut_ptr()), cache.writer());
+        by_rows(&mut self.pool, self.t, width, &|row| {
+            let angles = row * d / 2..(row + 1) * d / 2;
+            // SAFETY: the row is this task's alone, and so is its slot.
+            unsafe {
+                let qkv = std::slice::from_raw_parts_mut(qkv.ptr().add(row * width), width);
+                elementwise::rope_row(&mut qkv[..(heads + kv) * d], d, rope, &cos[angles.clone()], &sin[angles]);
+                attention::store(&writer, slots[row] as usize, qkv[heads * d..].as_ptr(), qkv[(heads + kv) * d..].as_ptr());
+            }
+        });
+        Ok(())
+    }
+
+    pub fn attend(&mut self, cache: &Cache) -> Result<()> {
+        let Sizes { heads, kv, d, .. } = self.sizes;
+        let width = (heads + 2 * kv) * d;
+        let (q, out) = (&self.qkv[..self.t * width], &mut self.attended[..self.t * heads * d]);
+        attention::paged(&mut self.pool, q, width, cache, &self.rows, heads, &mut self.attention, out);
+        Ok(())
+    }
+
+    /// `x += attended · wᵀ + b`
+    pub fn add_attended(&mut self, w: &Packed, bias: Option<&Tensor>) -> Result<()> {
+        let x = &self.attended[..self.t * w.k];
+        linear(&mut self.pool, x, w, bias, Then::Add, &mut self.scratch, &mut self.x[..self.t * w.n])
+    }
+
+    /// `gated = silu(normed · gateᵀ) · (normed · upᵀ)`
+    pub fn gate(&mut self, w: &Packed, bias: Option<&Tensor>) -> Result<()> {
+        let x = &self.normed[..self.t * w.k];
+        linear(&mut self.pool, x, w, bias, Then::Store, &mut self.scratch, &mut self.gated[..self.t * w.n / 2])
+    }
+
+    /// `x += gated · wᵀ + b`
+    pub fn add_gated(&mut self, w: &Packed, bias: Option<&Tensor>) -> Result<()> {
+        let x = &self.gated[..self.t * w.k];
+        linear(&mut self.pool, x, w, bias, Then::Add, &mut self.scratch, &mut self.x[..self.t * w.n])
+    }
+
+    /// Logits of the tokens `positions`, at most `max_logits`; the residual stream stays.
+    pub fn head(&mut self, positions: &[usize], norm: &Tensor, eps: f32, w: &Packed) -> Result<()> {
+        let hidden = self.sizes.hidden;
+        if positions.len() > self.sizes.max_logits || positions.iter().any(|position| *position >= self.t) {
+            return Err(Error::Msg(format!("logits of {} tokens, and room for {}", positions.len(), self.sizes.max_logits)));
+        }
+        self.picked = positions.len();
+        with_values(norm, |norm| {
+            for (position, out) in positions.iter().zip(self.normed.chunks_exact_mut(hidden)) {
+                elementwise::rms_norm(&self.x[position * hidden..(position + 1) * hidden], norm, eps, out);
+            }
+            Ok(())
+        })?;
+        let x = &self.normed[..self.picked * hidden];
+        linear(&mut self.pool, x, w, None, Then::Store, &mut self.scratch, &mut self.logits[..self.picked * w.n])
+    }
+
+    /// What [`Activations::head`] made, `[picked, vocab]`.
+    pub fn logits(&mut self) -> &mut [f32] {
+        &mut self.logits[..self.picked * self.sizes.vocab]
+    }
+
+    /// Runs `f(row, logits)` for each row of logits, on all threads.
+    pub fn each_logits(&mut self, f: &(dyn Fn(usize, &mut [f32]) + Sync)) {
+        let vocab = self.sizes.vocab;
+        let logits = PtrMut(self.logits.as_mut_ptr());
+        self.pool.run(self.picked, &|row, _| {
+            // SAFETY: one row, one task.
+            f(row, unsafe { std::slice::from_raw_parts_mut(logits.ptr().add(row * vocab), vocab) });
+        });
+    }
+
+    /// A buffer's values of this step, for tests: `x`, `normed`, `qkv`, `attended` or `gated`.
+    pub fn values(&self, name: &str) -> &[f32] {
+        let Sizes { heads, kv, d, hidden, intermediate, .. } = self.sizes;
+        let (buffer, width) = match name {
+            "x" => (&self.x, hidden),
+            "normed" => (&self.normed, hidden),
+            "qkv" => (&self.qkv, (heads + 2 * kv) * d),
+            "attended" => (&self.attended, heads * d),
+            _ => (&self.gated, intermediate),
+        };
+        &buffer[..self.t * width]
+    }
+
+    /// Sets the residual stream of this step, for tests.
+    pub fn set_x(&mut self, x: &[f32]) {
+        self.x[..x.len()].copy_from_slice(x);
+    }
 }
 
-pub fn paged_attention(q: &Tensor, batch: &Batch, cache: &KvCache) -> Result<Tensor> {
-    let (t, width) = q.dims2()?;
-    let (_, block_size, kv, d) = cache.k.dims4()?;
-    let shape = attention::Shape { heads: width / d, kv, d, block_size };
-    let out = with_values::<f32, _>(q, |q| {
-        with_values::<f32, _>(&cache.k, |k| with_values::<f32, _>(&cache.v, |v| Ok(attention::paged(q, k, v, &batch.rows, shape))))
-    })?;
-    Tensor::from_vec(out, (t, width), &Device::Cpu)
+fn linear(
+    pool: &mut Pool,
+    x: &[f32],
+    w: &Packed,
+    bias: Option<&Tensor>,
+    then: Then,
+    scratch: &mut matmul::Scratch,
+    out: &mut [f32],
+) -> Result<()> {
+    if w.columns == Columns::Gated && then == Then::Add {
+        return Err(Error::Msg("gated columns are not added".into()));
+    }
+    match bias {
+        None => matmul::matmul(pool, x, w, None, then, scratch, out),
+        Some(bias) => with_values(bias, |bias| {
+            matmul::matmul(pool, x, w, Some(bias), then, scratch, out);
+            Ok(())
+        })?,
+    }
+    Ok(())
+}
+
+/// Runs `f` for each of `rows` rows, on all threads when it is worth it.
+fn by_rows(pool: &mut Pool, rows: usize, width: usize, f: &(dyn Fn(usize) + Sync)) {
+    if rows * width < PARALLEL_VALUES {
+        (0..rows).for_each(f);
+    } else {
+        pool.run(rows.div_ceil(TASK_ROWS), &|task, _| (task * TASK_ROWS..rows.min((task + 1) * TASK_ROWS)).for_each(f));
+    }
 }

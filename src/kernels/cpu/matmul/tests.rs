@@ -1,0 +1,99 @@
+//! Every form against the plain sum over its own numbers, and to the bit against each row alone.
+
+use half::{bf16, f16};
+use proptest::prelude::*;
+
+use super::*;
+use crate::kernels::cpu::packed::Row;
+
+fn numbers(n: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    (0..n)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 40) as f32 / (1u32 << 24) as f32 - 0.5
+        })
+        .collect()
+}
+
+/// A matrix of any numbers that the form can hold.
+fn random(n: usize, k: usize, form: Form, columns: Columns, seed: u64) -> Packed {
+    let fill = |row: usize, out: &mut Row| {
+        let numbers = numbers(k, seed ^ (row as u64 + 1));
+        let pick = |i: usize, below: f32| ((numbers[i] + 0.5) * below) as u8;
+        out.f32 = numbers.clone();
+        out.bf16 = numbers.iter().map(|x| bf16::from_f32(*x)).collect();
+        out.int8 = numbers.iter().map(|x| (x * 254.0) as i8).collect();
+        out.scales8 = (0..k / BLOCK).map(|i| f16::from_f32(numbers[i] / 100.0)).collect();
+        out.int4 = (0..k).map(|i| pick(i, 16.0)).collect();
+        out.scales4 = (0..k / BLOCK).map(|i| pick(i, 64.0)).collect();
+        out.mins4 = (0..k / BLOCK).map(|i| pick(i + 1, 64.0)).collect();
+        out.d = (0..k / SUPER).map(|i| f16::from_f32(numbers[i] / 300.0)).collect();
+        out.dmin = (0..k / SUPER).map(|i| f16::from_f32(numbers[i + 1] / 30.0)).collect();
+    };
+    Packed::new(n, k, form, columns, &fill).unwrap()
+}
+
+/// What activations become for weights of few bits.
+fn rounded(x: &[f32]) -> Vec<f64> {
+    let block = |x: &[f32]| {
+        let greatest = x.iter().fold(0f32, |most, x| most.max(x.abs()));
+        let inverse = if greatest > 0.0 { 127.0 / greatest } else { 0.0 };
+        x.iter().map(|x| f64::from((x * inverse).round_ties_even()) * f64::from(greatest / 127.0)).collect::<Vec<_>>()
+    };
+    x.chunks(BLOCK).flat_map(block).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    #[test]
+    fn equals_the_plain_sum_and_each_row_is_independent(
+        m in 1usize..40, n in 1usize..120, width in 1usize..90, form in 0usize..4, threads in 1usize..4, seed in any::<u64>(),
+    ) {
+        let (form, k) = [(Form::F32, width), (Form::Bf16, width), (Form::Int8, (width % 9 + 1) * BLOCK), (Form::Int4, (width % 3 + 1) * SUPER)][form];
+        let w = random(n, k, form, Columns::Plain, seed);
+        let x = numbers(m * k, seed ^ 99);
+        let bias = numbers(n, seed ^ 5);
+        let (mut pool, mut scratch) = (Pool::new(threads).unwrap(), Scratch::default());
+        let mut out = vec![1f32; m * n];
+        matmul(&mut pool, &x, &w, Some(&bias), Then::Add, &mut scratch, &mut out);
+        let mut row = vec![0f32; k];
+        for column in 0..n {
+            w.row(column, &mut row);
+            for r in 0..m {
+                let x = &x[r * k..(r + 1) * k];
+                let x: Vec<f64> = if matches!(form, Form::F32 | Form::Bf16) { x.iter().map(|x| f64::from(*x)).collect() } else { rounded(x) };
+                let sum: f64 = x.iter().zip(&row).map(|(x, w)| x * f64::from(*w)).sum();
+                let want = 1.0 + f64::from(bias[column]) + sum;
+                let got = f64::from(out[r * n + column]);
+                prop_assert!((got - want).abs() < 1e-4 * (1.0 + want.abs()), "{form:?} [{m}, {n}, {k}] at {r}, {column}: {got} {want}");
+            }
+        }
+        for r in 0..m {
+            let mut alone = vec![1f32; n];
+            matmul(&mut pool, &x[r * k..(r + 1) * k], &w, Some(&bias), Then::Add, &mut scratch, &mut alone);
+            prop_assert_eq!(&alone[..], &out[r * n..(r + 1) * n]);
+        }
+    }
+
+    #[test]
+    fn gates(m in 1usize..30, half in 1usize..70, form in 0usize..4, seed in any::<u64>()) {
+        let (form, k) = [(Form::F32, 33), (Form::Bf16, 70), (Form::Int8, BLOCK), (Form::Int4, SUPER)][form];
+        let (gated, plain) = (random(2 * half, k, form, Columns::Gated, seed), random(2 * half, k, form, Columns::Plain, seed));
+        let x = numbers(m * k, seed ^ 3);
+        let bias = numbers(2 * half, seed ^ 6);
+        let (mut pool, mut scratch) = (Pool::new(2).unwrap(), Scratch::default());
+        let (mut out, mut both) = (vec![0f32; m * half], vec![0f32; m * 2 * half]);
+        matmul(&mut pool, &x, &gated, Some(&bias), Then::Store, &mut scratch, &mut out);
+        matmul(&mut pool, &x, &plain, Some(&bias), Then::Store, &mut scratch, &mut both);
+        for (out, both) in out.chunks_exact(half).zip(both.chunks_exact(2 * half)) {
+            for i in 0..half {
+                let want = both[i] / (1.0 + (-both[i]).exp()) * both[half + i];
+                prop_assert!((out[i] - want).abs() < 1e-5 * (1.0 + want.abs()), "{} {want}", out[i]);
+            }
+        }
+    }
+}
