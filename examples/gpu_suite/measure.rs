@@ -10,6 +10,7 @@ use candle_core::cuda_backend::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use candle_core::cuda_backend::cudarc::driver::{CudaGraph, DriverError};
 use candle_core::{DType, Device, Tensor};
+use worker_candle::config::Quantization;
 use worker_candle::kernels::composed::{self, Batch, linear, rms_norm};
 use worker_candle::kernels::{Activations, BatchRow, Inputs, KvCache};
 use worker_candle::models::architecture::Architecture;
@@ -170,7 +171,7 @@ impl Step {
         let files = model::folder(path)?;
         let shape = Architecture::from_files(&files)?;
         let checkpoint = Checkpoint::open(&files, &shape)?;
-        let model = Transformer::load(shape, &checkpoint, device)?;
+        let model = Transformer::load(shape, &checkpoint, device, Quantization::AsStored)?;
         let per_row = context.div_ceil(Self::BLOCK_SIZE);
         let dims = (rows * per_row, Self::BLOCK_SIZE, model.shape.kv_heads, model.shape.head_dim);
         // Keys and values of an earlier context: small random numbers.

@@ -367,7 +367,9 @@ fn the_values_inside_the_layers() {
         } else {
             Activations::Cpu(Box::new(cpu::Activations::new(sizes, 2).unwrap()))
         };
-        let form = |tensor: Tensor, columns: Columns| if on_tensors { Matrix::Tensor(tensor) } else { pack(&tensor, columns).unwrap() };
+        let form = |tensor: Tensor, columns: Columns| {
+            if on_tensors { Matrix::Tensor(tensor) } else { pack("weight", &tensor, columns, None).unwrap() }
+        };
         let last = |values: &Activations, name: &str| -> Vec<f32> {
             match values {
                 Activations::Cpu(values) => values.values(name).chunks_exact(values.values(name).len() / t).next_back().unwrap().to_vec(),

@@ -26,6 +26,7 @@ fn with_runner(files: &ModelFiles, f: impl FnOnce(&mut ModelRunner) + Send) {
         threads: Some(2),
         block_size: Some(BLOCK),
         kv_cache_gb: Some(0.02),
+        max_num_batched_tokens: Some(1024),
         ..Default::default()
     };
     std::thread::scope(|scope| scope.spawn(|| f(&mut ModelRunner::load(files, || Ok(usize::MAX), &settings).unwrap())).join().unwrap());

@@ -38,7 +38,7 @@ pub struct ModelRunner {
 pub struct About {
     pub device: String,
     pub threads: usize,
-    pub weights: &'static str,
+    pub weights: String,
     pub parameters: usize,
     /// Bytes of weights a decode step reads.
     pub bytes_per_step: usize,
@@ -60,7 +60,7 @@ impl ModelRunner {
         let checkpoint = Checkpoint::open(files, &shape)?;
         tracing::debug!("checkpoint: {}", checkpoint.describe());
         let before = device_memory(&device);
-        let model = loading_threads(threads)?.install(|| Transformer::load(shape, &checkpoint, &device))?;
+        let model = loading_threads(threads)?.install(|| Transformer::load(shape, &checkpoint, &device, settings.quantization))?;
         for name in checkpoint.unused() {
             tracing::warn!("tensor {name} of {} is not used by this architecture", files.name);
         }
@@ -80,7 +80,7 @@ impl ModelRunner {
         let about = About {
             device: describe(&device),
             threads: if device.is_cpu() { threads } else { 0 },
-            weights: model.weight_dtype(),
+            weights: model.weight_form(),
             parameters: model.shape.parameters(),
             bytes_per_step: model.bytes_per_step(),
             memory: plan.lines(),
