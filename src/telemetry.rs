@@ -1,4 +1,4 @@
-//! Logs in the platform's format.
+//! Logs in the platform's format, and [`metrics`].
 //!
 //! Inside an endpoint a line is a JSON object, elsewhere `LEVEL  | job id | message`. The job's id comes from a field `request_id` (or
 //! `job`) of the event or of a span around it; other fields follow the message as `name=value`.
@@ -14,6 +14,8 @@ use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
+
+pub mod metrics;
 
 /// Longer messages lose their middle: the platform throttles what logs too much.
 const MAX_MESSAGE_CHARS: usize = 4096;

@@ -189,9 +189,10 @@ impl Service {
             return Err(fields::missing(noun, format!("The {noun} came to no tokens at all. There must be at least one.")));
         }
         if ids.len() >= context {
+            let hint = self.engine.limits().memory_hint();
             let message = format!(
                 "This model's maximum context length is {context} tokens. However, your {noun} resulted in {} tokens. Please reduce the \
-                 length of the {noun} (context_length_exceeded: prompt is too long).",
+                 length of the {noun} (context_length_exceeded: prompt is too long).{hint}",
                 ids.len()
             );
             return Err(Failure::bad_request(noun, message).code("context_length_exceeded"));

@@ -215,7 +215,7 @@ mod tests {
     fn read(body: Value) -> Result<Options, Failure> {
         let settings = ApiSettings { max_n: Some(4), ..ApiSettings::default() };
         let defaults = Defaults::new(&json!({"temperature": 0.8, "top_p": 0.7, "top_k": 50}), &settings).unwrap();
-        let limits = Limits { max_model_len: 64, vocab_size: 10, max_num_seqs: 4, max_waiting: 4 };
+        let limits = Limits { max_model_len: 64, vocab_size: 10, max_num_seqs: 4, max_waiting: 4, memory_bound: None };
         let context = Context { settings: &settings, defaults: &defaults, limits: &limits, eos_token_ids: &Arc::new(vec![2]) };
         Options::read(&Fields::new(&body, true).unwrap(), &context, || 99)
     }

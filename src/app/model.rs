@@ -66,6 +66,13 @@ pub async fn start_engine(
     let options = engine::Options {
         max_waiting: settings.engine.max_waiting.unwrap_or(defaults.max_waiting),
         prefix_caching: settings.engine.prefix_caching.unwrap_or(defaults.prefix_caching),
+        lookup: settings.engine.speculative.map(|given| engine::Lookup {
+            depth: given.tokens,
+            max: given.lookup_max,
+            min: given.lookup_min,
+            max_rows: given.max_rows,
+        }),
+        log_stats: !settings.engine.disable_log_stats,
     };
     let engine = engine::start(load, options).await?;
     let about = receive.await.map_err(|_| Failure::internal("the engine ended while starting"))?;

@@ -24,6 +24,7 @@ const LAPTOP_PORT: u16 = 8000;
 const PLATFORM_PORT: u16 = 80;
 /// How long responses may go on after everything else has drained.
 const RESPONSES_END: Duration = Duration::from_secs(10);
+const METRICS_PREFIX: &str = "worker_candle_";
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// Everything a laptop needs: the local endpoint, a worker on it through the real job protocol, and the direct OpenAI routes.
@@ -32,14 +33,14 @@ pub async fn serve(settings: Settings) -> Result<ExitCode, Failure> {
     let (listener, base) = bind(&settings, "127.0.0.1", LAPTOP_PORT).await?;
     let endpoints = Endpoints::new(endpoint_options(&settings));
     let direct = Direct::new();
-    let router = server::direct(direct.door(), direct.readiness.clone(), Some(&endpoints), &Options::from(&settings.server));
+    let router = server::direct(direct.door(), direct.readiness.clone(), Some(&endpoints), &direct.options(&settings));
     let (closing, server) = spawn_server(listener, router);
     let loaded = tokio::select! {
         loaded = model::load(&settings) => loaded,
         () = shutdown.clone().asked() => return Ok(ExitCode::SUCCESS),
     };
     let loaded = loaded.inspect_err(|_| direct.readiness.set(Phase::Failed))?;
-    direct.ready(&loaded);
+    direct.ready(&loaded.service);
     welcome(&base, &loaded);
     let runpod = attached(&settings, &base);
     let (readiness, closing_endpoints) = (direct.readiness.clone(), endpoints.clone());
@@ -83,7 +84,7 @@ pub async fn http(settings: Settings) -> Result<ExitCode, Failure> {
     let shutdown = Shutdown::listen()?;
     let (listener, base) = bind(&settings, "0.0.0.0", PLATFORM_PORT).await?;
     let direct = Direct::new();
-    let options = Options::from(&settings.server);
+    let options = direct.options(&settings);
     let (closing, server) = spawn_server(listener, server::direct(direct.door(), direct.readiness.clone(), None, &options));
     let health = match settings.server.health_port.filter(|port| Some(*port) != settings.server.port) {
         Some(port) => {
@@ -97,7 +98,7 @@ pub async fn http(settings: Settings) -> Result<ExitCode, Failure> {
         () = shutdown.clone().asked() => return Ok(ExitCode::SUCCESS),
     };
     let loaded = loaded.inspect_err(|_| direct.readiness.set(Phase::Failed))?;
-    direct.ready(&loaded);
+    direct.ready(&loaded.service);
     tracing::info!("OpenAI API at {base}/v1");
     shutdown.asked().await;
     direct.readiness.set(Phase::Draining);
@@ -134,9 +135,23 @@ impl Direct {
         })
     }
 
-    fn ready(&self, loaded: &Loaded) {
-        let _ = self.service.set(loaded.service.clone());
+    /// With the engine's figures at `/metrics`; none before the model is there.
+    fn options(&self, settings: &Settings) -> Options {
+        let service = self.service.clone();
+        let prefix = settings.server.metrics_prefix.clone().unwrap_or_else(|| METRICS_PREFIX.to_owned());
+        let metrics = move || service.get().map_or(String::new(), |service| service.engine.stats().exposition(&prefix, service.name()));
+        Options { metrics: Some(Arc::new(metrics)), ..Options::from(&settings.server) }
+    }
+
+    /// Opens the door, for as long as the engine is sound.
+    fn ready(&self, service: &Arc<Service>) {
+        let _ = self.service.set(service.clone());
         self.readiness.set(Phase::Ready);
+        let (engine, readiness) = (service.engine.clone(), self.readiness.clone());
+        tokio::spawn(async move {
+            engine.failed().await;
+            readiness.set(Phase::Failed);
+        });
     }
 }
 
@@ -206,4 +221,86 @@ fn welcome(base: &str, loaded: &Loaded) {
     tracing::info!(
         "try it: curl {base}/v1/chat/completions -H 'content-type: application/json' -d '{{\"model\":\"{name}\",\"messages\":[{{\"role\":\"user\",\"content\":\"What is the capital of France?\"}}]}}'"
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::ModelInfo;
+    use crate::config::ApiSettings;
+    use crate::engine;
+    use crate::models::tokenizer::Tokenizer;
+    use crate::models::{Output, Plan, Runner, Shape, demo};
+    use serde_json::{Value, json};
+
+    /// Panics when a prompt has more than ten tokens, and says the same token otherwise.
+    struct Fragile(Shape);
+
+    impl Runner for Fragile {
+        fn shape(&self) -> &Shape {
+            &self.0
+        }
+
+        fn step(&mut self, plan: &Plan) -> Result<Output, Failure> {
+            assert!(plan.tokens.len() <= 10, "told to");
+            Ok(Output { tokens: vec![400; plan.rows.len()], ..Default::default() })
+        }
+    }
+
+    async fn service() -> Arc<Service> {
+        let files = demo::files();
+        let tokenizer = Arc::new(Tokenizer::load(&files).unwrap());
+        let shape = Shape {
+            max_model_len: 256,
+            vocab_size: tokenizer.vocab_size(),
+            block_size: 16,
+            blocks: 16,
+            max_num_seqs: 4,
+            max_num_batched_tokens: 64,
+            memory_bound: false,
+        };
+        let engine = engine::start(|| Ok(Fragile(shape)), engine::Options::default()).await.unwrap();
+        Arc::new(Service::new(ApiSettings::default(), engine, tokenizer, ModelInfo::from_files(&files).unwrap()).unwrap())
+    }
+
+    #[tokio::test]
+    async fn a_panic_fails_its_request_and_the_worker_says_so() {
+        let mut settings = Settings::default();
+        settings.server.api_keys = vec![Secret::new("key")];
+        let direct = Direct::new();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let base = format!("http://{}", listener.local_addr().unwrap());
+        let router = server::direct(direct.door(), direct.readiness.clone(), None, &direct.options(&settings));
+        let (_closing, _server) = spawn_server(listener, router);
+        let client = reqwest::Client::builder().no_proxy().build().unwrap();
+        let get = |path: &str| client.get(format!("{base}{path}")).send();
+        let complete = |prompt: &str| {
+            let body = json!({"prompt": prompt, "max_tokens": 3});
+            client.post(format!("{base}/v1/completions")).bearer_auth("key").json(&body).send()
+        };
+        assert_eq!(get("/metrics").await.unwrap().text().await.unwrap(), "", "no engine, no figures");
+        direct.ready(&service().await);
+        assert_eq!(get("/ping").await.unwrap().status(), 200);
+        assert_eq!(complete("Hi").await.unwrap().status(), 200);
+        // Scrapers bring no key.
+        let metrics = get("/metrics").await.unwrap();
+        assert_eq!(metrics.headers()["content-type"], "text/plain; version=0.0.4; charset=utf-8");
+        let metrics = metrics.text().await.unwrap();
+        for line in ["worker_candle_healthy{model_name=\"demo\"} 1", "worker_candle_generation_tokens_total{model_name=\"demo\"} 3"] {
+            assert!(metrics.lines().any(|present| present == line), "{line} in {metrics}");
+        }
+
+        let failed = complete("A prompt that is longer than those ten tokens, by far.").await.unwrap();
+        assert_eq!(failed.status(), 500);
+        assert_eq!(failed.json::<Value>().await.unwrap()["error"]["type"], "server_error");
+        for attempt in 0.. {
+            if get("/ping").await.unwrap().status() == 503 {
+                break;
+            }
+            assert!(attempt < 500, "the worker still calls itself healthy");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        assert_eq!(complete("Hi").await.unwrap().status(), 503);
+        assert!(get("/metrics").await.unwrap().text().await.unwrap().contains("worker_candle_healthy{model_name=\"demo\"} 0\n"));
+    }
 }

@@ -83,6 +83,9 @@ pub struct Env {
     /// The opposite of `ENABLE_PREFIX_CACHING`, which comes first.
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", help_heading = "Engine")]
     pub disable_radix_cache: Option<String>,
+    /// Speculation by prompt lookup, as JSON: `{"method":"ngram","num_speculative_tokens":5}`; further keys `prompt_lookup_max`, `prompt_lookup_min`, `disable_by_batch_size`.
+    #[arg(long, help_heading = "Engine")]
+    pub speculative_config: Option<String>,
     /// Requests that may wait for a place; beyond it they are refused with 429.
     #[arg(long, help_heading = "Engine")]
     pub max_waiting: Option<String>,
@@ -216,6 +219,13 @@ pub struct Env {
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", help_heading = "Server")]
     pub cloud_errors: Option<String>,
 
+    /// Begins every name at `/metrics`. `vllm:` makes them vLLM's, for dashboards and autoscalers that know those.
+    #[arg(long, help_heading = "Server")]
+    pub metrics_prefix: Option<String>,
+
+    /// No line of the engine's figures in the log (otherwise one every 10 s while there is work).
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", help_heading = "General")]
+    pub disable_log_stats: Option<String>,
     /// `trace`, `debug`, `info`, `warn`, `error` or `notset` (silent).
     #[arg(long, help_heading = "General")]
     pub log_level: Option<String>,

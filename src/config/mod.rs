@@ -133,10 +133,30 @@ pub struct EngineSettings {
     pub kv_cache_gb: Option<f64>,
     pub gpu_memory_utilization: Option<f64>,
     pub prefix_caching: Option<bool>,
+    pub speculative: Option<Speculative>,
+    pub disable_log_stats: bool,
     pub max_waiting: Option<usize>,
     /// Seconds a request may take in all.
     pub request_timeout: Option<Duration>,
     pub seed: Option<u64>,
+}
+
+/// Speculation by prompt lookup (`SPECULATIVE_CONFIG`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Speculative {
+    /// Most tokens guessed at once.
+    pub tokens: usize,
+    /// Longest and shortest run of last tokens that is looked up.
+    pub lookup_max: usize,
+    pub lookup_min: usize,
+    /// None is guessed while more sequences than this decode.
+    pub max_rows: usize,
+}
+
+impl Default for Speculative {
+    fn default() -> Self {
+        Self { tokens: 5, lookup_max: 5, lookup_min: 2, max_rows: 8 }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -226,6 +246,8 @@ pub struct ServerSettings {
     pub allowed_origins: Vec<String>,
     /// The local endpoint answers failed OpenAI calls with 500, as the cloud is reported to do.
     pub cloud_errors: bool,
+    /// Begins every name at `/metrics`; default `worker_candle_`.
+    pub metrics_prefix: Option<String>,
 }
 
 #[derive(Debug, Clone, Default)]

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::Quantization;
+use super::{Quantization, Speculative};
 
 /// Not given, as platforms write it: empty, blanks, or `None`.
 pub fn unset(value: &str) -> bool {
@@ -94,6 +94,48 @@ pub fn quantization(value: &str) -> Result<Quantization, String> {
     }
 }
 
+/// FastDeploy's and vLLM's form of `SPECULATIVE_CONFIG`; `None` for `{}`. Only prompt lookup is there, and no key is let pass unread.
+pub fn speculative(value: &str) -> Result<Option<Speculative>, String> {
+    let object: serde_json::Map<String, Value> = serde_json::from_str(value).map_err(|error| format!("is not a JSON object: {error}"))?;
+    let given: Vec<_> = object.iter().filter(|(_, value)| !value.is_null()).collect();
+    if given.is_empty() {
+        return Ok(None);
+    }
+    let ngram = |value: &Value| matches!(value.as_str(), Some("ngram" | "[ngram]"));
+    let mut method = false;
+    let (mut tokens, mut most, mut least, mut max_rows) = (None, None, None, None);
+    for (key, value) in given {
+        let number = |range: std::ops::RangeInclusive<u64>| match value.as_u64().filter(|number| range.contains(number)) {
+            Some(number) => Ok(Some(number as usize)),
+            None => Err(format!("{key} {value} is not possible; use a whole number from {} to {}", range.start(), range.end())),
+        };
+        match key.as_str() {
+            "method" if ngram(value) => method = true,
+            "method" => return Err(format!("method {value} is not supported here; the only one is \"ngram\" (prompt lookup)")),
+            // vLLM's older way to name the method.
+            "model" if ngram(value) => method = true,
+            "model" if value.as_str() == Some("") => {}
+            "model" => return Err(format!("draft model {value} is not supported here; the only method is \"ngram\" (prompt lookup)")),
+            "num_speculative_tokens" => tokens = number(1..=16)?,
+            "prompt_lookup_max" | "max_ngram_size" => most = number(1..=32)?,
+            "prompt_lookup_min" | "min_ngram_size" => least = number(1..=32)?,
+            "disable_by_batch_size" => max_rows = number(1..=256)?,
+            _ => return Err(format!("{key:?} in it is not known here")),
+        }
+    }
+    if !method {
+        return Err("has no method; write {\"method\":\"ngram\",\"num_speculative_tokens\":5}".to_owned());
+    }
+    let default = Speculative::default();
+    let lookup_max = most.unwrap_or(default.lookup_max.max(least.unwrap_or(0)));
+    let lookup_min = least.unwrap_or(default.lookup_min.min(lookup_max));
+    if lookup_min > lookup_max {
+        return Err(format!("prompt_lookup_min {lookup_min} is more than prompt_lookup_max {lookup_max}"));
+    }
+    let (tokens, max_rows) = (tokens.unwrap_or(default.tokens), max_rows.unwrap_or(default.max_rows));
+    Ok(Some(Speculative { tokens, lookup_max, lookup_min, max_rows }))
+}
+
 /// A JSON value as an environment variable would spell it; `None` for null.
 pub fn spelled(value: Value) -> Option<String> {
     match value {
@@ -125,6 +167,34 @@ mod tests {
         assert_eq!(count("4096.0"), Some(4096));
         for wrong in ["", "k", "-1", "1.5", "1.0001k", "1e3", "4 k!", "infk", "99999999999999G", "é"] {
             assert_eq!(count(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn speculations() {
+        let is = |tokens, lookup_max, lookup_min, max_rows| Ok(Some(Speculative { tokens, lookup_max, lookup_min, max_rows }));
+        for (value, meaning) in [
+            ("{}", Ok(None)),
+            (r#"{"method": "ngram"}"#, is(5, 5, 2, 8)),
+            (r#"{"method": "ngram", "num_speculative_tokens": 3, "model": null}"#, is(3, 5, 2, 8)),
+            (r#"{"model": "[ngram]", "num_speculative_tokens": 4, "prompt_lookup_max": 1}"#, is(4, 1, 1, 8)),
+            (r#"{"method": "ngram", "prompt_lookup_min": 7, "disable_by_batch_size": 2}"#, is(5, 7, 7, 2)),
+            (r#"{"method": "ngram", "max_ngram_size": 4, "min_ngram_size": 3, "model": ""}"#, is(5, 4, 3, 8)),
+        ] {
+            assert_eq!(speculative(value), meaning, "{value}");
+        }
+        for (value, word) in [
+            ("ngram", "JSON"),
+            (r#"{"method": "mtp"}"#, "\"mtp\""),
+            (r#"{"method": "ngram", "model": "small"}"#, "\"small\""),
+            (r#"{"num_speculative_tokens": 3}"#, "no method"),
+            (r#"{"method": "ngram", "num_speculative_tokens": 0}"#, "num_speculative_tokens 0"),
+            (r#"{"method": "ngram", "num_speculative_tokens": "3"}"#, "num_speculative_tokens"),
+            (r#"{"method": "ngram", "prompt_lookup_max": 2, "prompt_lookup_min": 3}"#, "prompt_lookup_min 3"),
+            (r#"{"method": "ngram", "draft_tensor_parallel_size": 1}"#, "draft_tensor_parallel_size"),
+        ] {
+            let wrong = speculative(value).expect_err(value);
+            assert!(wrong.contains(word), "{value}: {wrong}");
         }
     }
 

@@ -116,6 +116,7 @@ const WORKS: &[(&str, &str)] = &[
     ("GPU_MEMORY_UTILIZATION", "0.9"),
     ("ENABLE_PREFIX_CACHING", "true"),
     ("DISABLE_RADIX_CACHE", "false"),
+    ("SPECULATIVE_CONFIG", "none: off"),
     ("MAX_WAITING", "512"),
     ("REQUEST_TIMEOUT", "3600"),
     ("SEED", "random"),
@@ -159,6 +160,8 @@ const WORKS: &[(&str, &str)] = &[
     ("API_KEY_FILE", "none"),
     ("ALLOWED_ORIGINS", "*"),
     ("CLOUD_ERRORS", "false"),
+    ("METRICS_PREFIX", "`worker_candle_`"),
+    ("DISABLE_LOG_STATS", "false"),
     ("LOG_LEVEL", "info"),
     ("VLLM_CONFIG_FILE", "/vllm_config.yaml, if it is there"),
     ("VLLM_EXTRA_ARGS", "none"),
@@ -274,8 +277,7 @@ const REFUSED: &[(&str, &[Refusal])] = &[
         ("ENABLE_LORA", &["false"]),
         ("LORA_MODULES", &["[]", "{}"]),
     ]),
-    ("no speculative decoding in this version: unset it", &[
-        ("SPECULATIVE_CONFIG", &["{}"]),
+    ("the one way to speculate is SPECULATIVE_CONFIG={\"method\":\"ngram\"}: unset it", &[
         ("SPECULATIVE_METHOD", &[]),
         ("SPECULATIVE_MODEL", &[]),
     ]),
@@ -427,7 +429,7 @@ const NO_EFFECT: &[(&str, &[&str])] = &[
         "FD_LIMIT_THINKING_CONTENT_TRUNCATE_STR",
     ]),
     ("logs are governed by LOG_LEVEL, and never hold prompts or answers", &[
-        "COLLECT_DETAILED_TRACES", "OTLP_TRACES_ENDPOINT", "DISABLE_LOG_REQUESTS!", "DISABLE_LOG_STATS!", "DISABLE_UVICORN_ACCESS_LOG!",
+        "COLLECT_DETAILED_TRACES", "OTLP_TRACES_ENDPOINT", "DISABLE_LOG_REQUESTS!", "DISABLE_UVICORN_ACCESS_LOG!",
         "ENABLE_LOG_OUTPUTS!", "ENABLE_LOG_REQUESTS!", "LOG_CONFIG_FILE", "LOG_ERROR_STACK!", "LOG_LEVEL_HTTP", "LOG_REQUESTS!",
         "MAX_LOG_LEN", "SHOW_TIME_COST!", "SHOW_HIDDEN_METRICS_FOR_VERSION", "FD_LOG_DIR", "FD_DEBUG",
     ]),

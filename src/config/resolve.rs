@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::sources::Merged;
 use super::{
     ApiSettings, Args, BatchGrowth, DEFAULT_MODEL, DeviceChoice, EngineSettings, Env, HubSettings, LogLevel, LogSettings, Mistake,
-    NativeFormat, Quantization, RunpodSettings, Secret, ServerSettings, Settings, Surroundings, parse, policy, report,
+    NativeFormat, Quantization, RunpodSettings, Secret, ServerSettings, Settings, Speculative, Surroundings, parse, policy, report,
 };
 
 /// Words for "decide yourself".
@@ -102,6 +102,8 @@ impl Reader {
                 |value| value > 0.0 && value <= 1.0,
             ),
             prefix_caching: self.prefix_caching(env),
+            speculative: self.speculative(env),
+            disable_log_stats: self.switch("DISABLE_LOG_STATS", &env.disable_log_stats),
             max_waiting: self.count("MAX_WAITING", &env.max_waiting, 1, &["auto"]),
             request_timeout: match self.number("REQUEST_TIMEOUT", &env.request_timeout, &["auto"], "0 or more", |value| value >= 0.0) {
                 Some(0.0) => None,
@@ -178,6 +180,7 @@ impl Reader {
             api_keys: self.api_keys(env),
             allowed_origins: self.list("ALLOWED_ORIGINS", &env.allowed_origins).into_iter().filter(|origin| origin != "*").collect(),
             cloud_errors: self.switch("CLOUD_ERRORS", &env.cloud_errors),
+            metrics_prefix: self.metrics_prefix(env),
         }
     }
 
@@ -211,6 +214,25 @@ impl Reader {
             self.mistake("BLOCK_SIZE", format!("{size} is not possible; use 16, 32, 48 or 64"));
         }
         Some(size)
+    }
+
+    fn speculative(&mut self, env: &Env) -> Option<Speculative> {
+        parse::speculative(&text(&env.speculative_config)?).unwrap_or_else(|wrong| {
+            self.mistake("SPECULATIVE_CONFIG", wrong);
+            None
+        })
+    }
+
+    fn metrics_prefix(&mut self, env: &Env) -> Option<String> {
+        let prefix = text(&env.metrics_prefix)?;
+        let fits = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == ':';
+        if !prefix.chars().all(fits) || prefix.starts_with(|c: char| c.is_ascii_digit()) {
+            self.mistake(
+                "METRICS_PREFIX",
+                format!("{prefix:?} cannot begin a metric's name; use letters, digits, _ and :, no digit first"),
+            );
+        }
+        Some(prefix)
     }
 
     fn seed(&mut self, env: &Env) -> Option<u64> {

@@ -155,7 +155,9 @@ fn refused_unless_it_asks_for_what_happens_anyway() {
     for (name, value) in [
         ("TENSOR_PARALLEL_SIZE", "2"),
         ("ENABLE_LORA", "true"),
-        ("SPECULATIVE_CONFIG", r#"{"method":"ngram"}"#),
+        ("SPECULATIVE_CONFIG", r#"{"method":"mtp","num_speculative_tokens":1}"#),
+        ("SPECULATIVE_METHOD", "ngram"),
+        ("METRICS_PREFIX", "a-b"),
         ("GUIDED_DECODING_BACKEND", "xgrammar"),
         ("TOOL_CALL_PARSER", "hermes"),
         ("REASONING_PARSER", "qwen3"),

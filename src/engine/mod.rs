@@ -13,11 +13,15 @@ use crate::models::{Logprobs, LogprobsSpec};
 
 pub mod blocks;
 pub mod detokenize;
+pub mod lookup;
+pub mod metrics;
 pub mod run;
 pub mod sampling;
 pub mod scheduler;
 pub mod sequence;
 
+pub use lookup::Lookup;
+pub use metrics::Metrics;
 pub use run::start;
 pub use sampling::SamplingParams;
 
@@ -76,11 +80,15 @@ pub struct Options {
     pub max_waiting: usize,
     /// Keys and values of earlier tokens are found again (`ENABLE_PREFIX_CACHING`).
     pub prefix_caching: bool,
+    /// Speculation, where it is wanted (`SPECULATIVE_CONFIG`).
+    pub lookup: Option<Lookup>,
+    /// A line of figures in the log every ten seconds while there is work.
+    pub log_stats: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { max_waiting: 512, prefix_caching: true }
+        Self { max_waiting: 512, prefix_caching: true, lookup: None, log_stats: true }
     }
 }
 
@@ -93,6 +101,20 @@ pub struct Limits {
     pub max_num_seqs: usize,
     /// Requests that may wait; beyond it `submit` fails with `Kind::Overloaded`.
     pub max_waiting: usize,
+    /// Blocks of the KV cache and tokens in one, where it bounds `max_model_len`.
+    pub memory_bound: Option<(usize, usize)>,
+}
+
+impl Limits {
+    /// Where the KV cache bounds the context: how much it holds and what makes it larger, for refusals. Begins with a space; empty elsewhere.
+    pub fn memory_hint(&self) -> String {
+        self.memory_bound.map_or(String::new(), |(blocks, size)| {
+            format!(
+                " The KV cache holds {} tokens ({blocks} blocks of {size}); KV_CACHE_GB, or GPU_MEMORY_UTILIZATION on a GPU, makes it larger.",
+                blocks * size
+            )
+        })
+    }
 }
 
 /// A moment's figures.
@@ -109,11 +131,15 @@ pub struct Stats {
     /// Prompt tokens looked up in the prefix cache, and those found there.
     pub prefix_queried: u64,
     pub prefix_hits: u64,
+    /// Tokens guessed by prompt lookup, and those that came true.
+    pub guessed: u64,
+    pub accepted: u64,
     pub prompt_tokens: u64,
     pub output_tokens: u64,
     pub steps: u64,
-    /// `false` after a fault that the engine's thread did not survive.
+    /// `false` after a fault that only a restart mends.
     pub healthy: bool,
+    pub metrics: Metrics,
 }
 
 /// The door to the engine. Cheap to clone.
@@ -128,10 +154,13 @@ pub(crate) struct Shared {
     pub(crate) stats: std::sync::Mutex<Stats>,
     /// Submitted and not yet counted in `stats.waiting`.
     pub(crate) submitted: AtomicUsize,
+    /// Becomes true with `stats.healthy = false`.
+    pub(crate) failed: tokio::sync::watch::Sender<bool>,
 }
 
 pub(crate) enum Command {
-    Submit(Request, mpsc::UnboundedSender<Event>),
+    /// With the moment it was submitted.
+    Submit(Request, mpsc::UnboundedSender<Event>, Instant),
 }
 
 /// The events of one sequence. **Dropping it cancels**: the row and its blocks are free within one step.
@@ -170,7 +199,10 @@ impl Handle {
         self.check(&request)?;
         let (events, receiver) = mpsc::unbounded_channel();
         self.shared.submitted.fetch_add(1, Ordering::Relaxed);
-        self.shared.commands.send(Command::Submit(request, events)).map_err(|_| Failure::internal("the engine has stopped"))?;
+        self.shared
+            .commands
+            .send(Command::Submit(request, events, Instant::now()))
+            .map_err(|_| Failure::internal("the engine has stopped"))?;
         Ok(Generation::new(receiver))
     }
 
@@ -183,8 +215,8 @@ impl Handle {
             return Err(Failure::bad_request("prompt", "the prompt has no tokens"));
         }
         if request.prompt.len() >= limits.max_model_len {
-            let message =
-                format!("the prompt has {} tokens, and the context holds {} with the answer", request.prompt.len(), limits.max_model_len);
+            let (given, most, hint) = (request.prompt.len(), limits.max_model_len, limits.memory_hint());
+            let message = format!("The prompt has {given} tokens, and the context holds {most} with the answer.{hint}");
             return Err(Failure::bad_request("prompt", message).code("context_length_exceeded"));
         }
         // Free rows are no waiting places, but who finds one does not wait.
@@ -199,6 +231,12 @@ impl Handle {
 
     pub fn stats(&self) -> Stats {
         self.shared.stats.lock().map(|stats| stats.clone()).unwrap_or_default()
+    }
+
+    /// Waits for a fault that only a restart mends.
+    pub async fn failed(&self) {
+        // The sender lives as long as this handle does.
+        let _ = self.shared.failed.subscribe().wait_for(|failed| *failed).await;
     }
 
     /// Waits until nothing runs or waits, or until `limit` has passed; true when idle.

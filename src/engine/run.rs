@@ -9,9 +9,10 @@ use std::time::Instant;
 
 use tokio::sync::{mpsc, oneshot};
 
+use super::metrics::{Ended, Log, Moments};
 use super::scheduler::{Outcome, Scheduler};
 use super::sequence::{Sequence, SequenceId};
-use super::{Command, Event, Handle, Limits, Options, Shared, Stats};
+use super::{Command, Event, Finish, Handle, Limits, Options, Shared, Stats};
 use crate::error::{Failure, Kind};
 use crate::models::{Output, Plan, Runner};
 
@@ -37,12 +38,21 @@ where
             vocab_size: shape.vocab_size,
             max_num_seqs: shape.max_num_seqs,
             max_waiting: options.max_waiting,
+            memory_bound: shape.memory_bound.then_some((shape.blocks, shape.block_size)),
         };
         let stats = Stats { blocks_total: shape.blocks, blocks_free: shape.blocks, healthy: true, ..Default::default() };
-        let shared = Arc::new(Shared { limits, commands, stats: Mutex::new(stats), submitted: 0.into() });
-        let worker = Worker::new(runner, Arc::downgrade(&shared), &options);
-        if ready.send(Ok(Handle { shared })).is_ok() {
-            worker.run(&receiver);
+        let failed = tokio::sync::watch::Sender::new(false);
+        let shared = Arc::new(Shared { limits, commands, stats: Mutex::new(stats), submitted: 0.into(), failed });
+        let weak = Arc::downgrade(&shared);
+        let worker = Worker::new(runner, weak.clone(), &options);
+        if ready.send(Ok(Handle { shared })).is_ok()
+            && let Err(panic) = std::panic::catch_unwind(AssertUnwindSafe(|| worker.run(&receiver)))
+        {
+            // Its clients' channels closed with it, which they take for a failure.
+            tracing::error!("the engine's thread panicked: {}", panic_text(&*panic));
+            if let Some(shared) = weak.upgrade() {
+                shared.fail();
+            }
         }
     };
     std::thread::Builder::new()
@@ -57,6 +67,7 @@ struct Client {
     events: mpsc::UnboundedSender<Event>,
     deadline: Option<Instant>,
     request: Arc<str>,
+    moments: Moments,
 }
 
 struct Worker<R> {
@@ -72,6 +83,19 @@ struct Worker<R> {
     /// Kept between steps for their memory.
     plan: Plan,
     outcomes: Vec<Outcome>,
+    log: Log,
+    /// Prompt tokens computed so far.
+    computed_prompt: u64,
+}
+
+impl Shared {
+    /// From here on only a restart helps.
+    fn fail(&self) {
+        if let Ok(mut stats) = self.stats.lock() {
+            stats.healthy = false;
+        }
+        self.failed.send_replace(true);
+    }
 }
 
 impl<R: Runner> Worker<R> {
@@ -79,7 +103,7 @@ impl<R: Runner> Worker<R> {
         let shape = runner.shape().clone();
         let stats = Stats { blocks_total: shape.blocks, healthy: true, ..Default::default() };
         Self {
-            scheduler: Scheduler::new(shape, options.prefix_caching),
+            scheduler: Scheduler::new(shape, options.prefix_caching, options.lookup),
             runner,
             clients: HashMap::new(),
             shared,
@@ -88,6 +112,8 @@ impl<R: Runner> Worker<R> {
             taken: 0,
             plan: Plan::default(),
             outcomes: Vec::new(),
+            log: Log::new(options.log_stats),
+            computed_prompt: 0,
         }
     }
 
@@ -96,13 +122,14 @@ impl<R: Runner> Worker<R> {
             let idle = self.clients.is_empty();
             if idle {
                 self.scheduler.check_invariants();
+                self.log.idle();
             }
             // Idle: sleep until somebody comes. Busy: take what is there.
             let first = if idle { commands.recv().map_err(|_| TryRecvError::Disconnected) } else { commands.try_recv() };
             let mut next = first;
             loop {
                 match next {
-                    Ok(Command::Submit(request, events)) => self.submit(&request, events),
+                    Ok(Command::Submit(request, events, at)) => self.submit(&request, events, at),
                     Err(TryRecvError::Empty) => break,
                     Err(TryRecvError::Disconnected) => return,
                 }
@@ -114,12 +141,13 @@ impl<R: Runner> Worker<R> {
         }
     }
 
-    fn submit(&mut self, request: &super::Request, events: mpsc::UnboundedSender<Event>) {
+    fn submit(&mut self, request: &super::Request, events: mpsc::UnboundedSender<Event>, at: Instant) {
         let id = self.next_id;
         self.next_id += 1;
         self.taken += 1;
         self.stats.prompt_tokens += request.prompt.len() as u64;
-        self.clients.insert(id, Client { events, deadline: request.deadline, request: request.id.clone() });
+        let moments = Moments::new(at, request.prompt.len());
+        self.clients.insert(id, Client { events, deadline: request.deadline, request: request.id.clone(), moments });
         self.scheduler.add(Sequence::new(id, request, self.runner.shape().max_model_len));
     }
 
@@ -134,9 +162,10 @@ impl<R: Runner> Worker<R> {
             .collect();
         for id in gone {
             self.scheduler.remove(id);
-            if let Some(client) = self.clients.remove(&id)
-                && !client.events.is_closed()
-            {
+            let Some(client) = self.clients.remove(&id) else { continue };
+            let cancelled = client.events.is_closed();
+            self.stats.metrics.ended(&client.moments, if cancelled { Ended::Cancelled } else { Ended::Failed }, now);
+            if !cancelled {
                 let failure =
                     Failure::new(Kind::Timeout, "the request's time limit passed (REQUEST_TIMEOUT)").code("request_timeout").retry_after(1);
                 let _ = client.events.send(Event::Failed(failure));
@@ -148,23 +177,32 @@ impl<R: Runner> Worker<R> {
         if !self.scheduler.plan(&mut self.plan) {
             return;
         }
+        let begin = Instant::now();
         for (id, cached_tokens) in self.scheduler.started() {
             if let Some(client) = self.clients.get(id) {
+                self.stats.metrics.queue_time.record_time(begin.saturating_duration_since(client.moments.submitted));
                 let _ = client.events.send(Event::Started { cached_tokens: *cached_tokens });
             }
         }
         self.stats.steps += 1;
+        self.stats.metrics.step_tokens.record(self.plan.tokens.len() as f64);
+        let prompts = self.plan.rows.iter().map(|row| row.len - row.proposed).filter(|len| *len > 1);
+        self.computed_prompt += prompts.sum::<usize>() as u64;
         let (runner, plan) = (&mut self.runner, &self.plan);
         let result = std::panic::catch_unwind(AssertUnwindSafe(|| runner.step(plan)));
         self.plan.clear();
+        let now = Instant::now();
+        self.stats.metrics.step_time.record_time(now - begin);
         match result {
-            Ok(Ok(output)) => self.settle(output),
+            Ok(Ok(output)) => self.settle(output, now),
             Ok(Err(failure)) => self.fail(failure),
             Err(panic) => {
-                // The device's state is unknown from here on: what runs fails, and readiness says so.
+                // The device's state is unknown from here on: what runs fails, and readiness says so. Before anybody hears of it:
+                // whoever sees the failure must see the state too.
                 self.stats.healthy = false;
-                // Before anybody hears of it: whoever sees the failure must see the state too.
-                self.publish();
+                if let Some(shared) = self.shared.upgrade() {
+                    shared.fail();
+                }
                 let text = panic_text(&*panic);
                 tracing::error!("a step panicked: {text}");
                 self.fail(Failure::internal("the engine failed while computing this request"));
@@ -172,8 +210,13 @@ impl<R: Runner> Worker<R> {
         }
     }
 
-    fn settle(&mut self, output: Output) {
+    fn settle(&mut self, output: Output, now: Instant) {
         self.scheduler.settle(output, &mut self.outcomes);
+        for outcomes in self.outcomes.chunk_by(|one, next| one.id == next.id) {
+            if let Some(client) = self.clients.get_mut(&outcomes[0].id) {
+                self.stats.metrics.tokens(&mut client.moments, outcomes.len(), now);
+            }
+        }
         for outcome in self.outcomes.drain(..) {
             self.stats.output_tokens += 1;
             let Some(client) = self.clients.get(&outcome.id) else { continue };
@@ -184,16 +227,20 @@ impl<R: Runner> Worker<R> {
             let _ = client.events.send(Event::Token(outcome.token));
             if let Some(finish) = outcome.finish {
                 let _ = client.events.send(Event::Finished(finish));
+                let ended = if finish == Finish::Length { Ended::Length } else { Ended::Stop };
+                self.stats.metrics.ended(&client.moments, ended, now);
                 self.clients.remove(&outcome.id);
             }
         }
     }
 
     fn fail(&mut self, failure: Failure) {
+        let now = Instant::now();
         for id in self.scheduler.abandon() {
             if let Some(client) = self.clients.remove(&id) {
                 tracing::error!(request_id = &*client.request, "request failed: {failure}");
                 let _ = client.events.send(Event::Failed(failure.clone()));
+                self.stats.metrics.ended(&client.moments, Ended::Failed, now);
             }
         }
     }
@@ -207,6 +254,11 @@ impl<R: Runner> Worker<R> {
         self.stats.preempted = totals.preempted;
         self.stats.prefix_queried = totals.prefix_queried;
         self.stats.prefix_hits = totals.prefix_hits;
+        self.stats.guessed = totals.guessed;
+        self.stats.accepted = totals.accepted;
+        if !self.clients.is_empty() {
+            self.log.step(&self.stats, self.computed_prompt, Instant::now());
+        }
         if let Some(shared) = self.shared.upgrade() {
             if let Ok(mut stats) = shared.stats.lock() {
                 *stats = self.stats.clone();
@@ -228,7 +280,7 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::{Finish, Generation, Request, SamplingParams};
+    use crate::engine::{Generation, Request, SamplingParams};
     use crate::models::{Plan, Shape};
     use std::time::Duration;
 
@@ -262,7 +314,15 @@ mod tests {
     }
 
     fn shape() -> Shape {
-        Shape { max_model_len: 64, vocab_size: 100, block_size: 4, blocks: 32, max_num_seqs: 2, max_num_batched_tokens: 16 }
+        Shape {
+            max_model_len: 64,
+            vocab_size: 100,
+            block_size: 4,
+            blocks: 32,
+            max_num_seqs: 2,
+            max_num_batched_tokens: 16,
+            memory_bound: true,
+        }
     }
 
     async fn engine(gate: Option<std::sync::mpsc::Receiver<()>>, max_waiting: usize) -> Handle {
@@ -339,7 +399,9 @@ mod tests {
     async fn what_cannot_run_is_refused() {
         let engine = engine(None, 3).await;
         assert_eq!(engine.submit(request(&[], 1)).unwrap_err().kind, Kind::BadRequest);
-        assert_eq!(engine.submit(request(&[1; 64], 1)).unwrap_err().code, Some("context_length_exceeded"));
+        let refused = engine.submit(request(&[1; 64], 1)).unwrap_err();
+        assert_eq!(refused.code, Some("context_length_exceeded"));
+        assert!(refused.message.contains("64 tokens") && refused.message.contains("128 tokens (32 blocks of 4)"), "{refused}");
         assert_eq!(collect(engine.submit(request(&[1; 63], 9)).unwrap()).await, (vec![13], Ok(Finish::Length)));
     }
 
@@ -358,6 +420,7 @@ mod tests {
         assert_eq!(result.unwrap_err().kind, Kind::Internal);
         assert!(engine.idle(Duration::from_secs(5)).await);
         assert!(!engine.stats().healthy);
+        engine.failed().await;
         assert_eq!(engine.submit(request(&[1], 2)).unwrap_err().kind, Kind::Internal);
     }
 

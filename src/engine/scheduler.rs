@@ -12,11 +12,14 @@
 //! - **Prefix cache.** What is cached of a sequence's tokens is not computed again; at least its last token is. A sequence whose next block is
 //!   just being computed for another one (the same prompt `n` times, chats under one system prompt) waits until it can share it, and
 //!   does not hold up those behind it.
+//! - **Speculation** ([`Lookup`]): while few sequences decode, their rows carry guesses, as far as budget and blocks are free. A guess is
+//!   accepted when it is the very token drawn, so the output is that of plain decoding.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::blocks::BlockPool;
+use super::lookup::Lookup;
 use super::sequence::{Sequence, SequenceId};
 use super::{Finish, Token};
 use crate::models::{Logprobs, Output, Plan, Row, Shape};
@@ -42,6 +45,8 @@ struct InFlight {
     id: SequenceId,
     /// Tokens that the sequence has; guesses not counted.
     len: usize,
+    /// Guesses after them.
+    guesses: usize,
 }
 
 /// Running totals since the start.
@@ -51,6 +56,9 @@ pub struct Totals {
     /// Prompt tokens that were looked up in the prefix cache, and those found there.
     pub prefix_queried: u64,
     pub prefix_hits: u64,
+    /// Tokens guessed, and those that came true.
+    pub guessed: u64,
+    pub accepted: u64,
 }
 
 /// See the module.
@@ -65,14 +73,20 @@ pub struct Scheduler {
     /// Sequences that the last plan admitted for the first time, with the prompt tokens that were cached.
     started: Vec<(SequenceId, usize)>,
     totals: Totals,
+    lookup: Option<Lookup>,
+    /// The guesses of the plan in flight, one row after another.
+    guesses: Vec<u32>,
     /// Kept between steps for their memory.
     path: Vec<u32>,
     shares: Vec<(usize, usize)>,
 }
 
 impl Scheduler {
-    pub fn new(shape: Shape, prefix_caching: bool) -> Self {
+    /// `lookup`: whether and how to speculate.
+    pub fn new(shape: Shape, prefix_caching: bool, lookup: Option<Lookup>) -> Self {
         Self {
+            lookup,
+            guesses: Vec::new(),
             pool: BlockPool::new(shape.blocks, shape.block_size, prefix_caching),
             waiting: VecDeque::new(),
             running: Vec::with_capacity(shape.max_num_seqs),
@@ -129,6 +143,7 @@ impl Scheduler {
     pub fn plan(&mut self, plan: &mut Plan) -> bool {
         plan.clear();
         self.started.clear();
+        self.guesses.clear();
         let mut budget = self.shape.max_num_batched_tokens;
         self.plan_decodes(plan, &mut budget);
         if !plan.rows.is_empty() {
@@ -154,12 +169,39 @@ impl Scheduler {
                 self.preempt(newest);
             }
         }
+        let decoding = self.running.iter().filter(|sequence| sequence.pending() == 1).count();
+        let lookup = self.lookup.filter(|lookup| decoding <= lookup.max_rows);
+        let mut spare = budget.saturating_sub(decoding);
         for index in 0..self.running.len() {
             if *budget > 0 && self.running[index].pending() == 1 {
-                self.plan_row(index, 1, plan);
-                *budget -= 1;
+                let guesses = lookup.map_or(0, |lookup| self.guess(index, lookup, spare));
+                spare -= guesses;
+                self.plan_row(index, 1, guesses, plan);
+                *budget -= 1 + guesses;
             }
         }
+    }
+
+    /// Appends to the guesses what may follow sequence `index`, at most `spare` tokens; makes room for them as far as that is free.
+    fn guess(&mut self, index: usize, lookup: Lookup, spare: usize) -> usize {
+        let sequence = &mut self.running[index];
+        // The last token that may be drawn needs no guess after it.
+        let most = spare.min(sequence.remaining() - 1);
+        if most == 0 || !sequence.may_speculate() {
+            return 0;
+        }
+        let depth = sequence.acceptance.depth(lookup.depth).min(most);
+        let first = self.guesses.len();
+        lookup.guess(&sequence.tokens, depth, &mut self.guesses);
+        let wanted = sequence.tokens.len() + self.guesses.len() - first;
+        let missing = wanted.div_ceil(self.shape.block_size).saturating_sub(sequence.blocks.len());
+        // Never the block that another one needs next.
+        let free = self.pool.available() >= missing + self.shape.max_num_seqs;
+        if missing > 0 && !(free && self.pool.take(missing, Arc::make_mut(&mut sequence.blocks))) {
+            let room = sequence.blocks.len() * self.shape.block_size - sequence.tokens.len();
+            self.guesses.truncate(first + room);
+        }
+        self.guesses.len() - first
     }
 
     /// Chunks of the prompts, `budget` tokens in all, by the rule of the module.
@@ -183,7 +225,7 @@ impl Scheduler {
             oldest.1 += left.min(wanted - oldest.1);
         }
         for (index, len) in shares.iter().copied().filter(|(_, len)| *len > 0) {
-            self.plan_row(index, len, plan);
+            self.plan_row(index, len, 0, plan);
         }
         self.shares = shares;
     }
@@ -265,24 +307,26 @@ impl Scheduler {
         soon.div_ceil(self.shape.block_size).saturating_sub(held)
     }
 
-    /// Adds a row for the next `len` tokens of sequence `index`.
-    fn plan_row(&mut self, index: usize, len: usize, plan: &mut Plan) {
+    /// Adds a row for the next `len` tokens of sequence `index`, and for as many of the latest guesses as `guesses` says.
+    fn plan_row(&mut self, index: usize, len: usize, guesses: usize, plan: &mut Plan) {
         let sequence = &self.running[index];
-        let (from, to) = (sequence.computed, sequence.computed + len);
+        let (from, known) = (sequence.computed, sequence.computed + len);
+        let to = known + guesses;
         let size = self.shape.block_size;
         plan.rows.push(Row {
             start: plan.tokens.len(),
-            len,
+            len: len + guesses,
             context: to,
             blocks: sequence.blocks.clone(),
-            draw: (to == sequence.tokens.len()).then(|| sequence.draw()),
-            proposed: 0,
-            score: sequence.score(from, to),
+            draw: (known == sequence.tokens.len()).then(|| sequence.draw()),
+            proposed: guesses,
+            score: sequence.score(from, known),
         });
-        plan.tokens.extend_from_slice(&sequence.tokens[from..to]);
+        plan.tokens.extend_from_slice(&sequence.tokens[from..known]);
+        plan.tokens.extend_from_slice(&self.guesses[self.guesses.len() - guesses..]);
         plan.positions.extend(from as u32..to as u32);
         plan.slots.extend((from..to).map(|position| sequence.blocks[position / size] * size as u32 + (position % size) as u32));
-        self.in_flight.push(InFlight { id: sequence.id, len });
+        self.in_flight.push(InFlight { id: sequence.id, len, guesses });
     }
 
     /// Takes in the results of the last plan, into `outcomes`. Finished sequences have left; their full blocks stay cached.
@@ -293,42 +337,43 @@ impl Scheduler {
         let mut drawn = output.tokens.into_iter();
         let mut logprobs = output.logprobs.into_iter();
         let mut scores = output.scores.into_iter();
+        let mut guesses = self.guesses.as_slice();
         let mut in_flight = std::mem::take(&mut self.in_flight);
         for row in in_flight.drain(..) {
             let Some(index) = self.running.iter().position(|sequence| sequence.id == row.id) else { continue };
             let sequence = &mut self.running[index];
             sequence.scored(sequence.computed, sequence.computed + row.len, &mut scores);
             sequence.computed += row.len;
-            let draws = sequence.computed == sequence.tokens.len();
-            self.cache(index);
-            if !draws {
-                continue;
+            let mut finish = None;
+            if sequence.computed == sequence.tokens.len() {
+                let (own, others) = guesses.split_at(row.guesses);
+                guesses = others;
+                let prompt = sequence.take_prompt_logprobs();
+                let results = drawn.by_ref().zip(logprobs.by_ref().map(Some).chain(std::iter::repeat(None)));
+                let accepted = take_draws(sequence, own, results.take(row.guesses + 1), prompt, outcomes);
+                finish = outcomes.last().filter(|outcome| outcome.id == row.id).and_then(|outcome| outcome.finish);
+                sequence.acceptance.learn(row.guesses, accepted);
+                self.totals.guessed += row.guesses as u64;
+                self.totals.accepted += accepted as u64;
             }
-            let Some(token) = drawn.next() else { break };
-            let sequence = &mut self.running[index];
-            let finish = sequence.push(token);
-            let ends = matches!(finish, Some(Finish::Stop | Finish::StopToken(_)));
-            let logprobs = logprobs.next().flatten().map(Box::new);
-            let prompt = sequence.take_prompt_logprobs();
-            outcomes.push(Outcome { id: row.id, prompt, token: Token { id: token, ends, logprobs }, finish });
+            Self::cache(&mut self.pool, sequence, self.shape.block_size);
             if finish.is_some() {
-                self.release(index);
+                let sequence = self.running.remove(index);
+                self.pool.release(&sequence.blocks);
             }
         }
         self.in_flight = in_flight;
     }
 
-    /// Caches the blocks of sequence `index` that have become full.
-    fn cache(&mut self, index: usize) {
-        if !self.pool.caching() {
+    /// Caches the blocks of a sequence that have become full.
+    fn cache(pool: &mut BlockPool, sequence: &mut Sequence, size: usize) {
+        if !pool.caching() {
             return;
         }
-        let sequence = &mut self.running[index];
-        let size = self.shape.block_size;
         while (sequence.cached + 1) * size <= sequence.computed {
             let at = sequence.cached;
             let parent = at.checked_sub(1).map(|before| sequence.blocks[before]);
-            let block = self.pool.cache(parent, sequence.blocks[at], &sequence.tokens[at * size..(at + 1) * size]);
+            let block = pool.cache(parent, sequence.blocks[at], &sequence.tokens[at * size..(at + 1) * size]);
             if block != sequence.blocks[at] {
                 Arc::make_mut(&mut sequence.blocks)[at] = block;
             }
@@ -357,6 +402,35 @@ impl Scheduler {
             assert!(sequence.cached * self.shape.block_size <= sequence.computed, "a block is cached before it is computed");
         }
     }
+}
+
+/// Appends what was drawn for one sequence: the first token, and one more after each guess that came true. Returns how many did.
+///
+/// A guess that came true has its keys and values in the cache already. What was computed after the first wrong one is written over later.
+fn take_draws(
+    sequence: &mut Sequence,
+    guesses: &[u32],
+    results: impl Iterator<Item = (u32, Option<Option<Logprobs>>)>,
+    mut prompt: Option<Vec<Logprobs>>,
+    outcomes: &mut Vec<Outcome>,
+) -> usize {
+    let (mut accepted, mut open) = (0, true);
+    // To the end in any case: what follows belongs to the next row.
+    for (nth, (token, logprobs)) in results.enumerate() {
+        if !open {
+            continue;
+        }
+        let finish = sequence.push(token);
+        let ends = matches!(finish, Some(Finish::Stop | Finish::StopToken(_)));
+        let logprobs = logprobs.flatten().map(Box::new);
+        outcomes.push(Outcome { id: sequence.id, prompt: prompt.take(), token: Token { id: token, ends, logprobs }, finish });
+        open = finish.is_none() && guesses.get(nth) == Some(&token);
+        if open {
+            sequence.computed += 1;
+            accepted += 1;
+        }
+    }
+    accepted
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::lookup::Acceptance;
 use super::sampling::SamplingParams;
 use super::{Finish, Request};
 use crate::models::{Draw, Logprobs, LogprobsSpec, Score, Seen};
@@ -24,6 +25,7 @@ pub struct Sequence {
     pub cached: usize,
     /// It has been admitted before.
     pub started: bool,
+    pub acceptance: Acceptance,
     params: SamplingParams,
     /// Kept only when a penalty needs it.
     seen: Arc<Seen>,
@@ -53,6 +55,7 @@ impl Sequence {
             blocks: Arc::default(),
             cached: 0,
             started: false,
+            acceptance: Acceptance::default(),
             banned: Banned::new(&params),
             prompt_logprobs: request.prompt_logprobs.map(|spec| (spec, Vec::new())),
             params,

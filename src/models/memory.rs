@@ -75,7 +75,9 @@ impl MemoryPlan {
                 }
             )));
         }
-        let shape = Shape { max_model_len: wanted.min(room), vocab_size, block_size, blocks, max_num_seqs, max_num_batched_tokens };
+        let max_model_len = wanted.min(room);
+        let memory_bound = room < wanted;
+        let shape = Shape { max_model_len, vocab_size, block_size, blocks, max_num_seqs, max_num_batched_tokens, memory_bound };
         Ok(Self { shape, weights_bytes, kv_bytes: blocks * block_bytes, kv_bytes_per_token, memory })
     }
 
@@ -164,7 +166,7 @@ mod tests {
     #[test]
     fn memory_bounds_the_context_unless_it_was_asked_for() {
         let plan_auto = plan(EngineSettings::default(), 4 << 30).unwrap();
-        assert!(plan_auto.shape.max_model_len < 131_072 && plan_auto.kv_bytes <= 1 << 30, "{plan_auto:?}");
+        assert!(plan_auto.shape.max_model_len < 131_072 && plan_auto.kv_bytes <= 1 << 30 && plan_auto.shape.memory_bound, "{plan_auto:?}");
         let error = plan(EngineSettings { max_model_len: Some(131_072), ..Default::default() }, 4 << 30).unwrap_err();
         assert!(error.message.contains("KV_CACHE_GB") && error.message.contains("131072"), "{error}");
         let error = plan(EngineSettings { max_model_len: Some(200_000), ..Default::default() }, 64 << 30).unwrap_err();
@@ -174,7 +176,7 @@ mod tests {
     #[test]
     fn no_more_blocks_than_sequences_can_use() {
         let plan = plan(EngineSettings { max_model_len: Some(100), max_num_seqs: Some(2), ..Default::default() }, 64 << 30).unwrap();
-        assert_eq!((plan.shape.blocks, plan.shape.max_model_len), (8, 100));
+        assert_eq!((plan.shape.blocks, plan.shape.max_model_len, plan.shape.memory_bound), (8, 100, false));
     }
 
     #[test]

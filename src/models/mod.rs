@@ -191,6 +191,8 @@ pub struct Shape {
     pub max_num_seqs: usize,
     /// Most tokens in one step.
     pub max_num_batched_tokens: usize,
+    /// The pool, not the model or a setting, bounds `max_model_len`.
+    pub memory_bound: bool,
 }
 
 /// Runs plans. Owned by the engine's thread, which is also the only one that ever touches its tensors, drops included:

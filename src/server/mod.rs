@@ -22,6 +22,7 @@ use crate::error::{Failure, Kind};
 pub mod auth;
 pub mod endpoint;
 pub mod health;
+pub mod metrics;
 pub mod openai;
 pub mod sse;
 mod wire;
@@ -31,10 +32,11 @@ mod tests;
 
 pub use endpoint::Endpoints;
 pub use health::{Phase, Readiness};
+pub use metrics::Metrics;
 pub use openai::Door;
 
 /// How the server behaves, whichever routes it has.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Options {
     /// Empty = open.
     pub api_keys: Vec<Secret>,
@@ -45,6 +47,8 @@ pub struct Options {
     /// The largest body of a direct request, in bytes.
     pub body_limit: usize,
     pub pace: sse::Pace,
+    /// What `/metrics` tells; without it there is no such route.
+    pub metrics: Option<Metrics>,
 }
 
 impl Default for Options {
@@ -55,6 +59,7 @@ impl Default for Options {
             health_path: "/ping".to_owned(),
             body_limit: 32 * 1024 * 1024,
             pace: sse::Pace::default(),
+            metrics: None,
         }
     }
 }
@@ -76,6 +81,10 @@ pub fn direct(door: Door, readiness: Arc<Readiness>, endpoints: Option<&Endpoint
     let router = openai::router(door, readiness.clone(), options.body_limit, options.pace);
     let router = match endpoints {
         Some(endpoints) => router.merge(endpoints.router(options.pace)),
+        None => router,
+    };
+    let router = match &options.metrics {
+        Some(metrics) => router.merge(metrics::router(metrics.clone())),
         None => router,
     };
     finish(router.merge(health::router(readiness, &options.health_path)), options)

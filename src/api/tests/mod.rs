@@ -120,6 +120,7 @@ pub async fn world_with(says: &[Vec<Say>], settings: ApiSettings, files: ModelFi
         blocks: 64,
         max_num_seqs: 8,
         max_num_batched_tokens: 64,
+        memory_bound: false,
     };
     let engine =
         engine::start(move || Ok(Scripted { shape, scripts, pace }), engine::Options { max_waiting: 32, ..Default::default() }).await?;

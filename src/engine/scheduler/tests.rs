@@ -9,6 +9,11 @@ fn next(tokens: &[u32]) -> u32 {
     tokens.iter().fold(17u32, |hash, token| hash.wrapping_mul(31).wrapping_add(*token)) % 97 + 3
 }
 
+/// What a forgetful one says: it sees the last two tokens and soon runs in circles, so that guesses come true.
+fn next_of_two(tokens: &[u32]) -> u32 {
+    next(&tokens[tokens.len().saturating_sub(2)..]) % 4
+}
+
 /// What it says of `token` after these.
 fn logprobs(tokens: &[u32], token: u32) -> Logprobs {
     Logprobs { own: next(tokens) as f32, rank: token, top: Vec::new() }
@@ -17,7 +22,15 @@ fn logprobs(tokens: &[u32], token: u32) -> Logprobs {
 const SPEC: LogprobsSpec = LogprobsSpec { top: 0, mode: LogprobsMode::RawLogprobs };
 
 fn shape(blocks: usize, block_size: usize, seqs: usize, batched: usize) -> Shape {
-    Shape { max_model_len: blocks * block_size, vocab_size: 100, block_size, blocks, max_num_seqs: seqs, max_num_batched_tokens: batched }
+    Shape {
+        max_model_len: blocks * block_size,
+        vocab_size: 100,
+        block_size,
+        blocks,
+        max_num_seqs: seqs,
+        max_num_batched_tokens: batched,
+        memory_bound: true,
+    }
 }
 
 fn request(prompt: Vec<u32>, max_tokens: usize) -> Request {
@@ -29,6 +42,7 @@ fn request(prompt: Vec<u32>, max_tokens: usize) -> Request {
 struct Scripted {
     cache: Vec<u32>,
     block_size: usize,
+    next: fn(&[u32]) -> u32,
 }
 
 impl Scripted {
@@ -43,8 +57,12 @@ impl Scripted {
                 .map(|p| self.cache[row.blocks[p / self.block_size] as usize * self.block_size + p % self.block_size])
                 .collect();
             if let Some(draw) = &row.draw {
-                output.tokens.push(next(&context));
-                output.logprobs.push(draw.logprobs.map(|_| logprobs(&context, next(&context))));
+                for nth in 0..=row.proposed {
+                    let context = &context[..row.context - row.proposed + nth];
+                    let token = (self.next)(context);
+                    output.tokens.push(token);
+                    output.logprobs.push(draw.logprobs.map(|_| logprobs(context, token)));
+                }
             }
             if let Some(score) = &row.score {
                 let known = row.context - row.len;
@@ -55,7 +73,7 @@ impl Scripted {
     }
 }
 
-fn expected(prompt: &[u32], max_tokens: usize, max_len: usize) -> Vec<u32> {
+fn expected(prompt: &[u32], max_tokens: usize, max_len: usize, next: fn(&[u32]) -> u32) -> Vec<u32> {
     let mut tokens = prompt.to_vec();
     while tokens.len() < max_len.min(prompt.len() + max_tokens) {
         tokens.push(next(&tokens));
@@ -79,7 +97,7 @@ fn step(scheduler: &mut Scheduler, model: &mut Scripted) -> Option<(usize, Vec<O
 }
 
 fn scripted(shape: &Shape) -> Scripted {
-    Scripted { cache: vec![0; shape.blocks * shape.block_size], block_size: shape.block_size }
+    Scripted { cache: vec![0; shape.blocks * shape.block_size], block_size: shape.block_size, next }
 }
 
 /// When it comes, its prompt, its `max_tokens`, when it is cancelled (if it is).
@@ -95,15 +113,20 @@ fn arrival() -> impl Strategy<Value = Arrival> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(10_000))]
 
-    /// Arrivals, cancellations, ends and preemptions in any order, with and without the prefix cache: the right tokens, and no leak.
+    /// Arrivals, cancellations, ends and preemptions in any order, with and without prefix cache and speculation: the right tokens, no leak.
     #[test]
     fn any_schedule_ends_with_the_right_tokens_and_no_leak(
         blocks in 2usize..14, block_size in 1usize..6, seqs in 1usize..6, batched in 1usize..12, caching in prop::bool::weighted(0.8),
+        forgetful in any::<bool>(), depth in 0usize..6,
         arrivals in prop::collection::vec(arrival(), 1..10),
     ) {
         let shape = shape(blocks, block_size, seqs, batched.max(seqs));
-        let mut scheduler = Scheduler::new(shape.clone(), caching);
+        let lookup = (depth > 0).then(|| Lookup { depth, max_rows: 3, ..Default::default() });
+        let mut scheduler = Scheduler::new(shape.clone(), caching, lookup);
         let mut model = scripted(&shape);
+        if forgetful {
+            model.next = next_of_two;
+        }
         let mut produced: HashMap<SequenceId, Vec<u32>> = HashMap::new();
         let mut prompts: HashMap<SequenceId, Vec<Logprobs>> = HashMap::new();
         for now in 0..5_000 {
@@ -142,7 +165,7 @@ proptest! {
         prop_assert_eq!((scheduler.running(), scheduler.waiting(), scheduler.pool().available()), (0, 0, blocks));
         for (id, (_, prompt, max_tokens, cancelled)) in arrivals.iter().enumerate() {
             let fits = prompt.len() < shape.max_model_len;
-            let want = if fits { expected(prompt, *max_tokens, shape.max_model_len) } else { Vec::new() };
+            let want = if fits { expected(prompt, *max_tokens, shape.max_model_len, model.next) } else { Vec::new() };
             let got = produced.remove(&(id as u64)).unwrap_or_default();
             let want_prompt = (id % 4 == 0 && !got.is_empty()).then(|| (1..prompt.len()).map(|i| logprobs(&prompt[..i], prompt[i])).collect());
             prop_assert_eq!(prompts.remove(&(id as u64)), want_prompt);
@@ -164,7 +187,7 @@ proptest! {
         budget in 4usize..40, long in 200u32..400, head_start in 0usize..5, short in 1u32..30, decoding in 0u64..3,
     ) {
         let shape = shape(800, 4, 8, budget);
-        let mut scheduler = Scheduler::new(shape.clone(), true);
+        let mut scheduler = Scheduler::new(shape.clone(), true, None);
         let mut model = scripted(&shape);
         for id in 0..decoding {
             scheduler.add(Sequence::new(10 + id, &request(vec![90 + id as u32], 500), 3_000));
@@ -195,7 +218,7 @@ proptest! {
 #[test]
 fn choices_of_one_prompt_share_its_blocks_and_compute_it_once() {
     let shape = shape(100, 4, 8, 8);
-    let mut scheduler = Scheduler::new(shape.clone(), true);
+    let mut scheduler = Scheduler::new(shape.clone(), true, None);
     let mut model = scripted(&shape);
     for id in 0..4 {
         scheduler.add(Sequence::new(id, &request((0..22).collect(), 3), 100));
@@ -223,7 +246,7 @@ fn choices_of_one_prompt_share_its_blocks_and_compute_it_once() {
 #[test]
 fn the_next_turn_of_a_chat_finds_prompt_and_answer() {
     let shape = shape(100, 4, 8, 64);
-    let mut scheduler = Scheduler::new(shape.clone(), true);
+    let mut scheduler = Scheduler::new(shape.clone(), true, None);
     let mut model = scripted(&shape);
     let mut tokens: Vec<u32> = (0..10).collect();
     scheduler.add(Sequence::new(1, &request(tokens.clone(), 7), 100));
@@ -242,7 +265,7 @@ fn the_next_turn_of_a_chat_finds_prompt_and_answer() {
 #[test]
 fn the_last_token_is_computed_even_if_all_are_cached() {
     let shape = shape(100, 4, 8, 64);
-    let mut scheduler = Scheduler::new(shape.clone(), true);
+    let mut scheduler = Scheduler::new(shape.clone(), true, None);
     let mut model = scripted(&shape);
     for id in 0..2 {
         scheduler.add(Sequence::new(id, &request((0..8).collect(), 1), 100));
@@ -252,8 +275,49 @@ fn the_last_token_is_computed_even_if_all_are_cached() {
 }
 
 #[test]
+fn guesses_that_come_true_save_steps() {
+    let shape = shape(100, 4, 8, 64);
+    let mut steps = [0, 0];
+    for (lookup, steps) in [None, Some(Lookup::default())].into_iter().zip(&mut steps) {
+        let mut scheduler = Scheduler::new(shape.clone(), true, lookup);
+        let mut model = Scripted { next: next_of_two, ..scripted(&shape) };
+        let mut greedy = request(vec![1, 2, 3], 100);
+        greedy.params.presence_penalty = 0.0;
+        scheduler.add(Sequence::new(1, &greedy, 400));
+        let mut tokens = Vec::new();
+        while let Some((_, outcomes)) = step(&mut scheduler, &mut model) {
+            tokens.extend(outcomes.iter().map(|outcome| outcome.token.id));
+            *steps += 1;
+        }
+        assert_eq!(tokens, expected(&[1, 2, 3], 100, 400, next_of_two));
+        let totals = scheduler.totals();
+        assert!(totals.accepted <= totals.guessed && totals.accepted as usize + *steps == 100, "{totals:?}, {steps} steps");
+    }
+    assert!(steps[0] == 100 && steps[1] < 40, "{steps:?} steps");
+}
+
+#[test]
+fn nothing_is_guessed_where_a_draw_depends_on_the_ones_before_or_many_rows_run() {
+    let shape = shape(100, 4, 8, 64);
+    let lookup = Some(Lookup { max_rows: 2, ..Default::default() });
+    let guessed = |sequences: u64, penalty: f32| {
+        let mut scheduler = Scheduler::new(shape.clone(), true, lookup);
+        let mut model = Scripted { next: next_of_two, ..scripted(&shape) };
+        for id in 0..sequences {
+            let mut request = request(vec![1, 2, 3], 30);
+            request.params.presence_penalty = penalty;
+            scheduler.add(Sequence::new(id, &request, 400));
+        }
+        while step(&mut scheduler, &mut model).is_some() {}
+        scheduler.totals().guessed
+    };
+    assert!(guessed(2, 0.0) > 0);
+    assert_eq!((guessed(2, 0.5), guessed(3, 0.0)), (0, 0));
+}
+
+#[test]
 fn decodes_go_on_while_a_long_prompt_is_read_in_chunks() {
-    let mut scheduler = Scheduler::new(shape(100, 4, 4, 9), true);
+    let mut scheduler = Scheduler::new(shape(100, 4, 4, 9), true, None);
     let mut plan = Plan::default();
     let mut outcomes = Vec::new();
     let drawn = Output { tokens: vec![9], ..Default::default() };
