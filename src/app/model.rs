@@ -51,10 +51,6 @@ pub async fn start_engine(
     files: &ModelFiles,
     vocab_size: impl FnOnce() -> Result<usize, Failure> + Send + 'static,
 ) -> Result<(Handle, About), Failure> {
-    if settings.engine.quantization != crate::config::Quantization::AsStored {
-        // Until the kernels take other forms of weights.
-        return Err(Failure::internal("QUANTIZATION: this build holds weights as stored only; set BF16, or unset it"));
-    }
     let (send, receive) = tokio::sync::oneshot::channel();
     let (files, engine_settings) = (files.clone(), settings.engine.clone());
     let load = move || {

@@ -1,8 +1,8 @@
 //! Causal attention over paged keys and values.
 //!
 //! A task is some tokens of one sequence with the query heads that share one key/value head. It walks the context in segments that begin at
-//! fixed positions: scores, exponentials and weighted values of each segment come from itself alone and are merged in order, and every sum inside
-//! runs in one lane in a fixed order. So a token's result depends on its own context alone: not on the chunk it came in, nor on other rows.
+//! fixed positions, keeping the greatest score, the sum of exponentials and of weighted values as it goes, and every sum runs in one lane
+//! in order of positions. So a token's result depends on its own context alone: not on the chunk it came in, nor on other rows.
 //!
 //! Keys lie transposed in their block, so that a vector holds one component of neighbouring positions and no sum crosses lanes.
 
@@ -109,7 +109,7 @@ impl Layout {
     }
 
     fn numbers(self) -> usize {
-        (self.rows * (2 * self.d + self.stride() + 4)).next_multiple_of(PAD) + PAD
+        (self.rows * (2 * self.d + self.stride() + 2)).next_multiple_of(PAD) + PAD
     }
 }
 
@@ -208,25 +208,42 @@ unsafe fn attend<S: Simd>(job: Job<'_>, tile: Tile, head: usize, numbers: PtrMut
         let rows = job.layout.rows;
         let (acc, scores) = (q.add(rows * d), q.add(2 * rows * d));
         let max = scores.add(rows * stride);
-        let (sum, factors) = (max.add(rows), max.add(2 * rows));
+        let sum = max.add(rows);
         let offset = |r: usize| (row.start + tile.first + r / group, (head * group + r % group) * d);
         gather_queries::<S>(&job, count, &offset, q);
         let longest = limit(count - 1);
         let mut start = 0;
         while start < longest {
             let len = job.layout.segment.min(longest - start);
-            for (i, block) in row.blocks[start / block_size..(start + len).div_ceil(block_size)].iter().enumerate() {
-                let keys = job.k.0.add((*block as usize * kv + head) * d * padded);
-                block_scores::<S>(q, keys, scores.add(i * block_size), count, block_size.min(len - i * block_size), d, padded, stride);
+            let blocks = &row.blocks[start / block_size..(start + len).div_ceil(block_size)];
+            let keys = |block: u32| job.k.0.add((block as usize * kv + head) * d * padded);
+            for (i, block) in blocks.iter().enumerate() {
+                // Blocks lie anywhere: ask for the next one while this one is computed, and after the last for the first values.
+                let next =
+                    blocks.get(i + 1).map_or_else(|| job.v.0.add((blocks[0] as usize * kv + head) * block_size * d), |next| keys(*next));
+                let count_here = block_size.min(len - i * block_size);
+                block_scores::<S>(q, keys(*block), next, scores.add(i * block_size), count, count_here, d, padded, stride);
             }
             for r in 0..count {
                 let visible = limit(r).saturating_sub(start).min(len);
-                let row = std::slice::from_raw_parts_mut(scores.add(r * stride), len);
-                let (greatest, total) = exponentials::<S>(&mut row[..visible]);
-                row[visible..].fill(0.0);
-                merge_scale(r, start == 0, greatest, total, max, sum, factors.add(2 * r));
+                let scores = std::slice::from_raw_parts_mut(scores.add(r * stride), len);
+                let (max, sum, acc) = (&mut *max.add(r), &mut *sum.add(r), std::slice::from_raw_parts_mut(acc.add(r * d), d));
+                if start == 0 {
+                    (*max, *sum) = (f32::NEG_INFINITY, 0.0);
+                    acc.fill(0.0);
+                }
+                let most = greatest::<S>(&scores[..visible]);
+                if most > *max {
+                    // What was summed so far becomes relative to the new maximum.
+                    let factor = exp(*max - most);
+                    *sum *= factor;
+                    acc.iter_mut().for_each(|acc| *acc *= factor);
+                    *max = most;
+                }
+                *sum += exponentials::<S>(&mut scores[..visible], *max);
+                scores[visible..].fill(0.0);
             }
-            weighted_values::<S>(&job, row, head, start, len, scores, count, factors, acc);
+            Segment { job: &job, row, head, start, len }.weighted_values::<S>(scores, count, acc);
             start += len;
         }
         for r in 0..count {
@@ -266,6 +283,7 @@ unsafe fn gather_queries<S: Simd>(job: &Job<'_>, count: usize, offset: &impl Fn(
 unsafe fn block_scores<S: Simd>(
     q: *const f32,
     keys: *const f32,
+    next: *const f32,
     scores: *mut f32,
     rows: usize,
     count: usize,
@@ -278,25 +296,27 @@ unsafe fn block_scores<S: Simd>(
         while r < rows {
             let tile = tile_rows(rows - r, S::MR);
             let (q, scores) = (q.add(r * d), scores.add(r * stride));
+            // Once is enough.
+            let next = if r == 0 { next } else { keys };
             let mut i = 0;
             while i < count {
                 let wide = i + S::LANES < count;
-                let (keys, scores) = (keys.add(i), scores.add(i));
+                let (keys, next, scores) = (keys.add(i), next.wrapping_add(i), scores.add(i));
                 match (tile, wide) {
-                    (12, true) => dots::<S, 12, 2>(q, keys, scores, d, padded, stride),
-                    (12, false) => dots::<S, 12, 1>(q, keys, scores, d, padded, stride),
-                    (8, true) => dots::<S, 8, 2>(q, keys, scores, d, padded, stride),
-                    (8, false) => dots::<S, 8, 1>(q, keys, scores, d, padded, stride),
-                    (6, true) => dots::<S, 6, 2>(q, keys, scores, d, padded, stride),
-                    (6, false) => dots::<S, 6, 1>(q, keys, scores, d, padded, stride),
-                    (4, true) => dots::<S, 4, 2>(q, keys, scores, d, padded, stride),
-                    (4, false) => dots::<S, 4, 1>(q, keys, scores, d, padded, stride),
-                    (3, true) => dots::<S, 3, 2>(q, keys, scores, d, padded, stride),
-                    (3, false) => dots::<S, 3, 1>(q, keys, scores, d, padded, stride),
-                    (2, true) => dots::<S, 2, 2>(q, keys, scores, d, padded, stride),
-                    (2, false) => dots::<S, 2, 1>(q, keys, scores, d, padded, stride),
-                    (_, true) => dots::<S, 1, 2>(q, keys, scores, d, padded, stride),
-                    (_, false) => dots::<S, 1, 1>(q, keys, scores, d, padded, stride),
+                    (12, true) => dots::<S, 12, 2>(q, keys, next, scores, d, padded, stride),
+                    (12, false) => dots::<S, 12, 1>(q, keys, next, scores, d, padded, stride),
+                    (8, true) => dots::<S, 8, 2>(q, keys, next, scores, d, padded, stride),
+                    (8, false) => dots::<S, 8, 1>(q, keys, next, scores, d, padded, stride),
+                    (6, true) => dots::<S, 6, 2>(q, keys, next, scores, d, padded, stride),
+                    (6, false) => dots::<S, 6, 1>(q, keys, next, scores, d, padded, stride),
+                    (4, true) => dots::<S, 4, 2>(q, keys, next, scores, d, padded, stride),
+                    (4, false) => dots::<S, 4, 1>(q, keys, next, scores, d, padded, stride),
+                    (3, true) => dots::<S, 3, 2>(q, keys, next, scores, d, padded, stride),
+                    (3, false) => dots::<S, 3, 1>(q, keys, next, scores, d, padded, stride),
+                    (2, true) => dots::<S, 2, 2>(q, keys, next, scores, d, padded, stride),
+                    (2, false) => dots::<S, 2, 1>(q, keys, next, scores, d, padded, stride),
+                    (_, true) => dots::<S, 1, 2>(q, keys, next, scores, d, padded, stride),
+                    (_, false) => dots::<S, 1, 1>(q, keys, next, scores, d, padded, stride),
                 }
                 i += if wide { 2 * S::LANES } else { S::LANES };
             }
@@ -306,9 +326,11 @@ unsafe fn block_scores<S: Simd>(
 }
 
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 unsafe fn dots<S: Simd, const R: usize, const V: usize>(
     q: *const f32,
     keys: *const f32,
+    next: *const f32,
     scores: *mut f32,
     d: usize,
     padded: usize,
@@ -318,6 +340,10 @@ unsafe fn dots<S: Simd, const R: usize, const V: usize>(
         let mut acc = [[S::zero(); V]; R];
         for i in 0..d {
             let keys = keys.add(i * padded);
+            S::prefetch(next.wrapping_add(i * padded));
+            if V > 1 {
+                S::prefetch(next.wrapping_add(i * padded + S::LANES));
+            }
             let mut key = [S::zero(); V];
             for v in 0..V {
                 key[v] = S::load(keys.add(v * S::LANES));
@@ -337,10 +363,24 @@ unsafe fn dots<S: Simd, const R: usize, const V: usize>(
     }
 }
 
-/// Replaces scores by `exp(score - max)`; the maximum and their sum.
+/// The greatest score.
 #[inline(always)]
-unsafe fn exponentials<S: Simd>(scores: &mut [f32]) -> (f32, f32) {
-    let max = scores.iter().fold(f32::NEG_INFINITY, |max, score| if *score > max { *score } else { max });
+unsafe fn greatest<S: Simd>(scores: &[f32]) -> f32 {
+    unsafe {
+        let whole = scores.len() - scores.len() % S::LANES;
+        let mut most = S::splat(f32::NEG_INFINITY);
+        let mut i = 0;
+        while i < whole {
+            most = S::max(S::load(scores.as_ptr().add(i)), most);
+            i += S::LANES;
+        }
+        scores[whole..].iter().fold(S::greatest(most), |most, score| if *score > most { *score } else { most })
+    }
+}
+
+/// Replaces scores by `exp(score - max)`; their sum.
+#[inline(always)]
+unsafe fn exponentials<S: Simd>(scores: &mut [f32], max: f32) -> f32 {
     scores.iter_mut().for_each(|score| *score = exp(*score - max));
     unsafe {
         let whole = scores.len() - scores.len() % S::LANES;
@@ -350,91 +390,8 @@ unsafe fn exponentials<S: Simd>(scores: &mut [f32]) -> (f32, f32) {
             acc = S::add(S::load(scores.as_ptr().add(i)), acc);
             i += S::LANES;
         }
-        (max, S::sum(acc) + scores[whole..].iter().sum::<f32>())
+        S::sum(acc) + scores[whole..].iter().sum::<f32>()
     }
-}
-
-/// Takes a segment's maximum and sum into the row's. Leaves the factors of what was summed before, and of the segment, in `factors`.
-#[inline(always)]
-unsafe fn merge_scale(r: usize, first: bool, greatest: f32, total: f32, max: *mut f32, sum: *mut f32, factors: *mut f32) {
-    unsafe {
-        let (max, sum) = (max.add(r), sum.add(r));
-        let (before, now) = if first {
-            (0.0, 1.0)
-        } else if greatest == f32::NEG_INFINITY {
-            // Nothing of this segment is visible.
-            (1.0, 0.0)
-        } else if greatest > *max {
-            (exp(*max - greatest), 1.0)
-        } else {
-            (1.0, exp(greatest - *max))
-        };
-        if first || greatest > *max {
-            *max = greatest;
-        }
-        *sum = if first { total } else { *sum * before + total * now };
-        *factors = before;
-        *factors.add(1) = now;
-    }
-}
-
-/// `acc[r] = acc[r] · before + now · Σ weight[r, i] · value[i]`, in order of positions.
-#[inline(always)]
-#[allow(clippy::too_many_arguments)]
-unsafe fn weighted_values<S: Simd>(
-    job: &Job<'_>,
-    row: &BatchRow,
-    head: usize,
-    start: usize,
-    len: usize,
-    scores: *const f32,
-    count: usize,
-    factors: *const f32,
-    acc: *mut f32,
-) {
-    let Shape { d, .. } = job.shape;
-    unsafe {
-        let segment = Segment { job, row, head, start, len };
-        let mut r = 0;
-        while r < count {
-            let rows = match count - r {
-                4.. => 4,
-                2.. => 2,
-                _ => 1,
-            };
-            let (p, acc, factors) = (scores.add(r * job.layout.stride()), acc.add(r * d), factors.add(2 * r));
-            let mut column = 0;
-            while column + S::LANES <= d {
-                let many = column + 4 * S::LANES <= d;
-                match (rows, many) {
-                    (4, true) => segment.accumulate::<S, 4, 4>(p, factors, acc, column),
-                    (4, false) => segment.accumulate::<S, 4, 1>(p, factors, acc, column),
-                    (2, true) => segment.accumulate::<S, 2, 4>(p, factors, acc, column),
-                    (2, false) => segment.accumulate::<S, 2, 1>(p, factors, acc, column),
-                    (_, true) => segment.accumulate::<S, 1, 4>(p, factors, acc, column),
-                    (_, false) => segment.accumulate::<S, 1, 1>(p, factors, acc, column),
-                }
-                column += if many { 4 * S::LANES } else { S::LANES };
-            }
-            for column in column..d {
-                for r in 0..rows {
-                    let mut sum = 0f32;
-                    for i in 0..len {
-                        sum += *p.add(r * job.layout.stride() + i) * *segment.value(i).add(column);
-                    }
-                    let (acc, factors) = (acc.add(r * d + column), factors.add(2 * r));
-                    *acc = merged(*acc, *factors, *factors.add(1), sum);
-                }
-            }
-            r += rows;
-        }
-    }
-}
-
-#[inline(always)]
-fn merged(acc: f32, before: f32, now: f32, sum: f32) -> f32 {
-    // The first segment finds whatever was there before.
-    if before == 0.0 { sum * now } else { acc * before + sum * now }
 }
 
 /// Values of some positions of one head.
@@ -448,45 +405,98 @@ struct Segment<'a> {
 }
 
 impl Segment<'_> {
+    /// `acc[r] += Σ weight[r, i] · value[i]` for `count` query rows, in order of positions. Block by block: a block stays in the nearest cache
+    /// while all rows use it.
     #[inline(always)]
-    unsafe fn value(&self, i: usize) -> *const f32 {
+    unsafe fn weighted_values<S: Simd>(&self, weights: *const f32, count: usize, acc: *mut f32) {
         let Shape { kv, d, block_size } = self.job.shape;
-        let position = self.start + i;
-        let block = self.row.blocks[position / block_size] as usize;
-        unsafe { self.job.v.0.add(((block * kv + self.head) * block_size + position % block_size) * d) }
-    }
-
-    #[inline(always)]
-    unsafe fn accumulate<S: Simd, const R: usize, const D: usize>(&self, p: *const f32, factors: *const f32, acc: *mut f32, column: usize) {
-        let (d, stride, block_size) = (self.job.shape.d, self.job.layout.stride(), self.job.shape.block_size);
+        let stride = self.job.layout.stride();
         unsafe {
-            let mut sums = [[S::zero(); D]; R];
             let mut from = 0;
             while from < self.len {
-                let values = self.value(from).add(column);
-                let count = block_size.min(self.len - from);
-                for i in 0..count {
-                    let values = values.add(i * d);
-                    let mut value = [S::zero(); D];
-                    for c in 0..D {
-                        value[c] = S::load(values.add(c * S::LANES));
+                let block = self.row.blocks[(self.start + from) / block_size] as usize;
+                let values = self.job.v.0.add((block * kv + self.head) * block_size * d);
+                let positions = block_size.min(self.len - from);
+                let next = match self.row.blocks.get((self.start + from) / block_size + 1) {
+                    Some(next) => self.job.v.0.add((*next as usize * kv + self.head) * block_size * d),
+                    None => values,
+                };
+                let mut r = 0;
+                while r < count {
+                    let rows = match count - r {
+                        4.. => 4,
+                        2.. => 2,
+                        _ => 1,
+                    };
+                    let (weights, acc) = (weights.add(r * stride + from), acc.add(r * d));
+                    let next = if r == 0 { next } else { values };
+                    let mut column = 0;
+                    while column + S::LANES <= d {
+                        let many = column + 4 * S::LANES <= d;
+                        let (values, next, acc) = (values.add(column), next.wrapping_add(column), acc.add(column));
+                        match (rows, many) {
+                            (4, true) => accumulate::<S, 4, 4>(weights, stride, values, next, positions, d, acc),
+                            (4, false) => accumulate::<S, 4, 1>(weights, stride, values, next, positions, d, acc),
+                            (2, true) => accumulate::<S, 2, 4>(weights, stride, values, next, positions, d, acc),
+                            (2, false) => accumulate::<S, 2, 1>(weights, stride, values, next, positions, d, acc),
+                            (_, true) => accumulate::<S, 1, 4>(weights, stride, values, next, positions, d, acc),
+                            (_, false) => accumulate::<S, 1, 1>(weights, stride, values, next, positions, d, acc),
+                        }
+                        column += if many { 4 * S::LANES } else { S::LANES };
                     }
-                    for r in 0..R {
-                        let weight = S::splat(*p.add(r * stride + from + i));
-                        for c in 0..D {
-                            sums[r][c] = S::mul_add(weight, value[c], sums[r][c]);
+                    for column in column..d {
+                        for r in 0..rows {
+                            let acc = acc.add(r * d + column);
+                            for i in 0..positions {
+                                *acc += *weights.add(r * stride + i) * *values.add(i * d + column);
+                            }
                         }
                     }
+                    r += rows;
                 }
-                from += count;
+                from += positions;
             }
-            for (r, sums) in sums.iter().enumerate() {
-                let (before, now) = (*factors.add(2 * r), *factors.add(2 * r + 1));
-                for (c, sum) in sums.iter().enumerate() {
-                    let acc = acc.add(r * d + column + c * S::LANES);
-                    let sum = S::mul(*sum, S::splat(now));
-                    S::store(acc, if before == 0.0 { sum } else { S::mul_add(S::load(acc), S::splat(before), sum) });
+        }
+    }
+}
+
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+unsafe fn accumulate<S: Simd, const R: usize, const D: usize>(
+    weights: *const f32,
+    stride: usize,
+    values: *const f32,
+    next: *const f32,
+    positions: usize,
+    d: usize,
+    acc: *mut f32,
+) {
+    unsafe {
+        let mut sums = [[S::zero(); D]; R];
+        for r in 0..R {
+            for c in 0..D {
+                sums[r][c] = S::load(acc.add(r * d + c * S::LANES));
+            }
+        }
+        for i in 0..positions {
+            let values = values.add(i * d);
+            for c in 0..D {
+                S::prefetch(next.wrapping_add(i * d + c * S::LANES));
+            }
+            let mut value = [S::zero(); D];
+            for c in 0..D {
+                value[c] = S::load(values.add(c * S::LANES));
+            }
+            for r in 0..R {
+                let weight = S::splat(*weights.add(r * stride + i));
+                for c in 0..D {
+                    sums[r][c] = S::mul_add(weight, value[c], sums[r][c]);
                 }
+            }
+        }
+        for r in 0..R {
+            for c in 0..D {
+                S::store(acc.add(r * d + c * S::LANES), sums[r][c]);
             }
         }
     }

@@ -66,9 +66,10 @@ unsafe fn sum_all<S: Simd>(values: &[f32], target: &mut f32) {
 /// e^x to about 1e-7 relative, written so that the compiler vectorises loops over it: 2^n · polynomial of the rest (Cephes' coefficients).
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0; // 1.5 · 2^23: adding and subtracting it rounds to an integer
+    const ROUND: f32 = 12_582_912.0; // 1.5 · 2^23: a number added to it is rounded to an integer, which its low bits then hold
     let x = x.clamp(-87.336_54, 88.376_26);
-    let n = (x * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    let rounded = x * std::f32::consts::LOG2_E + ROUND;
+    let n = rounded - ROUND;
     let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
     let p = 1.987_569_1e-4;
     let p = p * r + 1.398_2e-3;
@@ -77,7 +78,7 @@ pub fn exp(x: f32) -> f32 {
     let p = p * r + 1.666_666_5e-1;
     let p = p * r + 0.5;
     let value = p * r * r + r + 1.0;
-    value * f32::from_bits((((n as i32) + 127) << 23) as u32)
+    value * f32::from_bits((rounded.to_bits() << 23).wrapping_add(1f32.to_bits()))
 }
 
 /// Rotates the heads of one row by the `d/2` angles of its position.

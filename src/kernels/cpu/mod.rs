@@ -45,9 +45,9 @@ impl<T> PtrMut<T> {
 }
 
 /// Values above which elementwise kernels use all threads.
-const PARALLEL_VALUES: usize = 64 * 1024;
+const PARALLEL_VALUES: usize = 16 * 1024;
 /// Rows one task takes of an elementwise kernel.
-const TASK_ROWS: usize = 8;
+const TASK_ROWS: usize = 4;
 
 /// Runs `f` on the values of a contiguous f32 tensor on the CPU.
 fn with_values<R>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {

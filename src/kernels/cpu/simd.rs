@@ -33,6 +33,9 @@ pub trait Simd: Copy {
     unsafe fn sum(v: Self::V) -> f32;
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
+    /// The greatest lane.
+    unsafe fn greatest(v: Self::V) -> f32;
 
     unsafe fn splat_i32(x: i32) -> Self::I;
     /// `4 · LANES` bytes.
@@ -47,6 +50,9 @@ pub trait Simd: Copy {
     /// Asks for a cache line that will be read soon; any address will do.
     #[inline(always)]
     fn prefetch<T>(_p: *const T) {}
+    /// The same, into the second cache.
+    #[inline(always)]
+    fn prefetch_far<T>(_p: *const T) {}
 }
 
 /// What this processor offers.
@@ -159,6 +165,14 @@ impl Simd for Portable {
         std::array::from_fn(|i| a[i] + b[i])
     }
     #[inline(always)]
+    unsafe fn max(a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
+        std::array::from_fn(|i| if a[i] > b[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    unsafe fn greatest(v: [f32; 8]) -> f32 {
+        v.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+    #[inline(always)]
     unsafe fn splat_i32(x: i32) -> [i32; 8] {
         [x; 8]
     }
@@ -263,6 +277,18 @@ pub mod x86 {
                     unsafe { _mm256_add_ps(a, b) }
                 }
                 #[inline(always)]
+                unsafe fn max(a: __m256, b: __m256) -> __m256 {
+                    unsafe { _mm256_max_ps(a, b) }
+                }
+                #[inline(always)]
+                unsafe fn greatest(v: __m256) -> f32 {
+                    unsafe {
+                        let x = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+                        let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+                        _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)))
+                    }
+                }
+                #[inline(always)]
                 unsafe fn splat_i32(x: i32) -> __m256i {
                     unsafe { _mm256_set1_epi32(x) }
                 }
@@ -292,6 +318,10 @@ pub mod x86 {
                 #[inline(always)]
                 fn prefetch<T>(p: *const T) {
                     unsafe { _mm_prefetch(p.cast(), _MM_HINT_T0) }
+                }
+                #[inline(always)]
+                fn prefetch_far<T>(p: *const T) {
+                    unsafe { _mm_prefetch(p.cast(), _MM_HINT_T1) }
                 }
             }
         };
@@ -373,6 +403,14 @@ pub mod x86 {
                     unsafe { _mm512_add_ps(a, b) }
                 }
                 #[inline(always)]
+                unsafe fn max(a: __m512, b: __m512) -> __m512 {
+                    unsafe { _mm512_max_ps(a, b) }
+                }
+                #[inline(always)]
+                unsafe fn greatest(v: __m512) -> f32 {
+                    unsafe { _mm512_reduce_max_ps(v) }
+                }
+                #[inline(always)]
                 unsafe fn splat_i32(x: i32) -> __m512i {
                     unsafe { _mm512_set1_epi32(x) }
                 }
@@ -402,6 +440,10 @@ pub mod x86 {
                 #[inline(always)]
                 fn prefetch<T>(p: *const T) {
                     unsafe { _mm_prefetch(p.cast(), _MM_HINT_T0) }
+                }
+                #[inline(always)]
+                fn prefetch_far<T>(p: *const T) {
+                    unsafe { _mm_prefetch(p.cast(), _MM_HINT_T1) }
                 }
             }
         };
