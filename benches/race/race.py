@@ -10,6 +10,7 @@ from pathlib import Path
 
 import prepare
 import programs
+import quiet
 import report
 import servers
 from programs import NotAvailable, SHAPES
@@ -32,7 +33,7 @@ def main():
     for number in range(given.rounds):
         for weights in given.weights:
             say(f"round {number + 1} of {given.rounds}, weights {weights}")
-            race.round(number, weights)
+            race.round(weights)
     version = programs.output_of([ours.binary, "--version"]).stdout.strip()
     head["versions"] = {"ours": version, "llama-cpp-python": sdist, "llama.cpp": race.llama.version(), "ggml": race.llama.features(), "python": sys.version.split()[0]}
     lines = [report.summary(report.ROWS[KEYS.index(key)], weights, cell, given.tolerance) for (key, weights), cell in race.cells.items()]
@@ -57,20 +58,33 @@ class Race:
     def wanted(self, weights):
         return [row.key for row in report.ROWS if row.key in self.given.only and weights in row.goals]
 
-    def attempt(self, keys, weights, side, measure):
-        """Adds what `measure` returns, row → value; what is not available is said in the row instead."""
+    def attempt(self, keys, weights, side, measure, server=None, tries=None):
+        """Adds what `measure` returns, row → value or row → side → value; what is not available is said in the row instead. Where others disturb the machine,
+        it is measured again, and the least disturbed values count."""
         if not keys:
             return
+        made = []
         try:
-            values = measure()
+            for _ in range(tries or self.given.tries):
+                quiet.wait(self.given.quiet)
+                with quiet.Watch(server and server.process.pid) as watch:
+                    values = measure()
+                made.append((watch.share or 0.0, values))
+                if made[-1][0] <= self.given.quiet:
+                    break
+                say(f"  {', '.join(keys)} {weights}, {side}: others took {watch.share:.0%} of the machine")
         except NotAvailable as reason:
-            say(f"  {', '.join(keys)} {weights}, {side}: not available: {reason}")
-            for key in keys:
-                self.cell(key, weights).missing[side] = str(reason)
-            return
+            return self.not_available(keys, weights, side, reason)
+        share, values = min(made, key=lambda one: one[0])
         for key, value in values.items():
-            self.cell(key, weights).add(side, value)
-            say(f"  {key} {weights}, {side}: {value:.1f}")
+            for side, value in (value if isinstance(value, dict) else {side: value}).items():
+                self.cell(key, weights).add(side, value, share)
+                say(f"  {key} {weights}, {side}: {value:.1f}")
+
+    def not_available(self, keys, weights, side, reason):
+        say(f"  {', '.join(keys)} {weights}, {side}: not available: {reason}")
+        for key in keys:
+            self.cell(key, weights).missing[side] = str(reason)
 
     def available(self, weights):
         """The settings are refused by `check`, if at all: nothing is measured with other weights than were asked for."""
@@ -82,67 +96,63 @@ class Race:
                 self.refused[weights] = reason
         return self.refused[weights]
 
-    def our(self, keys, weights, measure, side="ours"):
-        def checked():
-            reason = self.available(weights)
-            if reason:
-                raise reason
-            return measure()
-        self.attempt(keys, weights, side, checked)
-
-    def round(self, number, weights):
+    def round(self, weights):
         keys = self.wanted(weights)
         rows = [key for key in keys if key in SHAPES]
         # Ours and theirs alternate shape by shape.
         for shape in dict.fromkeys(SHAPES[key] for key in rows):
             served = [key for key in rows if SHAPES[key] == shape]
-            self.our(served, weights, lambda: programs.row_values(self.ours.bench(weights, shape), served))
+            if reason := self.available(weights):
+                self.not_available(served, weights, "ours", reason)
+            else:
+                self.attempt(served, weights, "ours", lambda: programs.row_values(self.ours.bench(weights, shape), served))
             for key in served:
                 self.attempt([key], weights, "against", lambda: {key: self.llama.measure(self.ggufs[weights], key)})
-        if "memory" in keys:
+        if "memory" in keys and ("memory", weights) not in self.cells:  # once: it does not depend on who else is busy
             self.memory(weights)
-        self.through_http(number, weights, keys, rows)
+        self.through_http(weights, keys, rows)
         if self.given.torch_python and weights == "bf16":
             for dtype in ("bfloat16", "float32"):
                 self.attempt(rows, weights, f"transformers_{dtype}",
                              lambda: programs.transformers(self.given.torch_python, self.folder, self.given.threads, dtype, rows, self.given.prefix))
 
-    def through_http(self, number, weights, keys, rows):
+    def through_http(self, weights, keys, rows):
         """One run of our server for all rows through HTTP, then one of theirs."""
         served = [key for key in keys if key != "memory"]
         if not served:
             return
 
-        def ours():
+        try:
+            if reason := self.available(weights):
+                raise reason
             with servers.our_server(self.ours, weights) as server:
                 for shape in dict.fromkeys(SHAPES[key] for key in rows):
                     of_shape = [key for key in rows if SHAPES[key] == shape]
-                    self.attempt(of_shape, weights, "ours_http", lambda: programs.row_values(self.ours.bench(weights, shape, server.url), of_shape))
-                self.server_rows(server, number, weights, keys, "ours")
-            return {}
-        self.our(served, weights, ours)
+                    self.attempt(of_shape, weights, "ours_http", lambda: programs.row_values(self.ours.bench(weights, shape, server.url), of_shape), server)
+                self.server_rows(server, weights, keys, "ours")
+        except NotAvailable as reason:
+            self.not_available(served, weights, "ours", reason)
         if "ttft" in keys:
-            def theirs():
+            try:
                 with servers.llama_server(self.llama, self.ggufs[weights], self.template()) as server:
-                    self.server_rows(server, number, weights, ["ttft"], "against")
-                return {}
-            self.attempt(["ttft"], weights, "against", theirs)
+                    self.server_rows(server, weights, ["ttft"], "against")
+            except NotAvailable as reason:
+                self.not_available(["ttft"], weights, "against", reason)
 
-    def server_rows(self, server, number, weights, keys, side):
+    def server_rows(self, server, weights, keys, side):
         if "ttft" in keys:
             def p95():
-                times = servers.ttft_under_load(server, number)
+                times = servers.ttft_under_load(server)
                 say(f"  ttft {weights}, {side}: {len(times)} chats, median {servers.percentile(times, 50):.0f} ms")
                 return {"ttft": servers.percentile(times, 95)}
-            self.attempt(["ttft"], weights, side, p95)
+            self.attempt(["ttft"], weights, side, p95, server)
         if "second-turn" in keys:
-            first, second, _, cached = servers.two_turns(server, number)
-            cell = self.cell("second-turn", weights)
-            if cached == 0:
-                cell.missing["ours"] = "the second turn reports no cached tokens (prefix cache)"
-                return
-            cell.add("ours", second)
-            cell.add("against", first)
+            def turns():
+                first, second, cached = servers.two_turns(server)
+                if cached == 0:
+                    raise NotAvailable("the second turn reports no cached tokens (prefix cache)")
+                return {"second-turn": {"ours": second, "against": first}}
+            self.attempt(["second-turn"], weights, side, turns, server)
 
     def memory(self, weights):
         """A wave that fills nine tenths of the KV pool, in a pool of half a GiB."""
@@ -155,9 +165,11 @@ class Race:
             tokens = int(found[1].group(2)) * int(found[1].group(3)) * 9 // 10 // 16
             # Outputs long enough that no sequence ends before the last has begun.
             peak = ours.bench(weights, (tokens - 128, 128, 16))["peak_rss_mb"]
-            self.cell("memory", weights).add("against", float(found[0].group(1)) + float(found[1].group(1)))
-            return {"memory": peak}
-        self.our(["memory"], weights, measure)
+            return {"memory": {"ours": peak, "against": float(found[0].group(1)) + float(found[1].group(1))}}
+        if reason := self.available(weights):
+            self.not_available(["memory"], weights, "ours", reason)
+        else:
+            self.attempt(["memory"], weights, "ours", measure, tries=1)
 
     def template(self):
         """The checkpoint's chat template as a file, for llama-server."""
@@ -195,6 +207,8 @@ def arguments():
     add("--cache", type=Path, default=prepare.default_cache(), help="where llama.cpp and the weights are kept (default: $WORKER_CANDLE_RACE_CACHE, else ~/.cache/worker-candle/race)")
     add("--llama-cpp-python", metavar="VERSION", help="version of the source package (default: what is built already, else the newest)")
     add("--prefix", type=shlex.split, default=[], metavar="COMMAND", help="put before every build and measuring process, e.g. 'taskset -c 0,1' or 'flock FILE'")
+    add("--quiet", type=float, default=0.05, metavar="SHARE", help="measure while others take at most this share of the machine: wait for it, and repeat what was disturbed (default: 0.05)")
+    add("--tries", type=int, default=3, help="how often a disturbed measurement is made at most (default: 3)")
     add("--tolerance", type=float, default=0.1, help="how far the engine alone and through HTTP may differ (default: 0.1)")
     add("--json", action="store_true", help="one JSON object instead of the table")
     return parser.parse_args()

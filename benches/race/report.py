@@ -42,10 +42,13 @@ class Cell:
     """Every sample of one row with one form of the weights, by side, in the order of the rounds."""
 
     sides: dict = field(default_factory=dict)
+    disturbed: dict = field(default_factory=dict)
     missing: dict = field(default_factory=dict)
 
-    def add(self, side, value):
+    def add(self, side, value, disturbed):
+        """`disturbed`: what other processes took of the machine meanwhile, 0 to 1."""
         self.sides.setdefault(side, []).append(value)
+        self.disturbed.setdefault(side, []).append(disturbed)
 
     def best(self, side, row):
         values = self.sides.get(side)
@@ -66,7 +69,7 @@ def summary(row, weights, cell, tolerance):
             "ratio_of_medians": cell.median("ours") / cell.median("against") if ratio is not None else None,
             "http_agrees": None if ours is None or http is None else abs(http / ours - 1) <= tolerance, "not_available": cell.missing}
     for side, values in cell.sides.items():
-        line[side] = {"best": cell.best(side, row), "median": cell.median(side), "samples": values}
+        line[side] = {"best": cell.best(side, row), "median": cell.median(side), "samples": values, "disturbed": [round(share, 3) for share in cell.disturbed[side]]}
     return line
 
 
