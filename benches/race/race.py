@@ -30,10 +30,13 @@ def main():
     race = Race(given, ours, programs.Llama(llama_bin, given.threads, given.prefix), folder, ggufs)
     head = {"machine": dict(report.machine(), cores=os.cpu_count(), threads=given.threads, bandwidth_gb_s=ours.bandwidth()),
             "checkpoint": folder.name, "rounds": given.rounds, "kv_cache_gb": given.kv_cache_gb}
-    for number in range(given.rounds):
-        for weights in given.weights:
-            say(f"round {number + 1} of {given.rounds}, weights {weights}")
-            race.round(weights)
+    try:
+        for number in range(given.rounds):
+            for weights in given.weights:
+                say(f"round {number + 1} of {given.rounds}, weights {weights}")
+                race.round(weights)
+    except KeyboardInterrupt:
+        head["interrupted"] = True
     version = programs.output_of([ours.binary, "--version"]).stdout.strip()
     head["versions"] = {"ours": version, "llama-cpp-python": sdist, "llama.cpp": race.llama.version(), "ggml": race.llama.features(), "python": sys.version.split()[0]}
     lines = [report.summary(report.ROWS[KEYS.index(key)], weights, cell, given.tolerance) for (key, weights), cell in race.cells.items()]
