@@ -211,7 +211,8 @@ impl<R: Runner> Worker<R> {
     }
 
     fn settle(&mut self, output: Output, now: Instant) {
-        self.scheduler.settle(output, &mut self.outcomes);
+        let output = self.scheduler.settle(output, &mut self.outcomes);
+        self.runner.recycle(output);
         for outcomes in self.outcomes.chunk_by(|one, next| one.id == next.id) {
             if let Some(client) = self.clients.get_mut(&outcomes[0].id) {
                 self.stats.metrics.tokens(&mut client.moments, outcomes.len(), now);

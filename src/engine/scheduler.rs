@@ -332,11 +332,11 @@ impl Scheduler {
     /// Takes in the results of the last plan, into `outcomes`. Finished sequences have left; their full blocks stay cached.
     ///
     /// NOTE: the plan's rows must be gone by now: they share the block tables that change here.
-    pub fn settle(&mut self, output: Output, outcomes: &mut Vec<Outcome>) {
+    pub fn settle(&mut self, mut output: Output, outcomes: &mut Vec<Outcome>) -> Output {
         outcomes.clear();
-        let mut drawn = output.tokens.into_iter();
-        let mut logprobs = output.logprobs.into_iter();
-        let mut scores = output.scores.into_iter();
+        let mut drawn = output.tokens.drain(..);
+        let mut logprobs = output.logprobs.drain(..);
+        let mut scores = output.scores.drain(..);
         let mut guesses = self.guesses.as_slice();
         let mut in_flight = std::mem::take(&mut self.in_flight);
         for row in in_flight.drain(..) {
@@ -363,6 +363,8 @@ impl Scheduler {
             }
         }
         self.in_flight = in_flight;
+        drop((drawn, logprobs, scores));
+        output
     }
 
     /// Caches the blocks of a sequence that have become full.

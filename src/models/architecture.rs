@@ -5,7 +5,7 @@
 use serde_json::Value;
 
 use crate::error::Failure;
-use crate::kernels::Rope;
+use crate::kernels::{Rope, Sizes};
 use crate::models::files::ModelFiles;
 
 /// The shape of one decoder-only transformer.
@@ -114,6 +114,21 @@ impl Architecture {
         let layer = self.hidden_size * (2 * self.q_width() + 2 * self.kv_width() + 3 * self.intermediate_size + 2);
         let embedding = self.vocab_size * self.hidden_size;
         layer * self.layers + self.hidden_size + embedding * if self.tie_word_embeddings { 1 } else { 2 }
+    }
+
+    /// How large the values of a step can be.
+    pub fn sizes(&self, max_tokens: usize, max_logits: usize, block_size: usize) -> Sizes {
+        Sizes {
+            max_tokens,
+            max_logits,
+            hidden: self.hidden_size,
+            heads: self.heads,
+            kv: self.kv_heads,
+            d: self.head_dim,
+            intermediate: self.intermediate_size,
+            vocab: self.vocab_size,
+            block_size,
+        }
     }
 
     /// Bytes of keys and values of one token over all layers, `element` bytes each.

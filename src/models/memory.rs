@@ -2,6 +2,7 @@
 
 use crate::config::EngineSettings;
 use crate::error::Failure;
+use crate::kernels::cpu;
 use crate::models::Shape;
 use crate::models::architecture::Architecture;
 
@@ -14,6 +15,8 @@ const BLOCK_SIZE: usize = 32;
 /// Share of the memory left after the weights that the KV cache takes on a CPU, where others live too.
 const CPU_KV_SHARE: f64 = 0.25;
 const GPU_UTILIZATION: f64 = 0.9;
+/// Rows of logits made at a time: bounds their memory when many tokens are drawn or scored in one step.
+pub const LOGITS_ROWS: usize = 16;
 
 /// The kind of memory a plan is made for.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -30,6 +33,8 @@ pub struct MemoryPlan {
     pub shape: Shape,
     pub weights_bytes: usize,
     pub kv_bytes: usize,
+    /// Buffers of a step, made at start; 0 where they are not ours.
+    pub step_bytes: usize,
     pub kv_bytes_per_token: usize,
     pub memory: Memory,
 }
@@ -54,14 +59,21 @@ impl MemoryPlan {
                 "MAX_MODEL_LEN={asked} is more than the {limit} positions this model has; lower it, or leave it unset for auto"
             )));
         }
-        let kv_bytes_per_token = model.kv_bytes_per_token(kv_element);
-        let block_bytes = kv_bytes_per_token * block_size;
+        let block_bytes = if memory.gpu {
+            model.kv_bytes_per_token(kv_element) * block_size
+        } else {
+            cpu::attention::Shape { kv: model.kv_heads, d: model.head_dim, block_size }.block_bytes() * model.layers
+        };
+        let kv_bytes_per_token = block_bytes / block_size;
+        // On a GPU candle takes them as it goes.
+        let step_bytes =
+            if memory.gpu { 0 } else { cpu::Activations::bytes(&model.sizes(max_num_batched_tokens, LOGITS_ROWS, block_size)) };
         let wanted = settings.max_model_len.unwrap_or(limit);
         // More than this no set of sequences can ever use.
         let useful = max_num_seqs.saturating_mul(wanted.div_ceil(block_size));
         let blocks = match settings.num_blocks {
             Some(blocks) => blocks,
-            None => (kv_budget(weights_bytes, memory, settings) / block_bytes).min(useful),
+            None => (kv_budget(weights_bytes + step_bytes, memory, settings) / block_bytes).min(useful),
         };
         let room = blocks * block_size;
         if settings.max_model_len.is_some_and(|asked| asked > room) || room < block_size {
@@ -78,7 +90,7 @@ impl MemoryPlan {
         let max_model_len = wanted.min(room);
         let memory_bound = room < wanted;
         let shape = Shape { max_model_len, vocab_size, block_size, blocks, max_num_seqs, max_num_batched_tokens, memory_bound };
-        Ok(Self { shape, weights_bytes, kv_bytes: blocks * block_bytes, kv_bytes_per_token, memory })
+        Ok(Self { shape, weights_bytes, kv_bytes: blocks * block_bytes, step_bytes, kv_bytes_per_token, memory })
     }
 
     /// One line per purpose, for the log and `check`.
@@ -88,6 +100,7 @@ impl MemoryPlan {
         vec![
             format!("memory: {} of {} free", mib(self.memory.free), mib(self.memory.total)),
             format!("weights: {}", mib(self.weights_bytes)),
+            format!("step buffers: {}", mib(self.step_bytes)),
             format!(
                 "KV cache: {} = {} blocks of {} tokens ({} bytes per token)",
                 mib(self.kv_bytes),

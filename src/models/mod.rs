@@ -177,6 +177,15 @@ pub struct Output {
     pub scores: Vec<Logprobs>,
 }
 
+impl Output {
+    /// Empty, with its room kept.
+    pub fn clear(&mut self) {
+        self.tokens.clear();
+        self.logprobs.clear();
+        self.scores.clear();
+    }
+}
+
 /// What the engine must know of the model it drives.
 #[derive(Debug, Clone)]
 pub struct Shape {
@@ -201,6 +210,8 @@ pub trait Runner {
     fn shape(&self) -> &Shape;
     /// Runs one step. An error fails the requests of the plan, not the worker.
     fn step(&mut self, plan: &Plan) -> Result<Output, Failure>;
+    /// Takes an output back that was read, so that the next step need not allocate one.
+    fn recycle(&mut self, _output: Output) {}
 }
 
 #[cfg(test)]

@@ -9,14 +9,11 @@ use crate::error::Failure;
 use crate::kernels::{self, Activations, BatchRow, Inputs, KvCache, cpu};
 use crate::models::architecture::Architecture;
 use crate::models::files::ModelFiles;
-use crate::models::memory::{self, Memory, MemoryPlan};
+use crate::models::memory::{self, LOGITS_ROWS, Memory, MemoryPlan};
 use crate::models::sample;
 use crate::models::transformer::Transformer;
 use crate::models::weights::{Checkpoint, device_failure};
 use crate::models::{Draw, Logprobs, LogprobsSpec, Output, Plan, Runner, Shape};
-
-/// Rows of logits made at a time: bounds their memory when many tokens are drawn or scored in one step.
-const LOGITS_ROWS: usize = 16;
 
 /// One model on one device, with its KV cache.
 pub struct ModelRunner {
@@ -26,6 +23,12 @@ pub struct ModelRunner {
     values: Activations,
     /// The rows of the step at hand.
     rows: Vec<BatchRow>,
+    /// Tokens whose logits are made next.
+    positions: Vec<usize>,
+    /// What rows of logits gave, until all threads are done.
+    answers: [Mutex<Option<Answer>>; LOGITS_ROWS],
+    /// An output that was used up.
+    spare: Output,
     /// `[1, vocab_size]`: 0, 1, 2 …, for greedy draws on the device.
     columns: Tensor,
     plan: MemoryPlan,
@@ -70,7 +73,7 @@ impl ModelRunner {
         let plan = MemoryPlan::new(&model.shape, vocab_size, model.bytes_in_memory(), kv_dtype.size_in_bytes(), before, settings)?;
         let caches = allocate(&model, &plan.shape, kv_dtype, &device)?;
         let values = if device.is_cpu() {
-            let sizes = model.sizes(plan.shape.max_num_batched_tokens, LOGITS_ROWS, plan.shape.block_size);
+            let sizes = model.shape.sizes(plan.shape.max_num_batched_tokens, LOGITS_ROWS, plan.shape.block_size);
             let values = cpu::Activations::new(sizes, threads);
             let values = values.map_err(|error| Failure::internal(format!("cannot start {threads} computing threads: {error}")))?;
             Activations::Cpu(Box::new(values))
@@ -87,16 +90,27 @@ impl ModelRunner {
         };
         let columns =
             Tensor::arange(0f32, plan.shape.vocab_size as f32, &device).and_then(|ids| ids.unsqueeze(0)).map_err(device_failure)?;
-        Ok(Self { model, caches, values, rows: Vec::new(), columns, plan, about })
+        Ok(Self {
+            model,
+            caches,
+            values,
+            rows: Vec::new(),
+            positions: Vec::new(),
+            answers: Default::default(),
+            spare: Output::default(),
+            columns,
+            plan,
+            about,
+        })
     }
 
     /// Logits `[draws, vocab]` of a plan, as the sampler would see them.
     pub fn logits(&mut self, plan: &Plan) -> Result<Vec<Vec<f32>>, Failure> {
         self.forward(plan).map_err(device_failure)?;
         let mut all = Vec::new();
-        for part in wanted(plan).chunks(LOGITS_ROWS) {
-            let positions: Vec<usize> = part.iter().map(|(token, _)| *token).collect();
-            self.model.logits(&mut self.values, &positions).map_err(device_failure)?;
+        let positions: Vec<usize> = wanted(plan).map(|(token, _)| token).collect();
+        for part in positions.chunks(LOGITS_ROWS) {
+            self.model.logits(&mut self.values, part).map_err(device_failure)?;
             all.extend(self.logits_on_host().map_err(device_failure)?);
         }
         Ok(all)
@@ -134,40 +148,37 @@ impl ModelRunner {
         }
     }
 
-    /// Draws and scores from the logits at hand, one row for each that is wanted.
-    fn answer(&mut self, wanted: &[(usize, Wanted<'_>)], output: &mut Output) -> candle_core::Result<()> {
+    /// Draws and scores from the logits at hand: those of `count` wanted tokens from the `first` on.
+    fn answer(&mut self, plan: &Plan, first: usize, count: usize, output: &mut Output) -> candle_core::Result<()> {
         let vocab = self.plan.shape.vocab_size;
-        let answers: Vec<Mutex<Option<Answer>>> = match &mut self.values {
+        let these = || wanted(plan).skip(first).take(count);
+        match &mut self.values {
             Activations::Tensors(values) => {
                 let logits = values.logits()?.narrow(1, 0, vocab)?;
                 let plain =
                     |wanted: &Wanted<'_>| matches!(wanted, Wanted::Draw(draw, _) if draw.is_plain_greedy() && draw.logprobs.is_none());
-                if wanted.iter().all(|(_, wanted)| plain(wanted)) {
+                if these().all(|(_, wanted)| plain(&wanted)) {
                     output.tokens.extend(kernels::composed::argmax(&logits.contiguous()?, &self.columns)?);
                     output.logprobs.resize(output.tokens.len(), None);
                     return Ok(());
                 }
-                let mut rows: Vec<Vec<f32>> = logits.to_vec2()?;
-                rows.iter_mut().zip(wanted).map(|(row, (_, wanted))| Mutex::new(Some(wanted.answer(row)))).collect()
+                for (mut row, (_, wanted)) in logits.to_vec2()?.into_iter().zip(these()) {
+                    wanted.answer(&mut row).put(output);
+                }
             }
             Activations::Cpu(values) => {
-                let answers: Vec<Mutex<Option<Answer>>> = wanted.iter().map(|_| Mutex::new(None)).collect();
+                let answers = &self.answers;
                 values.each_logits(&|row, logits| {
-                    if let (Some((_, wanted)), Some(Ok(mut answer))) = (wanted.get(row), answers.get(row).map(Mutex::lock)) {
+                    if let (Some((_, wanted)), Some(Ok(mut answer))) = (these().nth(row), answers.get(row).map(Mutex::lock)) {
                         *answer = Some(wanted.answer(&mut logits[..vocab]));
                     }
                 });
-                answers
-            }
-        };
-        for answer in answers {
-            match answer.into_inner() {
-                Ok(Some(Answer::Drawn(token, logprobs))) => {
-                    output.tokens.push(token);
-                    output.logprobs.push(logprobs);
+                for answer in &self.answers[..count] {
+                    match answer.lock().ok().and_then(|mut answer| answer.take()) {
+                        Some(answer) => answer.put(output),
+                        None => candle_core::bail!("a row of logits was not sampled"),
+                    }
                 }
-                Ok(Some(Answer::Scored(logprobs))) => output.scores.push(logprobs),
-                _ => candle_core::bail!("a row of logits was not sampled"),
             }
         }
         Ok(())
@@ -178,6 +189,18 @@ impl ModelRunner {
 enum Answer {
     Drawn(u32, Option<Logprobs>),
     Scored(Logprobs),
+}
+
+impl Answer {
+    fn put(self, output: &mut Output) {
+        match self {
+            Self::Drawn(token, logprobs) => {
+                output.tokens.push(token);
+                output.logprobs.push(logprobs);
+            }
+            Self::Scored(logprobs) => output.scores.push(logprobs),
+        }
+    }
 }
 
 impl Wanted<'_> {
@@ -200,7 +223,7 @@ enum Wanted<'a> {
 }
 
 /// The tokens of a plan whose logits are wanted, by index, in the order of [`Output`]: first every draw, then every score.
-fn wanted(plan: &Plan) -> Vec<(usize, Wanted<'_>)> {
+fn wanted(plan: &Plan) -> impl Iterator<Item = (usize, Wanted<'_>)> {
     let draws = plan.rows.iter().filter_map(|row| row.draw.as_ref().map(|draw| (row, draw)));
     let draws = draws.flat_map(|(row, draw)| {
         let first = row.start + row.len - 1 - row.proposed;
@@ -210,7 +233,7 @@ fn wanted(plan: &Plan) -> Vec<(usize, Wanted<'_>)> {
     let scores = scores.flat_map(|(row, score)| {
         score.targets.iter().enumerate().map(move |(i, target)| (row.start + i, Wanted::Score(*target, score.logprobs)))
     });
-    draws.chain(scores).collect()
+    draws.chain(scores)
 }
 
 impl Runner for ModelRunner {
@@ -220,16 +243,24 @@ impl Runner for ModelRunner {
 
     fn step(&mut self, plan: &Plan) -> Result<Output, Failure> {
         self.forward(plan).map_err(device_failure)?;
-        let mut output = Output::default();
-        for part in wanted(plan).chunks(LOGITS_ROWS) {
-            let positions: Vec<usize> = part.iter().map(|(token, _)| *token).collect();
-            self.model.logits(&mut self.values, &positions).map_err(device_failure)?;
-            self.answer(part, &mut output).map_err(device_failure)?;
+        let mut output = std::mem::take(&mut self.spare);
+        output.clear();
+        let all = wanted(plan).count();
+        for first in (0..all).step_by(LOGITS_ROWS) {
+            let count = LOGITS_ROWS.min(all - first);
+            self.positions.clear();
+            self.positions.extend(wanted(plan).skip(first).take(count).map(|(token, _)| token));
+            self.model.logits(&mut self.values, &self.positions).map_err(device_failure)?;
+            self.answer(plan, first, count, &mut output).map_err(device_failure)?;
         }
         if output.logprobs.iter().all(Option::is_none) {
             output.logprobs.clear();
         }
         Ok(output)
+    }
+
+    fn recycle(&mut self, output: Output) {
+        self.spare = output;
     }
 }
 

@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, DType, Device, Result as TensorResult, Storage, Te
 use crate::config::Quantization;
 use crate::error::Failure;
 use crate::kernels::cpu::packed::{Columns, Form, Packed, Row};
-use crate::kernels::{Activations, KvCache, Matrix, Sizes};
+use crate::kernels::{Activations, KvCache, Matrix};
 use crate::models::architecture::Architecture;
 use crate::models::quantize;
 use crate::models::weights::{Checkpoint, device_failure};
@@ -79,22 +79,6 @@ impl Transformer {
     /// What a token's position is multiplied by for its rotary angles, `[d/2]`.
     pub fn frequencies(&self) -> &[f32] {
         &self.frequencies
-    }
-
-    /// How large the values of a step can be.
-    pub fn sizes(&self, max_tokens: usize, max_logits: usize, block_size: usize) -> Sizes {
-        let a = &self.shape;
-        Sizes {
-            max_tokens,
-            max_logits,
-            hidden: a.hidden_size,
-            heads: a.heads,
-            kv: a.kv_heads,
-            d: a.head_dim,
-            intermediate: a.intermediate_size,
-            vocab: a.vocab_size,
-            block_size,
-        }
     }
 
     /// Bytes a decode step reads, which bound its speed: all matrices, the embedding's single row left out.
