@@ -35,6 +35,9 @@ thread_local! {
 /// Draws a token from `logits [vocab]`, which is used up: the `nth` of its row, so with the random number of `draw.index + nth`.
 pub fn sample(logits: &mut [f32], draw: &Draw, nth: u64) -> (u32, Option<Logprobs>) {
     SCRATCH.with_borrow_mut(|scratch| {
+        if scratch.kept.capacity() < logits.len() {
+            scratch.kept = Vec::with_capacity(logits.len());
+        }
         let raw = draw.logprobs.is_some_and(|spec| spec.mode.is_raw()) && draw.changes_logits();
         if raw {
             scratch.raw.clear();
