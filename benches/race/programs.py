@@ -34,6 +34,14 @@ class Ours:
         """What `check` prints; its refusal is the reason why rows with these weights are not available."""
         return output_of([self.binary, "check"], self.env(weights)).stdout
 
+    def verify(self, weights):
+        """Nothing is measured with other weights than were asked for: quantized ones must be smaller in the memory plan."""
+        sizes = [re.search(r"^weights: ([\d.]+) MiB", self.check(form), re.M) for form in dict.fromkeys([weights, "bf16"])]
+        if not all(sizes):
+            raise NotAvailable("`check` does not print the line `weights:`")
+        if weights != "bf16" and float(sizes[0].group(1)) > 0.75 * float(sizes[1].group(1)):
+            raise NotAvailable(f"with {QUANTIZATION[weights]}, `check` counts {sizes[0].group(1)} MiB of weights, and {sizes[1].group(1)} in bf16")
+
     def bench(self, weights, shape, url=None):
         """One line of `bench --json`: the engine alone, or through HTTP."""
         prompt, output, sequences = shape

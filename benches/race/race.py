@@ -89,11 +89,11 @@ class Race:
         for key in keys:
             self.cell(key, weights).missing[side] = str(reason)
 
-    def available(self, weights):
-        """The settings are refused by `check`, if at all: nothing is measured with other weights than were asked for."""
+    def refusal(self, weights):
+        """`None`, or why these weights cannot be measured."""
         if weights not in self.refused:
             try:
-                self.ours.check(weights)
+                self.ours.verify(weights)
                 self.refused[weights] = None
             except NotAvailable as reason:
                 self.refused[weights] = reason
@@ -105,7 +105,7 @@ class Race:
         # Ours and theirs alternate shape by shape.
         for shape in dict.fromkeys(SHAPES[key] for key in rows):
             served = [key for key in rows if SHAPES[key] == shape]
-            if reason := self.available(weights):
+            if reason := self.refusal(weights):
                 self.not_available(served, weights, "ours", reason)
             else:
                 self.attempt(served, weights, "ours", lambda: programs.row_values(self.ours.bench(weights, shape), served))
@@ -126,7 +126,7 @@ class Race:
             return
 
         try:
-            if reason := self.available(weights):
+            if reason := self.refusal(weights):
                 raise reason
             with servers.our_server(self.ours, weights) as server:
                 for shape in dict.fromkeys(SHAPES[key] for key in rows):
@@ -169,7 +169,7 @@ class Race:
             # Outputs long enough that no sequence ends before the last has begun.
             peak = ours.bench(weights, (tokens - 128, 128, 16))["peak_rss_mb"]
             return {"memory": {"ours": peak, "against": float(found[0].group(1)) + float(found[1].group(1))}}
-        if reason := self.available(weights):
+        if reason := self.refusal(weights):
             self.not_available(["memory"], weights, "ours", reason)
         else:
             self.attempt(["memory"], weights, "ours", measure, tries=1)
