@@ -28,8 +28,10 @@ def main():
     ggufs = {weights: prepare.quantized(cache, llama_bin, gguf, weights, given.prefix) for weights in given.weights}
     ours = programs.Ours(prepare.our_binary(REPOSITORY, given.bin, given.prefix), folder, given.threads, given.kv_cache_gb, given.prefix)
     race = Race(given, ours, programs.Llama(llama_bin, given.threads, given.prefix), folder, ggufs)
-    head = {"machine": dict(report.machine(), cores=os.cpu_count(), threads=given.threads, bandwidth_gb_s=ours.bandwidth()),
+    head = {"machine": dict(report.machine(), cores=os.cpu_count(), threads=given.threads, bandwidth_gb_s=ours.bandwidth() if given.rounds else None),
             "checkpoint": folder.name, "rounds": given.rounds, "kv_cache_gb": given.kv_cache_gb}
+    for path in given.add:
+        race.add(path)
     try:
         for number in range(given.rounds):
             for weights in given.weights:
@@ -57,6 +59,15 @@ class Race:
 
     def cell(self, key, weights):
         return self.cells.setdefault((key, weights), report.Cell())
+
+    def add(self, path):
+        """The samples of earlier runs, one JSON object a line, as further rounds."""
+        for run in path.read_text().splitlines():
+            for line in json.loads(run)["rows"]:
+                for side, samples in line.items():
+                    if isinstance(samples, dict) and "samples" in samples:
+                        for value, disturbed in zip(samples["samples"], samples["disturbed"]):
+                            self.cell(line["row"], line["weights"]).add(side, value, disturbed)
 
     def wanted(self, weights):
         return [row.key for row in report.ROWS if row.key in self.given.only and weights in row.goals]
@@ -213,6 +224,7 @@ def arguments():
     add("--quiet", type=float, default=0.05, metavar="SHARE", help="measure while others take at most this share of the machine: wait for it, and repeat what was disturbed (default: 0.05)")
     add("--tries", type=int, default=3, help="how often a disturbed measurement is made at most (default: 3)")
     add("--tolerance", type=float, default=0.1, help="how far the engine alone and through HTTP may differ (default: 0.1)")
+    add("--add", type=Path, action="append", default=[], metavar="FILE", help="a file of --json runs on the same machine: its samples count as further rounds; may be repeated")
     add("--json", action="store_true", help="one JSON object instead of the table")
     return parser.parse_args()
 
