@@ -8,11 +8,13 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
-use crate::api::generate::{Ending, Piece, Run, StopReason, merged};
+use crate::api::generate::{Ending, Piece, Run, StopReason, best, merged};
+use crate::api::logprobs::{Asked, Echo, Names};
 use crate::api::openai::{Prepared, Surface};
 use crate::api::{Pieces, Service, clock, failure};
 use crate::config::NativeFormat;
 use crate::error::Failure;
+use crate::models::tokenizer::Tokenizer;
 
 /// The form of an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,6 +49,10 @@ pub struct Writer {
     continuous_usage: bool,
     return_token_ids: bool,
     prompt_tokens_details: bool,
+    candidates: usize,
+    echoes: Arc<Vec<Echo>>,
+    logprobs: Asked,
+    tokenizer: Arc<Tokenizer>,
     /// Choices whose first chunk is out.
     opened: Vec<bool>,
 }
@@ -70,13 +76,18 @@ impl Writer {
             continuous_usage: request.options.include_usage && request.options.continuous_usage,
             return_token_ids: request.options.return_token_ids,
             prompt_tokens_details: !service.settings.hide_prompt_tokens_details,
+            candidates: request.options.candidates,
+            echoes: request.echoes,
+            logprobs: request.options.logprobs,
+            tokenizer: service.tokenizer.clone(),
             opened: vec![false; choices],
         }
     }
 
     /// Waits for the end and gives one object.
     pub async fn whole(self, mut run: Run) -> Result<Value, Failure> {
-        let pieces = run.collect(self.opened.len()).await?;
+        let pieces = run.collect(self.prompts.len() * self.candidates).await?;
+        let pieces = best(pieces, self.n, self.candidates);
         if self.dialect == Dialect::Tokens {
             return Ok(self.tokens(&pieces, &run));
         }
@@ -88,6 +99,9 @@ impl Writer {
         object.insert("usage".to_owned(), self.usage(&run));
         if let (true, Surface::Chat { .. }) = (self.return_token_ids, &self.surface) {
             object.insert("prompt_token_ids".to_owned(), json!(self.prompts.first()));
+        }
+        if let (Some(scores), Surface::Chat { .. }) = (pieces.first().and_then(|piece| self.prompt_logprobs(piece)), &self.surface) {
+            object.insert("prompt_logprobs".to_owned(), scores);
         }
         if let (Dialect::Native, Surface::Text) = (self.dialect, &self.surface) {
             object.insert("text".to_owned(), json!(pieces.first().map(|piece| &piece.text)));
@@ -114,16 +128,49 @@ impl Writer {
     fn whole_choice(&self, piece: &Piece) -> Value {
         let mut choice = match &self.surface {
             Surface::Chat { role } => {
-                json!({"index": piece.index, "message": {"role": role, "content": piece.text, "refusal": null}, "logprobs": null})
+                json!({"index": piece.index, "message": {"role": role, "content": piece.text, "refusal": null}, "logprobs": self.logprobs(piece)})
             }
-            Surface::Text => json!({"index": piece.index, "text": piece.text, "logprobs": null}),
+            Surface::Text => json!({"index": piece.index, "text": piece.text, "logprobs": self.logprobs(piece)}),
         };
+        if let (Some(scores), Surface::Text) = (self.prompt_logprobs(piece), &self.surface) {
+            choice["prompt_logprobs"] = scores;
+        }
         put_ending(&mut choice, piece.ending.as_ref());
         if self.return_token_ids {
             choice["token_ids"] = json!(piece.tokens);
             self.put_prompt_ids(&mut choice, piece.index);
         }
         choice
+    }
+
+    fn names(&self) -> Names<'_> {
+        Names { tokenizer: &self.tokenizer, as_ids: self.logprobs.as_ids }
+    }
+
+    /// What is known of the tokens of this piece; of an echoed prompt's too, in its choice's first piece.
+    fn logprobs(&self, piece: &Piece) -> Value {
+        let (Some(top), names) = (self.logprobs.output, self.names()) else { return Value::Null };
+        if self.surface != Surface::Text {
+            return names.chat(&piece.logprobs, top);
+        }
+        let place = piece.index / self.n;
+        let prompt = match (self.echoes.get(place), self.prompts.get(place), &piece.prompt) {
+            (Some(echo), Some(ids), Some(scores)) => echo.reported(&self.tokenizer, ids, scores),
+            _ => Vec::new(),
+        };
+        let prompt = prompt.iter().enumerate().map(|(i, token)| (token, i == 0));
+        names.text(prompt.chain(piece.logprobs.iter().map(|token| (token, false))), top)
+    }
+
+    /// Those of a chunk: null when nothing is known anew.
+    fn new_logprobs(&self, piece: &Piece) -> Value {
+        if piece.logprobs.is_empty() && piece.prompt.is_none() { Value::Null } else { self.logprobs(piece) }
+    }
+
+    /// `prompt_logprobs`, when asked for.
+    fn prompt_logprobs(&self, piece: &Piece) -> Option<Value> {
+        let (top, scores) = (self.logprobs.prompt?, piece.prompt.as_ref()?);
+        Some(self.names().prompt(self.prompts.get(piece.index / self.n)?, scores, top))
     }
 
     /// Completions give the prompt's ids in the choice, chat completions beside the choices.
@@ -176,8 +223,9 @@ impl Writer {
         }
         for piece in merged(pieces) {
             let opens = !std::mem::replace(&mut self.opened[piece.index], true);
-            if !piece.text.is_empty() || self.return_token_ids {
+            if !piece.text.is_empty() || !piece.logprobs.is_empty() || self.return_token_ids {
                 let mut choice = self.chunk_choice(piece.index, Some(&piece.text), false, None);
+                choice["logprobs"] = self.new_logprobs(&piece);
                 if self.return_token_ids {
                     choice["token_ids"] = json!(piece.tokens);
                     if opens {
@@ -216,7 +264,7 @@ impl Writer {
         if first {
             for index in (0..self.opened.len()).filter(|_| self.opened.len() > 1) {
                 if !pieces.iter().any(|piece| piece.index == index) {
-                    pieces.push(Piece { index, cached: None, text: String::new(), tokens: Vec::new(), ending: None });
+                    pieces.push(Piece { index, ..Piece::default() });
                 }
             }
             pieces.sort_by_key(|piece| piece.index);
@@ -224,10 +272,11 @@ impl Writer {
         let mut choices = Vec::new();
         for piece in pieces {
             let opens = !std::mem::replace(&mut self.opened[piece.index], true);
-            let shows = !piece.text.is_empty() || piece.ending.is_some() || opens || self.return_token_ids;
+            let shows = !piece.text.is_empty() || !piece.logprobs.is_empty() || piece.ending.is_some() || opens || self.return_token_ids;
             if shows {
                 let text = (opens || !piece.text.is_empty()).then_some(piece.text.as_str());
                 let mut choice = self.chunk_choice(piece.index, text, opens, piece.ending.as_ref());
+                choice["logprobs"] = self.new_logprobs(&piece);
                 if self.return_token_ids {
                     choice["token_ids"] = json!(piece.tokens);
                     if opens {

@@ -143,6 +143,32 @@ impl<'a> Fields<'a> {
         Ok(stops)
     }
 
+    /// `bad_words` and `bad_words_token_ids` as token sequences: each word as it is cut at the start of a text and after a space.
+    pub fn bad_words(&self, vocab_size: usize, encode: impl Fn(&str) -> Result<Vec<u32>, Failure>) -> Result<Vec<Vec<u32>>, Failure> {
+        const MOST: usize = 128;
+        let mut sequences: Vec<Vec<u32>> =
+            self.token_ids("bad_words_token_ids", vocab_size)?.unwrap_or_default().into_iter().map(|id| vec![id]).collect();
+        if let Some(field) = self.get("bad_words") {
+            let list = field.value.as_array().ok_or_else(|| wrong_type(&field, "a list of strings"))?;
+            if list.len() > MOST {
+                return Err(invalid(&field, format!("'{}' holds {} words, more than the maximum of {MOST}.", field.name, list.len())));
+            }
+            for (position, value) in list.iter().enumerate() {
+                let entry = Field { name: format!("{}[{position}]", field.name), value };
+                let word = value.as_str().ok_or_else(|| wrong_type(&entry, "a string"))?.trim_start();
+                if word.is_empty() {
+                    return Err(invalid(&entry, format!("'{}' is empty, so there is no word to keep out.", entry.name)));
+                }
+                sequences.push(encode(word)?);
+                sequences.push(encode(&format!(" {word}"))?);
+            }
+        }
+        sequences.retain(|sequence| !sequence.is_empty());
+        sequences.sort_unstable();
+        sequences.dedup();
+        Ok(sequences)
+    }
+
     /// `logit_bias`: token ids, as strings, to biases in [-100, 100].
     pub fn logit_bias(&self, vocab_size: usize) -> Result<Vec<(u32, f32)>, Failure> {
         let Some(field) = self.get("logit_bias") else { return Ok(Vec::new()) };
@@ -254,8 +280,8 @@ enum Neutral {
     Words(&'static [&'static str]),
     /// `{"type": "text"}`.
     TextFormat,
-    /// As many as `n`.
-    SameAsN,
+    /// `true`.
+    Yes,
 }
 
 /// Fields that other servers honour and that would change the answer. Everything else that is unknown is accepted.
@@ -281,20 +307,18 @@ const UNSUPPORTED: &[(&str, Neutral)] = &[
     ("regex", Neutral::Empty),
     ("ebnf", Neutral::Empty),
     // Probabilities.
-    ("logprobs", Neutral::Empty),
-    ("top_logprobs", Neutral::Number(0.0)),
-    ("prompt_logprobs", Neutral::Empty),
     ("logprob_token_ids", Neutral::Empty),
+    ("temp_scaled_logprobs", Neutral::Empty),
+    ("top_p_normalized_logprobs", Neutral::Empty),
+    ("include_draft_logprobs", Neutral::Empty),
+    ("include_logprobs_decode_token", Neutral::Yes),
     ("return_logprob", Neutral::Empty),
     ("n_probs", Neutral::Number(0.0)),
     ("return_hidden_states", Neutral::Empty),
     // Other ways to draw.
-    ("best_of", Neutral::SameAsN),
     ("use_beam_search", Neutral::Empty),
     ("length_penalty", Neutral::Number(1.0)),
     ("early_stopping", Neutral::Empty),
-    ("bad_words", Neutral::Empty),
-    ("bad_words_token_ids", Neutral::Empty),
     ("allowed_token_ids", Neutral::Empty),
     ("logits_processors", Neutral::Empty),
     ("logits_processors_args", Neutral::Empty),
@@ -310,7 +334,6 @@ const UNSUPPORTED: &[(&str, Neutral)] = &[
     ("thinking_token_budget", Neutral::Nothing),
     ("thinking_budget_tokens", Neutral::Nothing),
     // The prompt and its return.
-    ("echo", Neutral::Empty),
     ("suffix", Neutral::Empty),
     ("prompt_embeds", Neutral::Empty),
     ("completion_token_ids", Neutral::Empty),
@@ -326,13 +349,13 @@ const UNSUPPORTED: &[(&str, Neutral)] = &[
 ];
 
 /// Refuses each known field that would change the output and is not supported.
-pub fn refuse_unsupported(fields: &Fields<'_>, n: usize) -> Result<(), Failure> {
+pub fn refuse_unsupported(fields: &Fields<'_>) -> Result<(), Failure> {
     for (name, neutral) in UNSUPPORTED {
         let Some(field) = fields.get(name) else { continue };
         if *name == "suffix" && field.value.is_object() {
             continue;
         }
-        if !passes(field.value, *neutral, n) {
+        if !passes(field.value, *neutral) {
             let message = format!("'{}' is not supported by this server. Remove it, or leave it at its default.", field.name);
             return Err(Failure::bad_request(&field.name, message).code("unsupported_parameter"));
         }
@@ -340,7 +363,7 @@ pub fn refuse_unsupported(fields: &Fields<'_>, n: usize) -> Result<(), Failure> 
     Ok(())
 }
 
-fn passes(value: &Value, neutral: Neutral, n: usize) -> bool {
+fn passes(value: &Value, neutral: Neutral) -> bool {
     let empty = match value {
         Value::Bool(flag) => !flag,
         Value::String(text) => text.is_empty(),
@@ -359,7 +382,7 @@ fn passes(value: &Value, neutral: Neutral, n: usize) -> bool {
             _ => false,
         },
         Neutral::TextFormat => value.get("type").and_then(Value::as_str) == Some("text"),
-        Neutral::SameAsN => value.as_u64() == Some(n as u64),
+        Neutral::Yes => value == &Value::Bool(true),
     }
 }
 
@@ -463,28 +486,25 @@ mod tests {
             json!({"guided_regex": "a+"}),
             json!({"grammar": "root ::= 'a'"}),
             json!({"json_schema": "{}"}),
-            json!({"logprobs": true}),
-            json!({"logprobs": 0}),
-            json!({"top_logprobs": 2}),
-            json!({"best_of": 3}),
-            json!({"echo": true}),
+            json!({"logprob_token_ids": [3]}),
+            json!({"temp_scaled_logprobs": true}),
+            json!({"include_logprobs_decode_token": false}),
             json!({"suffix": "x"}),
             json!({"use_beam_search": true}),
             json!({"modalities": ["text", "audio"]}),
-            json!({"sampling_params": {"bad_words": ["x"]}}),
+            json!({"sampling_params": {"allowed_token_ids": [1]}}),
             json!({"metadata": {"reasoning_max_tokens": 5}}),
         ];
         for body in refused {
             let fields = Fields::new(&body, true).unwrap();
-            let failure = refuse_unsupported(&fields, 1).unwrap_err();
+            let failure = refuse_unsupported(&fields).unwrap_err();
             assert_eq!(failure.code, Some("unsupported_parameter"), "{body}");
             assert!(body.to_string().contains(failure.param.unwrap().rsplit('.').next().unwrap()));
         }
         let neutral = json!({
-            "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "logprobs": false, "top_logprobs": 0, "best_of": 2,
-            "echo": false, "suffix": null, "use_beam_search": false, "modalities": ["text"], "guided_json": null, "length_penalty": 1.0,
+            "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "include_logprobs_decode_token": true, "suffix": null, "use_beam_search": false, "modalities": ["text"], "guided_json": null, "length_penalty": 1.0,
             "parallel_tool_calls": true, "user": "me", "something_new": {"a": 1}, "store": true, "verbosity": "low",
         });
-        assert!(refuse_unsupported(&Fields::new(&neutral, true).unwrap(), 2).is_ok());
+        assert!(refuse_unsupported(&Fields::new(&neutral, true).unwrap()).is_ok());
     }
 }

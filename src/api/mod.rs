@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::config::ApiSettings;
 use crate::engine::Handle;
 use crate::error::{Failure, Kind};
-use crate::models::tokenizer::Tokenizer;
+use crate::models::tokenizer::{Special, Tokenizer};
 
 mod answer;
 pub mod chat_template;
@@ -20,6 +20,7 @@ mod clock;
 pub mod failure;
 pub mod fields;
 mod generate;
+mod logprobs;
 mod messages;
 pub mod model;
 mod native;
@@ -31,6 +32,7 @@ mod tests;
 
 use chat_template::ChatTemplate;
 use fields::Fields;
+use logprobs::Form;
 pub use model::ModelInfo;
 use openai::Prepared;
 use options::{Context, Defaults, Options, Truncate};
@@ -158,14 +160,15 @@ impl Service {
         Err(Failure::new(Kind::NotFound, message).param("model").code("model_not_found"))
     }
 
-    pub(crate) fn options(&self, fields: &Fields<'_>) -> Result<Options, Failure> {
+    pub(crate) fn options(&self, fields: &Fields<'_>, form: Form) -> Result<Options, Failure> {
         let context = Context {
             settings: &self.settings,
             defaults: &self.defaults,
             limits: self.engine.limits(),
             eos_token_ids: &self.eos_token_ids,
+            encode: &|text| self.tokenizer.encode(text, Special::Text),
         };
-        Options::read(fields, &context, || self.pick_seed())
+        Options::read(fields, form, &context, || self.pick_seed())
     }
 
     /// A seed for a request without one: random, or the next in the sequence that `SEED` fixes.
@@ -181,7 +184,7 @@ impl Service {
         let context = self.engine.limits().max_model_len;
         let keep = match options.truncate {
             None => ids.len(),
-            Some(Truncate::ToContext) => context.saturating_sub(options.max_tokens.unwrap_or(1)).max(1),
+            Some(Truncate::ToContext) => context.saturating_sub(options.max_tokens.unwrap_or(1).max(1)).max(1),
             Some(Truncate::Last(keep)) => keep,
         };
         ids.drain(..ids.len().saturating_sub(keep));

@@ -6,6 +6,7 @@ use serde_json::{Map, Value, json};
 
 use crate::api::answer::Dialect;
 use crate::api::fields::{Field, Fields, kind, missing, wrong_type};
+use crate::api::logprobs::Form;
 use crate::api::openai::{self, Prepared, chat, completions};
 use crate::api::{Answer, Call, Service};
 use crate::error::Failure;
@@ -18,7 +19,16 @@ pub async fn job(service: &Arc<Service>, input: Value, job_id: &str) -> Result<A
     }
     let dialect = Dialect::native(service.settings.native_format);
     let body = Value::Object(input);
-    let prepared = service.prepare(move |service| prepare(service, &body)).await?;
+    let prepared = service
+        .prepare(move |service| {
+            let prepared = prepare(service, &body)?;
+            if let (Dialect::Tokens, Some(field)) = (dialect, prepared.options.logprobs.field(&Fields::new(&body, true)?)) {
+                let message = format!("'{}' has no place in answers of the form NATIVE_OUTPUT_FORMAT=tokens. Remove it.", field.name);
+                return Err(Failure::bad_request(field.name, message).code("unsupported_parameter"));
+            }
+            Ok(prepared)
+        })
+        .await?;
     prepared.answer(service, job_id, dialect).await
 }
 
@@ -87,7 +97,7 @@ fn prepare(service: &Service, body: &Value) -> Result<Prepared, Failure> {
         return Err(wrong_type(&field, "a list of token ids"));
     }
     service.check_model(&fields)?;
-    let mut options = service.options(&fields)?;
+    let mut options = service.options(&fields, Form::NativeText)?;
     options.max_tokens = options.max_tokens.or(service.settings.default_max_tokens);
     let prompts = completions::read(&field, service.engine.limits().vocab_size)?;
     let with_template = fields.bool("apply_chat_template")?.unwrap_or(false);

@@ -5,9 +5,11 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 
 use crate::api::fields::{Fields, invalid, refuse_unsupported, wrong_type};
+use crate::api::logprobs::{Asked, Form};
 use crate::config::ApiSettings;
 use crate::engine::{Limits, SamplingParams};
 use crate::error::Failure;
+use crate::models::LogprobsSpec;
 
 /// Sampling defaults: `generation_config.json`, unless switched off, with the overrides of the settings laid over it.
 #[derive(Debug, Clone, PartialEq)]
@@ -93,7 +95,7 @@ pub struct Options {
     pub stream: bool,
     pub include_usage: bool,
     pub continuous_usage: bool,
-    /// As asked; the context's rest bounds it later.
+    /// As asked; the context's rest bounds it later. 0: only the prompt is wanted, scored.
     pub max_tokens: Option<usize>,
     pub stops: Vec<String>,
     pub include_stop: bool,
@@ -101,6 +103,13 @@ pub struct Options {
     pub truncate: Option<Truncate>,
     pub return_token_ids: bool,
     pub add_special_tokens: Option<bool>,
+    /// Sequences drawn for each prompt, of which the most probable `n` are given (`best_of`). At least `n`.
+    pub candidates: usize,
+    pub logprobs: Asked,
+    /// What the prompt is scored with.
+    pub prompt_logprobs: Option<LogprobsSpec>,
+    /// The answer begins with the prompt.
+    pub echo: bool,
     /// The first choice's; `max_tokens` is not set yet.
     pub sampling: SamplingParams,
 }
@@ -111,6 +120,8 @@ pub struct Context<'a> {
     pub defaults: &'a Defaults,
     pub limits: &'a Limits,
     pub eos_token_ids: &'a Arc<Vec<u32>>,
+    /// Token ids of plain text.
+    pub encode: &'a dyn Fn(&str) -> Result<Vec<u32>, Failure>,
 }
 
 /// Most choices when no other limit is set.
@@ -118,14 +129,19 @@ const MAX_N: usize = 128;
 
 impl Options {
     /// Reads and checks all of them. `pick_seed` is asked when the request has none.
-    pub fn read(fields: &Fields<'_>, context: &Context<'_>, pick_seed: impl FnOnce() -> u64) -> Result<Self, Failure> {
+    pub fn read(fields: &Fields<'_>, form: Form, context: &Context<'_>, pick_seed: impl FnOnce() -> u64) -> Result<Self, Failure> {
         let n = fields.count("n", 1)?.unwrap_or(1);
         let max_n = context.settings.max_n.unwrap_or(MAX_N);
         if let (true, Some(field)) = (n > max_n, fields.get("n")) {
             return Err(invalid(&field, format!("{n} is greater than the maximum of {max_n} - '{}'", field.name)));
         }
-        refuse_unsupported(fields, n)?;
-        let max_tokens = max_tokens(fields)?;
+        refuse_unsupported(fields)?;
+        let stream = fields.bool("stream")?.unwrap_or(false);
+        let candidates = candidates(fields, n, max_n, stream)?;
+        let logprobs = Asked::read(fields, form, stream, context.settings)?;
+        let echo = fields.bool("echo")?.unwrap_or(false);
+        // A prompt may be scored alone, but then it must be given back.
+        let max_tokens = max_tokens(fields, if echo && !form.is_chat() { 0 } else { 1 })?;
         let min_tokens = fields.count("min_tokens", 0)?.unwrap_or(0);
         if let (Some(max_tokens), Some(field)) = (max_tokens.filter(|max| min_tokens > *max), fields.get("min_tokens")) {
             return Err(invalid(
@@ -148,8 +164,12 @@ impl Options {
             frequency_penalty: drawn.frequency_penalty as f32,
             repetition_penalty: drawn.repetition_penalty as f32,
             logit_bias: Arc::new(fields.logit_bias(vocab_size)?),
-            bad_words: Arc::default(),
-            logprobs: None,
+            bad_words: Arc::new(fields.bad_words(vocab_size, context.encode)?),
+            // Candidates are compared by them.
+            logprobs: logprobs
+                .output
+                .or((candidates > n).then_some(0))
+                .map(|top| LogprobsSpec { top, mode: context.settings.logprobs_mode }),
             seed: fields.seed()?.unwrap_or_else(pick_seed),
             max_tokens: 0,
             min_tokens,
@@ -159,7 +179,7 @@ impl Options {
         };
         Ok(Self {
             n,
-            stream: fields.bool("stream")?.unwrap_or(false),
+            stream,
             include_usage: include_usage || context.settings.force_include_usage,
             continuous_usage,
             max_tokens,
@@ -169,16 +189,20 @@ impl Options {
             truncate: truncate(fields)?,
             return_token_ids: fields.bool("return_token_ids")?.unwrap_or(false),
             add_special_tokens: fields.bool("add_special_tokens")?,
+            candidates,
+            logprobs,
+            prompt_logprobs: logprobs.of_prompt(echo && !form.is_chat(), context.settings),
+            echo,
             sampling,
         })
     }
 }
 
 /// `max_completion_tokens` wins over the older `max_tokens`, and that over `max_new_tokens`; all are checked.
-fn max_tokens(fields: &Fields<'_>) -> Result<Option<usize>, Failure> {
-    let newest = fields.count("max_completion_tokens", 1)?;
-    let older = fields.count("max_tokens", 1)?;
-    let other = fields.count("max_new_tokens", 1)?;
+fn max_tokens(fields: &Fields<'_>, least: u32) -> Result<Option<usize>, Failure> {
+    let newest = fields.count("max_completion_tokens", least)?;
+    let older = fields.count("max_tokens", least)?;
+    let other = fields.count("max_new_tokens", least)?;
     Ok(newest.or(older).or(other))
 }
 
@@ -194,6 +218,26 @@ fn stream_options(fields: &Fields<'_>) -> Result<(bool, bool), Failure> {
         Some(value) => Err(wrong_type(&crate::api::fields::Field { name: format!("{}.{name}", field.name), value }, "true or false")),
     };
     Ok((flag("include_usage")?, flag("continuous_usage_stats")?))
+}
+
+/// `best_of`: at least `n`, and no stream of what may yet be discarded.
+fn candidates(fields: &Fields<'_>, n: usize, most: usize, stream: bool) -> Result<usize, Failure> {
+    let (Some(best_of), Some(field)) = (fields.count("best_of", 0)?, fields.get("best_of")) else { return Ok(n) };
+    // OpenAI's 0 is no wish at all.
+    let best_of = if best_of == 0 { n } else { best_of };
+    if best_of < n {
+        return Err(invalid(&field, format!("best_of must be greater than or equal to n, got n={n} and best_of={best_of}.")));
+    }
+    if best_of > most {
+        return Err(invalid(&field, format!("{best_of} is greater than the maximum of {most} - '{}'", field.name)));
+    }
+    if best_of > n && stream {
+        return Err(invalid(
+            &field,
+            format!("'{}' greater than 'n' cannot be streamed: which choices are the best is known at the end.", field.name),
+        ));
+    }
+    Ok(best_of)
 }
 
 fn truncate(fields: &Fields<'_>) -> Result<Option<Truncate>, Failure> {
@@ -216,8 +260,11 @@ mod tests {
         let settings = ApiSettings { max_n: Some(4), ..ApiSettings::default() };
         let defaults = Defaults::new(&json!({"temperature": 0.8, "top_p": 0.7, "top_k": 50}), &settings).unwrap();
         let limits = Limits { max_model_len: 64, vocab_size: 10, max_num_seqs: 4, max_waiting: 4, memory_bound: None };
-        let context = Context { settings: &settings, defaults: &defaults, limits: &limits, eos_token_ids: &Arc::new(vec![2]) };
-        Options::read(&Fields::new(&body, true).unwrap(), &context, || 99)
+        // One token a letter.
+        let encode = |text: &str| Ok(text.bytes().map(|byte| u32::from(byte % 10)).collect());
+        let eos_token_ids = Arc::new(vec![2]);
+        let context = Context { settings: &settings, defaults: &defaults, limits: &limits, eos_token_ids: &eos_token_ids, encode: &encode };
+        Options::read(&Fields::new(&body, true).unwrap(), Form::NativeText, &context, || 99)
     }
 
     #[test]

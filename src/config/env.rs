@@ -126,6 +126,18 @@ pub struct Env {
     /// Most choices (`n`) in one request.
     #[arg(long, help_heading = "API")]
     pub max_n: Option<String>,
+    /// Answer requests for log probabilities; `false`: refuse them.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", help_heading = "API")]
+    pub enable_logprob: Option<String>,
+    /// Most alternatives at each token that a request for log probabilities may ask for; -1 = the whole vocabulary.
+    #[arg(long, allow_hyphen_values = true, help_heading = "API")]
+    pub max_logprobs: Option<String>,
+    /// What is reported: `raw_logprobs`, `raw_logits`, `processed_logprobs` or `processed_logits` (after bias, penalties and temperature).
+    #[arg(long, help_heading = "API")]
+    pub logprobs_mode: Option<String>,
+    /// Write tokens in log probabilities as `token_id:N`.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", help_heading = "API")]
+    pub return_tokens_as_token_ids: Option<String>,
     /// Answers to native jobs: `openai` objects, or the older `tokens` form.
     #[arg(long, help_heading = "API")]
     pub native_output_format: Option<String>,

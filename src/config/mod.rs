@@ -168,6 +168,20 @@ pub enum NativeFormat {
     Tokens,
 }
 
+/// What is reported as a log probability (`LOGPROBS_MODE`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LogprobsMode {
+    /// log softmax of the model's logits.
+    #[default]
+    RawLogprobs,
+    /// The model's logits.
+    RawLogits,
+    /// log softmax after suppression, bias, penalties and temperature, before min_p, top_k and top_p.
+    ProcessedLogprobs,
+    /// The logits of the same moment.
+    ProcessedLogits,
+}
+
 #[derive(Debug, Clone, Default)]
 pub struct ApiSettings {
     /// The names clients may use; the first is the one answers carry. Empty = the model's own name.
@@ -188,6 +202,13 @@ pub struct ApiSettings {
     pub override_generation_config: Option<serde_json::Map<String, serde_json::Value>>,
     /// Most choices a request may ask for; default 128.
     pub max_n: Option<usize>,
+    /// `ENABLE_LOGPROB=false`: requests for log probabilities are refused.
+    pub refuse_logprobs: bool,
+    /// Most alternatives a request may ask for at each token; default 20, `u32::MAX` = the whole vocabulary.
+    pub max_logprobs: Option<u32>,
+    pub logprobs_mode: LogprobsMode,
+    /// `RETURN_TOKENS_AS_TOKEN_IDS`.
+    pub tokens_as_ids: bool,
     /// `ENABLE_FORCE_INCLUDE_USAGE`.
     pub force_include_usage: bool,
     /// `ENABLE_PROMPT_TOKENS_DETAILS=false`: usage without `prompt_tokens_details`.

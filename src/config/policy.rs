@@ -130,6 +130,10 @@ const WORKS: &[(&str, &str)] = &[
     ("OVERRIDE_GENERATION_CONFIG", "none"),
     ("DEFAULT_MAX_TOKENS", "rest of the context; 16 on /v1/completions"),
     ("MAX_N", "128"),
+    ("ENABLE_LOGPROB", "true"),
+    ("MAX_LOGPROBS", "20"),
+    ("LOGPROBS_MODE", "raw_logprobs"),
+    ("RETURN_TOKENS_AS_TOKEN_IDS", "false"),
     ("NATIVE_OUTPUT_FORMAT", "openai"),
     ("ENABLE_FORCE_INCLUDE_USAGE", "false"),
     ("ENABLE_PROMPT_TOKENS_DETAILS", "true"),
@@ -295,9 +299,6 @@ const REFUSED: &[(&str, &[Refusal])] = &[
     ("no reasoning parser in this version: unset it", &[
         ("REASONING_PARSER", &["none"]),
     ]),
-    ("no log probabilities in this version: unset it", &[
-        ("ENABLE_LOGPROB", &["false"]),
-    ]),
     ("no Python code runs in this worker: unset it", &[
         ("TOOL_PARSER_PLUGIN", &[]),
         ("LOGITS_PROCESSORS", &["[]"]),
@@ -413,8 +414,8 @@ const NO_EFFECT: &[(&str, &[&str])] = &[
     ("detail of structured output, which GUIDED_DECODING_BACKEND governs", &[
         "GUIDED_DECODING_DISABLE_ADDITIONAL_PROPERTIES!", "GUIDED_DECODING_DISABLE_FALLBACK!", "DISABLE_OUTLINES_DISK_CACHE!",
     ]),
-    ("detail of log probabilities: a request for them is refused", &[
-        "MAX_LOGPROBS", "LOGPROBS_MODE", "RETURN_TOKENS_AS_TOKEN_IDS!", "FD_USE_GET_SAVE_OUTPUT_V1!",
+    ("MAX_LOGPROBS alone bounds log probabilities", &[
+        "FD_USE_GET_SAVE_OUTPUT_V1!",
     ]),
     ("detail of tool calls: a request with tools is refused", &[
         "EXCLUDE_TOOLS_WHEN_TOOL_CHOICE_NONE!",

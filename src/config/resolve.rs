@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use super::sources::Merged;
 use super::{
-    ApiSettings, Args, BatchGrowth, DEFAULT_MODEL, DeviceChoice, EngineSettings, Env, HubSettings, LogLevel, LogSettings, Mistake,
-    NativeFormat, Quantization, RunpodSettings, Secret, ServerSettings, Settings, Speculative, Surroundings, parse, policy, report,
+    ApiSettings, Args, BatchGrowth, DEFAULT_MODEL, DeviceChoice, EngineSettings, Env, HubSettings, LogLevel, LogSettings, LogprobsMode,
+    Mistake, NativeFormat, Quantization, RunpodSettings, Secret, ServerSettings, Settings, Speculative, Surroundings, parse, policy,
+    report,
 };
 
 /// Words for "decide yourself".
@@ -134,6 +135,24 @@ impl Reader {
                 .unwrap_or_default(),
             override_generation_config: self.object("OVERRIDE_GENERATION_CONFIG", &env.override_generation_config),
             max_n: self.count("MAX_N", &env.max_n, 1, &["auto"]),
+            refuse_logprobs: self.given_switch("ENABLE_LOGPROB", &env.enable_logprob) == Some(false),
+            max_logprobs: match text(&env.max_logprobs).as_deref() {
+                Some("-1") => Some(u32::MAX),
+                _ => self.count("MAX_LOGPROBS", &env.max_logprobs, 0, &[]).map(|most| u32::try_from(most).unwrap_or(u32::MAX)),
+            },
+            logprobs_mode: self
+                .choice(
+                    "LOGPROBS_MODE",
+                    &env.logprobs_mode,
+                    &[
+                        ("raw_logprobs", LogprobsMode::RawLogprobs),
+                        ("raw_logits", LogprobsMode::RawLogits),
+                        ("processed_logprobs", LogprobsMode::ProcessedLogprobs),
+                        ("processed_logits", LogprobsMode::ProcessedLogits),
+                    ],
+                )
+                .unwrap_or_default(),
+            tokens_as_ids: self.switch("RETURN_TOKENS_AS_TOKEN_IDS", &env.return_tokens_as_token_ids),
             force_include_usage: self.switch("ENABLE_FORCE_INCLUDE_USAGE", &env.enable_force_include_usage),
             hide_prompt_tokens_details: self.given_switch("ENABLE_PROMPT_TOKENS_DETAILS", &env.enable_prompt_tokens_details) == Some(false),
             seed: None,

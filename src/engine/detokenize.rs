@@ -8,27 +8,39 @@
 pub struct Detokenizer {
     characters: Characters,
     stops: Stops,
+    /// What the last push completed.
+    whole: String,
 }
 
 impl Detokenizer {
     /// `stops`: none of them empty. With `include_stop` the text ends with the stop string instead of before it.
     pub fn new(stops: &[String], include_stop: bool) -> Self {
-        Self { characters: Characters::default(), stops: Stops::new(stops, include_stop) }
+        Self { characters: Characters::default(), stops: Stops::new(stops, include_stop), whole: String::new() }
     }
 
     /// Takes the bytes of one token and appends to `text` what is certain by now. Returns the index of the stop string that ended the
     /// sequence, after which nothing more may be pushed. While `armed` is false (before `min_tokens`) a stop string is ordinary text.
     pub fn push(&mut self, bytes: &[u8], armed: bool, text: &mut String) -> Option<usize> {
-        let mut whole = String::new();
-        self.characters.push(bytes, &mut whole);
-        self.stops.push(&whole, armed, text)
+        self.whole.clear();
+        self.characters.push(bytes, &mut self.whole);
+        self.stops.push(&self.whole, armed, text)
+    }
+
+    /// The characters that the last push (or `finish`) completed, whether stop strings hold them back or not.
+    pub fn completed(&self) -> &str {
+        &self.whole
+    }
+
+    /// No byte waits for the rest of its character.
+    pub fn is_whole(&self) -> bool {
+        self.characters.pending.is_empty()
     }
 
     /// The sequence ended without a stop string: appends everything that was held back.
     pub fn finish(&mut self, armed: bool, text: &mut String) -> Option<usize> {
-        let mut whole = String::new();
-        self.characters.finish(&mut whole);
-        let stop = self.stops.push(&whole, armed, text);
+        self.whole.clear();
+        self.characters.finish(&mut self.whole);
+        let stop = self.stops.push(&self.whole, armed, text);
         if stop.is_none() {
             self.stops.finish(text);
         }

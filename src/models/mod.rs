@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+pub use crate::config::LogprobsMode;
 use crate::error::Failure;
 
 pub mod architecture;
@@ -78,20 +79,6 @@ pub struct LogprobsSpec {
     /// Alternatives, most probable first; 0 = the token itself only.
     pub top: u32,
     pub mode: LogprobsMode,
-}
-
-/// What is reported as a log probability (`LOGPROBS_MODE`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum LogprobsMode {
-    /// log softmax of the model's logits.
-    #[default]
-    RawLogprobs,
-    /// The model's logits.
-    RawLogits,
-    /// log softmax after suppression, bias, penalties and temperature, before min_p, top_k and top_p.
-    ProcessedLogprobs,
-    /// The logits of the same moment.
-    ProcessedLogits,
 }
 
 /// How probable one token was.

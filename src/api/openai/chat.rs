@@ -3,6 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use crate::api::fields::{Field, Fields, invalid, missing};
+use crate::api::logprobs::{Echo, Form};
 use crate::api::openai::{Prepared, Surface};
 use crate::api::options::Options;
 use crate::api::prompt::{Guard, Marks};
@@ -14,16 +15,27 @@ use crate::models::tokenizer::Special;
 pub fn prepare(service: &Service, body: &Value, native: bool) -> Result<Prepared, Failure> {
     let fields = Fields::new(body, native)?;
     service.check_model(&fields)?;
-    let mut options = service.options(&fields)?;
+    let mut options = service.options(&fields, if native { Form::NativeChat } else { Form::Chat })?;
     options.max_tokens = options.max_tokens.or(service.settings.default_max_tokens);
+    let role = service.settings.response_role.clone().unwrap_or_else(|| "assistant".to_owned());
+    let mut echo = None;
     let ids = match (fields.token_ids("prompt_token_ids", service.engine.limits().vocab_size)?, fields.get("messages")) {
         (Some(ids), _) => ids,
-        (None, Some(field)) => encode(service, &fields, messages::read(&field)?, &options)?,
+        (None, Some(field)) => {
+            let messages = messages::read(&field)?;
+            echo = options.echo.then(|| last_text(&messages, &role)).flatten();
+            encode(service, &fields, messages, &options)?
+        }
         (None, None) => return Err(missing("messages", "'messages' is missing. It is a list of at least one message.")),
     };
     let prompts = vec![service.fit(ids, &options, "messages")?];
-    let role = service.settings.response_role.clone().unwrap_or_else(|| "assistant".to_owned());
-    Prepared::new(service, Surface::Chat { role }, prompts, options)
+    Prepared::new(service, Surface::Chat { role }, prompts, echo.into_iter().map(Echo::of_text).collect(), options)
+}
+
+/// The text of the last message when it is by the one who answers: what a continued message begins with.
+fn last_text(messages: &[Value], role: &str) -> Option<String> {
+    let last = messages.last().filter(|last| last.get("role").and_then(Value::as_str) == Some(role))?;
+    last.get("content").and_then(Value::as_str).map(str::to_owned)
 }
 
 /// Renders and tokenizes.

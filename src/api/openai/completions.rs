@@ -4,6 +4,7 @@ use serde_json::Value;
 
 use crate::api::Service;
 use crate::api::fields::{Field, Fields, invalid, kind, missing, token_ids, wrong_type};
+use crate::api::logprobs::{Echo, Form};
 use crate::api::openai::{Prepared, Surface};
 use crate::api::options::Options;
 use crate::error::Failure;
@@ -18,7 +19,7 @@ const MAX_PROMPTS: usize = 1024;
 pub fn prepare(service: &Service, body: &Value) -> Result<Prepared, Failure> {
     let fields = Fields::new(body, false)?;
     service.check_model(&fields)?;
-    let mut options = service.options(&fields)?;
+    let mut options = service.options(&fields, Form::Text)?;
     options.max_tokens = options.max_tokens.or(service.settings.default_max_tokens).or(Some(DEFAULT_MAX_TOKENS));
     let field = fields.get("prompt").or_else(|| fields.get("prompt_token_ids"));
     let field = field.ok_or_else(|| missing("prompt", "'prompt' is missing. It is a string, a list of strings, or token ids."))?;
@@ -33,15 +34,24 @@ pub fn finish(
     options: Options,
     render: impl Fn(&str, &Options) -> Result<Vec<u32>, Failure>,
 ) -> Result<Prepared, Failure> {
-    let mut fitted = Vec::with_capacity(prompts.len());
+    let (mut fitted, mut echoes) = (Vec::with_capacity(prompts.len()), Vec::new());
     for prompt in prompts {
-        let ids = match prompt {
-            Prompt::Text(text) => render(&text, &options)?,
-            Prompt::Tokens(ids) => ids,
+        let (given, ids) = match prompt {
+            Prompt::Text(text) => {
+                let ids = render(&text, &options)?;
+                (Some(text), ids)
+            }
+            Prompt::Tokens(ids) => (None, ids),
         };
-        fitted.push(service.fit(ids, &options, "prompt")?);
+        let whole = ids.len();
+        let ids = service.fit(ids, &options, "prompt")?;
+        if options.echo {
+            let given = given.as_deref().filter(|_| ids.len() == whole);
+            echoes.push(Echo::of_prompt(&service.tokenizer, given, &ids, options.skip_special_tokens));
+        }
+        fitted.push(ids);
     }
-    Prepared::new(service, Surface::Text, fitted, options)
+    Prepared::new(service, Surface::Text, fitted, echoes, options)
 }
 
 /// One prompt as the caller gave it.

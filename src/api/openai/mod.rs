@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::api::answer::{self, Dialect};
 use crate::api::fields::Fields;
 use crate::api::generate::Run;
+use crate::api::logprobs::Echo;
 use crate::api::options::Options;
 use crate::api::{Answer, Call, Service};
 use crate::error::{Failure, Kind};
@@ -26,24 +27,32 @@ pub enum Surface {
 pub struct Prepared {
     pub surface: Surface,
     pub prompts: Vec<Arc<Vec<u32>>>,
+    /// What each prompt's answers begin with; empty when they begin with nothing.
+    pub echoes: Arc<Vec<Echo>>,
     pub options: Options,
 }
 
 impl Prepared {
     /// Fails when the request holds more sequences than could ever be admitted together.
-    pub fn new(service: &Service, surface: Surface, prompts: Vec<Arc<Vec<u32>>>, options: Options) -> Result<Self, Failure> {
+    pub fn new(
+        service: &Service,
+        surface: Surface,
+        prompts: Vec<Arc<Vec<u32>>>,
+        echoes: Vec<Echo>,
+        options: Options,
+    ) -> Result<Self, Failure> {
         let limits = service.engine.limits();
-        let (asked, most) = (prompts.len().saturating_mul(options.n), limits.max_num_seqs.saturating_add(limits.max_waiting));
+        let (asked, most) = (prompts.len().saturating_mul(options.candidates), limits.max_num_seqs.saturating_add(limits.max_waiting));
         if asked > most {
             let message = format!("This request asks for {asked} sequences (prompts × n), and this server takes at most {most} at a time.");
             return Err(Failure::bad_request("n", message).code("invalid_value"));
         }
-        Ok(Self { surface, prompts, options })
+        Ok(Self { surface, prompts, echoes: Arc::new(echoes), options })
     }
 
     /// Submits it and gives the answer in `dialect`, streamed if the request says so.
     pub async fn answer(self, service: &Service, id: &str, dialect: Dialect) -> Result<Answer, Failure> {
-        let run = Run::start(service, id, &self.prompts, &self.options)?;
+        let run = Run::start(service, id, &self)?;
         let stream = self.options.stream;
         let writer = answer::Writer::new(service, id, dialect, self);
         if stream { Ok(Answer::Stream(writer.stream(run))) } else { writer.whole(run).await.map(Answer::Whole) }

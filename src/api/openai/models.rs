@@ -39,7 +39,7 @@ fn card(service: &Service, name: &str) -> Value {
             "created": created,
             "allow_create_engine": false,
             "allow_sampling": true,
-            "allow_logprobs": false,
+            "allow_logprobs": !service.settings.refuse_logprobs,
             "allow_search_indices": false,
             "allow_view": true,
             "allow_fine_tuning": false,

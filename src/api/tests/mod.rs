@@ -12,9 +12,10 @@ use crate::engine;
 use crate::error::Failure;
 use crate::models::files::{ModelFiles, Source};
 use crate::models::tokenizer::{Special, Tokenizer};
-use crate::models::{Output, Plan, Runner, Shape};
+use crate::models::{Logprobs, LogprobsSpec, Output, Plan, Runner, Shape};
 
 mod errors;
+mod logprobs;
 mod native;
 mod prompts;
 mod streams;
@@ -36,15 +37,31 @@ impl Runner for Scripted {
 
     fn step(&mut self, plan: &Plan) -> Result<Output, Failure> {
         std::thread::sleep(self.pace);
-        let drawn = plan.rows.iter().filter_map(|row| row.draw.as_ref()).map(|draw| {
+        let mut output = Output::default();
+        for draw in plan.rows.iter().filter_map(|row| row.draw.as_ref()) {
             let script = &self.scripts[draw.seed as usize % self.scripts.len()];
-            match script.get(draw.index as usize) {
-                Some(token) => token.ok_or_else(|| Failure::internal("told to fail")),
-                None => Ok(2),
-            }
-        });
-        Ok(Output { tokens: drawn.collect::<Result<_, _>>()?, ..Default::default() })
+            let token = match script.get(draw.index as usize) {
+                Some(token) => token.ok_or_else(|| Failure::internal("told to fail"))?,
+                None => 2,
+            };
+            output.tokens.push(token);
+            output.logprobs.push(draw.logprobs.map(|spec| logprobs(token, -0.5 - (draw.seed % 8) as f32, spec)));
+        }
+        for score in plan.rows.iter().filter_map(|row| row.score.as_ref()) {
+            output.scores.extend(score.targets.iter().map(|target| logprobs(*target, -0.125, score.logprobs)));
+        }
+        Ok(output)
     }
+}
+
+/// A part of a character, as a token of its own.
+pub const PARTIAL: u32 = 3 + 0xE4;
+
+/// What the scripted model says of a token: it is the most probable one, then come a part of a character and the end of sequence.
+fn logprobs(token: u32, own: f32, spec: LogprobsSpec) -> Logprobs {
+    let mut top = vec![(token, own), (PARTIAL, own - 1.0), (2, f32::NEG_INFINITY)];
+    top.truncate(spec.top as usize);
+    Logprobs { own, rank: 1, top }
 }
 
 pub struct World {
