@@ -29,6 +29,14 @@ def test_plain(node, capital):
     assert answer["choices"][0]["finish_reason"] == "stop"
 
 
+def test_logprobs(node, capital):
+    result = node("logprobs", capital)["result"]
+    content = result["whole"]["logprobs"]["content"]
+    assert "".join(item["token"] for item in content) == capital.answer
+    assert all(len(item["top_logprobs"]) == 2 for item in content)
+    assert result["streamed"]["logprobs"]["content"] == content
+
+
 def test_stream(node, story):
     chunks = node("stream", story)["result"]
     assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == story.answer

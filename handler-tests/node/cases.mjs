@@ -42,6 +42,12 @@ const cases = {
   async plain() {
     return client.chat.completions.create({ model: await model(), messages, temperature: 0 });
   },
+  async logprobs() {
+    const request = { model: await model(), messages, temperature: 0, logprobs: true, top_logprobs: 2 };
+    const whole = await client.chat.completions.create(request);
+    const final = await client.chat.completions.stream({ ...request, stream: true }).finalChatCompletion();
+    return { whole: whole.choices[0], streamed: final.choices[0] };
+  },
   async stream() {
     const stream = await client.chat.completions.create({ model: await model(), messages, temperature: 0, stream: true });
     const chunks = [];
