@@ -44,7 +44,9 @@ impl Prepared {
         let limits = service.engine.limits();
         let (asked, most) = (prompts.len().saturating_mul(options.candidates), limits.max_num_seqs.saturating_add(limits.max_waiting));
         if asked > most {
-            let message = format!("This request asks for {asked} sequences (prompts × n), and this server takes at most {most} at a time.");
+            let message = format!(
+                "This request asks for {asked} sequences (prompts × n, or best_of), and this server takes at most {most} at a time."
+            );
             return Err(Failure::bad_request("n", message).code("invalid_value"));
         }
         Ok(Self { surface, prompts, echoes: Arc::new(echoes), options })

@@ -55,7 +55,6 @@ async fn chat_mistakes_at_the_direct_door_and_through_the_queue() {
         (json!({"messages": hi(), "bad_words_token_ids": [99999]}), 400, "bad_words_token_ids[0]", Some("invalid_value")),
         (json!({"messages": hi(), "n": 2, "best_of": 1}), 400, "best_of", Some("invalid_value")),
         (json!({"messages": hi(), "best_of": 129}), 400, "best_of", Some("invalid_value")),
-        (json!({"messages": hi(), "best_of": 100}), 400, "n", Some("invalid_value")),
         (json!({"messages": hi(), "guided_regex": "a"}), 400, "guided_regex", Some("unsupported_parameter")),
         (json!({"messages": hi(), "chat_template_kwargs": 5}), 400, "chat_template_kwargs", None),
         (json!({"messages": hi(), "reasoning_effort": "huge"}), 400, "reasoning_effort", Some("invalid_value")),
@@ -94,6 +93,7 @@ async fn completion_mistakes() {
         (json!({"prompt": "Hi", "max_tokens": 0}), "max_tokens", Some("invalid_value")),
         (json!({"prompt": "Hi", "prompt_logprobs": 1, "stream": true}), "prompt_logprobs", Some("invalid_value")),
         (json!({"prompt": "Hi", "best_of": 2, "stream": true}), "best_of", Some("invalid_value")),
+        (json!({"prompt": "Hi", "best_of": 100}), "n", Some("invalid_value")),
         (json!({"prompt": "Hi", "suffix": "x"}), "suffix", Some("unsupported_parameter")),
         (json!({"prompt": vec!["a"; 41]}), "n", Some("invalid_value")),
     ] {
