@@ -120,7 +120,8 @@ impl Activations {
 
     pub fn head(&mut self, positions: &[usize], norm: &Tensor, eps: f32, w: &Tensor) -> Result<()> {
         let x = made(&self.x, "x")?;
-        let all = positions.len() == x.dim(0)?;
+        // NOTE: as many positions as tokens need not be all of them in order: draws come before scores.
+        let all = positions.iter().copied().eq(0..x.dim(0)?);
         let picked = if all {
             x.clone()
         } else {
