@@ -14,6 +14,8 @@ from harness.program import Server
 NEAR = {"rel": 1e-5, "abs": 1e-5}
 FOX = questions.BY_NAME["complete-fox"]
 EMOJI = questions.BY_NAME["emoji"]
+# What the model was not trained on: here it is unsure, so that seeds make a difference.
+ODD = ["a b c", "What is", "green candle of the 7", "zebra umbrella", "The", "Tell me about the sea and the lighthouse and"]
 
 
 def sdk(door: str) -> openai.OpenAI:
@@ -163,7 +165,7 @@ def test_best_of(client):
         return sum(choice.logprobs.token_logprobs) / len(choice.logprobs.token_logprobs)
 
     # A length that no candidate falls short of: the end of sequence counts in the mean, and is not in the list.
-    more = {"temperature": 1.5, "seed": 11, "logprobs": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
+    more = {"prompt": ODD[0], "temperature": 1, "top_p": 1, "seed": 11, "logprobs": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
     candidates = complete(client, n=5, best_of=5, **more).choices
     ranked = sorted(candidates, key=mean, reverse=True)
     assert len({choice.text for choice in candidates}) > 1
@@ -206,16 +208,15 @@ def test_refusals(client, capital, more, param):
 
 def test_the_same_seed_gives_the_same_text_in_any_company(client, story):
     """Temperature 1: alone, then all at once beside others of other lengths, and once more."""
-    asked = [questions.BY_NAME[name] for name in ("story", "sea", "unknown-1", "chinese-story", "count", "joke")]
 
     def ask(case):
-        seed, question = case
-        answer = chat(client, question, temperature=1, top_p=1, seed=seed, max_tokens=40, logprobs=True)
-        return answer.choices[0].message.content, [item.logprob for item in answer.choices[0].logprobs.content]
+        seed, prompt = case
+        choice = complete(client, prompt, temperature=1, top_p=1, seed=seed, max_tokens=40, logprobs=0, extra_body={"ignore_eos": True}).choices[0]
+        return choice.text, choice.logprobs.token_logprobs
 
-    cases = [(seed, question) for seed in (1, 2) for question in asked]
+    cases = [(seed, prompt) for seed in (1, 2) for prompt in ODD]
     alone = [ask(case) for case in cases]
-    assert len({text for text, _ in alone[: len(asked)]} | {text for text, _ in alone[len(asked) :]}) > len(asked), "seeds matter"
+    assert len({text for text, _ in alone}) == len(cases), "seeds matter"
     with ThreadPoolExecutor(len(cases) + 4) as pool:
         company = [pool.submit(chat, client, story, temperature=0.7, max_tokens=200) for _ in range(4)]
         together = list(pool.map(ask, cases))

@@ -316,26 +316,3 @@ proptest! {
         prop_assert!((0.0..1.0).contains(&uniform(seed, index)));
     }
 }
-
-#[test]
-#[ignore]
-fn speed() {
-    let mut z = 1u64;
-    let row: Vec<f32> = (0..103_424).map(|i| { let mut s = 0.0; for k in 0..6 { z = z.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407 + k); s += (z >> 33) as f32 / (1u64 << 31) as f32; } let _ = i; (s - 3.0) * 4.0 }).collect();
-    let spec = Some(LogprobsSpec { top: 20, mode: LogprobsMode::RawLogprobs });
-    for (name, draw) in [
-        ("greedy", Draw { temperature: 0.0, ..Draw::default() }),
-        ("temperature", Draw::default()),
-        ("top_p .8 T .8", Draw { temperature: 0.8, top_p: 0.8, ..Draw::default() }),
-        ("top_p .95", Draw { top_p: 0.95, ..Draw::default() }),
-        ("top_k 50", Draw { top_k: 50, ..Draw::default() }),
-        ("min_p .05", Draw { min_p: 0.05, ..Draw::default() }),
-        ("greedy logprobs 20", Draw { temperature: 0.0, logprobs: spec, ..Draw::default() }),
-    ] {
-        let mut logits = row.clone();
-        let begin = std::time::Instant::now();
-        let mut sum = 0u64;
-        for i in 0..200 { logits.copy_from_slice(&row); sum += sample(&mut logits, &draw, i).0 as u64; }
-        println!("{name}: {:.1} us ({sum})", begin.elapsed().as_secs_f64() * 1e6 / 200.0);
-    }
-}
