@@ -67,6 +67,8 @@ fn a_warm_step_allocates_nothing() {
     let draws = [
         ("greedy", Draw { temperature: 0.0, ..Draw::default() }),
         ("temperature", Draw { temperature: 0.8, ..Draw::default() }),
+        ("top_p", Draw { temperature: 0.8, top_p: 0.8, ..Draw::default() }),
+        ("a wide top_p", Draw { temperature: 2.0, top_p: 0.999, ..Draw::default() }),
         ("top_p, top_k, min_p", Draw { temperature: 0.9, top_p: 0.9, top_k: 40, min_p: 0.01, ..Draw::default() }),
     ];
     for quantization in [Quantization::AsStored, Quantization::Wint8] {
