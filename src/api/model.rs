@@ -24,6 +24,10 @@ pub struct ModelInfo {
     pub special_tokens: Map<String, Value>,
     /// Raw prompts begin with `bos_token`.
     pub add_bos_token: bool,
+    /// The quantization strategy (`wint8`, `wint4`); `None` = weights as stored.
+    pub quantization: Option<&'static str>,
+    /// What the weights are held as.
+    pub weights: String,
 }
 
 const SPECIAL_TOKENS: [&str; 7] = ["bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token"];
@@ -47,6 +51,8 @@ impl ModelInfo {
             chat_template: chat_template(files, &config, &tokenizer_config)?,
             generation_config: files.read_json("generation_config.json")?.unwrap_or_default(),
             add_bos_token: tokenizer_config.get("add_bos_token") == Some(&Value::Bool(true)),
+            quantization: None,
+            weights: String::new(),
             config,
             special_tokens,
         })

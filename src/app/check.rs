@@ -8,7 +8,7 @@ use crate::error::Failure;
 use crate::models::architecture::Architecture;
 use crate::models::files::{ModelFiles, Source};
 use crate::models::hub;
-use crate::models::runner;
+use crate::models::runner::Planned;
 use crate::models::tokenizer::Tokenizer;
 use crate::models::weights::Checkpoint;
 
@@ -42,9 +42,10 @@ async fn model(settings: &Settings) -> Result<(), Failure> {
     say(&format!("checkpoint: {}", checkpoint.describe()));
     let tokenizer = Tokenizer::load(&files)?;
     say(&format!("tokenizer: {} ids", tokenizer.vocab_size()));
-    let (device, plan) = runner::plan(&shape, &checkpoint, tokenizer.vocab_size(), &settings.engine)?;
-    say(&format!("device: {device}"));
-    plan.lines().iter().for_each(|line| say(line));
+    let plan = Planned::new(&shape, &checkpoint, tokenizer.vocab_size(), &settings.engine)?;
+    say(&format!("device: {}", plan.device));
+    say(&format!("weights held as: {}", plan.weights.form));
+    plan.memory.lines().iter().for_each(|line| say(line));
     Ok(())
 }
 

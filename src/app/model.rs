@@ -36,7 +36,8 @@ pub async fn load(settings: &Settings) -> Result<Loaded, Failure> {
     })
     .await?;
     let tokenizer = tokenizer.await.map_err(|error| Failure::internal(format!("loading the tokenizer: {error}")))??;
-    let info = ModelInfo::from_files(&files)?;
+    let quantization = settings.engine.quantization.name();
+    let info = ModelInfo { quantization, weights: about.weights.clone(), ..ModelInfo::from_files(&files)? };
     let service = Arc::new(Service::new(settings.api.clone(), engine.clone(), tokenizer, info)?);
     tracing::info!("model {} from {}", files.name, files.origin);
     tracing::info!("device {}, {} threads, weights {}, {} parameters", about.device, about.threads, about.weights, about.parameters);

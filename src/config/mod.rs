@@ -17,6 +17,7 @@ mod sources;
 
 pub use cli::{Args, BenchArgs, Command, PullArgs};
 pub use env::Env;
+pub use parse::quantization;
 pub use report::report;
 pub use sources::{Origin, Surroundings};
 
@@ -116,6 +117,17 @@ pub enum Quantization {
     Wint8,
     /// The layers' matrices at 4 bits, embedding and LM head at 8.
     Wint4,
+}
+
+impl Quantization {
+    /// The strategy's name; `None` = as stored.
+    pub fn name(self) -> Option<&'static str> {
+        match self {
+            Self::AsStored => None,
+            Self::Wint8 => Some("wint8"),
+            Self::Wint4 => Some("wint4"),
+        }
+    }
 }
 
 /// `None` = auto.

@@ -2,7 +2,7 @@
 
 use candle_core::{D, DType, Device, Result, Tensor};
 
-use super::{BatchRow, Inputs, Rope};
+use super::{BatchRow, Inputs, Matrix, Rope, mixed};
 
 /// Keys and values of one layer.
 #[derive(Debug, Clone)]
@@ -77,8 +77,14 @@ impl Activations {
         Ok(())
     }
 
-    pub fn embed(&mut self, table: &Tensor) -> Result<()> {
-        self.x = Some(embed(table, &made(&self.batch, "batch")?.tokens)?);
+    pub fn embed(&mut self, table: &Matrix) -> Result<()> {
+        let tokens = &made(&self.batch, "batch")?.tokens;
+        self.x = Some(match table {
+            Matrix::Tensor(table) => embed(table, tokens)?,
+            // candle gives f32; the residual stream is bf16 on a GPU.
+            Matrix::Blocks(table) => table.embedding(tokens)?.to_dtype(if self.device.is_cpu() { DType::F32 } else { DType::BF16 })?,
+            Matrix::Packed(_) => return Err(mixed()),
+        });
         Ok(())
     }
 
@@ -87,8 +93,8 @@ impl Activations {
         Ok(())
     }
 
-    pub fn project(&mut self, w: &Tensor, bias: Option<&Tensor>) -> Result<()> {
-        self.qkv = Some(linear(made(&self.normed, "normed")?, w, bias)?);
+    pub fn project(&mut self, w: &Matrix, bias: Option<&Tensor>) -> Result<()> {
+        self.qkv = Some(multiply(made(&self.normed, "normed")?, w, bias)?);
         Ok(())
     }
 
@@ -103,22 +109,22 @@ impl Activations {
         Ok(())
     }
 
-    pub fn add_attended(&mut self, w: &Tensor, bias: Option<&Tensor>) -> Result<()> {
-        self.x = Some(made(&self.x, "x")?.add(&linear(made(&self.attended, "attended")?, w, bias)?)?);
+    pub fn add_attended(&mut self, w: &Matrix, bias: Option<&Tensor>) -> Result<()> {
+        self.x = Some(made(&self.x, "x")?.add(&multiply(made(&self.attended, "attended")?, w, bias)?)?);
         Ok(())
     }
 
-    pub fn gate(&mut self, w: &Tensor, bias: Option<&Tensor>) -> Result<()> {
-        self.gated = Some(silu_mul(&linear(made(&self.normed, "normed")?, w, bias)?)?);
+    pub fn gate(&mut self, w: &Matrix, bias: Option<&Tensor>) -> Result<()> {
+        self.gated = Some(silu_mul(&multiply(made(&self.normed, "normed")?, w, bias)?)?);
         Ok(())
     }
 
-    pub fn add_gated(&mut self, w: &Tensor, bias: Option<&Tensor>) -> Result<()> {
-        self.x = Some(made(&self.x, "x")?.add(&linear(made(&self.gated, "gated")?, w, bias)?)?);
+    pub fn add_gated(&mut self, w: &Matrix, bias: Option<&Tensor>) -> Result<()> {
+        self.x = Some(made(&self.x, "x")?.add(&multiply(made(&self.gated, "gated")?, w, bias)?)?);
         Ok(())
     }
 
-    pub fn head(&mut self, positions: &[usize], norm: &Tensor, eps: f32, w: &Tensor) -> Result<()> {
+    pub fn head(&mut self, positions: &[usize], norm: &Tensor, eps: f32, w: &Matrix) -> Result<()> {
         let x = made(&self.x, "x")?;
         // NOTE: as many positions as tokens need not be all of them in order: draws come before scores.
         let all = positions.iter().copied().eq(0..x.dim(0)?);
@@ -128,7 +134,7 @@ impl Activations {
             let positions: Vec<u32> = positions.iter().map(|position| *position as u32).collect();
             x.index_select(&Tensor::from_slice(&positions, positions.len(), &self.device)?, 0)?
         };
-        self.logits = Some(linear(&rms_norm(&picked, norm, eps)?, w, None)?.to_dtype(DType::F32)?);
+        self.logits = Some(multiply(&rms_norm(&picked, norm, eps)?, w, None)?.to_dtype(DType::F32)?);
         Ok(())
     }
 
@@ -157,6 +163,25 @@ impl Activations {
 
 pub fn embed(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
     table.index_select(ids, 0)
+}
+
+/// Rows of activations that candle multiplies with quantized weights in their own type; more it takes in f32 alone.
+const NARROW_ROWS: usize = 8;
+
+/// [`linear`] for a matrix in any form.
+pub fn multiply(x: &Tensor, w: &Matrix, bias: Option<&Tensor>) -> Result<Tensor> {
+    let blocks = match w {
+        Matrix::Tensor(w) => return linear(x, w, bias),
+        Matrix::Blocks(blocks) => blocks,
+        Matrix::Packed(_) => return Err(mixed()),
+    };
+    let x = x.contiguous()?;
+    let wide = if x.dim(0)? > NARROW_ROWS { x.to_dtype(DType::F32)? } else { x.clone() };
+    let out = wide.apply_op1_no_bwd(blocks)?.to_dtype(x.dtype())?;
+    match bias {
+        Some(bias) => out.broadcast_add(bias),
+        None => Ok(out),
+    }
 }
 
 pub fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {

@@ -11,6 +11,7 @@
 
 use std::sync::Arc;
 
+use candle_core::quantized::QTensor;
 use candle_core::{Result, Tensor};
 
 pub mod composed;
@@ -79,6 +80,8 @@ pub enum KvCache {
 pub enum Matrix {
     Packed(cpu::packed::Packed),
     Tensor(Tensor),
+    /// Q8_0 or Q4_K.
+    Blocks(QTensor),
 }
 
 impl Matrix {
@@ -87,6 +90,7 @@ impl Matrix {
         match self {
             Self::Packed(packed) => packed.bytes(),
             Self::Tensor(tensor) => tensor.elem_count() * tensor.dtype().size_in_bytes(),
+            Self::Blocks(blocks) => blocks.storage_size_in_bytes(),
         }
     }
 }
@@ -110,7 +114,7 @@ impl Activations {
     pub fn embed(&mut self, table: &Matrix) -> Result<()> {
         match (self, table) {
             (Self::Cpu(values), Matrix::Packed(table)) => values.embed(table),
-            (Self::Tensors(values), Matrix::Tensor(table)) => values.embed(table),
+            (Self::Tensors(values), table) => values.embed(table),
             _ => Err(mixed()),
         }
     }
@@ -127,7 +131,7 @@ impl Activations {
     pub fn project(&mut self, w: &Matrix, bias: Option<&Tensor>) -> Result<()> {
         match (self, w) {
             (Self::Cpu(values), Matrix::Packed(w)) => values.project(w, bias),
-            (Self::Tensors(values), Matrix::Tensor(w)) => values.project(w, bias),
+            (Self::Tensors(values), w) => values.project(w, bias),
             _ => Err(mixed()),
         }
     }
@@ -154,7 +158,7 @@ impl Activations {
     pub fn add_attended(&mut self, w: &Matrix, bias: Option<&Tensor>) -> Result<()> {
         match (self, w) {
             (Self::Cpu(values), Matrix::Packed(w)) => values.add_attended(w, bias),
-            (Self::Tensors(values), Matrix::Tensor(w)) => values.add_attended(w, bias),
+            (Self::Tensors(values), w) => values.add_attended(w, bias),
             _ => Err(mixed()),
         }
     }
@@ -163,7 +167,7 @@ impl Activations {
     pub fn gate(&mut self, w: &Matrix, bias: Option<&Tensor>) -> Result<()> {
         match (self, w) {
             (Self::Cpu(values), Matrix::Packed(w)) => values.gate(w, bias),
-            (Self::Tensors(values), Matrix::Tensor(w)) => values.gate(w, bias),
+            (Self::Tensors(values), w) => values.gate(w, bias),
             _ => Err(mixed()),
         }
     }
@@ -172,7 +176,7 @@ impl Activations {
     pub fn add_gated(&mut self, w: &Matrix, bias: Option<&Tensor>) -> Result<()> {
         match (self, w) {
             (Self::Cpu(values), Matrix::Packed(w)) => values.add_gated(w, bias),
-            (Self::Tensors(values), Matrix::Tensor(w)) => values.add_gated(w, bias),
+            (Self::Tensors(values), w) => values.add_gated(w, bias),
             _ => Err(mixed()),
         }
     }
@@ -181,12 +185,12 @@ impl Activations {
     pub fn head(&mut self, positions: &[usize], norm: &Tensor, eps: f32, w: &Matrix) -> Result<()> {
         match (self, w) {
             (Self::Cpu(values), Matrix::Packed(w)) => values.head(positions, norm, eps, w),
-            (Self::Tensors(values), Matrix::Tensor(w)) => values.head(positions, norm, eps, w),
+            (Self::Tensors(values), w) => values.head(positions, norm, eps, w),
             _ => Err(mixed()),
         }
     }
 }
 
-fn mixed() -> candle_core::Error {
+pub(crate) fn mixed() -> candle_core::Error {
     candle_core::Error::Msg("weights and values lie on different devices".into())
 }

@@ -335,9 +335,8 @@ fn a_cut_file_is_an_error() {
 /// The specification's intermediate values of layer 0 and the final norm, at the last position: they tell which kernel is wrong when the logits are.
 #[test]
 fn the_values_inside_the_layers() {
-    use crate::kernels::cpu::packed::Columns;
+    use crate::kernels::cpu::packed::{Columns, Form, Packed};
     use crate::kernels::{Activations, BatchRow, Inputs, KvCache, Matrix, Rope, Sizes, composed, cpu};
-    use crate::models::transformer::pack;
     use candle_core::{DType, Device, Tensor};
     let all = tiny();
     let tensor = |name: &str| {
@@ -367,8 +366,13 @@ fn the_values_inside_the_layers() {
         } else {
             Activations::Cpu(Box::new(cpu::Activations::new(sizes, 2).unwrap()))
         };
+        let pack = |tensor: &Tensor, columns: Columns| {
+            let rows = tensor.to_vec2::<f32>().unwrap();
+            let fill = |row: usize, (): &mut (), out: &mut cpu::packed::Row| out.f32 = rows[row].clone();
+            Matrix::Packed(Packed::new(rows.len(), rows[0].len(), Form::F32, columns, &fill).unwrap())
+        };
         let form = |tensor: Tensor, columns: Columns| {
-            if on_tensors { Matrix::Tensor(tensor) } else { pack("weight", &tensor, columns, None).unwrap() }
+            if on_tensors { Matrix::Tensor(tensor) } else { pack(&tensor, columns) }
         };
         let last = |values: &Activations, name: &str| -> Vec<f32> {
             match values {

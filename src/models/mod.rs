@@ -12,7 +12,9 @@ pub mod demo;
 pub mod files;
 pub mod hub;
 pub mod memory;
+mod packing;
 mod protobuf;
+pub mod quality;
 pub mod quantize;
 pub mod runner;
 pub mod sample;
@@ -205,3 +207,5 @@ pub trait Runner {
 mod golden;
 #[cfg(test)]
 mod golden_files;
+#[cfg(test)]
+mod golden_quantized;

@@ -11,6 +11,7 @@
 
 use half::f16;
 
+use crate::config::Quantization;
 use crate::kernels::cpu::vectorize::{Vectorize, vectorize};
 
 /// Weights that share a scale.
@@ -26,6 +27,34 @@ const MAX_LEVEL: f32 = 15.0;
 const MAX_SCALE: f32 = 63.0;
 /// Grids that are tried, as the number of steps the range of a group is cut into. Fewer than 15 leave room at the ends, more clip.
 const GRIDS: [f32; 8] = [12.6, 13.0, 13.4, 13.8, 14.2, 14.6, 15.0, 15.4];
+
+/// Where a matrix stands in the model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// In a layer.
+    Layer,
+    /// Embedding or LM head, one row for each id: their errors reach every logit, so they never go below 8 bits.
+    Vocabulary,
+}
+
+/// How many bits the weights of a matrix are held at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Bits {
+    Four,
+    Eight,
+    AsStored,
+}
+
+impl Bits {
+    /// What a strategy means for a matrix whose rows have `k` weights. Rows that cannot be cut into blocks take the next finer form.
+    pub fn of(quantization: Quantization, place: Place, k: usize) -> Self {
+        match quantization {
+            Quantization::Wint4 if place == Place::Layer && k.is_multiple_of(SUPER_BLOCK) => Self::Four,
+            Quantization::Wint4 | Quantization::Wint8 if k.is_multiple_of(BLOCK) => Self::Eight,
+            _ => Self::AsStored,
+        }
+    }
+}
 
 /// A number that has no quantized form.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -78,6 +107,37 @@ impl Row4 {
             scale * f32::from(*q) - self.dmin[unit].to_f32() * f32::from(self.mins[group])
         };
         self.values.iter().enumerate().map(weight).collect()
+    }
+}
+
+impl Row8 {
+    /// Writes the row as ggml stores Q8_0, 34 bytes for each 32 weights.
+    pub fn write_ggml(&self, out: &mut [u8]) {
+        for (block, (values, d)) in out.chunks_exact_mut(34).zip(self.values.as_chunks::<BLOCK>().0.iter().zip(&self.scales)) {
+            block[..2].copy_from_slice(&d.to_le_bytes());
+            block[2..].iter_mut().zip(values).for_each(|(byte, q)| *byte = *q as u8);
+        }
+    }
+}
+
+impl Row4 {
+    /// Writes the row as ggml stores Q4_K, 144 bytes for each 256 weights: scales and minima in 12 bytes, two groups' levels side by side.
+    pub fn write_ggml(&self, out: &mut [u8]) {
+        for (i, block) in out.chunks_exact_mut(144).enumerate() {
+            block[..2].copy_from_slice(&self.d[i].to_le_bytes());
+            block[2..4].copy_from_slice(&self.dmin[i].to_le_bytes());
+            let (scales, mins) = (&self.scales[i * GROUPS..][..GROUPS], &self.mins[i * GROUPS..][..GROUPS]);
+            for j in 0..4 {
+                block[4 + j] = scales[j] | scales[j + 4] >> 4 << 6;
+                block[8 + j] = mins[j] | mins[j + 4] >> 4 << 6;
+                block[12 + j] = (scales[j + 4] & 15) | (mins[j + 4] & 15) << 4;
+            }
+            for (pair, levels) in self.values[i * SUPER_BLOCK..][..SUPER_BLOCK].chunks_exact(2 * BLOCK).enumerate() {
+                for l in 0..BLOCK {
+                    block[16 + pair * BLOCK + l] = levels[l] | levels[BLOCK + l] << 4;
+                }
+            }
+        }
     }
 }
 

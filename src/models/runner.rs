@@ -11,7 +11,7 @@ use crate::models::architecture::Architecture;
 use crate::models::files::ModelFiles;
 use crate::models::memory::{self, LOGITS_ROWS, Memory, MemoryPlan};
 use crate::models::sample;
-use crate::models::transformer::Transformer;
+use crate::models::transformer::{Transformer, WeightPlan};
 use crate::models::weights::{Checkpoint, device_failure};
 use crate::models::{Draw, Logprobs, LogprobsSpec, Output, Plan, Runner, Shape};
 
@@ -264,17 +264,22 @@ impl Runner for ModelRunner {
     }
 }
 
-/// What [`ModelRunner::load`] would plan, without reading the weights: the device's name and the memory plan.
-pub fn plan(
-    shape: &Architecture,
-    checkpoint: &Checkpoint,
-    vocab_size: usize,
-    settings: &EngineSettings,
-) -> Result<(String, MemoryPlan), Failure> {
-    let device = open_device(settings.device)?;
-    let weights = if device.is_cpu() { checkpoint.bytes() } else { shape.parameters() * 2 };
-    let plan = MemoryPlan::new(shape, vocab_size, weights, kv_dtype(&device).size_in_bytes(), device_memory(&device), settings)?;
-    Ok((describe(&device), plan))
+/// What [`ModelRunner::load`] would plan, without reading the weights.
+pub struct Planned {
+    /// The device's name.
+    pub device: String,
+    pub weights: WeightPlan,
+    pub memory: MemoryPlan,
+}
+
+impl Planned {
+    pub fn new(shape: &Architecture, checkpoint: &Checkpoint, vocab_size: usize, settings: &EngineSettings) -> Result<Self, Failure> {
+        let device = open_device(settings.device)?;
+        let weights = WeightPlan::new(shape, checkpoint, !device.is_cpu(), settings.quantization)?;
+        let element = kv_dtype(&device).size_in_bytes();
+        let memory = MemoryPlan::new(shape, vocab_size, weights.bytes, element, device_memory(&device), settings)?;
+        Ok(Self { device: describe(&device), weights, memory })
+    }
 }
 
 fn kv_dtype(device: &Device) -> DType {

@@ -1,16 +1,18 @@
 //! One config-driven decoder: RMSNorm, grouped-query attention with rotary positions, gated SiLU feed-forward.
 
-use std::sync::Mutex;
+use std::collections::BTreeSet;
 
-use candle_core::{CpuStorage, DType, Device, Result as TensorResult, Storage, Tensor};
+use candle_core::quantized::GgmlDType;
+use candle_core::{Device, Result as TensorResult, Tensor};
 
 use crate::config::Quantization;
 use crate::error::Failure;
-use crate::kernels::cpu::packed::{Columns, Form, Packed, Row};
+use crate::kernels::cpu::packed::{Columns, Form};
 use crate::kernels::{Activations, KvCache, Matrix};
 use crate::models::architecture::Architecture;
-use crate::models::quantize;
-use crate::models::weights::{Checkpoint, device_failure};
+use crate::models::packing;
+use crate::models::quantize::{BLOCK, Bits, Place, SUPER_BLOCK};
+use crate::models::weights::{Checkpoint, StoredMatrix};
 
 /// `y = x · Wᵀ + b`. The one place where weights take other forms.
 pub struct Linear {
@@ -49,13 +51,13 @@ pub struct Transformer {
 
 impl Transformer {
     pub fn load(shape: Architecture, weights: &Checkpoint, device: &Device, quantization: Quantization) -> Result<Self, Failure> {
-        // Both ends of the model at 8 bits in either strategy: they are where 4 would show.
-        let ends = if quantization == Quantization::AsStored { None } else { Some(Form::Int8) };
-        let inside = if quantization == Quantization::Wint4 { Some(Form::Int4) } else { ends };
-        let embed = matrix("embed_tokens", weights.embedding(&shape, device)?, Columns::Plain, ends)?;
-        let head =
-            if shape.tie_word_embeddings { None } else { Some(matrix("lm_head", weights.head(&shape, device)?, Columns::Plain, ends)?) };
-        let layers = (0..shape.layers).map(|i| Layer::load(i, &shape, weights, device, inside)).collect::<Result<Vec<_>, _>>()?;
+        say_what_does_not_fit(quantization, &shape);
+        let ends = |stored: &StoredMatrix<'_>| {
+            packing::load(stored, Columns::Plain, Bits::of(quantization, Place::Vocabulary, stored.width), device)
+        };
+        let embed = ends(&weights.embedding(&shape)?)?;
+        let head = if shape.tie_word_embeddings { None } else { Some(ends(&weights.head(&shape)?)?) };
+        let layers = (0..shape.layers).map(|i| Layer::load(i, &shape, weights, device, quantization)).collect::<Result<Vec<_>, _>>()?;
         let norm = weights.vector("norm.weight", shape.hidden_size, device)?;
         let frequency = |i: usize| (1.0 / shape.rope_theta.powf(2.0 * i as f64 / shape.head_dim as f64)) as f32;
         let frequencies = (0..shape.head_dim / 2).map(frequency).collect();
@@ -94,104 +96,131 @@ impl Transformer {
         self.bytes_per_step() + if self.head.is_some() { self.embed.bytes() } else { 0 }
     }
 
-    /// What weights are kept as, for reports: of the layers, and of embedding and head where that differs.
+    /// What weights are kept as, for reports.
     pub fn weight_form(&self) -> String {
-        let of = |matrix: &Matrix| match matrix {
-            Matrix::Tensor(tensor) => tensor.dtype().as_str(),
-            Matrix::Packed(packed) => match packed.form {
-                Form::F32 => "f32",
-                Form::Bf16 => "bf16",
-                Form::Int8 => "8-bit (Q8_0 form)",
-                Form::Int4 => "4-bit (Q4_K form)",
-            },
-        };
-        let ends = of(&self.embed);
-        match self.layers.first().map(|layer| of(&layer.down.weight)) {
-            Some(inside) if inside != ends => format!("{inside}; embedding and head {ends}"),
-            _ => ends.to_string(),
-        }
+        let inside = self.layers.iter().flat_map(|layer| [&layer.qkv, &layer.output, &layer.gate_up, &layer.down]);
+        form_names(inside.map(|linear| form_name(&linear.weight)), form_name(&self.embed))
     }
 }
 
-/// A matrix `[n, k]` in the form its device computes with; `wanted`: fewer bits than stored.
-fn matrix(name: &str, tensor: Tensor, columns: Columns, wanted: Option<Form>) -> Result<Matrix, Failure> {
-    if tensor.device().is_cpu() {
-        return pack(name, &tensor, columns, wanted);
+fn form_name(matrix: &Matrix) -> &'static str {
+    match matrix {
+        Matrix::Tensor(tensor) => tensor.dtype().as_str(),
+        Matrix::Blocks(blocks) if blocks.dtype() == GgmlDType::Q4K => Form::Int4.name(),
+        Matrix::Blocks(_) => Form::Int8.name(),
+        Matrix::Packed(packed) => packed.form.name(),
     }
-    if wanted.is_some() {
-        return Err(Failure::internal("QUANTIZATION: this version quantizes on the CPU only; unset it, or set DEVICE=cpu"));
-    }
-    Ok(Matrix::Tensor(tensor))
 }
 
-/// A matrix on the CPU, in the order its kernels read. A form whose blocks do not divide the width gives way to the next finer one.
-pub(crate) fn pack(name: &str, tensor: &Tensor, columns: Columns, wanted: Option<Form>) -> Result<Matrix, Failure> {
-    let (n, k) = tensor.dims2().map_err(device_failure)?;
-    let stored = if tensor.dtype() == DType::BF16 { Form::Bf16 } else { Form::F32 };
-    let finer = |form: Form| if form == Form::Int4 && !form.fits(k) { Form::Int8 } else { form };
-    let form = wanted.map(finer).filter(|form| form.fits(k)).unwrap_or(stored);
-    if let Some(wanted) = wanted.filter(|wanted| *wanted != form) {
-        tracing::warn!("{name}: rows of {k} weights cannot be cut into blocks of {wanted:?}; kept as {form:?}");
-    }
-    let (storage, _) = tensor.storage_and_layout();
-    let failed = Mutex::new(None);
-    let fill = |row: usize, out: &mut Row| {
-        let range = row * k..(row + 1) * k;
-        match (&*storage, form) {
-            (Storage::Cpu(CpuStorage::BF16(values)), Form::Bf16) => {
-                out.bf16.clear();
-                out.bf16.extend_from_slice(&values[range]);
-                return;
-            }
-            (Storage::Cpu(CpuStorage::BF16(values)), _) => {
-                out.f32.clear();
-                out.f32.extend(values[range].iter().map(|value| value.to_f32()));
-            }
-            (Storage::Cpu(CpuStorage::F32(values)), _) => {
-                out.f32.clear();
-                out.f32.extend_from_slice(&values[range]);
-            }
-            _ => {}
-        }
-        let result = match form {
-            Form::Int8 => quantize::row8_into(&out.f32, &mut out.int8, &mut out.scales8),
-            Form::Int4 => quantize::row4_into(&out.f32, &mut out.int4, &mut out.scales4, &mut out.mins4, &mut out.d, &mut out.dmin),
-            Form::F32 | Form::Bf16 => Ok(()),
+/// The forms of the layers, and of embedding and head where that differs.
+fn form_names<'a>(inside: impl Iterator<Item = &'a str>, ends: &str) -> String {
+    // Fewest bits first.
+    let inside: Vec<&str> = inside.collect::<BTreeSet<_>>().into_iter().collect();
+    let inside = inside.join(" and ");
+    if inside == ends { inside } else { format!("{inside}; embedding and head {ends}") }
+}
+
+/// What the weights of a checkpoint will take, found without reading them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct WeightPlan {
+    /// Of all matrices.
+    pub bytes: usize,
+    /// Like [`Transformer::weight_form`].
+    pub form: String,
+}
+
+impl WeightPlan {
+    pub fn new(shape: &Architecture, weights: &Checkpoint, gpu: bool, quantization: Quantization) -> Result<Self, Failure> {
+        let (mut bytes, mut ends, mut inside) = (0, "", Vec::new());
+        let mut count = |stored: &StoredMatrix<'_>, columns: Columns, place: Place| {
+            let (size, form) = packing::plan(stored, columns, Bits::of(quantization, place, stored.width), gpu);
+            bytes += size;
+            form
         };
-        if let (Err(error), Ok(mut failed)) = (result, failed.lock()) {
-            *failed = Some(format!("{name}, row {row}: {error}"));
+        for stored in std::iter::once(weights.embedding(shape)).chain((!shape.tie_word_embeddings).then(|| weights.head(shape))) {
+            ends = count(&stored?, Columns::Plain, Place::Vocabulary);
         }
+        for index in 0..shape.layers {
+            let stored = StoredLayer::new(index, shape, weights)?;
+            inside.push(count(&stored.qkv, Columns::Plain, Place::Layer));
+            inside.push(count(&stored.output, Columns::Plain, Place::Layer));
+            inside.push(count(&stored.gate_up, Columns::Gated, Place::Layer));
+            inside.push(count(&stored.down, Columns::Plain, Place::Layer));
+        }
+        Ok(Self { bytes, form: form_names(inside.into_iter(), ends) })
+    }
+}
+
+/// The matrices of one layer as the checkpoint has them.
+struct StoredLayer<'a> {
+    qkv: StoredMatrix<'a>,
+    output: StoredMatrix<'a>,
+    gate_up: StoredMatrix<'a>,
+    down: StoredMatrix<'a>,
+}
+
+/// A projection under its name in fused checkpoints, and under the names and widths of its parts.
+type Projection<'a> = (Option<&'a str>, &'a [(&'a str, usize)]);
+
+impl<'a> StoredLayer<'a> {
+    fn new(index: usize, a: &Architecture, weights: &'a Checkpoint) -> Result<Self, Failure> {
+        let [qkv, output, gate_up, down] = projections(index, a, |name, input| {
+            let (fused, parts) = name;
+            weights.matrix(fused, parts, input)
+        });
+        Ok(Self { qkv: qkv?, output: output?, gate_up: gate_up?, down: down? })
+    }
+}
+
+/// Calls `f` with the names of a layer's four projections and their input widths.
+fn projections<T>(index: usize, a: &Architecture, f: impl Fn(Projection<'_>, usize) -> T) -> [T; 4] {
+    let (h, q, kv, i) = (a.hidden_size, a.q_width(), a.kv_width(), a.intermediate_size);
+    let with = |fused: Option<&str>, parts: &[(&str, usize)], input: usize| {
+        let full = |name: &str| format!("layers.{index}.{name}");
+        let fused = fused.map(full);
+        let parts: Vec<(String, usize)> = parts.iter().map(|(part, out)| (full(part), *out)).collect();
+        let parts: Vec<(&str, usize)> = parts.iter().map(|(part, out)| (part.as_str(), *out)).collect();
+        f((fused.as_deref(), &parts), input)
     };
-    let packed = Packed::new(n, k, form, columns, &fill);
-    if let Ok(Some(error)) = failed.into_inner() {
-        return Err(Failure::internal(format!(
-            "the weights cannot be quantized: {error}; the checkpoint is damaged, or set QUANTIZATION=BF16"
-        )));
+    [
+        with(Some("self_attn.qkv_proj"), &[("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)], h),
+        with(None, &[("self_attn.o_proj", h)], q),
+        // Gate first, despite the name.
+        with(Some("mlp.up_gate_proj"), &[("mlp.gate_proj", i), ("mlp.up_proj", i)], h),
+        with(None, &[("mlp.down_proj", h)], i),
+    ]
+}
+
+/// Says which rows take a finer form than was asked for.
+fn say_what_does_not_fit(quantization: Quantization, a: &Architecture) {
+    let Some(name) = quantization.name() else { return };
+    let (wanted, block) = if quantization == Quantization::Wint4 { (Bits::Four, SUPER_BLOCK) } else { (Bits::Eight, BLOCK) };
+    let widths = BTreeSet::from([a.hidden_size, a.q_width(), a.intermediate_size]);
+    let odd: Vec<String> =
+        widths.into_iter().filter(|k| Bits::of(quantization, Place::Layer, *k) != wanted).map(|k| k.to_string()).collect();
+    if !odd.is_empty() {
+        let widths = odd.join(", ");
+        tracing::warn!("QUANTIZATION={name}: rows of {widths} weights cannot be cut into blocks of {block}, and are held in a finer form");
     }
-    packed.map(Matrix::Packed).map_err(|error| Failure::internal(format!("no memory for a weight matrix [{n}, {k}]: {error}")))
 }
 
 impl Layer {
-    fn load(index: usize, a: &Architecture, weights: &Checkpoint, device: &Device, wanted: Option<Form>) -> Result<Self, Failure> {
-        let name = |part: &str| format!("layers.{index}.{part}");
-        let linear = |fused: Option<&str>, parts: &[(&str, usize)], input: usize, columns: Columns| -> Result<Linear, Failure> {
-            let fused = fused.map(name);
-            let parts: Vec<(String, usize)> = parts.iter().map(|(part, out)| (name(part), *out)).collect();
-            let parts: Vec<(&str, usize)> = parts.iter().map(|(part, out)| (part.as_str(), *out)).collect();
-            let weight = matrix(parts[0].0, weights.matrix(fused.as_deref(), &parts, input, device)?, columns, wanted)?;
-            let bias = if a.bias { Some(weights.bias(fused.as_deref(), &parts, device)?) } else { None };
-            Ok(Linear { weight, bias })
+    fn load(index: usize, a: &Architecture, weights: &Checkpoint, device: &Device, quantization: Quantization) -> Result<Self, Failure> {
+        let norm = |name: &str| weights.vector(&format!("layers.{index}.{name}.weight"), a.hidden_size, device);
+        let stored = StoredLayer::new(index, a, weights)?;
+        let biases = projections(index, a, |(fused, parts), _| a.bias.then(|| weights.bias(fused, parts, device)).transpose());
+        let linear = |stored: &StoredMatrix<'_>, columns: Columns, bias: Result<Option<Tensor>, Failure>| {
+            let bits = Bits::of(quantization, Place::Layer, stored.width);
+            Ok::<_, Failure>(Linear { weight: packing::load(stored, columns, bits, device)?, bias: bias? })
         };
-        let (h, q, kv, i) = (a.hidden_size, a.q_width(), a.kv_width(), a.intermediate_size);
-        let qkv = [("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)];
+        let [qkv, output, gate_up, down] = biases;
         Ok(Self {
-            input_norm: weights.vector(&name("input_layernorm.weight"), h, device)?,
-            qkv: linear(Some("self_attn.qkv_proj"), &qkv, h, Columns::Plain)?,
-            output: linear(None, &[("self_attn.o_proj", h)], q, Columns::Plain)?,
-            post_norm: weights.vector(&name("post_attention_layernorm.weight"), h, device)?,
-            // Gate first, despite the name.
-            gate_up: linear(Some("mlp.up_gate_proj"), &[("mlp.gate_proj", i), ("mlp.up_proj", i)], h, Columns::Gated)?,
-            down: linear(None, &[("mlp.down_proj", h)], i, Columns::Plain)?,
+            input_norm: norm("input_layernorm")?,
+            qkv: linear(&stored.qkv, Columns::Plain, qkv)?,
+            output: linear(&stored.output, Columns::Plain, output)?,
+            post_norm: norm("post_attention_layernorm")?,
+            gate_up: linear(&stored.gate_up, Columns::Gated, gate_up)?,
+            down: linear(&stored.down, Columns::Plain, down)?,
         })
     }
 

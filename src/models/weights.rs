@@ -7,12 +7,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
 
 use candle_core::{DType, Device, Tensor};
-use half::{bf16, f16};
-use rayon::prelude::*;
 
 use crate::error::Failure;
 use crate::models::architecture::Architecture;
 use crate::models::files::{ModelFiles, Source};
+
+mod stored;
+
+use stored::{Stored, StoredPart};
+pub use stored::{StoredMatrix, Tiles};
 
 /// Bytes of one file.
 enum Bytes {
@@ -39,20 +42,6 @@ impl Bytes {
             Bytes::Mapped(map) => map,
             Bytes::Embedded(bytes) => bytes,
         }
-    }
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stored {
-    F32,
-    F16,
-    /// Also U16: older Paddle versions write bf16 bits under that name.
-    Bf16,
-}
-
-impl Stored {
-    fn width(self) -> usize {
-        if self == Stored::F32 { 4 } else { 2 }
     }
 }
 
@@ -175,34 +164,35 @@ impl Checkpoint {
             return Err(self.wrong_shape(&full, entry, &format!("[{len}]")));
         }
         let mut values = vec![0f32; len];
-        self.copy(entry, &mut values, len, false, 0);
+        let bytes = &self.files[entry.file].get()[entry.range.clone()];
+        StoredPart { name: full, bytes, stored: entry.stored, rows: 1, transposed: false }.copy(0, &mut values, len);
         let dtype = if device.is_cpu() { DType::F32 } else { DType::BF16 };
         Tensor::from_vec(values, len, device).and_then(|t| t.to_dtype(dtype)).map_err(device_failure)
     }
 
     /// The embedding, `[vocab, hidden]` in every layout.
-    pub fn embedding(&self, a: &Architecture, device: &Device) -> Result<Tensor, Failure> {
+    pub fn embedding(&self, a: &Architecture) -> Result<StoredMatrix<'_>, Failure> {
         let name = format!("{}embed_tokens.weight", self.prefix);
-        self.build(&[(&name, a.vocab_size)], a.hidden_size, Some(false), device)
+        self.stack(&[(&name, a.vocab_size)], a.hidden_size, Some(false))
     }
 
     /// The LM head when it is not the embedding. Paddle stores an untied one as `[hidden, vocab]`.
-    pub fn head(&self, a: &Architecture, device: &Device) -> Result<Tensor, Failure> {
+    pub fn head(&self, a: &Architecture) -> Result<StoredMatrix<'_>, Failure> {
         let name = if self.entries.contains_key("lm_head.weight") {
             "lm_head.weight".to_string()
         } else {
             format!("{}lm_head.weight", self.prefix)
         };
         let transposed = self.entries.get(&name).map(|entry| entry.shape == [a.hidden_size, a.vocab_size] && a.hidden_size != a.vocab_size);
-        self.build(&[(&name, a.vocab_size)], a.hidden_size, transposed, device)
+        self.stack(&[(&name, a.vocab_size)], a.hidden_size, transposed)
     }
 
     /// A matrix `[Σ out, input]` from the separate `parts`, or from one stored tensor `fused` that holds them in this order.
     /// Names are without prefix and without `.weight`.
-    pub fn matrix(&self, fused: Option<&str>, parts: &[Part<'_>], input: usize, device: &Device) -> Result<Tensor, Failure> {
+    pub fn matrix(&self, fused: Option<&str>, parts: &[Part<'_>], input: usize) -> Result<StoredMatrix<'_>, Failure> {
         let full = |name: &str| format!("{}{name}.weight", self.prefix);
         if let Some(fused) = fused.map(full).filter(|name| self.entries.contains_key(name)) {
-            return self.build(&[(&fused, parts.iter().map(|part| part.1).sum())], input, None, device);
+            return self.stack(&[(&fused, parts.iter().map(|part| part.1).sum())], input, None);
         }
         let parts: Vec<(String, usize)> = parts.iter().map(|(name, out)| (full(name), *out)).collect();
         if let Some((missing, out)) = parts.iter().find(|(name, _)| !self.entries.contains_key(name)) {
@@ -211,7 +201,7 @@ impl Checkpoint {
             return Err(self.missing(&names, &[*out, input]));
         }
         let parts: Vec<Part<'_>> = parts.iter().map(|(name, out)| (name.as_str(), *out)).collect();
-        self.build(&parts, input, None, device)
+        self.stack(&parts, input, None)
     }
 
     /// Biases `[Σ out]` belonging to [`Checkpoint::matrix`].
@@ -223,33 +213,14 @@ impl Checkpoint {
         Tensor::cat(&parts, 0).map_err(device_failure)
     }
 
-    fn build(&self, parts: &[Part<'_>], input: usize, transposed: Option<bool>, device: &Device) -> Result<Tensor, Failure> {
-        let rows: usize = parts.iter().map(|part| part.1).sum();
-        let entries = parts.iter().map(|(name, out)| self.checked(name, *out, input, transposed)).collect::<Result<Vec<_>, _>>()?;
-        let as_f32 = device.is_cpu() && entries.iter().any(|(entry, _)| entry.stored != Stored::Bf16);
-        if as_f32 {
-            self.fill::<f32>(&entries, parts, rows, input, device)
-        } else {
-            self.fill::<bf16>(&entries, parts, rows, input, device)
+    fn stack(&self, parts: &[Part<'_>], width: usize, transposed: Option<bool>) -> Result<StoredMatrix<'_>, Failure> {
+        let mut matrix = StoredMatrix { model: &self.name, width, parts: Vec::new() };
+        for (name, rows) in parts {
+            let (entry, transposed) = self.checked(name, *rows, width, transposed)?;
+            let bytes = &self.files[entry.file].get()[entry.range.clone()];
+            matrix.parts.push(StoredPart { name: (*name).to_string(), bytes, stored: entry.stored, rows: *rows, transposed });
         }
-    }
-
-    fn fill<T: Target>(
-        &self,
-        entries: &[(&Entry, bool)],
-        parts: &[Part<'_>],
-        rows: usize,
-        input: usize,
-        device: &Device,
-    ) -> Result<Tensor, Failure> {
-        let mut values = vec![T::default(); rows * input];
-        let mut rest = values.as_mut_slice();
-        for ((entry, transposed), (_, out)) in entries.iter().zip(parts) {
-            let (part, tail) = rest.split_at_mut(out * input);
-            self.copy(entry, part, input, *transposed, *out);
-            rest = tail;
-        }
-        Tensor::from_vec(values, (rows, input), device).map_err(device_failure)
+        Ok(matrix)
     }
 
     /// The entry of a matrix whose shape is right, and whether it must be transposed.
@@ -283,22 +254,6 @@ impl Checkpoint {
         Failure::internal(format!("{}: tensor {name} has shape {:?}, expected {expected}", self.name, entry.shape))
     }
 
-    /// Copies a tensor into `target [out, input]`, converting, and transposing when it is stored `[input, out]`.
-    fn copy<T: Target>(&self, entry: &Entry, target: &mut [T], input: usize, transposed: bool, out: usize) {
-        let bytes = &self.files[entry.file].get()[entry.range.clone()];
-        match entry.stored {
-            Stored::F32 => copy_as(bytes, target, input, transposed, out, |b: [u8; 4]| T::from_f32(f32::from_le_bytes(b))),
-            Stored::F16 => copy_as(bytes, target, input, transposed, out, |b: [u8; 2]| T::from_f32(f16::from_le_bytes(b).to_f32())),
-            Stored::Bf16 => copy_as(bytes, target, input, transposed, out, |b: [u8; 2]| T::from_bf16(bf16::from_le_bytes(b))),
-        }
-    }
-
-    /// Bytes of all matrices, as the CPU keeps them.
-    pub fn bytes(&self) -> usize {
-        let matrices = self.entries.values().filter(|entry| entry.shape.len() == 2);
-        matrices.map(|entry| entry.shape.iter().product::<usize>() * if entry.stored == Stored::Bf16 { 2 } else { 4 }).sum()
-    }
-
     /// Tensors of the file that nothing asked for, multi-token-prediction heads left out.
     pub fn unused(&self) -> Vec<String> {
         let used = self.used.lock().map(|used| used.clone()).unwrap_or_default();
@@ -313,58 +268,6 @@ impl Checkpoint {
             if self.orientation == Orientation::OutIn { "[out, in] (Hugging Face layout)" } else { "[in, out] (Paddle layout)" }
         )
     }
-}
-
-/// A type weights are kept in.
-trait Target: Copy + Default + Send + Sync + candle_core::WithDType {
-    fn from_f32(x: f32) -> Self;
-    fn from_bf16(x: bf16) -> Self;
-}
-
-impl Target for f32 {
-    fn from_f32(x: f32) -> Self {
-        x
-    }
-    fn from_bf16(x: bf16) -> Self {
-        x.to_f32()
-    }
-}
-
-impl Target for bf16 {
-    fn from_f32(x: f32) -> Self {
-        bf16::from_f32(x)
-    }
-    fn from_bf16(x: bf16) -> Self {
-        x
-    }
-}
-
-/// Rows of the target that one task fills; a transposed read then takes so many neighbours at a time.
-const COPY_ROWS: usize = 32;
-
-fn copy_as<T: Target, const N: usize>(
-    bytes: &[u8],
-    target: &mut [T],
-    input: usize,
-    transposed: bool,
-    out: usize,
-    read: impl Fn([u8; N]) -> T + Sync,
-) {
-    let (values, _) = bytes.as_chunks::<N>();
-    target.par_chunks_mut(COPY_ROWS * input).enumerate().for_each(|(task, rows)| {
-        let first = task * COPY_ROWS;
-        if transposed {
-            let count = rows.len() / input;
-            for i in 0..input {
-                for (row, value) in values[i * out + first..i * out + first + count].iter().enumerate() {
-                    rows[row * input + i] = read(*value);
-                }
-            }
-        } else {
-            let from = first * input;
-            rows.iter_mut().zip(&values[from..]).for_each(|(target, value)| *target = read(*value));
-        }
-    });
 }
 
 /// `model.safetensors`, or the shards that `model.safetensors.index.json` names.

@@ -33,6 +33,8 @@ fn card(service: &Service, name: &str) -> Value {
         "root": service.model.public_name(),
         "parent": null,
         "max_model_len": service.engine.limits().max_model_len,
+        "quantization": service.model.quantization,
+        "weights": service.model.weights,
         "permission": [{
             "id": format!("modelperm-{:016x}", fingerprint(name)),
             "object": "model_permission",

@@ -98,6 +98,16 @@ impl Form {
         }
     }
 
+    /// For reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Form::F32 => "f32",
+            Form::Bf16 => "bf16",
+            Form::Int8 => "8-bit (Q8_0 form)",
+            Form::Int4 => "4-bit (Q4_K form)",
+        }
+    }
+
     /// Whether a matrix of width `k` can have this form.
     pub fn fits(self, k: usize) -> bool {
         match self {
@@ -109,8 +119,15 @@ impl Form {
 }
 
 impl Packed {
-    /// Packs `[n, k]`; `fill(row, buffers)` writes the buffers of the form. Rows are asked for on all of rayon's threads.
-    pub fn new(n: usize, k: usize, form: Form, columns: Columns, fill: &(dyn Fn(usize, &mut Row) + Sync)) -> std::io::Result<Self> {
+    /// Packs `[n, k]`; `fill(row, kept, buffers)` writes the buffers of the form, and may keep something of its own from row to row. Rows are
+    /// asked for on all of rayon's threads, those of a panel one after another.
+    pub fn new<T: Default>(
+        n: usize,
+        k: usize,
+        form: Form,
+        columns: Columns,
+        fill: &(dyn Fn(usize, &mut T, &mut Row) + Sync),
+    ) -> std::io::Result<Self> {
         assert!(form.fits(k), "rows of {k} weights cannot be {form:?}");
         assert!(columns == Columns::Plain || n.is_multiple_of(2), "gates and what they gate are as many");
         let per_panel = if columns == Columns::Plain { PANEL } else { PANEL / 2 };
@@ -119,35 +136,40 @@ impl Packed {
         let mut packed = Self { n, k, form, columns, run: simd::lanes(), data: pages(panels * bytes)? };
         let mut data = std::mem::replace(&mut packed.data, MmapMut::map_anon(1)?);
         use rayon::prelude::*;
-        data[..panels * bytes].par_chunks_exact_mut(bytes).enumerate().for_each_init(Row::default, |buffers, (panel, bytes)| {
-            for column in 0..PANEL {
-                if let Some(row) = packed.row_at(panel, column) {
-                    fill(row, buffers);
-                    place(form, k, buffers, column, bytes);
-                } else if form == Form::Int8 {
-                    // The stored zero.
-                    buffers.int8.clear();
-                    buffers.int8.resize(k, 0);
-                    buffers.scales8.clear();
-                    buffers.scales8.resize(k / BLOCK, f16::ZERO);
-                    place(form, k, buffers, column, bytes);
+        data[..panels * bytes].par_chunks_exact_mut(bytes).enumerate().for_each_init(
+            <(T, Row)>::default,
+            |(kept, buffers), (panel, bytes)| {
+                for column in 0..PANEL {
+                    if let Some(row) = packed.row_at(panel, column) {
+                        fill(row, kept, buffers);
+                        place(form, k, buffers, column, bytes);
+                    } else if form == Form::Int8 {
+                        // The stored zero.
+                        buffers.int8.clear();
+                        buffers.int8.resize(k, 0);
+                        buffers.scales8.clear();
+                        buffers.scales8.resize(k / BLOCK, f16::ZERO);
+                        place(form, k, buffers, column, bytes);
+                    }
                 }
-            }
-        });
+            },
+        );
         packed.data = data;
         Ok(packed)
     }
 
     pub fn panels(&self) -> usize {
-        match self.columns {
-            Columns::Plain => self.n.div_ceil(PANEL),
-            Columns::Gated => (self.n / 2).div_ceil(PANEL / 2),
-        }
+        panels(self.n, self.columns)
     }
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        self.panels() * self.form.panel_bytes(self.k)
+        Self::bytes_of(self.n, self.k, self.form, self.columns)
+    }
+
+    /// Bytes that a matrix would take.
+    pub fn bytes_of(n: usize, k: usize, form: Form, columns: Columns) -> usize {
+        panels(n, columns) * form.panel_bytes(k)
     }
 
     pub(super) fn data(&self) -> *const u8 {
@@ -197,6 +219,13 @@ impl Packed {
                 *out = half(start + 2 * column) * scale * f32::from(q) - half(start + 2 * PANEL + 2 * column) * min;
             }),
         }
+    }
+}
+
+fn panels(n: usize, columns: Columns) -> usize {
+    match columns {
+        Columns::Plain => n.div_ceil(PANEL),
+        Columns::Gated => (n / 2).div_ceil(PANEL / 2),
     }
 }
 

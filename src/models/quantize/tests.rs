@@ -72,8 +72,14 @@ fn the_forms_are_those_of_ggml() {
     let row = normal(1024, 0.02, 0.2, 1);
     let (bytes, weights) = candle(&row, GgmlDType::Q8_0);
     assert_eq!(row8_from_ggml(&bytes).dequantize(), weights);
+    let mut written = vec![0; bytes.len()];
+    row8_from_ggml(&bytes).write_ggml(&mut written);
+    assert_eq!(written, bytes);
     let (bytes, weights) = candle(&row, GgmlDType::Q4K);
     assert_eq!(row4_from_ggml(&bytes).dequantize(), weights);
+    let mut written = vec![0; bytes.len()];
+    row4_from_ggml(&bytes).write_ggml(&mut written);
+    assert_eq!(written, bytes);
 }
 
 /// At 8 bits no worse than candle's encoder, at 4 bits better by a clear margin.

@@ -20,7 +20,7 @@ fn numbers(n: usize, seed: u64) -> Vec<f32> {
 
 /// A matrix of any numbers that the form can hold.
 fn random(n: usize, k: usize, form: Form, columns: Columns, seed: u64) -> Packed {
-    let fill = |row: usize, out: &mut Row| {
+    let fill = |row: usize, (): &mut (), out: &mut Row| {
         let numbers = numbers(k, seed ^ (row as u64 + 1));
         let pick = |i: usize, below: f32| ((numbers[i] + 0.5) * below) as u8;
         out.f32 = numbers.clone();
