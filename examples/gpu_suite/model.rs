@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use worker_candle::api::model::ModelInfo;
 use worker_candle::api::{Answer, Call, Service};
-use worker_candle::config::{ApiSettings, DeviceChoice, EngineSettings};
+use worker_candle::config::{ApiSettings, DeviceChoice, EngineSettings, Quantization};
 use worker_candle::models::files::{ModelFiles, Source};
+use worker_candle::models::quality::{Comparison, logits_of};
 use worker_candle::models::runner::ModelRunner;
 use worker_candle::models::tokenizer::Tokenizer;
 use worker_candle::models::{Draw, Plan, Row, Runner};
@@ -123,6 +124,7 @@ pub fn logits(part: &mut Part, options: &Options) -> Result<(), Fail> {
     near(part, "prompt in two chunks against one", split);
     near(part, "the same row beside two others", together);
     part.check("drawn on the device", drawn == reference[..1], format!("{drawn:?}, expected [{}]", reference[0]));
+    quantized(part, options)?;
     if let Some(checkpoint) = &options.checkpoint {
         against_the_cpu(part, options, checkpoint, &prompt)?;
     }
@@ -140,6 +142,29 @@ fn against_the_cpu(part: &mut Part, options: &Options, checkpoint: &Path, prompt
     let scale = want.iter().fold(0f32, |max, x| max.max(x.abs()));
     let worst = distance(&got, &want) / scale;
     part.check("checkpoint: logits against the CPU", worst <= 0.05, format!("{worst:.5} of the greatest logit ({scale:.3}), allowed 0.05"));
+    Ok(())
+}
+
+/// Quantized weights on the device against the same model as stored on the CPU, by the divergence of next-token distributions; the bounds are
+/// some times what the CPU's own quantized kernels are off by.
+fn quantized(part: &mut Part, options: &Options) -> Result<(), Fail> {
+    let path = options.fixtures.join("demo-model");
+    let golden: Value = serde_json::from_slice(&read(&path.join("golden.json"))?)?;
+    let texts: Vec<Vec<u32>> = golden["cases"].as_array().into_iter().flatten().map(|case| ids(&case["prompt_ids"])).collect();
+    let run = |device, quantization| {
+        with_runner(&path, &EngineSettings { quantization, ..settings(device) }, |runner, _| {
+            let logits = texts.iter().map(|ids| logits_of(runner, ids).map_err(|failure| failure.to_string()));
+            Ok(logits.collect::<Result<Vec<_>, _>>()?.concat())
+        })
+    };
+    let original = run(DeviceChoice::Cpu, Quantization::AsStored)?;
+    for (quantization, bound) in [(Quantization::Wint8, 0.02), (Quantization::Wint4, 0.1)] {
+        let mut comparison = Comparison::default();
+        run(options.device, quantization)?.iter().zip(&original).for_each(|(other, original)| comparison.add(original, other));
+        let (mean, count) = (comparison.mean(), comparison.divergences.len());
+        let what = format!("{quantization:?}: divergence from the model as stored, mean of {count} positions");
+        part.check(&what, count == original.len() && count > 0 && mean <= bound, format!("{mean:.5}, allowed {bound}"));
+    }
     Ok(())
 }
 
