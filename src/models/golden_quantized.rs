@@ -102,6 +102,24 @@ fn the_kernels_compute_with_the_quantized_weights() {
     }
 }
 
+/// As with weights as stored: how a text is cut into steps changes no bit of its logits.
+#[test]
+fn steps_of_any_length_give_the_same_bits() {
+    let ids: Vec<u32> = (0..150).map(|i| 40 + i * 7 % 1000).collect();
+    for quantization in [Quantization::Wint8, Quantization::Wint4] {
+        let in_steps_of = |most: usize| {
+            let settings = EngineSettings { max_num_seqs: Some(1), max_num_batched_tokens: Some(most), ..settings(quantization) };
+            let work = || logits_of(&mut ModelRunner::load(&demo::files(), || Ok(1500), &settings).unwrap(), &ids).unwrap();
+            std::thread::scope(|scope| scope.spawn(work).join().unwrap())
+        };
+        let whole = in_steps_of(256);
+        assert_eq!(whole.len(), ids.len());
+        for most in [1, 5, 64] {
+            assert!(in_steps_of(most) == whole, "{quantization:?} in steps of {most}");
+        }
+    }
+}
+
 /// Bounds of about twice what was measured.
 #[test]
 fn how_far_quantized_models_are_from_the_original() {
