@@ -5,7 +5,9 @@ import json
 import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
+import httpx
 import pytest
 
 from harness import questions
@@ -32,6 +34,48 @@ def test_a_client_that_does_not_read_slows_nobody(http, capital):
         wait_for(lambda: generated() >= choices * tokens, "all its tokens", within=120)
         answer = http.post(f"{server.base}/v1/chat/completions", json=capital.request()).json()
         assert questions.text(answer) == capital.answer
+
+
+@pytest.fixture(scope="module")
+def narrow():
+    """One row, one place to wait, and little time."""
+    env = {"MAX_NUM_SEQS": "1", "MAX_WAITING": "40", "REQUEST_TIMEOUT": "3"}
+    with Server("serve", "--model", "demo", env=env) as server:
+        yield server
+
+
+@contextmanager
+def occupied(server: Server):
+    """A stream that takes the row, and more than can be done in the time that a request has."""
+    body = {"prompt": "Once", "max_tokens": 900, "n": 40, "ignore_eos": True, "stream": True, "temperature": 1}
+    with httpx.Client(timeout=120) as client, client.stream("POST", f"{server.base}/v1/completions", json=body) as stream:
+        assert stream.status_code == 200
+        yield stream.iter_text()
+
+
+def test_a_full_queue_says_so_through_every_door(http, narrow, capital):
+    with occupied(narrow) as stream:
+        next(stream)
+        for door in narrow.doors().values():
+            refused = http.post(f"{door}/chat/completions", json=capital.request(n=30, temperature=1))
+            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "engine_overloaded")
+            assert int(refused.headers["retry-after"]) > 0
+        job = http.post(f"{narrow.endpoint}/runsync", json={"input": capital.request(n=30, temperature=1)}).json()
+        error = json.loads(job["error"])["error"]
+        assert (job["status"], error["status"], error["code"]) == ("FAILED", 429, "engine_overloaded")
+
+
+def test_a_time_limit_ends_what_runs_and_what_waits(http, narrow, capital):
+    with occupied(narrow) as stream:
+        first = next(stream)
+        waiting = http.post(f"{narrow.base}/v1/chat/completions", json=capital.request())
+        assert (waiting.status_code, waiting.json()["error"]["code"]) == (503, "request_timeout")
+        assert waiting.headers["retry-after"] and "REQUEST_TIMEOUT" in waiting.json()["error"]["message"]
+        frames = (first + "".join(stream)).split("\n\n")
+        # A stream that has begun is told in a frame of its own.
+        assert frames[-2] == "data: [DONE]" and json.loads(frames[-3].removeprefix("data: "))["error"]["code"] == "request_timeout"
+    answered = wait_for(lambda: (again := http.post(f"{narrow.base}/v1/chat/completions", json=capital.request())).status_code == 200 and again, "room")
+    assert questions.text(answered.json()) == capital.answer
 
 
 def resident(pid: int) -> int:

@@ -425,6 +425,35 @@ mod tests {
         assert_eq!(engine.submit(request(&[1], 2)).unwrap_err().kind, Kind::Internal);
     }
 
+    /// Its shape is asked for at each submission; the last time it panics, outside of any step.
+    struct Cursed {
+        scripted: Scripted,
+        asked: std::cell::Cell<usize>,
+    }
+
+    impl Runner for Cursed {
+        fn shape(&self) -> &Shape {
+            self.asked.set(self.asked.get() + 1);
+            assert!(self.scripted.shape.max_model_len > 0 && self.asked.get() <= 3, "told to");
+            &self.scripted.shape
+        }
+
+        fn step(&mut self, plan: &Plan) -> Result<Output, Failure> {
+            self.scripted.step(plan)
+        }
+    }
+
+    #[tokio::test]
+    async fn a_panic_outside_of_a_step_fails_requests_and_health() {
+        let load = || Ok(Cursed { scripted: Scripted { shape: shape(), gate: None }, asked: 0.into() });
+        let engine = start(load, Options::default()).await.unwrap();
+        assert_eq!(collect(engine.submit(request(&[1], 2)).unwrap()).await.1, Ok(Finish::Length));
+        assert_eq!(collect(engine.submit(request(&[1], 2)).unwrap()).await.1.unwrap_err().kind, Kind::Internal);
+        engine.failed().await;
+        assert!(!engine.stats().healthy);
+        assert_eq!(engine.submit(request(&[1], 2)).unwrap_err().kind, Kind::Internal);
+    }
+
     #[tokio::test]
     async fn a_deadline_fails_the_request() {
         let (steps, gate) = std::sync::mpsc::channel();
