@@ -44,17 +44,21 @@ def narrow():
         yield server
 
 
+# More than can be done in the time that a request has.
+ENDLESS = {"prompt": "Once", "max_tokens": 900, "ignore_eos": True, "temperature": 1}
+
+
 @contextmanager
-def occupied(server: Server):
-    """A stream that takes the row, and more than can be done in the time that a request has."""
-    body = {"prompt": "Once", "max_tokens": 900, "n": 40, "ignore_eos": True, "stream": True, "temperature": 1}
+def occupied(server: Server, choices: int):
+    """A stream that takes the row, and as many places to wait as it has further choices."""
+    body = {**ENDLESS, "n": choices, "stream": True}
     with httpx.Client(timeout=120) as client, client.stream("POST", f"{server.base}/v1/completions", json=body) as stream:
         assert stream.status_code == 200
         yield stream.iter_text()
 
 
 def test_a_full_queue_says_so_through_every_door(http, narrow, capital):
-    with occupied(narrow) as stream:
+    with occupied(narrow, 40) as stream:
         next(stream)
         for door in narrow.doors().values():
             refused = http.post(f"{door}/chat/completions", json=capital.request(n=30, temperature=1))
@@ -66,9 +70,9 @@ def test_a_full_queue_says_so_through_every_door(http, narrow, capital):
 
 
 def test_a_time_limit_ends_what_runs_and_what_waits(http, narrow, capital):
-    with occupied(narrow) as stream:
+    with occupied(narrow, 20) as stream:
         first = next(stream)
-        waiting = http.post(f"{narrow.base}/v1/chat/completions", json=capital.request())
+        waiting = http.post(f"{narrow.base}/v1/completions", json={**ENDLESS, "n": 20})
         assert (waiting.status_code, waiting.json()["error"]["code"]) == (503, "request_timeout")
         assert waiting.headers["retry-after"] and "REQUEST_TIMEOUT" in waiting.json()["error"]["message"]
         frames = (first + "".join(stream)).split("\n\n")

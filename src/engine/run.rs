@@ -43,16 +43,11 @@ where
         let stats = Stats { blocks_total: shape.blocks, blocks_free: shape.blocks, healthy: true, ..Default::default() };
         let failed = tokio::sync::watch::Sender::new(false);
         let shared = Arc::new(Shared { limits, commands, stats: Mutex::new(stats), submitted: 0.into(), failed });
-        let weak = Arc::downgrade(&shared);
-        let worker = Worker::new(runner, weak.clone(), &options);
+        let worker = Worker::new(runner, Arc::downgrade(&shared), &options);
         if ready.send(Ok(Handle { shared })).is_ok()
             && let Err(panic) = std::panic::catch_unwind(AssertUnwindSafe(|| worker.run(&receiver)))
         {
-            // Its clients' channels closed with it, which they take for a failure.
             tracing::error!("the engine's thread panicked: {}", panic_text(&*panic));
-            if let Some(shared) = weak.upgrade() {
-                shared.fail();
-            }
         }
     };
     std::thread::Builder::new()
@@ -95,6 +90,17 @@ impl Shared {
             stats.healthy = false;
         }
         self.failed.send_replace(true);
+    }
+}
+
+/// A panic outside of a step. Whoever sees its channel close (the clients are dropped after this) must see the state too.
+impl<R> Drop for Worker<R> {
+    fn drop(&mut self) {
+        if std::thread::panicking()
+            && let Some(shared) = self.shared.upgrade()
+        {
+            shared.fail();
+        }
     }
 }
 

@@ -150,8 +150,9 @@ impl Scheduler {
             budget = budget.min((self.shape.max_num_batched_tokens / MIXED_SHARE).max(1));
         }
         if budget > 0 {
+            let before = self.running.len();
             self.admit();
-            self.plan_prompts(plan, budget);
+            self.plan_prompts(plan, budget, before);
         }
         !plan.rows.is_empty()
     }
@@ -204,14 +205,13 @@ impl Scheduler {
         self.guesses.len() - first
     }
 
-    /// Chunks of the prompts, `budget` tokens in all, by the rule of the module.
-    fn plan_prompts(&mut self, plan: &mut Plan, budget: usize) {
-        // Whoever decodes has its row already; whoever was admitted just now with one token to go has not.
-        let decoding = self.in_flight.len();
+    /// Chunks of the prompts, `budget` tokens in all, by the rule of the module. Sequences from `new` on were admitted in this step.
+    fn plan_prompts(&mut self, plan: &mut Plan, budget: usize, new: usize) {
         let mut shares = std::mem::take(&mut self.shares);
         shares.clear();
-        let planned = |id| self.in_flight[..decoding].iter().any(|row| row.id == id);
-        shares.extend(self.running.iter().enumerate().filter(|(_, s)| !planned(s.id)).map(|(index, s)| (index, s.pending())));
+        // Of the others, whoever has one token to go has its row already.
+        let prompts = self.running.iter().enumerate().filter(|(index, sequence)| *index >= new || sequence.pending() > 1);
+        shares.extend(prompts.map(|(index, sequence)| (index, sequence.pending())));
         if let Some((oldest, others)) = shares.split_first_mut() {
             others.sort_by_key(|(_, pending)| *pending);
             let wanted = std::mem::take(&mut oldest.1);
@@ -339,8 +339,15 @@ impl Scheduler {
         let mut scores = output.scores.drain(..);
         let mut guesses = self.guesses.as_slice();
         let mut in_flight = std::mem::take(&mut self.in_flight);
+        // Most rows are in the order of the running sequences.
+        let mut next = 0;
         for row in in_flight.drain(..) {
-            let Some(index) = self.running.iter().position(|sequence| sequence.id == row.id) else { continue };
+            let index = match self.running.get(next) {
+                Some(sequence) if sequence.id == row.id => Some(next),
+                _ => self.running.iter().position(|sequence| sequence.id == row.id),
+            };
+            let Some(index) = index else { continue };
+            next = index + 1;
             let sequence = &mut self.running[index];
             sequence.scored(sequence.computed, sequence.computed + row.len, &mut scores);
             sequence.computed += row.len;
@@ -360,6 +367,7 @@ impl Scheduler {
             if finish.is_some() {
                 let sequence = self.running.remove(index);
                 self.pool.release(&sequence.blocks);
+                next = index;
             }
         }
         self.in_flight = in_flight;

@@ -118,7 +118,7 @@ proptest! {
     fn any_schedule_ends_with_the_right_tokens_and_no_leak(
         blocks in 2usize..14, block_size in 1usize..6, seqs in 1usize..6, batched in 1usize..12, caching in prop::bool::weighted(0.8),
         forgetful in any::<bool>(), depth in 0usize..6,
-        arrivals in prop::collection::vec(arrival(), 1..10),
+        arrivals in prop::collection::vec(arrival(), 1..7),
     ) {
         let shape = shape(blocks, block_size, seqs, batched.max(seqs));
         let lookup = (depth > 0).then(|| Lookup { depth, max_rows: 3, ..Default::default() });
