@@ -57,15 +57,19 @@ pub fn exp_sums(values: &[f32], max: f32, scale: f32, sums: &mut Vec<f64>) {
 
 #[inline(always)]
 unsafe fn sum_weights<S: Simd>(values: &[f32], max: f32, scale: f32, sums: &mut Vec<f64>) {
+    let mut weights = [0f32; BLOCK];
     for block in values.chunks(BLOCK) {
-        let (mut lanes, chunks) = ([0f32; LANES], block.chunks_exact(LANES));
-        let rest: f32 = chunks.remainder().iter().map(|value| weight((value - max) * scale)).sum();
-        for chunk in chunks {
-            for (lane, value) in lanes.iter_mut().zip(chunk) {
-                *lane += weight((value - max) * scale);
+        for (weight_of, value) in weights.iter_mut().zip(block) {
+            *weight_of = weight((value - max) * scale);
+        }
+        let (weights, rest) = weights[..block.len()].split_at(block.len() - block.len() % LANES);
+        let mut lanes = [0f32; LANES];
+        for chunk in weights.chunks_exact(LANES) {
+            for (lane, weight) in lanes.iter_mut().zip(chunk) {
+                *lane += weight;
             }
         }
-        sums.push(f64::from(rest) + lanes.into_iter().map(f64::from).sum::<f64>());
+        sums.push(lanes.into_iter().chain(rest.iter().copied()).map(f64::from).sum());
     }
 }
 

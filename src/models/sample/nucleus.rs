@@ -10,13 +10,20 @@ const INSERTED: usize = 128;
 /// e⁻⁶ of the greatest probability, those of more than e⁻¹², all.
 const REACHES: [f32; 3] = [6.0, 12.0, f32::INFINITY];
 
-/// Leaves in `scratch.kept` the tokens that may be drawn, with their logits. `max`: the greatest logit; `scale`: 1 / temperature.
+/// Leaves in `scratch.kept` the tokens that may be drawn, with their logits, by id. `max`: the greatest logit; `scale`: 1 / temperature.
 ///
 /// A token's weight is its probability relative to the greatest one, which is just what min_p speaks of.
 pub fn keep(logits: &[f32], draw: &Draw, max: f32, scale: f32, scratch: &mut Scratch) {
+    filter(logits, draw, max, scale, scratch);
+    scratch.kept.sort_unstable_by_key(|(id, _)| *id);
+}
+
+fn filter(logits: &[f32], draw: &Draw, max: f32, scale: f32, scratch: &mut Scratch) {
     let weight = |logit: f32| softmax::weight((logit - max) * scale);
     let least = if draw.min_p > 0.0 { draw.min_p } else { f32::MIN_POSITIVE };
-    let allowed = |logit: f32| weight(logit) >= least || logit == max;
+    // Most logits are told apart without an exponential: these are certainly too low.
+    let low = least.ln() - 0.01;
+    let allowed = |logit: f32| (logit - max) * scale >= low && (weight(logit) >= least || logit == max);
     let Scratch { sums, kept, .. } = scratch;
     let k = draw.top_k as usize;
     let limited = k > 0 && k < logits.len();
@@ -89,24 +96,23 @@ pub fn greatest(logits: &[f32], k: usize, kept: &mut Vec<(u32, f32)>) {
     }
 }
 
-/// Keeps the shortest beginning, in order, whose weights reach `target`: the token that crosses it stays.
+/// Keeps the shortest beginning, in order of logits, whose weights reach `target`: the token that crosses it stays. A search by halves,
+/// so that nothing is sorted as a whole.
 fn cut(kept: &mut Vec<(u32, f32)>, target: f64, weight: impl Fn(f32) -> f64) {
-    let mut head = INSERTED.min(kept.len());
-    loop {
-        if head < kept.len() {
-            kept.select_nth_unstable_by(head.saturating_sub(1), order);
+    // Everything before `from` stays, everything from `to` on goes.
+    let (mut from, mut to, mut mass) = (0, kept.len(), 0.0);
+    while from < to {
+        let middle = from + (to - from) / 2;
+        let (before, at, _) = kept[from..to].select_nth_unstable_by(middle - from, order);
+        let less = mass + before.iter().map(|(_, logit)| weight(*logit)).sum::<f64>();
+        let with = less + weight(at.1);
+        if less >= target && middle > 0 {
+            to = middle;
+        } else if with >= target {
+            return kept.truncate(middle + 1);
+        } else {
+            (from, mass) = (middle + 1, with);
         }
-        kept[..head].sort_unstable_by(order);
-        let mut mass = 0.0;
-        for end in 0..head {
-            mass += weight(kept[end].1);
-            if mass >= target {
-                return kept.truncate(end + 1);
-            }
-        }
-        if head == kept.len() {
-            return;
-        }
-        head = (head * 8).min(kept.len());
     }
+    kept.truncate(to);
 }

@@ -12,7 +12,7 @@ use crate::models::Seen;
 pub struct Slow {
     /// Logits after everything but the temperature.
     pub adjusted: Vec<f64>,
-    /// Tokens that may be drawn, in the order in which the sampler adds them up, with their probabilities.
+    /// Tokens that may be drawn, by id, with their probabilities.
     pub kept: Vec<(u32, f64)>,
 }
 
@@ -36,10 +36,7 @@ pub fn slow(logits: &[f32], draw: &Draw, slack: f64) -> Slow {
     let mut all: Vec<(u32, f64)> =
         z.iter().enumerate().map(|(id, z)| (id as u32, ((z - max) / f64::from(draw.temperature)).exp())).collect();
     all.retain(|(_, weight)| *weight > 0.0);
-    let limited = draw.top_k > 0 && (draw.top_k as usize) < logits.len();
-    if limited || draw.top_p < 1.0 {
-        all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-    }
+    all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
     all.retain(|(_, weight)| *weight >= f64::from(draw.min_p) - slack);
     if draw.top_k > 0 && (draw.top_k as usize) < all.len() {
         let border = all[draw.top_k as usize - 1].1;
@@ -54,6 +51,7 @@ pub fn slow(logits: &[f32], draw: &Draw, slack: f64) -> Slow {
         inside
     });
     let total: f64 = all.iter().map(|(_, weight)| weight).sum();
+    all.sort_by_key(|(id, _)| *id);
     Slow { adjusted, kept: all.into_iter().map(|(id, weight)| (id, weight / total)).collect() }
 }
 
@@ -269,7 +267,6 @@ proptest! {
             (*id == token).then_some((before - p, before))
         });
         let (from, to) = share.expect("a token that may be drawn");
-        // Tokens that tie in f32 may be added up in another order.
         prop_assert!(from - 1e-3 <= u && u <= to + 1e-3, "{token}: {from} {u} {to}");
     }
 
