@@ -36,29 +36,23 @@ def test_a_client_that_does_not_read_slows_nobody(http, capital):
         assert questions.text(answer) == capital.answer
 
 
-@pytest.fixture(scope="module")
-def narrow():
-    """One row, one place to wait, and little time."""
-    env = {"MAX_NUM_SEQS": "1", "MAX_WAITING": "40", "REQUEST_TIMEOUT": "3"}
-    with Server("serve", "--model", "demo", env=env) as server:
-        yield server
-
-
-# More than can be done in the time that a request has.
-ENDLESS = {"prompt": "Once", "max_tokens": 900, "ignore_eos": True, "temperature": 1}
+CHOICES = 128
+# One after another: far more than can be done in a few seconds, however fast the machine.
+ENDLESS = {"prompt": "Once", "max_tokens": 900, "n": CHOICES, "ignore_eos": True, "temperature": 1}
 
 
 @contextmanager
-def occupied(server: Server, choices: int):
-    """A stream that takes the row, and as many places to wait as it has further choices."""
-    body = {**ENDLESS, "n": choices, "stream": True}
+def occupied(server: Server):
+    """A stream that takes the one row, and a place to wait for each further choice."""
+    body = {**ENDLESS, "stream": True}
     with httpx.Client(timeout=120) as client, client.stream("POST", f"{server.base}/v1/completions", json=body) as stream:
         assert stream.status_code == 200
         yield stream.iter_text()
 
 
-def test_a_full_queue_says_so_through_every_door(http, narrow, capital):
-    with occupied(narrow, 40) as stream:
+def test_a_full_queue_says_so_through_every_door(http, capital):
+    env = {"MAX_NUM_SEQS": "1", "MAX_WAITING": str(CHOICES)}
+    with Server("serve", "--model", "demo", env=env) as narrow, occupied(narrow) as stream:
         next(stream)
         for door in narrow.doors().values():
             refused = http.post(f"{door}/chat/completions", json=capital.request(n=30, temperature=1))
@@ -69,16 +63,23 @@ def test_a_full_queue_says_so_through_every_door(http, narrow, capital):
         assert (job["status"], error["status"], error["code"]) == ("FAILED", 429, "engine_overloaded")
 
 
-def test_a_time_limit_ends_what_runs_and_what_waits(http, narrow, capital):
-    with occupied(narrow, 20) as stream:
+@pytest.fixture
+def hurried():
+    env = {"MAX_NUM_SEQS": "1", "MAX_WAITING": str(3 * CHOICES), "REQUEST_TIMEOUT": "3"}
+    with Server("serve", "--model", "demo", env=env) as server:
+        yield server
+
+
+def test_a_time_limit_ends_what_runs_and_what_waits(http, hurried, capital):
+    with occupied(hurried) as stream:
         first = next(stream)
-        waiting = http.post(f"{narrow.base}/v1/completions", json={**ENDLESS, "n": 20})
+        waiting = http.post(f"{hurried.base}/v1/completions", json=ENDLESS)
         assert (waiting.status_code, waiting.json()["error"]["code"]) == (503, "request_timeout")
         assert waiting.headers["retry-after"] and "REQUEST_TIMEOUT" in waiting.json()["error"]["message"]
         frames = (first + "".join(stream)).split("\n\n")
         # A stream that has begun is told in a frame of its own.
         assert frames[-2] == "data: [DONE]" and json.loads(frames[-3].removeprefix("data: "))["error"]["code"] == "request_timeout"
-    answered = wait_for(lambda: (again := http.post(f"{narrow.base}/v1/chat/completions", json=capital.request())).status_code == 200 and again, "room")
+    answered = wait_for(lambda: (again := http.post(f"{hurried.base}/v1/chat/completions", json=capital.request())).status_code == 200 and again, "room")
     assert questions.text(answered.json()) == capital.answer
 
 
