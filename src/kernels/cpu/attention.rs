@@ -54,13 +54,6 @@ impl Cache {
         Ok(Self { k: pages(width * shape.padded())?, v: pages(width * shape.block_size)?, blocks, shape })
     }
 
-    /// Touches every page, so that the memory is taken now and not during a request.
-    pub fn touch(&mut self) {
-        for map in [&mut self.k, &mut self.v] {
-            map.chunks_mut(4096).for_each(|page| page[0] = 0);
-        }
-    }
-
     /// A key, and a value, of one slot and head, for tests.
     pub fn read(&self, slot: usize, head: usize) -> (Vec<f32>, Vec<f32>) {
         let Shape { kv, d, block_size } = self.shape;
