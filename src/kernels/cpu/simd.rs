@@ -5,6 +5,8 @@
 
 use half::{bf16, f16};
 
+#[cfg(target_arch = "aarch64")]
+pub mod neon;
 mod portable;
 #[cfg(target_arch = "x86_64")]
 pub mod x86;
@@ -74,9 +76,14 @@ pub enum Level {
     Avx512,
     #[cfg(target_arch = "x86_64")]
     Avx512Vnni,
+    #[cfg(target_arch = "aarch64")]
+    Neon,
+    /// With the byte dot product.
+    #[cfg(target_arch = "aarch64")]
+    NeonDot,
 }
 
-/// The best level, found once. `WORKER_CANDLE_SIMD=portable|avx2|avx2vnni|avx512` lowers it, for tests.
+/// The best level, found once. `WORKER_CANDLE_SIMD=portable|avx2|avx2vnni|avx512|avx512vnni`, or `portable|neon|neondot`, lowers it, for tests.
 pub fn level() -> Level {
     static LEVEL: std::sync::OnceLock<Level> = std::sync::OnceLock::new();
     *LEVEL.get_or_init(|| detect(&std::env::var("WORKER_CANDLE_SIMD").unwrap_or_default()))
@@ -97,7 +104,17 @@ fn detect(asked: &str) -> Level {
     levels[from..].iter().find(|(_, there, _)| *there).map_or(Level::Portable, |(.., level)| *level)
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(target_arch = "aarch64")]
+fn detect(asked: &str) -> Level {
+    match asked {
+        "portable" => Level::Portable,
+        "neon" => Level::Neon,
+        _ if std::arch::is_aarch64_feature_detected!("dotprod") => Level::NeonDot,
+        _ => Level::Neon,
+    }
+}
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn detect(_asked: &str) -> Level {
     Level::Portable
 }
@@ -118,6 +135,8 @@ pub fn most_rows() -> usize {
         Level::Avx512 | Level::Avx512Vnni => x86::Avx512::MR,
         #[cfg(target_arch = "x86_64")]
         Level::Avx2 | Level::Avx2Vnni => x86::Avx2::MR,
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon | Level::NeonDot => neon::Neon::MR,
         Level::Portable => Portable::MR,
     }
 }
@@ -147,6 +166,11 @@ macro_rules! dispatch {
         unsafe fn avx2($($arg: $type),*) {
             unsafe { $kernel::<$crate::kernels::cpu::simd::x86::Avx2, $($generic),*>($($arg),*) }
         }
+        #[cfg(target_arch = "aarch64")]
+        #[target_feature(enable = "neon,dotprod")]
+        unsafe fn neondot($($arg: $type),*) {
+            unsafe { $kernel::<$crate::kernels::cpu::simd::neon::NeonDot, $($generic),*>($($arg),*) }
+        }
         // SAFETY: `level` has seen the features on this processor.
         unsafe {
             match $crate::kernels::cpu::simd::level() {
@@ -158,9 +182,17 @@ macro_rules! dispatch {
                 $crate::kernels::cpu::simd::Level::Avx2Vnni => avx2vnni($($arg),*),
                 #[cfg(target_arch = "x86_64")]
                 $crate::kernels::cpu::simd::Level::Avx2 => avx2($($arg),*),
+                #[cfg(target_arch = "aarch64")]
+                $crate::kernels::cpu::simd::Level::NeonDot => neondot($($arg),*),
+                // Every processor of this kind has it: no features beyond those of the build.
+                #[cfg(target_arch = "aarch64")]
+                $crate::kernels::cpu::simd::Level::Neon => $kernel::<$crate::kernels::cpu::simd::neon::Neon, $($generic),*>($($arg),*),
                 $crate::kernels::cpu::simd::Level::Portable => $kernel::<$crate::kernels::cpu::simd::Portable, $($generic),*>($($arg),*),
             }
         }
     }};
 }
 pub(crate) use dispatch;
+
+#[cfg(test)]
+mod tests;

@@ -2,7 +2,7 @@
 
 use super::{Simd, bf16, f16};
 
-/// Eight lanes the compiler vectorises itself (NEON, SSE2).
+/// Eight lanes that the compiler makes what it can of.
 #[derive(Clone, Copy)]
 pub struct Portable;
 
