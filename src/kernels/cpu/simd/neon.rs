@@ -124,15 +124,16 @@ macro_rules! neon {
                     both!($dot(acc, w, x))
                 }
             }
+            // `nomem`, since nothing is read: else sums would go to memory before each of these.
             #[inline(always)]
             fn prefetch<T>(p: *const T) {
                 // SAFETY: any address will do.
-                unsafe { asm!("prfm pldl1keep, [{}]", in(reg) p, options(readonly, nostack, preserves_flags)) }
+                unsafe { asm!("prfm pldl1keep, [{}]", in(reg) p, options(nomem, nostack, preserves_flags)) }
             }
             #[inline(always)]
             fn prefetch_far<T>(p: *const T) {
                 // SAFETY: any address will do.
-                unsafe { asm!("prfm pldl2keep, [{}]", in(reg) p, options(readonly, nostack, preserves_flags)) }
+                unsafe { asm!("prfm pldl2keep, [{}]", in(reg) p, options(nomem, nostack, preserves_flags)) }
             }
         }
     };
