@@ -32,6 +32,9 @@ struct Options {
     /// Strategies to measure.
     #[arg(long, value_delimiter = ',', default_value = "wint8,wint4")]
     quantization: Vec<String>,
+    /// Measures `DTYPE=bfloat16`, too: weights as stored, activations rounded where this processor multiplies bf16.
+    #[arg(long)]
+    bf16_activations: bool,
     /// Texts: paragraphs of a text file, or the questions and answers of a JSON file like `handler-tests/fixtures/demo-model/questions.json`.
     #[arg(long, default_value = "examples/quality/texts.txt")]
     texts: PathBuf,
@@ -53,25 +56,36 @@ fn run(options: &Options) -> Result<(), Fail> {
     let tokenizer = Tokenizer::load(&files)?;
     let texts = read_texts(&options.texts)?;
     let ids = texts.iter().map(|text| tokenizer.encode(text, Special::Control)).collect::<Result<Vec<_>, _>>()?;
-    let (original, about) = logits(&files, &tokenizer, &ids, Quantization::AsStored)?;
+    let (original, about) = logits(&files, &tokenizer, &ids, Quantization::AsStored, false)?;
     let positions = ids.iter().map(Vec::len).sum::<usize>();
     println!("{}: {} parameters, {}, {positions} positions of {}", files.name, about.parameters, about.device, options.texts.display());
     println!("| {:<58} | MiB read per token | KL mean | KL p95 | KL max | same top token |", "weights");
     println!("|---|---|---|---|---|---|");
-    row(&about, &compare(&original, &original));
+    row(&about.weights, &about, &compare(&original, &original));
+    if options.bf16_activations {
+        let (other, about) = logits(&files, &tokenizer, &ids, Quantization::AsStored, true)?;
+        row(&format!("{} on {}", about.weights, about.device), &about, &compare(&original, &other));
+    }
     for name in &options.quantization {
-        let (other, about) = logits(&files, &tokenizer, &ids, quantization(name)?)?;
-        row(&about, &compare(&original, &other));
+        let (other, about) = logits(&files, &tokenizer, &ids, quantization(name)?, false)?;
+        row(&about.weights, &about, &compare(&original, &other));
     }
     Ok(())
 }
 
 /// Every text's logits, from a runner on a thread of its own.
-fn logits(files: &ModelFiles, tokenizer: &Tokenizer, ids: &[Vec<u32>], form: Quantization) -> Result<(Logits, About), Fail> {
+fn logits(
+    files: &ModelFiles,
+    tokenizer: &Tokenizer,
+    ids: &[Vec<u32>],
+    form: Quantization,
+    bf16_activations: bool,
+) -> Result<(Logits, About), Fail> {
     let longest = ids.iter().map(Vec::len).max().unwrap_or(1);
     let settings = EngineSettings {
         device: DeviceChoice::Cpu,
         quantization: form,
+        bf16_activations,
         max_model_len: Some(longest),
         max_num_seqs: Some(1),
         ..Default::default()
@@ -93,10 +107,10 @@ fn compare(original: &Logits, other: &Logits) -> Comparison {
     comparison
 }
 
-fn row(about: &About, comparison: &Comparison) {
+fn row(label: &str, about: &About, comparison: &Comparison) {
     println!(
         "| {:<58} | {:.1} | {:.6} | {:.6} | {:.6} | {:.2}% |",
-        about.weights,
+        label,
         about.bytes_per_step as f64 / (1 << 20) as f64,
         comparison.mean(),
         comparison.quantile(0.95),

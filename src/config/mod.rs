@@ -136,6 +136,8 @@ pub struct EngineSettings {
     pub device: DeviceChoice,
     pub threads: Option<usize>,
     pub quantization: Quantization,
+    /// Activations may be rounded to bf16 (`DTYPE`).
+    pub bf16_activations: bool,
     pub max_model_len: Option<usize>,
     pub max_num_seqs: Option<usize>,
     pub max_num_batched_tokens: Option<usize>,

@@ -106,6 +106,7 @@ const WORKS: &[(&str, &str)] = &[
     ("DEVICE", "auto: the first GPU in a CUDA build, else the CPU"),
     ("THREADS", "auto: all cores"),
     ("QUANTIZATION", "BF16: as stored"),
+    ("DTYPE", "auto: f32 on the CPU, bf16 on a GPU"),
     ("MAX_MODEL_LEN", "auto: the model's, bounded by memory"),
     ("MAX_NUM_SEQS", "auto: 16 on the CPU, up to 256 on a GPU"),
     ("MAX_NUM_BATCHED_TOKENS", "auto: 256 to 512 on the CPU, 2048 on a GPU"),
@@ -244,7 +245,6 @@ const REFUSED: &[(&str, &[Refusal])] = &[
         ("OVERRIDE_ATTENTION_DTYPE", &[]),
     ]),
     ("this version keeps the types it was built for: set auto or bfloat16, or unset it", &[
-        ("DTYPE", &["auto", "bfloat16", "bf16"]),
         ("KV_CACHE_DTYPE", &["auto", "bfloat16", "bf16"]),
     ]),
     ("this version reads Safetensors only: set auto, or convert the model", &[

@@ -89,6 +89,7 @@ impl Reader {
             device: self.device(env),
             threads: self.count("THREADS", &env.threads, 1, &["auto", "0"]),
             quantization: self.quantization(env),
+            bf16_activations: self.choice("DTYPE", &env.dtype, &[("auto", false), ("bfloat16", true), ("bf16", true)]).unwrap_or_default(),
             max_model_len: self.count("MAX_MODEL_LEN", &env.max_model_len, 1, AUTO),
             max_num_seqs: self.count("MAX_NUM_SEQS", &env.max_num_seqs, 1, &["auto"]),
             max_num_batched_tokens: self.count("MAX_NUM_BATCHED_TOKENS", &env.max_num_batched_tokens, 1, &["auto", "0"]),

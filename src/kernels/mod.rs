@@ -30,6 +30,16 @@ pub enum Rope {
     Half,
 }
 
+/// What activations are where they meet weights of bf16.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Products {
+    /// f32, or two terms of bf16 where tiles of them are faster still.
+    #[default]
+    F32,
+    /// Rounded to bf16 on processors that multiply bf16: twice as fast there. Elsewhere f32.
+    Bf16,
+}
+
 /// One sequence's part of a step.
 #[derive(Debug, Clone)]
 pub struct BatchRow {

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::cpu::attention::Shape;
 use super::cpu::packed::{Columns, Form, Packed};
-use super::{BatchRow, Inputs, Matrix, Rope, Sizes, composed, cpu};
+use super::{BatchRow, Inputs, Matrix, Products, Rope, Sizes, composed, cpu};
 
 fn random(shape: &[usize], seed: &mut u64) -> Tensor {
     let n: usize = shape.iter().product();
@@ -108,7 +108,7 @@ proptest! {
         {
             let row = [BatchRow { start: 0, len: all, context: all, blocks: Arc::new((0..step.blocks as u32).collect()) }];
             let inputs = Inputs { tokens: &everywhere, positions: &everywhere, slots: &everywhere, rows: &row, frequencies: &frequencies };
-            let mut ours = cpu::Activations::new(Sizes { max_tokens: all, ..sizes }, threads).unwrap();
+            let mut ours = cpu::Activations::new(Sizes { max_tokens: all, ..sizes }, threads, Products::F32).unwrap();
             ours.begin(&inputs).unwrap();
             ours.set_x(&values(&earlier));
             ours.norm(&weight, 1e-5).unwrap();
@@ -122,7 +122,7 @@ proptest! {
             theirs.rope_and_store(heads, rope, &tensors).unwrap();
         }
 
-        let mut ours = cpu::Activations::new(sizes, threads).unwrap();
+        let mut ours = cpu::Activations::new(sizes, threads, Products::F32).unwrap();
         ours.begin(&inputs).unwrap();
         ours.set_x(&values(&x));
         ours.norm(&weight, 1e-5).unwrap();
@@ -160,7 +160,7 @@ proptest! {
         assert_close(&attended, &composed::paged_attention(q, &cut, &tensors).unwrap(), 3e-5, "cut finely");
 
         // Token by token, alone: the same bits.
-        let (x, mut alone) = (values(&x), cpu::Activations::new(sizes, 1).unwrap());
+        let (x, mut alone) = (values(&x), cpu::Activations::new(sizes, 1, Products::F32).unwrap());
         for row in &step.rows {
             for i in 0..row.len {
                 let at = row.start + i;
@@ -188,7 +188,7 @@ proptest! {
         let positions: Vec<u32> = (0..t as u32).collect();
         let rows = [BatchRow { start: 0, len: t, context: t, blocks: Arc::new((0..t.div_ceil(16) as u32).collect()) }];
         let inputs = Inputs { tokens: &tokens, positions: &positions, slots: &positions, rows: &rows, frequencies: &[1.0] };
-        let (mut ours, mut theirs) = (cpu::Activations::new(sizes, 2).unwrap(), composed::Activations::new(&Device::Cpu, 16));
+        let (mut ours, mut theirs) = (cpu::Activations::new(sizes, 2, Products::F32).unwrap(), composed::Activations::new(&Device::Cpu, 16));
         ours.begin(&inputs).unwrap();
         theirs.begin(&inputs).unwrap();
         let packed = pack(&table, Columns::Plain);

@@ -336,7 +336,7 @@ fn a_cut_file_is_an_error() {
 #[test]
 fn the_values_inside_the_layers() {
     use crate::kernels::cpu::packed::{Columns, Form, Packed};
-    use crate::kernels::{Activations, BatchRow, Inputs, KvCache, Matrix, Rope, Sizes, composed, cpu};
+    use crate::kernels::{Activations, BatchRow, Inputs, KvCache, Matrix, Products, Rope, Sizes, composed, cpu};
     use candle_core::{DType, Device, Tensor};
     let all = tiny();
     let tensor = |name: &str| {
@@ -364,7 +364,7 @@ fn the_values_inside_the_layers() {
         let mut values = if on_tensors {
             Activations::Tensors(Box::new(composed::Activations::new(&Device::Cpu, 8)))
         } else {
-            Activations::Cpu(Box::new(cpu::Activations::new(sizes, 2).unwrap()))
+            Activations::Cpu(Box::new(cpu::Activations::new(sizes, 2, Products::F32).unwrap()))
         };
         let pack = |tensor: &Tensor, columns: Columns| {
             let rows = tensor.to_vec2::<f32>().unwrap();

@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::config::{DeviceChoice, EngineSettings};
 use crate::error::Failure;
-use crate::kernels::{self, Activations, BatchRow, Inputs, KvCache, cpu};
+use crate::kernels::{self, Activations, BatchRow, Inputs, KvCache, Products, cpu};
 use crate::models::architecture::Architecture;
 use crate::models::files::ModelFiles;
 use crate::models::memory::{self, LOGITS_ROWS, Memory, MemoryPlan};
@@ -74,14 +74,14 @@ impl ModelRunner {
         let caches = allocate(&model, &plan.shape, kv_dtype, &device)?;
         let values = if device.is_cpu() {
             let sizes = model.shape.sizes(plan.shape.max_num_batched_tokens, LOGITS_ROWS, plan.shape.block_size);
-            let values = cpu::Activations::new(sizes, threads);
+            let values = cpu::Activations::new(sizes, threads, products(settings, &device));
             let values = values.map_err(|error| Failure::internal(format!("cannot start {threads} computing threads: {error}")))?;
             Activations::Cpu(Box::new(values))
         } else {
             Activations::Tensors(Box::new(kernels::composed::Activations::new(&device, plan.shape.block_size)))
         };
         let about = About {
-            device: describe(&device),
+            device: describe(&device, settings),
             threads: if device.is_cpu() { threads } else { 0 },
             weights: model.weight_form(),
             parameters: model.shape.parameters(),
@@ -278,8 +278,20 @@ impl Planned {
         let weights = WeightPlan::new(shape, checkpoint, !device.is_cpu(), settings.quantization)?;
         let element = kv_dtype(&device).size_in_bytes();
         let memory = MemoryPlan::new(shape, vocab_size, weights.bytes, element, device_memory(&device), settings)?;
-        Ok(Self { device: describe(&device), weights, memory })
+        Ok(Self { device: describe(&device, settings), weights, memory })
     }
+}
+
+/// What `DTYPE` asks for on this processor.
+fn products(settings: &EngineSettings, device: &Device) -> Products {
+    if !settings.bf16_activations || !device.is_cpu() {
+        return Products::F32;
+    }
+    if !cpu::matmul::has_bf16() {
+        tracing::info!("DTYPE=bfloat16 has no effect on this processor: it does not multiply bf16, activations stay f32");
+        return Products::F32;
+    }
+    Products::Bf16
 }
 
 fn kv_dtype(device: &Device) -> DType {
@@ -327,8 +339,12 @@ pub fn open_device(choice: DeviceChoice) -> Result<Device, Failure> {
     }
 }
 
-fn describe(device: &Device) -> String {
-    if device.is_cpu() { format!("cpu ({:?})", crate::kernels::cpu::simd::level()) } else { cuda::describe(device) }
+fn describe(device: &Device, settings: &EngineSettings) -> String {
+    if !device.is_cpu() {
+        return cuda::describe(device);
+    }
+    let rounded = if settings.bf16_activations && cpu::matmul::has_bf16() { ", bf16 activations" } else { "" };
+    format!("cpu ({:?}{rounded})", cpu::simd::level())
 }
 
 fn device_memory(device: &Device) -> Memory {

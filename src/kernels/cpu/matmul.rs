@@ -11,8 +11,15 @@ use half::f16;
 
 use super::packed::{BLOCK, BLOCK8, Columns, Form, PANEL, Packed, SUB4, SUPER, SUPER4};
 use super::pool::Pool;
+#[cfg(target_arch = "x86_64")]
+use super::simd::Level;
 use super::simd::{self, Simd, dispatch};
-use super::{Ptr, PtrMut, elementwise::exp};
+use super::{Products, Ptr, PtrMut, elementwise::exp};
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
+#[cfg(target_arch = "x86_64")]
+mod pairs;
 
 /// Below so many multiply-adds the work is not worth a second thread.
 const SERIAL_WORK: usize = 64 * 1024;
@@ -22,6 +29,8 @@ const TASK_BYTES: usize = 128 * 1024;
 const AHEAD: usize = 4096;
 /// The same into the second cache (measured: 12 KB beats 4 and 24).
 const FAR: usize = 12 * 1024;
+/// Numbers in a cache line.
+const LINE: usize = 16;
 /// Rows up to which memory is still as slow as the arithmetic, so that tasks are longer than a panel.
 const FEW_ROWS: usize = 64;
 
@@ -33,6 +42,49 @@ pub enum Then {
     Add,
 }
 
+/// How weights meet activations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// Weights widened to f32, multiplied and added at once.
+    Fused,
+    /// Activations of 8 bits.
+    Integers,
+    /// Activations rounded to bf16, two products at once.
+    #[cfg(target_arch = "x86_64")]
+    Pairs,
+    /// The same in tiles.
+    #[cfg(target_arch = "x86_64")]
+    Tiles,
+    /// Activations as two terms of bf16, in tiles.
+    #[cfg(target_arch = "x86_64")]
+    TilesSplit,
+}
+
+impl Way {
+    fn of(form: Form, products: Products) -> Self {
+        match (form, simd::level(), products) {
+            (Form::Int8 | Form::Int4, ..) => Self::Integers,
+            #[cfg(target_arch = "x86_64")]
+            (Form::Bf16, Level::Amx, Products::Bf16) => Self::Tiles,
+            #[cfg(target_arch = "x86_64")]
+            (Form::Bf16, Level::Amx, Products::F32) => Self::TilesSplit,
+            #[cfg(target_arch = "x86_64")]
+            (Form::Bf16, Level::Avx512Bf16, Products::Bf16) => Self::Pairs,
+            _ => Self::Fused,
+        }
+    }
+}
+
+/// Whether this processor has products of bf16, so that [`Products::Bf16`] makes a difference.
+pub fn has_bf16() -> bool {
+    !matches!(Way::of(Form::Bf16, Products::Bf16), Way::Fused)
+}
+
+/// Activations that [`Scratch`] needs room for: `t` rows of `k`, in whole tiles.
+pub fn scratch_values(t: usize, k: usize) -> usize {
+    t.next_multiple_of(16) * k.next_multiple_of(32)
+}
+
 /// Room for activations as the kernels want them, made once: rows of a tile interleaved, so that what one step of k needs lies in one
 /// line (rows a power of two apart would also fight for one set of the cache); for weights of 8 and 4 bits rounded to 8.
 #[derive(Debug, Default)]
@@ -42,17 +94,30 @@ pub struct Scratch {
     scales: Vec<f32>,
     /// Sums of 32 rounded values.
     sums: Vec<i32>,
+    products: Products,
 }
 
 impl Scratch {
     /// For up to `values` activations.
-    pub fn with_capacity(values: usize) -> Self {
-        Self { x: vec![0.0; values], values: vec![0; values], scales: vec![0.0; values / BLOCK], sums: vec![0; values / BLOCK] }
+    pub fn with_capacity(values: usize, products: Products) -> Self {
+        Self {
+            products,
+            x: vec![0.0; values + LINE],
+            values: vec![0; values],
+            scales: vec![0.0; values / BLOCK],
+            sums: vec![0; values / BLOCK],
+        }
+    }
+
+    /// Where arranged activations begin: at a cache line.
+    fn aligned(&mut self) -> *mut f32 {
+        let x = self.x.as_mut_ptr();
+        x.wrapping_add(x.align_offset(4 * LINE))
     }
 
     fn reserve(&mut self, values: usize) {
         if self.values.len() < values {
-            *self = Self::with_capacity(values);
+            *self = Self::with_capacity(values, self.products);
         }
     }
 }
@@ -82,16 +147,23 @@ pub fn matmul(pool: &mut Pool, x: &[f32], w: &Packed, bias: Option<&[f32]>, then
     let n = if w.columns == Columns::Gated { w.n / 2 } else { w.n };
     assert!(x.len() == m * k && out.len() == m * n, "matmul: x of {}, out of {} for {w:?}", x.len(), out.len());
     assert!(bias.is_none_or(|bias| bias.len() == w.n), "matmul: bias for {w:?}");
-    if matches!(w.form, Form::Int8 | Form::Int4) {
-        round(pool, x, k, scratch);
-    } else if m > 1 {
-        interleave(pool, x, k, scratch);
+    let way = Way::of(w.form, scratch.products);
+    match way {
+        Way::Integers => round(pool, x, k, scratch),
+        Way::Fused if m > 1 => interleave(pool, x, k, scratch),
+        Way::Fused => {}
+        #[cfg(target_arch = "x86_64")]
+        Way::Pairs => pairs::arrange(pool, x, k, scratch),
+        #[cfg(target_arch = "x86_64")]
+        Way::Tiles => amx::arrange::<1>(pool, x, k, scratch),
+        #[cfg(target_arch = "x86_64")]
+        Way::TilesSplit => amx::arrange::<2>(pool, x, k, scratch),
     }
     let job = Job {
         m,
         k,
         n,
-        x: Ptr(if m > 1 { scratch.x.as_ptr() } else { x.as_ptr() }),
+        x: Ptr(if way == Way::Fused && m == 1 { x.as_ptr() } else { scratch.aligned() }),
         values: Ptr(scratch.values.as_ptr()),
         scales: Ptr(scratch.scales.as_ptr()),
         sums: Ptr(scratch.sums.as_ptr()),
@@ -102,18 +174,30 @@ pub fn matmul(pool: &mut Pool, x: &[f32], w: &Packed, bias: Option<&[f32]>, then
         columns: w.columns,
         then,
     };
-    let run: fn(Job, usize, usize) = match w.form {
-        Form::F32 => |job, from, to| dispatch!(panels::<WeightsF32>(job: Job, from: usize, to: usize)),
-        Form::Bf16 => |job, from, to| dispatch!(panels::<WeightsBf16>(job: Job, from: usize, to: usize)),
-        Form::Int8 => |job, from, to| dispatch!(panels::<Weights8>(job: Job, from: usize, to: usize)),
-        Form::Int4 => |job, from, to| dispatch!(panels::<Weights4>(job: Job, from: usize, to: usize)),
+    // SAFETY: what a way needs of the processor, `Way::of` has seen.
+    let run: fn(Job, usize, usize) = match (way, w.form) {
+        #[cfg(target_arch = "x86_64")]
+        (Way::Pairs, _) => |job, from, to| unsafe { pairs::panels(job, from, to) },
+        #[cfg(target_arch = "x86_64")]
+        (Way::Tiles, _) => |job, from, to| unsafe { amx::panels::<1>(job, from, to) },
+        #[cfg(target_arch = "x86_64")]
+        (Way::TilesSplit, _) => |job, from, to| unsafe { amx::panels::<2>(job, from, to) },
+        (_, Form::F32) => |job, from, to| dispatch!(panels::<WeightsF32>(job: Job, from: usize, to: usize)),
+        (_, Form::Bf16) => |job, from, to| dispatch!(panels::<WeightsBf16>(job: Job, from: usize, to: usize)),
+        (_, Form::Int8) => |job, from, to| dispatch!(panels::<Weights8>(job: Job, from: usize, to: usize)),
+        (_, Form::Int4) => |job, from, to| dispatch!(panels::<Weights4>(job: Job, from: usize, to: usize)),
     };
     let panels = w.panels();
     if m * panels * PANEL * k <= SERIAL_WORK {
         return run(job, 0, panels);
     }
     // Long streams for few rows; for many, one panel is work enough, and the last tasks end together.
-    let least = if m > FEW_ROWS { 1 } else { TASK_BYTES.div_ceil(job.panel_bytes) };
+    let many = match way {
+        #[cfg(target_arch = "x86_64")]
+        Way::Tiles | Way::TilesSplit => amx::PANELS,
+        _ => 1,
+    };
+    let least = if m > FEW_ROWS { many } else { TASK_BYTES.div_ceil(job.panel_bytes) };
     let per_task = least.min(panels.div_ceil(2 * pool.threads())).max(1);
     pool.run(panels.div_ceil(per_task), &|task, _| run(job, task * per_task, panels.min((task + 1) * per_task)));
 }
@@ -424,10 +508,8 @@ impl Weights for Weights4 {
 /// Writes the rows of each tile side by side: `[tile][k][rows]`.
 fn interleave(pool: &mut Pool, x: &[f32], k: usize, scratch: &mut Scratch) {
     scratch.reserve(x.len());
-    let m = x.len() / k;
-    let target = PtrMut(scratch.x.as_mut_ptr());
-    let most = simd::most_rows();
-    let tile = |row: usize, rows: usize| {
+    let target = PtrMut(scratch.aligned());
+    by_tiles(pool, x.len() / k, k, &|row, rows| {
         // SAFETY: a tile's rows are this task's alone, and reserved above.
         let out = unsafe { std::slice::from_raw_parts_mut(target.ptr().add(row * k), rows * k) };
         for (r, x) in x[row * k..(row + rows) * k].chunks_exact(k).enumerate() {
@@ -435,13 +517,18 @@ fn interleave(pool: &mut Pool, x: &[f32], k: usize, scratch: &mut Scratch) {
                 out[i * rows + r] = *value;
             }
         }
-    };
+    });
+}
+
+/// Runs `f(row, rows)` for the tiles that [`panels`] will take of `m` rows, on all threads when it is worth it.
+fn by_tiles(pool: &mut Pool, m: usize, k: usize, f: &(dyn Fn(usize, usize) + Sync)) {
+    let most = simd::most_rows();
     let tiles = |from: usize, to: usize| {
         let mut row = 0;
         while row < to {
             let rows = tile_rows(m - row, most);
             if row >= from {
-                tile(row, rows);
+                f(row, rows);
             }
             row += rows;
         }

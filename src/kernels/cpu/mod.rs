@@ -4,7 +4,7 @@
 
 use candle_core::{CpuStorage, Error, Result, Storage, Tensor};
 
-use super::{BatchRow, Inputs, Rope, Sizes};
+use super::{BatchRow, Inputs, Products, Rope, Sizes};
 
 pub mod attention;
 mod elementwise;
@@ -93,7 +93,7 @@ pub struct Activations {
 }
 
 impl Activations {
-    pub fn new(sizes: Sizes, threads: usize) -> std::io::Result<Self> {
+    pub fn new(sizes: Sizes, threads: usize, products: Products) -> std::io::Result<Self> {
         let pool = Pool::new(threads)?;
         let t = sizes.max_tokens;
         let qkv = (sizes.heads + 2 * sizes.kv) * sizes.d;
@@ -113,7 +113,7 @@ impl Activations {
             gated: vec![0.0; t * sizes.intermediate],
             logits: vec![0.0; sizes.max_logits * sizes.vocab],
             picked: 0,
-            scratch: matmul::Scratch::with_capacity(t * widest),
+            scratch: matmul::Scratch::with_capacity(matmul::scratch_values(t, widest), products),
             attention: attention::Scratch::new(t, pool.threads(), sizes.heads, shape),
             pool,
             sizes,
@@ -123,8 +123,9 @@ impl Activations {
     /// Bytes of all buffers.
     pub fn bytes(sizes: &Sizes) -> usize {
         let widest = sizes.hidden.max(sizes.heads * sizes.d).max(sizes.intermediate);
-        let per_token = 2 * sizes.hidden + (2 * sizes.heads + 2 * sizes.kv) * sizes.d + sizes.intermediate + widest * 3 / 2;
-        4 * (sizes.max_tokens * per_token + sizes.max_logits * sizes.vocab)
+        let per_token = 2 * sizes.hidden + (2 * sizes.heads + 2 * sizes.kv) * sizes.d + sizes.intermediate;
+        let scratch = matmul::scratch_values(sizes.max_tokens, widest) * 3 / 2;
+        4 * (sizes.max_tokens * per_token + scratch + sizes.max_logits * sizes.vocab)
     }
 
     pub fn begin(&mut self, inputs: &Inputs<'_>) -> Result<()> {

@@ -55,6 +55,15 @@ pub trait Simd: Copy {
     unsafe fn dot_nibbles(acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
     /// The same for weights stored as `w + 128`; see [`Simd::BIASED`].
     unsafe fn dot_biased(acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
+    /// Adds to every lane the two products of its pair of bf16 in `w` with the pair `x`.
+    #[inline(always)]
+    unsafe fn dot_bf16(acc: Self::V, w: *const bf16, x: *const u32) -> Self::V {
+        unsafe {
+            let ((even, odd), x) = (Self::load_bf16_pairs(w), *x);
+            let acc = Self::mul_add(Self::splat(f32::from_bits(x << 16)), even, acc);
+            Self::mul_add(Self::splat(f32::from_bits(x & 0xffff_0000)), odd, acc)
+        }
+    }
     /// Asks for a cache line that will be read soon; any address will do.
     #[inline(always)]
     fn prefetch<T>(_p: *const T) {}
@@ -76,6 +85,12 @@ pub enum Level {
     Avx512,
     #[cfg(target_arch = "x86_64")]
     Avx512Vnni,
+    /// With the dot product of pairs of bf16.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
+    /// With tiles of bf16.
+    #[cfg(target_arch = "x86_64")]
+    Amx,
     #[cfg(target_arch = "aarch64")]
     Neon,
     /// With the byte dot product.
@@ -83,7 +98,8 @@ pub enum Level {
     NeonDot,
 }
 
-/// The best level, found once. `WORKER_CANDLE_SIMD=portable|avx2|avx2vnni|avx512|avx512vnni`, or `portable|neon|neondot`, lowers it, for tests.
+/// The best level, found once. `WORKER_CANDLE_SIMD=portable|avx2|avx2vnni|avx512|avx512vnni|avx512bf16|amx`, or
+/// `portable|neon|neondot`, lowers it, for tests.
 pub fn level() -> Level {
     static LEVEL: std::sync::OnceLock<Level> = std::sync::OnceLock::new();
     *LEVEL.get_or_init(|| detect(&std::env::var("WORKER_CANDLE_SIMD").unwrap_or_default()))
@@ -93,7 +109,10 @@ pub fn level() -> Level {
 fn detect(asked: &str) -> Level {
     let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
     let avx512 = avx2 && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
+    let bf16 = avx512 && is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512bf16");
     let levels = [
+        ("amx", bf16 && super::matmul::amx::available(), Level::Amx),
+        ("avx512bf16", bf16, Level::Avx512Bf16),
         ("avx512vnni", avx512 && is_x86_feature_detected!("avx512vnni"), Level::Avx512Vnni),
         ("avx512", avx512, Level::Avx512),
         ("avx2vnni", avx2 && is_x86_feature_detected!("avxvnni"), Level::Avx2Vnni),
@@ -123,7 +142,7 @@ fn detect(_asked: &str) -> Level {
 pub fn lanes() -> usize {
     match level() {
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 | Level::Avx512Vnni => 16,
+        Level::Avx512 | Level::Avx512Vnni | Level::Avx512Bf16 | Level::Amx => 16,
         _ => 8,
     }
 }
@@ -132,7 +151,7 @@ pub fn lanes() -> usize {
 pub fn most_rows() -> usize {
     match level() {
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 | Level::Avx512Vnni => x86::Avx512::MR,
+        Level::Avx512 | Level::Avx512Vnni | Level::Avx512Bf16 | Level::Amx => x86::Avx512::MR,
         #[cfg(target_arch = "x86_64")]
         Level::Avx2 | Level::Avx2Vnni => x86::Avx2::MR,
         #[cfg(target_arch = "aarch64")]
@@ -175,7 +194,7 @@ macro_rules! dispatch {
         unsafe {
             match $crate::kernels::cpu::simd::level() {
                 #[cfg(target_arch = "x86_64")]
-                $crate::kernels::cpu::simd::Level::Avx512Vnni => avx512vnni($($arg),*),
+                $crate::kernels::cpu::simd::Level::Avx512Vnni | $crate::kernels::cpu::simd::Level::Avx512Bf16 | $crate::kernels::cpu::simd::Level::Amx => avx512vnni($($arg),*),
                 #[cfg(target_arch = "x86_64")]
                 $crate::kernels::cpu::simd::Level::Avx512 => avx512($($arg),*),
                 #[cfg(target_arch = "x86_64")]

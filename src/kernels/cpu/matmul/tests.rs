@@ -51,13 +51,15 @@ proptest! {
 
     #[test]
     fn equals_the_plain_sum_and_each_row_is_independent(
-        m in 1usize..40, n in 1usize..120, width in 1usize..90, form in 0usize..4, threads in 1usize..4, seed in any::<u64>(),
+        m in 1usize..40, n in 1usize..120, width in 1usize..90, form in 0usize..5, threads in 1usize..4, seed in any::<u64>(),
     ) {
-        let (form, k) = [(Form::F32, width), (Form::Bf16, width), (Form::Int8, (width % 9 + 1) * BLOCK), (Form::Int4, (width % 3 + 1) * SUPER)][form];
+        let products = if form == 4 { Products::Bf16 } else { Products::F32 };
+        let forms = [Form::F32, Form::Bf16, Form::Int8, Form::Int4, Form::Bf16];
+        let (form, k) = (forms[form], [width, width, (width % 9 + 1) * BLOCK, (width % 3 + 1) * SUPER, width][form]);
         let w = random(n, k, form, Columns::Plain, seed);
         let x = numbers(m * k, seed ^ 99);
         let bias = numbers(n, seed ^ 5);
-        let (mut pool, mut scratch) = (Pool::new(threads).unwrap(), Scratch::default());
+        let (mut pool, mut scratch) = (Pool::new(threads).unwrap(), Scratch::with_capacity(0, products));
         let mut out = vec![1f32; m * n];
         matmul(&mut pool, &x, &w, Some(&bias), Then::Add, &mut scratch, &mut out);
         let mut row = vec![0f32; k];
@@ -65,7 +67,11 @@ proptest! {
             w.row(column, &mut row);
             for r in 0..m {
                 let x = &x[r * k..(r + 1) * k];
-                let x: Vec<f64> = if matches!(form, Form::F32 | Form::Bf16) { x.iter().map(|x| f64::from(*x)).collect() } else { rounded(x) };
+                let x: Vec<f64> = match form {
+                    Form::Int8 | Form::Int4 => rounded(x),
+                    Form::Bf16 if products == Products::Bf16 && has_bf16() => x.iter().map(|x| bf16::from_f32(*x).to_f64()).collect(),
+                    _ => x.iter().map(|x| f64::from(*x)).collect(),
+                };
                 let sum: f64 = x.iter().zip(&row).map(|(x, w)| x * f64::from(*w)).sum();
                 let want = 1.0 + f64::from(bias[column]) + sum;
                 let got = f64::from(out[r * n + column]);
@@ -80,12 +86,13 @@ proptest! {
     }
 
     #[test]
-    fn gates(m in 1usize..30, half in 1usize..70, form in 0usize..4, seed in any::<u64>()) {
-        let (form, k) = [(Form::F32, 33), (Form::Bf16, 70), (Form::Int8, BLOCK), (Form::Int4, SUPER)][form];
+    fn gates(m in 1usize..30, half in 1usize..70, form in 0usize..5, seed in any::<u64>()) {
+        let products = if form == 4 { Products::Bf16 } else { Products::F32 };
+        let (form, k) = [(Form::F32, 33), (Form::Bf16, 70), (Form::Int8, BLOCK), (Form::Int4, SUPER), (Form::Bf16, 70)][form];
         let (gated, plain) = (random(2 * half, k, form, Columns::Gated, seed), random(2 * half, k, form, Columns::Plain, seed));
         let x = numbers(m * k, seed ^ 3);
         let bias = numbers(2 * half, seed ^ 6);
-        let (mut pool, mut scratch) = (Pool::new(2).unwrap(), Scratch::default());
+        let (mut pool, mut scratch) = (Pool::new(2).unwrap(), Scratch::with_capacity(0, products));
         let (mut out, mut both) = (vec![0f32; m * half], vec![0f32; m * 2 * half]);
         matmul(&mut pool, &x, &gated, Some(&bias), Then::Store, &mut scratch, &mut out);
         matmul(&mut pool, &x, &plain, Some(&bias), Then::Store, &mut scratch, &mut both);
@@ -93,6 +100,41 @@ proptest! {
             for i in 0..half {
                 let want = both[i] / (1.0 + (-both[i]).exp()) * both[half + i];
                 prop_assert!((out[i] - want).abs() < 1e-5 * (1.0 + want.abs()), "{} {want}", out[i]);
+            }
+        }
+    }
+}
+
+/// Every remainder: rows of the last tile, what k leaves of a step, columns of the last panel, and numbers that bf16 cannot hold.
+#[test]
+fn rows_and_steps_left_over() {
+    for (m, k, n) in
+        [(1, 1, 1), (15, 31, 31), (16, 32, 32), (17, 33, 33), (31, 63, 65), (32, 64, 64), (33, 66, 40), (49, 97, 96), (100, 160, 300)]
+    {
+        for products in [Products::F32, Products::Bf16] {
+            let (w, x) = (random(n, k, Form::Bf16, Columns::Plain, 7), numbers(m * k, 8));
+            let (mut pool, mut scratch) = (Pool::new(2).unwrap(), Scratch::with_capacity(0, products));
+            let mut out = vec![0f32; m * n];
+            matmul(&mut pool, &x, &w, None, Then::Store, &mut scratch, &mut out);
+            let rounds = products == Products::Bf16 && has_bf16();
+            let mut row = vec![0f32; k];
+            for column in 0..n {
+                w.row(column, &mut row);
+                for r in 0..m {
+                    let term = |i: usize| {
+                        let x = x[r * k + i];
+                        f64::from(if rounds { bf16::from_f32(x).to_f32() } else { x }) * f64::from(row[i])
+                    };
+                    let (got, want): (f64, f64) = (out[r * n + column].into(), (0..k).map(term).sum());
+                    // Two terms of bf16 leave 2^-18 of an activation; f32 leaves 2^-24 of a sum.
+                    let size: f64 = (0..k).map(|i| term(i).abs()).sum();
+                    assert!((got - want).abs() <= size * 2f64.powi(-17), "{products:?} [{m}, {n}, {k}] at {r}, {column}: {got} {want}");
+                }
+            }
+            let mut alone = vec![0f32; n];
+            for r in 0..m {
+                matmul(&mut pool, &x[r * k..(r + 1) * k], &w, None, Then::Store, &mut scratch, &mut alone);
+                assert_eq!(alone, out[r * n..(r + 1) * n], "{products:?} [{m}, {n}, {k}] row {r}");
             }
         }
     }

@@ -14,6 +14,8 @@ pub struct Avx2Vnni;
 pub struct Avx512;
 #[derive(Clone, Copy)]
 pub struct Avx512Vnni;
+#[derive(Clone, Copy)]
+pub struct Avx512Bf16;
 
 macro_rules! avx2 {
     ($level:ident, $biased:literal, $dot_nibbles:expr, $dot_biased:expr) => {
@@ -146,7 +148,7 @@ unsafe fn biased256(acc: __m256i, w: __m256i, x: __m256i) -> __m256i {
 }
 
 macro_rules! avx512 {
-    ($level:ident, $biased:literal, $dot_nibbles:expr, $dot_biased:expr) => {
+    ($level:ident, $biased:literal, $dot_nibbles:expr, $dot_biased:expr, { $($more:tt)* }) => {
         impl Simd for $level {
             const LANES: usize = 16;
             const MR: usize = 12;
@@ -245,11 +247,22 @@ macro_rules! avx512 {
             fn prefetch_far<T>(p: *const T) {
                 unsafe { _mm_prefetch(p.cast(), _MM_HINT_T1) }
             }
+            $($more)*
         }
     };
 }
-avx512!(Avx512, false, nibbles512, biased512);
-avx512!(Avx512Vnni, true, _mm512_dpbusd_epi32, _mm512_dpbusd_epi32);
+avx512!(Avx512, false, nibbles512, biased512, {});
+avx512!(Avx512Vnni, true, _mm512_dpbusd_epi32, _mm512_dpbusd_epi32, {});
+avx512!(Avx512Bf16, true, _mm512_dpbusd_epi32, _mm512_dpbusd_epi32, {
+    #[inline(always)]
+    unsafe fn dot_bf16(acc: __m512, w: *const bf16, x: *const u32) -> __m512 {
+        unsafe {
+            let (w, x) = (_mm512_loadu_si512(w.cast()), _mm512_set1_epi32(*x as i32));
+            // The two types are the same bits.
+            _mm512_dpbf16_ps(acc, std::mem::transmute::<__m512i, __m512bh>(x), std::mem::transmute::<__m512i, __m512bh>(w))
+        }
+    }
+});
 
 #[inline(always)]
 unsafe fn nibbles512(acc: __m512i, w: __m512i, x: __m512i) -> __m512i {
