@@ -69,6 +69,14 @@ unsafe fn floats<S: Simd>(fused: bool, state: &mut u64) {
         let (even, odd) = unaligned(&pairs, |p| S::load_bf16_pairs(p));
         same::<S>(even, |i| pairs[2 * i].to_f32());
         same::<S>(odd, |i| pairs[2 * i + 1].to_f32());
+        let pair = [number(state), number(state)].map(bf16::from_f32);
+        let word = u32::from(pair[0].to_bits()) | u32::from(pair[1].to_bits()) << 16;
+        let sums = lanes_of::<S>(unaligned(&pairs, |p| S::dot_bf16(a, p, &raw const word)));
+        for (i, got) in sums.into_iter().enumerate() {
+            let terms = [x[i].into(), pairs[2 * i].to_f64() * pair[0].to_f64(), pairs[2 * i + 1].to_f64() * pair[1].to_f64()];
+            let (exact, size) = (terms.iter().sum::<f64>(), terms.iter().map(|x| x.abs()).sum::<f64>());
+            assert!((f64::from(got) - exact).abs() <= size * 2f64.powi(-22), "lane {i}: {got:e} {exact:e}");
+        }
         let bytes: Vec<u8> = (0..S::LANES).map(|_| bits(state) as u8).collect();
         same::<S>(unaligned(&bytes, |p| S::load_u8(p)), |i| f32::from(bytes[i]));
     }
@@ -180,6 +188,7 @@ levels! { is_x86_feature_detected:
     avx2_vnni = x86::Avx2Vnni, ["avx2", "fma", "f16c", "avxvnni"];
     avx512 = x86::Avx512, ["avx512f", "avx512bw", "avx2", "fma", "f16c"];
     avx512_vnni = x86::Avx512Vnni, ["avx512f", "avx512bw", "avx512vnni", "avx2", "fma", "f16c"];
+    avx512_bf16 = x86::Avx512Bf16, ["avx512f", "avx512bw", "avx512vnni", "avx512bf16", "avx2", "fma", "f16c"];
 }
 
 #[cfg(target_arch = "aarch64")]
