@@ -11,6 +11,7 @@ use half::f16;
 
 use super::packed::{BLOCK, BLOCK8, Columns, Form, PANEL, Packed, SUB4, SUPER, SUPER4};
 use super::pool::Pool;
+use super::resident;
 use super::simd::{self, Simd, dispatch};
 use super::{Ptr, PtrMut, elementwise::exp};
 
@@ -48,6 +49,16 @@ impl Scratch {
     /// For up to `values` activations.
     pub fn with_capacity(values: usize) -> Self {
         Self { x: vec![0.0; values], values: vec![0; values], scales: vec![0.0; values / BLOCK], sums: vec![0; values / BLOCK] }
+    }
+
+    /// Bytes of one for so many values; `None`: more than can be counted.
+    pub fn bytes(values: usize) -> Option<usize> {
+        values.checked_mul(4 + 1)?.checked_add(values / BLOCK * (4 + 4))
+    }
+
+    pub fn areas(&mut self) -> impl Iterator<Item = &mut [u8]> {
+        let numbers = [resident::bytes_of(&mut self.x), resident::bytes_of(&mut self.scales)];
+        numbers.into_iter().chain([resident::bytes_of(&mut self.values), resident::bytes_of(&mut self.sums)])
     }
 
     fn reserve(&mut self, values: usize) {
