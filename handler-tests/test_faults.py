@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from harness import questions
-from harness.program import Server, wait_for
+from harness.program import Server, run, wait_for
 from test_metrics import scrape
 
 
@@ -88,20 +88,66 @@ def resident(pid: int) -> int:
         return next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
 
 
+# MiB of the pool: what the prompts below write into the cache is far less.
+POOL = 512
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="resident memory is read from /proc")
 def test_a_thousand_requests_leave_no_memory_behind(http):
-    every = list(questions.BY_NAME.values())
-    with Server("http", "--model", "demo", "--kv-cache-gb", "0.01") as server, ThreadPoolExecutor(8) as pool:
+    """Each is a prompt of its own, so that each writes blocks that no other has written."""
+    with Server("http", "--model", "demo", "--kv-cache-gb", str(POOL / 1024)) as server, ThreadPoolExecutor(8) as pool:
 
         def ask(number: int) -> None:
-            question = every[number % len(every)]
-            answer = http.post(f"{server.base}/v1{question.route}", json=question.request(max_tokens=20, user=str(number)))
+            body = {"prompt": f"{number} " + f"Once upon {number} times. " * 6, "max_tokens": 20, "ignore_eos": True, "temperature": 0}
+            answer = http.post(f"{server.base}/v1/completions", json=body)
             assert answer.status_code == 200, answer.text
 
-        # Warm: every page of the cache written, every allocator's arena grown.
-        list(pool.map(ask, range(2000)))
+        metrics = lambda: scrape(http, server)  # noqa: E731
+        # Warm: every allocator's arena grown.
+        list(pool.map(ask, range(200)))
+        wait_for(lambda: metrics()["worker_candle_memory_resident"] == 1, "the KV cache's memory", within=120)
         before = resident(server.process.pid)
-        list(pool.map(ask, range(1000)))
+        assert before > POOL * 1024, f"{before} KiB are less than the pool of {POOL} MiB"
+        list(pool.map(ask, range(200, 1200)))
         after = resident(server.process.pid)
         print(f"resident: {before} KiB after warm-up, {after} KiB after 1,000 requests more")
         assert after <= before * 1.02, f"{before} KiB grew to {after} KiB"
+        # They have written more than that margin, and the pool had room left: it was not full before they came.
+        end = metrics()
+        assert 0.04 < end["worker_candle_kv_cache_cached_blocks"] / end["worker_candle_kv_cache_blocks"] < 0.9, end
+        assert end["worker_candle_prefix_cache_hits_total"] < 0.2 * end["worker_candle_prefix_cache_queries_total"], end
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="resident memory is read from /proc")
+def test_readiness_does_not_wait_for_the_memory_of_the_pool(http, capital):
+    """It comes afterwards, without anybody asking for anything; and what is asked meanwhile is answered."""
+    with Server("http", "--model", "demo", "--kv-cache-gb", "1") as server:
+        at_first = resident(server.process.pid)
+        answer = http.post(f"{server.base}/v1/chat/completions", json=capital.request()).json()
+        assert questions.text(answer) == capital.answer
+        wait_for(lambda: scrape(http, server)["worker_candle_memory_resident"] == 1, "the KV cache's memory", within=120)
+        assert at_first < 512 * 1024 < 1024 * 1024 < resident(server.process.pid)
+        server.terminate()
+        assert server.wait() == 0
+
+
+def test_memory_that_is_not_there_stops_the_start():
+    for env, words in [
+        ({"KV_CACHE_GB": "100000"}, ["KV_CACHE_GB=100000", "there is in all", "at most"]),
+        ({"NUM_GPU_BLOCKS_OVERRIDE": "99999999"}, ["NUM_GPU_BLOCKS_OVERRIDE=99999999", "at most"]),
+        ({"MAX_NUM_BATCHED_TOKENS": "999999999999"}, ["lower MAX_NUM_BATCHED_TOKENS=999999999999", "step buffers"]),
+        ({"MAX_NUM_SEQS": "999999999999"}, ["lower MAX_NUM_SEQS=999999999999", "step buffers"]),
+        ({"MAX_NUM_SEQS": "16", "MAX_NUM_BATCHED_TOKENS": "8"}, ["MAX_NUM_BATCHED_TOKENS: 8 is less than MAX_NUM_SEQS=16"]),
+        ({"MAX_MODEL_LEN": "1"}, ["MAX_MODEL_LEN", "at least 2"]),
+    ]:
+        for command in ("http", "check"):
+            done = run(command, "--model", "demo", "--device", "cpu", env=env)
+            said = done.stdout + done.stderr
+            assert done.process.returncode == 1 and all(word in said for word in words), (command, env, said)
+
+
+def test_the_plan_says_what_follows_and_what_is_without_effect():
+    done = run("check", "--model", "demo", "--device", "cpu", env={"MAX_NUM_BATCHED_TOKENS": "4", "GPU_MEMORY_UTILIZATION": "0.5"})
+    assert done.process.returncode == 0, done.log
+    assert "4 sequences at once, 4 tokens per step (MAX_NUM_SEQS follows MAX_NUM_BATCHED_TOKENS)" in done.stdout
+    assert "warning: GPU_MEMORY_UTILIZATION has no effect on a CPU" in done.stdout

@@ -75,6 +75,10 @@ impl Target {
                 "--prompt-tokens + --output-tokens = {needed} is more than the context of {limit} tokens (--max-model-len)"
             )));
         }
+        // Measured is what a worker does that has been up for a while.
+        while !engine.stats().memory_resident && engine.stats().healthy {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
         let on_cpu = about.threads > 0;
         let bandwidth = on_cpu.then(|| memory_bandwidth(about.threads));
         Ok(Self::Engine { engine, about, bandwidth })

@@ -46,6 +46,7 @@ async fn model(settings: &Settings) -> Result<(), Failure> {
     say(&format!("device: {}", plan.device));
     say(&format!("weights held as: {}", plan.weights.form));
     plan.memory.lines().iter().for_each(|line| say(line));
+    plan.memory.warnings.iter().for_each(|warning| say(&format!("warning: {warning}")));
     Ok(())
 }
 

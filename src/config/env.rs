@@ -72,13 +72,13 @@ pub struct Env {
     /// Blocks in the KV cache, instead of what memory allows.
     #[arg(long, help_heading = "Engine")]
     pub num_gpu_blocks_override: Option<String>,
-    /// Memory for the KV cache, in GiB.
+    /// Memory for the KV cache, in GiB. On a CPU `auto` takes a quarter of what is free beside the weights, and no more than `MAX_NUM_SEQS` sequences can use.
     #[arg(long, help_heading = "Engine")]
     pub kv_cache_gb: Option<String>,
     /// Memory for the KV cache, in bytes (`KV_CACHE_GB` comes first).
     #[arg(long, help_heading = "Engine")]
     pub kv_cache_memory_bytes: Option<String>,
-    /// Share of the GPU's memory that may be used, above 0 and at most 1.
+    /// Share of the GPU's memory that may be used, above 0 and at most 1. Without effect on a CPU: see `KV_CACHE_GB`.
     #[arg(long, help_heading = "Engine")]
     pub gpu_memory_utilization: Option<String>,
     /// Keep the keys and values of earlier tokens, so that what begins the same is not computed again.

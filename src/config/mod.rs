@@ -155,6 +155,16 @@ pub struct EngineSettings {
     pub seed: Option<u64>,
 }
 
+impl EngineSettings {
+    /// What is wrong with `MAX_NUM_BATCHED_TOKENS` beside `MAX_NUM_SEQS`, when both are given.
+    pub fn contradicting_batch(&self) -> Option<String> {
+        let (seqs, tokens) = (self.max_num_seqs?, self.max_num_batched_tokens?);
+        (tokens < seqs).then(|| {
+            format!("{tokens} is less than MAX_NUM_SEQS={seqs}, and each sequence takes a token of a step; raise it, lower the other, or leave one to auto")
+        })
+    }
+}
+
 /// Speculation by prompt lookup (`SPECULATIVE_CONFIG`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Speculative {

@@ -85,12 +85,13 @@ impl Reader {
     fn engine(&mut self, env: &Env) -> EngineSettings {
         let bytes = self.count("KV_CACHE_MEMORY_BYTES", &env.kv_cache_memory_bytes, 1, &["auto"]);
         let gigabytes = self.number("KV_CACHE_GB", &env.kv_cache_gb, &["auto"], "above 0", |value| value > 0.0);
-        EngineSettings {
+        let settings = EngineSettings {
             device: self.device(env),
             threads: self.count("THREADS", &env.threads, 1, &["auto", "0"]),
             quantization: self.quantization(env),
             bf16_activations: self.choice("DTYPE", &env.dtype, &[("auto", false), ("bfloat16", true), ("bf16", true)]).unwrap_or_default(),
-            max_model_len: self.count("MAX_MODEL_LEN", &env.max_model_len, 1, AUTO),
+            // A token of a prompt, and one of an answer.
+            max_model_len: self.count("MAX_MODEL_LEN", &env.max_model_len, 2, AUTO),
             max_num_seqs: self.count("MAX_NUM_SEQS", &env.max_num_seqs, 1, &["auto"]),
             max_num_batched_tokens: self.count("MAX_NUM_BATCHED_TOKENS", &env.max_num_batched_tokens, 1, &["auto", "0"]),
             block_size: self.block_size(env),
@@ -112,7 +113,11 @@ impl Reader {
                 given => Some(Duration::from_secs_f64(given.unwrap_or(3600.0))),
             },
             seed: self.seed(env),
+        };
+        if let Some(message) = settings.contradicting_batch() {
+            self.mistake("MAX_NUM_BATCHED_TOKENS", message);
         }
+        settings
     }
 
     fn api(&mut self, env: &Env) -> ApiSettings {

@@ -105,6 +105,18 @@ fn unset_spellings() {
 }
 
 #[test]
+fn limits_that_no_request_could_pass_are_refused() {
+    let one = mistakes(&[("MAX_MODEL_LEN", "1")]);
+    assert!(one.len() == 1 && one[0].starts_with("MAX_MODEL_LEN: ") && one[0].contains("at least 2"), "{one:?}");
+    assert_eq!(env(&[("MAX_MODEL_LEN", "2")]).engine.max_model_len, Some(2));
+    let both = mistakes(&[("MAX_NUM_SEQS", "32"), ("CHUNKED_PREFILL_SIZE", "16")]);
+    assert!(both.len() == 1 && both[0].starts_with("CHUNKED_PREFILL_SIZE: 16 is less than MAX_NUM_SEQS=32"), "{both:?}");
+    for fine in [[("MAX_NUM_SEQS", "32"), ("MAX_NUM_BATCHED_TOKENS", "32")], [("MAX_NUM_SEQS", "auto"), ("MAX_NUM_BATCHED_TOKENS", "4")]] {
+        env(&fine);
+    }
+}
+
+#[test]
 fn all_mistakes_at_once_under_the_names_typed() {
     let found = mistakes(&[
         ("CONTEXT_LENGTH", "many"),

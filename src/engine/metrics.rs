@@ -120,6 +120,8 @@ impl Stats {
         text.gauge("kv_cache_blocks", "Blocks of the KV cache.", self.blocks_total as f64);
         text.gauge("kv_cache_cached_blocks", "Blocks that nobody uses and the prefix cache keeps.", self.blocks_cached as f64);
         text.gauge("healthy", "1, or 0 after a fault that needs a restart.", f64::from(u8::from(self.healthy)));
+        let resident = f64::from(u8::from(self.memory_resident));
+        text.gauge("memory_resident", "1 once the KV cache and the step buffers have all their memory.", resident);
         text.counter("num_preemptions_total", "Sequences put back for want of KV cache.", self.preempted);
         text.counter("prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache.", self.prefix_queried);
         text.counter("prefix_cache_hits_total", "Prompt tokens found in the prefix cache.", self.prefix_hits);

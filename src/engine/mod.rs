@@ -15,6 +15,7 @@ pub mod blocks;
 pub mod detokenize;
 pub mod lookup;
 pub mod metrics;
+mod residency;
 pub mod run;
 pub mod sampling;
 pub mod scheduler;
@@ -139,6 +140,8 @@ pub struct Stats {
     pub steps: u64,
     /// `false` after a fault that only a restart mends.
     pub healthy: bool,
+    /// The KV cache and the step buffers have all their memory: from here on the process does not grow by them.
+    pub memory_resident: bool,
     pub metrics: Metrics,
 }
 

@@ -3,13 +3,14 @@
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use tokio::sync::{mpsc, oneshot};
 
 use super::metrics::{Ended, Log, Moments};
+use super::residency::{Residency, While};
 use super::scheduler::{Outcome, Scheduler};
 use super::sequence::{Sequence, SequenceId};
 use super::{Command, Event, Finish, Handle, Limits, Options, Shared, Stats};
@@ -81,6 +82,7 @@ struct Worker<R> {
     log: Log,
     /// Prompt tokens computed so far.
     computed_prompt: u64,
+    residency: Residency,
 }
 
 impl Shared {
@@ -120,6 +122,7 @@ impl<R: Runner> Worker<R> {
             outcomes: Vec::new(),
             log: Log::new(options.log_stats),
             computed_prompt: 0,
+            residency: Residency::default(),
         }
     }
 
@@ -131,7 +134,7 @@ impl<R: Runner> Worker<R> {
                 self.log.idle();
             }
             // Idle: sleep until somebody comes. Busy: take what is there.
-            let first = if idle { commands.recv().map_err(|_| TryRecvError::Disconnected) } else { commands.try_recv() };
+            let first = if idle { self.wait(commands) } else { commands.try_recv() };
             let mut next = first;
             loop {
                 match next {
@@ -143,6 +146,31 @@ impl<R: Runner> Worker<R> {
             }
             self.drop_gone();
             self.step();
+            self.take_memory(While::Running);
+            self.publish();
+        }
+    }
+
+    /// Sleeps until somebody comes. As long as the runner has not all its memory, naps are short.
+    fn wait(&mut self, commands: &Receiver<Command>) -> Result<Command, TryRecvError> {
+        loop {
+            self.take_memory(While::Idle);
+            let next = match self.residency.due() {
+                None => commands.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some(due) => commands.recv_timeout(due.saturating_duration_since(Instant::now())),
+            };
+            match next {
+                Ok(command) => return Ok(command),
+                Err(RecvTimeoutError::Disconnected) => return Err(TryRecvError::Disconnected),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
+    }
+
+    /// Lets the runner take some of its memory, if it is time for that.
+    fn take_memory(&mut self, while_: While) {
+        self.residency.take(&mut self.runner, while_);
+        if self.residency.due().is_none() && !std::mem::replace(&mut self.stats.memory_resident, true) {
             self.publish();
         }
     }

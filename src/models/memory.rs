@@ -3,8 +3,14 @@
 use crate::config::EngineSettings;
 use crate::error::Failure;
 use crate::kernels::cpu;
-use crate::models::Shape;
 use crate::models::architecture::Architecture;
+use crate::models::{Shape, sample};
+
+mod host;
+#[cfg(test)]
+mod tests;
+
+pub use host::{host_memory, peak_rss_mb, threads};
 
 /// Defaults where a setting says nothing.
 const CPU_SEQS: usize = 16;
@@ -33,14 +39,20 @@ pub struct MemoryPlan {
     pub shape: Shape,
     pub weights_bytes: usize,
     pub kv_bytes: usize,
-    /// Buffers of a step, made at start; 0 where they are not ours.
+    /// Buffers of a step, made at start, and what each thread keeps for drawing; 0 where they are not ours.
     pub step_bytes: usize,
     pub kv_bytes_per_token: usize,
     pub memory: Memory,
+    /// What to lower when the KV cache cannot be had.
+    pub kv_setting: String,
+    /// Said once at start.
+    pub warnings: Vec<String>,
+    /// Which batch limit follows the other.
+    follows: Option<&'static str>,
 }
 
 impl MemoryPlan {
-    /// Decides blocks, context and batch limits. `weight_bytes` is what the loaded weights take, `kv_element` bytes per cached number.
+    /// Decides blocks, context and batch limits. `weights_bytes` is what the loaded weights take, `kv_element` bytes per cached number.
     pub fn new(
         model: &Architecture,
         vocab_size: usize,
@@ -49,53 +61,57 @@ impl MemoryPlan {
         memory: Memory,
         settings: &EngineSettings,
     ) -> Result<Self, Failure> {
-        let block_size = settings.block_size.unwrap_or(BLOCK_SIZE);
-        let (seqs, batched) = if memory.gpu { (GPU_SEQS, GPU_BATCHED_TOKENS) } else { (CPU_SEQS, CPU_BATCHED_TOKENS) };
-        let max_num_seqs = settings.max_num_seqs.unwrap_or(seqs);
-        let max_num_batched_tokens = settings.max_num_batched_tokens.unwrap_or(batched).max(max_num_seqs);
         let limit = model.max_position_embeddings;
         if let Some(asked) = settings.max_model_len.filter(|asked| *asked > limit) {
             return Err(Failure::internal(format!(
                 "MAX_MODEL_LEN={asked} is more than the {limit} positions this model has; lower it, or leave it unset for auto"
             )));
         }
-        let block_bytes = if memory.gpu {
-            model.kv_bytes_per_token(kv_element) * block_size
-        } else {
-            cpu::attention::Shape { kv: model.kv_heads, d: model.head_dim, block_size }.block_bytes() * model.layers
-        };
-        let kv_bytes_per_token = block_bytes / block_size;
-        // On a GPU candle takes them as it goes.
-        let step_bytes =
-            if memory.gpu { 0 } else { cpu::Activations::bytes(&model.sizes(max_num_batched_tokens, LOGITS_ROWS, block_size)) };
+        let need = Need::new(model, weights_bytes, kv_element, memory, settings)?;
+        let Need { batch, block_size, block_bytes, .. } = need;
         let wanted = settings.max_model_len.unwrap_or(limit);
-        // More than this no set of sequences can ever use.
-        let useful = max_num_seqs.saturating_mul(wanted.div_ceil(block_size));
+        // More than this no set of sequences can ever use. Who gives a size gets it: the rest keeps prefixes.
+        let useful = match settings.kv_cache_gb {
+            Some(_) => usize::MAX,
+            None => batch.seqs.saturating_mul(wanted.div_ceil(block_size)),
+        };
+        // Slots are counted in 32 bits.
+        let most = u32::MAX as usize / block_size;
         let blocks = match settings.num_blocks {
+            Some(blocks) if blocks > most => {
+                let message =
+                    format!("NUM_GPU_BLOCKS_OVERRIDE={blocks}: at most {most} blocks of {block_size} tokens are possible; lower it");
+                return Err(Failure::internal(message));
+            }
             Some(blocks) => blocks,
-            None => (kv_budget(weights_bytes + step_bytes, memory, settings) / block_bytes).min(useful),
+            None => (need.kv_budget(need.step_bytes) / block_bytes).min(useful).min(most),
         };
         let room = blocks * block_size;
         if settings.max_model_len.is_some_and(|asked| asked > room) || room < block_size {
-            return Err(Failure::internal(format!(
-                "the KV cache holds {room} tokens ({blocks} blocks of {block_size}, {} MiB), less than one sequence of {wanted} tokens needs; lower MAX_MODEL_LEN or raise {}",
-                (blocks * block_bytes) >> 20,
-                match settings.num_blocks {
-                    Some(_) => "NUM_GPU_BLOCKS_OVERRIDE",
-                    None if memory.gpu => "GPU_MEMORY_UTILIZATION",
-                    None => "KV_CACHE_GB",
-                }
-            )));
+            return Err(need.too_few(blocks));
         }
-        let max_model_len = wanted.min(room);
-        let memory_bound = room < wanted;
-        let shape = Shape { max_model_len, vocab_size, block_size, blocks, max_num_seqs, max_num_batched_tokens, memory_bound };
-        Ok(Self { shape, weights_bytes, kv_bytes: blocks * block_bytes, step_bytes, kv_bytes_per_token, memory })
+        let (kv_bytes, mut warnings) = need.fits(blocks)?;
+        if !memory.gpu && settings.gpu_memory_utilization.is_some() {
+            warnings.push("GPU_MEMORY_UTILIZATION has no effect on a CPU: there KV_CACHE_GB sizes the KV cache".into());
+        }
+        let shape = Shape {
+            max_model_len: wanted.min(room),
+            vocab_size,
+            block_size,
+            blocks,
+            max_num_seqs: batch.seqs,
+            max_num_batched_tokens: batch.tokens,
+            memory_bound: room < wanted,
+        };
+        let step_bytes = if memory.gpu { 0 } else { need.step_bytes };
+        let auto = if memory.gpu { "GPU_MEMORY_UTILIZATION, MAX_NUM_SEQS or MAX_MODEL_LEN" } else { "KV_CACHE_GB (now auto)" };
+        let kv_setting = need.kv_setting().unwrap_or_else(|| auto.into());
+        let kv_bytes_per_token = block_bytes / block_size;
+        Ok(Self { shape, weights_bytes, kv_bytes, step_bytes, kv_bytes_per_token, memory, kv_setting, warnings, follows: batch.follows })
     }
 
     /// One line per purpose, for the log and `check`.
     pub fn lines(&self) -> Vec<String> {
-        let mib = |bytes: usize| format!("{:.1} MiB", bytes as f64 / (1 << 20) as f64);
         let s = &self.shape;
         vec![
             format!("memory: {} of {} free", mib(self.memory.free), mib(self.memory.total)),
@@ -109,92 +125,192 @@ impl MemoryPlan {
                 self.kv_bytes_per_token
             ),
             format!(
-                "limits: context {} tokens, {} sequences at once, {} tokens per step",
-                s.max_model_len, s.max_num_seqs, s.max_num_batched_tokens
+                "limits: context {} tokens, {} sequences at once, {} tokens per step{}",
+                s.max_model_len,
+                s.max_num_seqs,
+                s.max_num_batched_tokens,
+                self.follows.map(|who| format!(" ({who})")).unwrap_or_default()
             ),
         ]
     }
 }
 
-fn kv_budget(weights: usize, memory: Memory, settings: &EngineSettings) -> usize {
-    if let Some(gb) = settings.kv_cache_gb {
-        return (gb * (1u64 << 30) as f64) as usize;
-    }
-    if memory.gpu {
-        let share = settings.gpu_memory_utilization.unwrap_or(GPU_UTILIZATION);
-        let used = memory.total - memory.free.min(memory.total);
-        return ((memory.total as f64 * share) as usize).saturating_sub(used + weights);
-    }
-    (memory.free.saturating_sub(weights) as f64 * CPU_KV_SHARE) as usize
+fn mib(bytes: usize) -> String {
+    format!("{:.1} MiB", bytes as f64 / (1 << 20) as f64)
 }
 
-/// Main memory, as far as this process may use it: the control group's limit where there is one.
-pub fn host_memory() -> Memory {
-    let fallback = Memory { gpu: false, total: 8 << 30, free: 4 << 30 };
-    let Ok(info) = std::fs::read_to_string("/proc/meminfo") else { return fallback };
-    let field = |name: &str| {
-        info.lines()
-            .find(|line| line.starts_with(name))
-            .and_then(|line| line.split_whitespace().nth(1)?.parse::<usize>().ok())
-            .map(|kib| kib << 10)
-    };
-    let (Some(mut total), Some(mut free)) = (field("MemTotal:"), field("MemAvailable:")) else { return fallback };
-    let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<usize>().ok();
-    for (limit, usage) in [
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ] {
-        if let Some(limit) = number(limit).filter(|limit| *limit < total) {
-            total = limit;
-            free = free.min(limit.saturating_sub(number(usage).unwrap_or(0)));
+/// How much is computed in one step.
+#[derive(Debug, Clone, Copy)]
+struct Batch {
+    seqs: usize,
+    tokens: usize,
+    /// Says so when one limit is not its default because of the other.
+    follows: Option<&'static str>,
+}
+
+impl Batch {
+    /// Each sequence takes at least a token of a step, so the limit that was not given follows the one that was.
+    fn new(gpu: bool, settings: &EngineSettings) -> Result<Self, Failure> {
+        let (seqs, tokens) = if gpu { (GPU_SEQS, GPU_BATCHED_TOKENS) } else { (CPU_SEQS, CPU_BATCHED_TOKENS) };
+        if let Some(message) = settings.contradicting_batch() {
+            return Err(Failure::internal(format!("MAX_NUM_BATCHED_TOKENS: {message}")));
         }
+        Ok(match (settings.max_num_seqs, settings.max_num_batched_tokens) {
+            (Some(seqs), None) if seqs > tokens => {
+                Self { seqs, tokens: seqs, follows: Some("MAX_NUM_BATCHED_TOKENS follows MAX_NUM_SEQS") }
+            }
+            (None, Some(tokens)) if tokens < seqs => {
+                Self { seqs: tokens, tokens, follows: Some("MAX_NUM_SEQS follows MAX_NUM_BATCHED_TOKENS") }
+            }
+            (given_seqs, given_tokens) => Self { seqs: given_seqs.unwrap_or(seqs), tokens: given_tokens.unwrap_or(tokens), follows: None },
+        })
     }
-    Memory { gpu: false, total, free }
 }
 
-/// Threads for computing: the setting, else the processors this process may use (the control group's quota counted in).
-pub fn threads(settings: &EngineSettings) -> usize {
-    settings.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, std::num::NonZero::get))
+/// What the model asks of the memory at hand, before its KV cache is sized.
+struct Need<'a> {
+    settings: &'a EngineSettings,
+    memory: Memory,
+    weights: usize,
+    batch: Batch,
+    /// Of the buffers of a step. On a GPU candle takes about as much as it goes.
+    step_bytes: usize,
+    /// The same if no setting made a step larger than it is by default.
+    usual_step_bytes: usize,
+    block_size: usize,
+    /// Over all layers.
+    block_bytes: usize,
 }
 
-/// The most memory this process ever had resident, in MiB, where the system tells.
-pub fn peak_rss_mb() -> Option<f64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let kib: f64 = status.lines().find(|line| line.starts_with("VmHWM:"))?.split_whitespace().nth(1)?.parse().ok()?;
-    Some((kib / 1024.0 * 10.0).round() / 10.0)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::json;
-
-    fn plan(settings: EngineSettings, free: usize) -> Result<MemoryPlan, Failure> {
-        let config = json!({"model_type": "ernie4_5", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 18, "num_attention_heads": 16,
-            "num_key_value_heads": 2, "head_dim": 128, "vocab_size": 103424});
-        let model = Architecture::from_config(&config).unwrap();
-        MemoryPlan::new(&model, 100_295, 721_496_064, 4, Memory { gpu: false, total: free, free }, &settings)
+impl<'a> Need<'a> {
+    fn new(model: &Architecture, weights: usize, kv_element: usize, memory: Memory, settings: &'a EngineSettings) -> Result<Self, Failure> {
+        let block_size = settings.block_size.unwrap_or(BLOCK_SIZE);
+        let batch = Batch::new(memory.gpu, settings)?;
+        let usual = Batch::new(memory.gpu, &EngineSettings::default())?;
+        let block_bytes = if memory.gpu {
+            model.kv_bytes_per_token(kv_element) * block_size
+        } else {
+            cpu::attention::Shape { kv: model.kv_heads, d: model.head_dim, block_size }.block_bytes() * model.layers
+        };
+        let threads = threads(settings);
+        let step_bytes = |tokens: usize| {
+            let drawing = threads.checked_mul(sample::scratch_bytes(model.vocab_size))?;
+            cpu::Activations::bytes(&model.sizes(tokens, LOGITS_ROWS, block_size), threads)?.checked_add(drawing)
+        };
+        let bytes_or_all = |tokens| step_bytes(tokens).unwrap_or(usize::MAX);
+        let (step_bytes, usual_step_bytes) = (bytes_or_all(batch.tokens), bytes_or_all(usual.tokens.min(batch.tokens)));
+        let need = Self { settings, memory, weights, batch, step_bytes, usual_step_bytes, block_size, block_bytes };
+        // On a GPU the weights are the KV cache's affair: what is left for it decides.
+        let fixed = if memory.gpu { step_bytes } else { step_bytes.saturating_add(weights) };
+        if fixed > memory.total {
+            return Err(need.too_large());
+        }
+        Ok(need)
     }
 
-    #[test]
-    fn memory_bounds_the_context_unless_it_was_asked_for() {
-        let plan_auto = plan(EngineSettings::default(), 4 << 30).unwrap();
-        assert!(plan_auto.shape.max_model_len < 131_072 && plan_auto.kv_bytes <= 1 << 30 && plan_auto.shape.memory_bound, "{plan_auto:?}");
-        let error = plan(EngineSettings { max_model_len: Some(131_072), ..Default::default() }, 4 << 30).unwrap_err();
-        assert!(error.message.contains("KV_CACHE_GB") && error.message.contains("131072"), "{error}");
-        let error = plan(EngineSettings { max_model_len: Some(200_000), ..Default::default() }, 64 << 30).unwrap_err();
-        assert!(error.message.contains("MAX_MODEL_LEN=200000"), "{error}");
+    /// Bytes for the KV cache beside step buffers of so many bytes.
+    fn kv_budget(&self, step_bytes: usize) -> usize {
+        let Memory { gpu, total, free } = self.memory;
+        if let Some(gb) = self.settings.kv_cache_gb {
+            return (gb * (1u64 << 30) as f64) as usize;
+        }
+        if gpu {
+            let share = self.settings.gpu_memory_utilization.unwrap_or(GPU_UTILIZATION);
+            let used = total - free.min(total);
+            return ((total as f64 * share) as usize).saturating_sub(used.saturating_add(self.weights));
+        }
+        (free.saturating_sub(self.weights.saturating_add(step_bytes)) as f64 * CPU_KV_SHARE) as usize
     }
 
-    #[test]
-    fn no_more_blocks_than_sequences_can_use() {
-        let plan = plan(EngineSettings { max_model_len: Some(100), max_num_seqs: Some(2), ..Default::default() }, 64 << 30).unwrap();
-        assert_eq!((plan.shape.blocks, plan.shape.max_model_len, plan.shape.memory_bound), (8, 100, false));
+    /// The setting that makes step buffers larger than usual, as it was given.
+    fn batch_setting(&self) -> Option<String> {
+        let settings = self.settings;
+        let given = settings.max_num_batched_tokens.map(|tokens| format!("MAX_NUM_BATCHED_TOKENS={tokens}"));
+        given
+            .or_else(|| settings.max_num_seqs.map(|seqs| format!("MAX_NUM_SEQS={seqs}")))
+            .filter(|_| self.step_bytes > self.usual_step_bytes)
     }
 
-    #[test]
-    fn this_machine_has_memory() {
-        let memory = host_memory();
-        assert!(memory.free <= memory.total && memory.total > 1 << 28, "{memory:?}");
+    /// The setting that the KV cache's size was given by.
+    fn kv_setting(&self) -> Option<String> {
+        let blocks = self.settings.num_blocks.map(|blocks| format!("NUM_GPU_BLOCKS_OVERRIDE={blocks}"));
+        blocks.or_else(|| Some(format!("KV_CACHE_GB={} (or KV_CACHE_MEMORY_BYTES)", self.settings.kv_cache_gb?)))
+    }
+
+    /// Who else is in the memory, for errors.
+    fn others(&self) -> String {
+        let step = match self.step_bytes {
+            usize::MAX => "step buffers beyond counting".into(),
+            bytes => format!("step buffers of {}", mib(bytes)),
+        };
+        format!("weights of {} and {step}", mib(self.weights))
+    }
+
+    /// Weights and step buffers alone are more than there is.
+    fn too_large(&self) -> Failure {
+        let fits = self.weights.saturating_add(self.usual_step_bytes) <= self.memory.total;
+        let advice = match (self.batch_setting().filter(|_| fits), self.settings.threads) {
+            (Some(setting), _) => format!("lower {setting}"),
+            (None, Some(threads)) if self.weights < self.memory.total => format!("lower THREADS={threads}"),
+            (None, _) => "set QUANTIZATION=wint8 or wint4, or give it more memory".into(),
+        };
+        Failure::internal(format!("{} are more than the {} there is in all; {advice}", self.others(), mib(self.memory.total)))
+    }
+
+    /// The KV cache holds less than one sequence.
+    fn too_few(&self, blocks: usize) -> Failure {
+        let asked = self.settings.max_model_len;
+        let needed = asked.unwrap_or(self.block_size);
+        let usual = self.kv_budget(self.usual_step_bytes) / self.block_bytes * self.block_size;
+        let step = self.batch_setting().filter(|_| usual >= needed && !self.memory.gpu);
+        let or_length = if asked.is_some() { " or lower MAX_MODEL_LEN" } else { "" };
+        let advice = match (self.kv_setting(), step) {
+            (Some(setting), _) => format!("raise {setting}{or_length}"),
+            (None, Some(setting)) => format!("lower {setting}"),
+            (None, None) if self.memory.gpu => format!("raise GPU_MEMORY_UTILIZATION{or_length}"),
+            (None, None) => format!("set KV_CACHE_GB (auto is a quarter of what is left){or_length}"),
+        };
+        Failure::internal(format!(
+            "the KV cache holds {} tokens ({blocks} blocks of {}, {}), less than the {needed} of one sequence; beside it are {}, and {} of {} \
+             were free; {advice}",
+            blocks * self.block_size,
+            self.block_size,
+            mib(blocks.saturating_mul(self.block_bytes)),
+            self.others(),
+            mib(self.memory.free),
+            mib(self.memory.total),
+        ))
+    }
+
+    /// Bytes of the KV cache, and a warning if that is more than what is free now. More than there is in all is refused: the system would
+    /// end the process when it is filled.
+    fn fits(&self, blocks: usize) -> Result<(usize, Vec<String>), Failure> {
+        let Memory { gpu, total, free } = self.memory;
+        let fixed = self.weights.saturating_add(if gpu { 0 } else { self.step_bytes });
+        let kv = blocks.saturating_mul(self.block_bytes);
+        let needed = kv.saturating_add(fixed);
+        let setting = self.kv_setting();
+        if needed > total {
+            let left = total.saturating_sub(fixed);
+            let most = match self.settings.num_blocks {
+                Some(_) => format!("{} blocks", left / self.block_bytes),
+                None => format!("{:.1} GiB", (left as f64 / (1 << 30) as f64 * 10.0).floor() / 10.0),
+            };
+            return Err(Failure::internal(format!(
+                "{}: a KV cache of {}, {} are more than the {} there is in all; lower it, at most {most} are possible",
+                setting.as_deref().unwrap_or("auto"),
+                mib(kv),
+                self.others(),
+                mib(total),
+            )));
+        }
+        let tight = setting.filter(|_| needed > free).map(|setting| {
+            format!(
+                "the plan takes {}, and {} are free now: the system may end this process when the KV cache is taken, right after the start; lower {setting}",
+                mib(needed),
+                mib(free)
+            )
+        });
+        Ok((kv, tight.into_iter().collect()))
     }
 }

@@ -201,6 +201,11 @@ pub trait Runner {
     fn step(&mut self, plan: &Plan) -> Result<Output, Failure>;
     /// Takes an output back that was read, so that the next step need not allocate one.
     fn recycle(&mut self, _output: Output) {}
+    /// Makes about `most` bytes more of the planned memory resident, between two steps; false when all of it is. Taking it when it is
+    /// planned would cost the cold start, and never taking it would let the process grow with every request.
+    fn take_memory(&mut self, _most: usize) -> bool {
+        false
+    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The runner of real models: a plan becomes device inputs, a forward pass, drawn tokens.
 
 use std::sync::Mutex;
+use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
 
@@ -31,9 +32,17 @@ pub struct ModelRunner {
     spare: Output,
     /// `[1, vocab_size]`: 0, 1, 2 …, for greedy draws on the device.
     columns: Tensor,
+    taken: Taken,
     plan: MemoryPlan,
     /// What was loaded, for logs and reports.
     pub about: About,
+}
+
+/// How much of the plan's memory has been made resident: all areas before the one at hand, and so many bytes of that.
+struct Taken {
+    area: usize,
+    bytes: usize,
+    since: Instant,
 }
 
 /// Facts about a loaded model.
@@ -62,16 +71,19 @@ impl ModelRunner {
         let shape = Architecture::from_files(files)?;
         let checkpoint = Checkpoint::open(files, &shape)?;
         tracing::debug!("checkpoint: {}", checkpoint.describe());
-        let before = device_memory(&device);
+        // Planned before anything is loaded: what cannot fit is said at once, and not by the system ending the process.
+        let weights = WeightPlan::new(&shape, &checkpoint, !device.is_cpu(), settings.quantization)?;
+        let kv_dtype = kv_dtype(&device);
+        let element = kv_dtype.size_in_bytes();
+        let mut plan = MemoryPlan::new(&shape, shape.vocab_size, weights.bytes, element, device_memory(&device), settings)?;
+        plan.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
         let model = loading_threads(threads)?.install(|| Transformer::load(shape, &checkpoint, &device, settings.quantization))?;
         for name in checkpoint.unused() {
             tracing::warn!("tensor {name} of {} is not used by this architecture", files.name);
         }
         drop(checkpoint);
-        let kv_dtype = kv_dtype(&device);
-        let vocab_size = vocab_size()?.min(model.shape.vocab_size);
-        let plan = MemoryPlan::new(&model.shape, vocab_size, model.bytes_in_memory(), kv_dtype.size_in_bytes(), before, settings)?;
-        let caches = allocate(&model, &plan.shape, kv_dtype, &device)?;
+        plan.shape.vocab_size = vocab_size()?.min(plan.shape.vocab_size);
+        let caches = allocate(&model, &plan, kv_dtype, &device)?;
         let values = if device.is_cpu() {
             let sizes = model.shape.sizes(plan.shape.max_num_batched_tokens, LOGITS_ROWS, plan.shape.block_size);
             let values = cpu::Activations::new(sizes, threads, products(settings, &device));
@@ -99,6 +111,7 @@ impl ModelRunner {
             answers: Default::default(),
             spare: Output::default(),
             columns,
+            taken: Taken { area: 0, bytes: 0, since: Instant::now() },
             plan,
             about,
         })
@@ -262,6 +275,31 @@ impl Runner for ModelRunner {
     fn recycle(&mut self, output: Output) {
         self.spare = output;
     }
+
+    /// Step buffers first, then layer by layer.
+    fn take_memory(&mut self, most: usize) -> bool {
+        // On a GPU it is taken when it is allocated.
+        let Activations::Cpu(values) = &mut self.values else { return false };
+        let caches = self.caches.iter_mut().flat_map(|cache| match cache {
+            KvCache::Cpu(cache) => Some(cache.areas()).into_iter().flatten(),
+            KvCache::Tensors(_) => None.into_iter().flatten(),
+        });
+        let Taken { area, bytes, since } = &mut self.taken;
+        let mut left = most;
+        for memory in values.areas().chain(caches).skip(*area) {
+            let end = memory.len().min(bytes.saturating_add(left));
+            cpu::resident::take(&mut memory[*bytes..end]);
+            left -= end - *bytes;
+            *bytes = end;
+            if end < memory.len() {
+                return true;
+            }
+            (*area, *bytes) = (*area + 1, 0);
+        }
+        let mib = (self.plan.kv_bytes + self.plan.step_bytes) >> 20;
+        tracing::info!("memory: {mib} MiB of KV cache and step buffers resident, {} ms after the start", since.elapsed().as_millis());
+        false
+    }
 }
 
 /// What [`ModelRunner::load`] would plan, without reading the weights.
@@ -299,17 +337,18 @@ fn kv_dtype(device: &Device) -> DType {
 }
 
 /// `[blocks, block_size, kv, d]` twice per layer, zeroed: allocated once, here.
-fn allocate(model: &Transformer, shape: &Shape, dtype: DType, device: &Device) -> Result<Vec<KvCache>, Failure> {
+fn allocate(model: &Transformer, plan: &MemoryPlan, dtype: DType, device: &Device) -> Result<Vec<KvCache>, Failure> {
+    let shape = &plan.shape;
     let dims = (shape.blocks, shape.block_size, model.shape.kv_heads, model.shape.head_dim);
     if !device.is_cpu() && dims.0 * dims.1 * dims.2 * dims.3 > u32::MAX as usize {
         return Err(Failure::internal(format!(
-            "the KV cache of one layer would hold more numbers ({dims:?}) than candle's CUDA kernels can address (2^32); lower MAX_NUM_SEQS, \
-             MAX_MODEL_LEN or GPU_MEMORY_UTILIZATION"
+            "the KV cache of one layer would hold more numbers ({dims:?}) than candle's CUDA kernels can address (2^32); lower {}",
+            plan.kv_setting
         )));
     }
     if device.is_cpu() {
         let shape = cpu::attention::Shape { kv: model.shape.kv_heads, d: model.shape.head_dim, block_size: shape.block_size };
-        let failed = |error| Failure::internal(format!("no memory for the KV cache: {error}; lower KV_CACHE_GB"));
+        let failed = |error| Failure::internal(format!("no memory for the KV cache: {error}; lower {}", plan.kv_setting));
         return (0..model.shape.layers).map(|_| cpu::Cache::new(dims.0, shape).map(KvCache::Cpu).map_err(failed)).collect();
     }
     let zeros = || Tensor::zeros(dims, dtype, device).map_err(device_failure);

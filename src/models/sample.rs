@@ -28,6 +28,12 @@ struct Scratch {
     raw: Vec<f32>,
 }
 
+/// Bytes that a computing thread keeps for drawing from rows of `vocab` logits.
+pub fn scratch_bytes(vocab: usize) -> usize {
+    // The sums grow by doubling.
+    vocab.div_ceil(BLOCK).next_power_of_two() * size_of::<f64>() + vocab * (size_of::<(u32, f32)>() + size_of::<f32>())
+}
+
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }

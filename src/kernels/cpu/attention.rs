@@ -11,6 +11,7 @@ use super::elementwise::exp;
 use super::matmul::tile_rows;
 use super::packed::pages;
 use super::pool::Pool;
+use super::resident;
 use super::simd::{Simd, dispatch};
 use super::{Ptr, PtrMut};
 
@@ -48,10 +49,15 @@ impl Shape {
 }
 
 impl Cache {
-    /// Zeroed; pages are taken when they are first written.
+    /// Zeroed; pages are taken when they are first written, or by [`super::resident::take`].
     pub fn new(blocks: usize, shape: Shape) -> std::io::Result<Self> {
         let width = 4 * blocks * shape.kv * shape.d;
         Ok(Self { k: pages(width * shape.padded())?, v: pages(width * shape.block_size)?, blocks, shape })
+    }
+
+    /// The memory of keys and of values.
+    pub fn areas(&mut self) -> [&mut [u8]; 2] {
+        [&mut self.k, &mut self.v]
     }
 
     /// A key, and a value, of one slot and head, for tests.
@@ -109,6 +115,16 @@ impl Layout {
 impl Scratch {
     pub fn new(max_tokens: usize, threads: usize, heads: usize, shape: Shape) -> Self {
         Self { tiles: Vec::with_capacity(max_tokens), numbers: vec![0.0; threads * Layout::new(heads, shape).numbers()] }
+    }
+
+    /// Bytes of one that is made for this; `None`: more than can be counted.
+    pub fn bytes(max_tokens: usize, threads: usize, heads: usize, shape: Shape) -> Option<usize> {
+        let tiles = max_tokens.checked_mul(size_of::<Tile>())?;
+        threads.checked_mul(4 * Layout::new(heads, shape).numbers())?.checked_add(tiles)
+    }
+
+    pub fn areas(&mut self) -> impl Iterator<Item = &mut [u8]> {
+        std::iter::once(resident::bytes_of(&mut self.numbers))
     }
 
     /// Cuts the rows of a step; every layer looks at the same.

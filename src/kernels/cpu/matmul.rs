@@ -11,6 +11,7 @@ use half::f16;
 
 use super::packed::{BLOCK, BLOCK8, Columns, Form, PANEL, Packed, SUB4, SUPER, SUPER4};
 use super::pool::Pool;
+use super::resident;
 #[cfg(target_arch = "x86_64")]
 use super::simd::Level;
 use super::simd::{self, Simd, dispatch};
@@ -80,9 +81,9 @@ pub fn has_bf16() -> bool {
     !matches!(Way::of(Form::Bf16, Products::Bf16), Way::Fused)
 }
 
-/// Activations that [`Scratch`] needs room for: `t` rows of `k`, in whole tiles.
-pub fn scratch_values(t: usize, k: usize) -> usize {
-    t.next_multiple_of(16) * k.next_multiple_of(32)
+/// Activations that [`Scratch`] needs room for: `t` rows of `k`, in whole tiles; `None`: more than can be counted.
+pub fn scratch_values(t: usize, k: usize) -> Option<usize> {
+    t.checked_next_multiple_of(16)?.checked_mul(k.checked_next_multiple_of(32)?)
 }
 
 /// Room for activations as the kernels want them, made once: rows of a tile interleaved, so that what one step of k needs lies in one
@@ -113,6 +114,16 @@ impl Scratch {
     fn aligned(&mut self) -> *mut f32 {
         let x = self.x.as_mut_ptr();
         x.wrapping_add(x.align_offset(4 * LINE))
+    }
+
+    /// Bytes of one for so many values; `None`: more than can be counted.
+    pub fn bytes(values: usize) -> Option<usize> {
+        values.checked_mul(4 + 1)?.checked_add(values / BLOCK * (4 + 4))
+    }
+
+    pub fn areas(&mut self) -> impl Iterator<Item = &mut [u8]> {
+        let numbers = [resident::bytes_of(&mut self.x), resident::bytes_of(&mut self.scales)];
+        numbers.into_iter().chain([resident::bytes_of(&mut self.values), resident::bytes_of(&mut self.sums)])
     }
 
     fn reserve(&mut self, values: usize) {

@@ -11,6 +11,7 @@ mod elementwise;
 pub mod matmul;
 pub mod packed;
 pub mod pool;
+pub mod resident;
 pub(crate) mod simd;
 pub mod softmax;
 pub(crate) mod vectorize;
@@ -113,19 +114,34 @@ impl Activations {
             gated: vec![0.0; t * sizes.intermediate],
             logits: vec![0.0; sizes.max_logits * sizes.vocab],
             picked: 0,
-            scratch: matmul::Scratch::with_capacity(matmul::scratch_values(t, widest), products),
+            scratch: matmul::Scratch::with_capacity(matmul::scratch_values(t, widest).ok_or(std::io::ErrorKind::OutOfMemory)?, products),
             attention: attention::Scratch::new(t, pool.threads(), sizes.heads, shape),
             pool,
             sizes,
         })
     }
 
-    /// Bytes of all buffers.
-    pub fn bytes(sizes: &Sizes) -> usize {
+    /// Bytes of all buffers; `None`: more than can be counted.
+    pub fn bytes(sizes: &Sizes, threads: usize) -> Option<usize> {
         let widest = sizes.hidden.max(sizes.heads * sizes.d).max(sizes.intermediate);
-        let per_token = 2 * sizes.hidden + (2 * sizes.heads + 2 * sizes.kv) * sizes.d + sizes.intermediate;
-        let scratch = matmul::scratch_values(sizes.max_tokens, widest) * 3 / 2;
-        4 * (sizes.max_tokens * per_token + scratch + sizes.max_logits * sizes.vocab)
+        // Of a token: id and slot, angles, row of the plan, values.
+        let values = 2 * sizes.hidden + (2 * sizes.heads + 2 * sizes.kv) * sizes.d + sizes.intermediate;
+        let per_token = 4 + 4 + 4 * sizes.d + size_of::<BatchRow>() + 4 * values;
+        let shape = attention::Shape { kv: sizes.kv, d: sizes.d, block_size: sizes.block_size };
+        let parts = [
+            sizes.max_tokens.checked_mul(per_token)?,
+            4 * sizes.max_logits * sizes.vocab,
+            matmul::Scratch::bytes(matmul::scratch_values(sizes.max_tokens, widest)?)?,
+            attention::Scratch::bytes(sizes.max_tokens, threads, sizes.heads, shape)?,
+        ];
+        parts.into_iter().try_fold(0usize, usize::checked_add)
+    }
+
+    /// The memory of all buffers worth taking, between two steps.
+    pub fn areas(&mut self) -> impl Iterator<Item = &mut [u8]> {
+        let values = [&mut self.x, &mut self.normed, &mut self.qkv, &mut self.attended, &mut self.gated, &mut self.logits];
+        let values = values.into_iter().map(|values| resident::bytes_of(values));
+        values.chain(self.scratch.areas()).chain(self.attention.areas())
     }
 
     pub fn begin(&mut self, inputs: &Inputs<'_>) -> Result<()> {
@@ -314,5 +330,36 @@ fn by_rows(pool: &mut Pool, rows: usize, width: usize, f: &(dyn Fn(usize) + Sync
         (0..rows).for_each(f);
     } else {
         pool.run(rows.div_ceil(TASK_ROWS), &|task, _| (task * TASK_ROWS..rows.min((task + 1) * TASK_ROWS)).for_each(f));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_are_what_is_allocated() {
+        let sizes = |max_tokens, block_size| Sizes {
+            max_tokens,
+            max_logits: 16,
+            hidden: 256,
+            heads: 8,
+            kv: 2,
+            d: 64,
+            intermediate: 768,
+            vocab: 1000,
+            block_size,
+        };
+        for (max_tokens, block_size, threads) in [(1, 16, 1), (37, 48, 2), (256, 32, 4), (2048, 64, 3)] {
+            let sizes = sizes(max_tokens, block_size);
+            let mut values = Activations::new(sizes, threads).unwrap();
+            let ids = 4 * (values.tokens.capacity() + values.slots.capacity() + values.cos.capacity() + values.sin.capacity());
+            let rows = values.rows.capacity() * size_of::<BatchRow>();
+            let tiles = attention::Scratch::bytes(max_tokens, 0, 8, attention::Shape { kv: 2, d: 64, block_size }).unwrap();
+            let areas: usize = values.areas().map(|area| area.len()).sum();
+            assert_eq!(Activations::bytes(&sizes, threads), Some(areas + ids + rows + tiles), "{max_tokens} tokens, {threads} threads");
+        }
+        assert_eq!(Activations::bytes(&sizes(usize::MAX / 1000, 16), 1), None);
+        assert_eq!(Activations::bytes(&sizes(1, 16), usize::MAX / 8), None);
     }
 }

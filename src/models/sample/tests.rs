@@ -236,6 +236,35 @@ fn cases() -> impl Strategy<Value = (Vec<f32>, Draw)> {
 /// What f32 may get wrong of a probability.
 const SLACK: f64 = 2e-5;
 
+#[test]
+fn a_thread_keeps_no_more_than_the_memory_plan_counts() {
+    let draws = [
+        Draw { temperature: 2.0, top_p: 0.999_9, ..Draw::default() },
+        Draw { top_k: 5_000, ..Draw::default() },
+        Draw { min_p: 1e-6, repetition_penalty: 1.1, ..Draw::default() },
+        Draw::default(),
+    ];
+    let vocab = 40_000;
+    std::thread::spawn(move || {
+        for draw in draws {
+            for mode in [LogprobsMode::RawLogprobs, LogprobsMode::ProcessedLogprobs] {
+                let mut row: Vec<f32> = (0..vocab).map(|id| (id as f32 * 0.37).sin()).collect();
+                let draw = Draw { logprobs: Some(LogprobsSpec { top: vocab as u32, mode }), ..draw.clone() };
+                sample(&mut row, &draw, 0);
+                score(&row, 7, LogprobsSpec { top: 20, mode });
+            }
+        }
+        let held = SCRATCH.with_borrow(|scratch| {
+            let Scratch { sums, kept, raw } = scratch;
+            sums.capacity() * size_of::<f64>() + kept.capacity() * size_of::<(u32, f32)>() + raw.capacity() * size_of::<f32>()
+        });
+        assert!(held <= scratch_bytes(vocab), "{held} bytes, and {} in the plan", scratch_bytes(vocab));
+        assert!(held * 10 >= scratch_bytes(vocab) * 9, "{held} bytes, and {} in the plan", scratch_bytes(vocab));
+    })
+    .join()
+    .unwrap();
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(600))]
 
