@@ -118,7 +118,7 @@ impl Scratch {
 
     /// Bytes of one for so many values; `None`: more than can be counted.
     pub fn bytes(values: usize) -> Option<usize> {
-        values.checked_mul(4 + 1)?.checked_add(values / BLOCK * (4 + 4))
+        values.checked_mul(4 + 1)?.checked_add(values / BLOCK * (4 + 4) + 4 * LINE)
     }
 
     pub fn areas(&mut self) -> impl Iterator<Item = &mut [u8]> {

@@ -352,7 +352,7 @@ mod tests {
         };
         for (max_tokens, block_size, threads) in [(1, 16, 1), (37, 48, 2), (256, 32, 4), (2048, 64, 3)] {
             let sizes = sizes(max_tokens, block_size);
-            let mut values = Activations::new(sizes, threads).unwrap();
+            let mut values = Activations::new(sizes, threads, Products::F32).unwrap();
             let ids = 4 * (values.tokens.capacity() + values.slots.capacity() + values.cos.capacity() + values.sin.capacity());
             let rows = values.rows.capacity() * size_of::<BatchRow>();
             let tiles = attention::Scratch::bytes(max_tokens, 0, 8, attention::Shape { kv: 2, d: 64, block_size }).unwrap();
