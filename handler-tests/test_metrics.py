@@ -83,10 +83,11 @@ def test_each_ended_request_is_in_every_histogram(http, quiet, capital):
 
 def test_load(http, quiet):
     assert http.get(f"{quiet.base}/load").json() == {"server_load": 0}
-    body = {"prompt": "Once", "max_tokens": 900, "n": 4, "temperature": 1, "ignore_eos": True, "stream": True}
+    body = {"prompt": "Once", "max_tokens": 900, "n": 16, "temperature": 1, "ignore_eos": True, "stream": True}
     with http.stream("POST", f"{quiet.base}/v1/completions", json=body, headers={"authorization": "Bearer secret"}) as stream:
-        next(stream.iter_text())
-        assert http.get(f"{quiet.base}/load").json() == {"server_load": 4}
+        pieces = stream.iter_text()
+        next(pieces)
+        assert http.get(f"{quiet.base}/load").json() == {"server_load": 16}
     wait_for(lambda: http.get(f"{quiet.base}/load").json() == {"server_load": 0}, "the engine to be idle")
 
 

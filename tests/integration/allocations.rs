@@ -167,7 +167,7 @@ async fn follow(generation: &mut Generation, seen: &mut usize, until: usize) {
 #[test]
 #[ignore = "run by the_engine_allocates_less_than_once_in_ten_tokens"]
 fn measured_engine() {
-    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let load = || ModelRunner::load(&demo::files(), || Ok(usize::MAX), &settings(Quantization::AsStored));
         let lookup = Some(Lookup::default());
