@@ -141,9 +141,11 @@ impl ModelRunner {
             frequencies: self.model.frequencies(),
         };
         self.values.begin(&inputs)?;
-        // The plan's block tables are its own again: a sequence that grows must not find them shared.
+        let done = self.model.forward(&mut self.values, &mut self.caches);
+        // NOTE: the plan's block tables are its own again: a sequence that grows would have to copy what is shared.
         self.rows.clear();
-        self.model.forward(&mut self.values, &mut self.caches)
+        self.values.end();
+        done
     }
 
     fn logits_on_host(&mut self) -> candle_core::Result<Vec<Vec<f32>>> {

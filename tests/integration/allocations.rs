@@ -140,6 +140,10 @@ fn measured_steps() {
             for plan in &plans {
                 let output = runner.step(plan).unwrap();
                 drawn += output.tokens.len();
+                assert!(
+                    plan.rows.iter().all(|row| Arc::strong_count(&row.blocks) == 1),
+                    "a block table is still held: to grow it would be copied"
+                );
                 runner.recycle(output);
             }
             let made = ALLOCATIONS.load(Ordering::Relaxed) - before;
