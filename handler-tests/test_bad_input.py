@@ -272,6 +272,47 @@ def test_a_full_queue(story):
         assert questions.text(answered.json()) == story.answer
 
 
+def test_what_no_queue_could_hold(http, capital):
+    """More sequences than run and wait together: the cause and the settings are named. `min_tokens` beyond the room left likewise."""
+    env = {"MAX_NUM_SEQS": "2", "MAX_WAITING": "3", "MAX_MODEL_LEN": "128"}
+    with Server("serve", "--model", "demo", env=env) as server:
+        # So many rows and places, so many jobs at once, whatever is said.
+        for door in server.doors().values():
+            for body, param, cause in (
+                ({"prompt": ["x"] * 6}, "prompt", "6 prompts"),
+                ({"prompt": "x", "n": 6, "temperature": 1}, "n", "6 by 'n'"),
+                ({"prompt": ["x"] * 3, "best_of": 2, "temperature": 1}, "prompt", "3 prompts times 2 by 'best_of'"),
+            ):
+                refused = http.post(f"{door}/completions", json=body)
+                error = refused.json()["error"]
+                assert (refused.status_code, error["param"], error["code"]) == (400, param, "invalid_value"), body
+                assert cause in error["message"] and "MAX_NUM_SEQS=2" in error["message"] and "MAX_WAITING=3" in error["message"]
+            answer = http.post(f"{door}/completions", json={"prompt": ["x"] * 5, "max_tokens": 2})
+            assert answer.status_code == 200 and len(answer.json()["choices"]) == 5
+            refused = http.post(f"{door}/completions", json={"prompt": "x", "min_tokens": 500, "max_tokens": 600}).json()["error"]
+            assert refused["param"] == "min_tokens" and "500" in refused["message"] and "context of 128" in refused["message"]
+            refused = http.post(f"{door}/chat/completions", json=capital.request(priority=1)).json()["error"]
+            assert (refused["param"], refused["code"]) == ("priority", "unsupported_parameter")
+            assert http.post(f"{door}/chat/completions", json=capital.request(priority=0)).status_code == 200
+
+
+def test_more_jobs_at_once_than_places(http, capital):
+    """MAX_CONCURRENCY beyond what the engine can hold: no more jobs are taken than that, and every one is answered."""
+    env = {"MAX_NUM_SEQS": "1", "MAX_WAITING": "2", "MAX_CONCURRENCY": "20"}
+    with Server("serve", "--model", "demo", env=env) as server:
+        wait_for(lambda: "MAX_CONCURRENCY=20" in server.log, "the warning")
+        assert "3 are taken at once" in server.log
+        jobs = [http.post(f"{server.endpoint}/run", json={"input": capital.request()}).json()["id"] for _ in range(20)]
+
+        def done(job: str):
+            status = http.get(f"{server.endpoint}/status/{job}").json()
+            return status["status"] in ("COMPLETED", "FAILED") and status
+
+        for job in jobs:
+            status = wait_for(lambda: done(job), job)
+            assert status["status"] == "COMPLETED" and questions.text(status["output"]) == capital.answer
+
+
 def test_keys(http, capital):
     with Server("serve", "--model", "demo", env={"API_KEY": "secret-one"}) as server:
         for url in (f"{server.base}/v1/models", f"{server.endpoint}/openai/v1/models", f"{server.endpoint}/health"):

@@ -151,6 +151,17 @@ def test_bench():
     assert all(set(keys) <= set(row) and row["decode_tok_s"] > 0 and set(row["ttft_ms"]) == {"p50", "p95", "p99"} for row in rows)
 
 
+def test_bench_of_more_sequences_than_rows():
+    env = {"MAX_NUM_SEQS": "2", "MAX_WAITING": "3"}
+    arguments = ("bench", "--model", "demo", "--prompt-tokens", "32", "--output-tokens", "8", "--json", "--concurrency")
+    done = run(*arguments, "5", env=env, within=240)
+    assert done.process.returncode == 0, done.log
+    assert lines(done)[0]["concurrency"] == 5 and lines(done)[0]["limit_share"] > 0
+    done = run(*arguments, "1,6", env=env, within=240)
+    assert done.process.returncode == 1
+    assert "--concurrency 6" in done.log and "MAX_NUM_SEQS=2" in done.log and "MAX_WAITING=3" in done.log
+
+
 def test_bench_of_a_server(server):
     done = run("bench", "--model", "demo", "--url", server.base, "--prompt-tokens", "32", "--output-tokens", "8", "--concurrency", "2", "--json", within=240)
     assert done.process.returncode == 0, done.log

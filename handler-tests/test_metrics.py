@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from harness.program import Server
+from harness.program import Server, wait_for
 
 LINE = re.compile(r'([a-zA-Z_:][a-zA-Z0-9_:]*)\{(.*)\} (\S+)$')
 
@@ -50,6 +50,45 @@ def test_counts_and_times(http, quiet, capital):
     assert grown["vllm:prefix_cache_queries_total"] == grown["vllm:prompt_tokens_total"]
     cached = sum(answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers)
     assert grown["vllm:prefix_cache_hits_total"] == cached
+
+
+def test_each_ended_request_is_in_every_histogram(http, quiet, capital):
+    """Those that a stop string has ended, too: they are no cancelled ones."""
+    headers = {"authorization": "Bearer secret"}
+    request = {"prompt": "Once upon a time", "max_tokens": 400, "n": 2, "temperature": 1, "ignore_eos": True}
+    before = scrape(http, quiet)
+    first = http.post(f"{quiet.base}/v1/completions", json={**request, "seed": 1}, headers=headers).json()
+    text = first["choices"][0]["text"]
+    stop = next(letter for letter in text[5:] if letter.isascii() and letter.isalpha())
+    second = http.post(f"{quiet.base}/v1/completions", json={**request, "seed": 1, "n": 1, "stop": stop}, headers=headers).json()
+    assert (second["choices"][0]["finish_reason"], second["choices"][0]["text"]) == ("stop", text[: text.index(stop)])
+
+    def grown() -> dict[str, float]:
+        after = scrape(http, quiet)
+        return {name: after[name] - before[name] for name in after}
+
+    wait_for(lambda: grown()['vllm:request_success_total{finished_reason="stop"}'] == 1, "the stop string's sequence to be counted")
+    grown = grown()
+    assert grown['vllm:request_success_total{finished_reason="length"}'] == 2
+    assert grown['vllm:request_success_total{finished_reason="abort"}'] == 0
+    times = ("prefill_time", "decode_time", "inference_time", "time_per_output_token")
+    for name in ("e2e_request_latency_seconds", "request_prompt_tokens", "request_generation_tokens", "request_params_max_tokens",
+                 *(f"request_{name}_seconds" for name in times)):
+        assert grown[f"vllm:{name}_count"] == 3, name
+    both = grown["vllm:request_prefill_time_seconds_sum"] + grown["vllm:request_decode_time_seconds_sum"]
+    assert grown["vllm:request_inference_time_seconds_sum"] == pytest.approx(both)
+    # Of two requests, one with two choices.
+    assert (grown["vllm:request_params_n_count"], grown["vllm:request_params_n_sum"]) == (2, 3)
+
+
+def test_load(http, quiet):
+    assert http.get(f"{quiet.base}/load").json() == {"server_load": 0}
+    body = {"prompt": "Once", "max_tokens": 900, "n": 16, "temperature": 1, "ignore_eos": True, "stream": True}
+    with http.stream("POST", f"{quiet.base}/v1/completions", json=body, headers={"authorization": "Bearer secret"}) as stream:
+        pieces = stream.iter_text()
+        next(pieces)
+        assert http.get(f"{quiet.base}/load").json() == {"server_load": 16}
+    wait_for(lambda: http.get(f"{quiet.base}/load").json() == {"server_load": 0}, "the engine to be idle")
 
 
 def test_our_own_names_in_serve(http, server):

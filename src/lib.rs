@@ -17,7 +17,7 @@
 //! `main → app → {runpod, server} → api → engine → models → kernels`. A module uses only what stands to its right; [`config`],
 //! [`error`] and [`telemetry`] may be used by all and use none. `runpod` and `server` never see each other: both drive
 //! the same [`api::Service`], so what works on a laptop works in production. JSON never crosses to the right of `api`, tensors
-//! never to the left of `models`. `tests/dependency_rule.rs` fails on a breach.
+//! never to the left of `models`. `tests/integration/dependency_rule.rs` fails on a breach.
 
 pub mod api;
 pub mod app;

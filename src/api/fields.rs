@@ -328,6 +328,8 @@ const UNSUPPORTED: &[(&str, Neutral)] = &[
     ("mirostat", Neutral::Number(0.0)),
     ("dry_multiplier", Neutral::Number(0.0)),
     ("xtc_probability", Neutral::Number(0.0)),
+    // The order of requests.
+    ("priority", Neutral::Number(0.0)),
     // Budgets of the thinking part.
     ("reasoning_max_tokens", Neutral::Nothing),
     ("response_max_tokens", Neutral::Nothing),
@@ -491,6 +493,9 @@ mod tests {
             json!({"include_logprobs_decode_token": false}),
             json!({"suffix": "x"}),
             json!({"use_beam_search": true}),
+            json!({"priority": 1}),
+            json!({"priority": -5}),
+            json!({"priority": "high"}),
             json!({"modalities": ["text", "audio"]}),
             json!({"sampling_params": {"allowed_token_ids": [1]}}),
             json!({"metadata": {"reasoning_max_tokens": 5}}),
@@ -502,7 +507,7 @@ mod tests {
             assert!(body.to_string().contains(failure.param.unwrap().rsplit('.').next().unwrap()));
         }
         let neutral = json!({
-            "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "include_logprobs_decode_token": true, "suffix": null, "use_beam_search": false, "modalities": ["text"], "guided_json": null, "length_penalty": 1.0,
+            "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "include_logprobs_decode_token": true, "suffix": null, "use_beam_search": false, "modalities": ["text"], "guided_json": null, "length_penalty": 1.0, "priority": 0,
             "parallel_tool_calls": true, "user": "me", "something_new": {"a": 1}, "store": true, "verbosity": "low",
         });
         assert!(refuse_unsupported(&Fields::new(&neutral, true).unwrap()).is_ok());

@@ -4,6 +4,7 @@
 //! ready at once. Dropping the [`Run`] stops the task, which drops the generations, which frees their rows.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -51,7 +52,7 @@ pub struct Piece {
     pub logprobs: Vec<Reported>,
     /// The prompt's scores, in the choice's first piece, when asked for.
     pub prompt: Option<Arc<Vec<Logprobs>>>,
-    /// Log probabilities of `tokens` added up, as far as they are known.
+    /// The model's own log probabilities of `tokens` added up, as far as they are known.
     pub sum: f64,
     pub ending: Option<Ending>,
 }
@@ -100,10 +101,12 @@ impl Run {
             let room = service.engine.limits().max_model_len.saturating_sub(prompt.len()).max(1);
             let (scored, scores) = watch::channel(None);
             let mut scored = Some(scored);
-            for candidate in 0..options.candidates {
+            // Without randomness all choices are the same: computed once.
+            let copies = if options.sampling.is_greedy() { options.candidates } else { 1 };
+            for candidate in (0..options.candidates).step_by(copies) {
                 let mut params = options.sampling.clone();
                 params.max_tokens = options.max_tokens.unwrap_or(room).clamp(1, room);
-                params.min_tokens = params.min_tokens.min(params.max_tokens);
+                params.choices = if candidate == 0 { options.n } else { 0 };
                 params.seed = params.seed.wrapping_add(candidate as u64);
                 // Of one prompt the first candidate has the scores, for all.
                 let prompt_logprobs = options.prompt_logprobs.filter(|_| candidate == 0);
@@ -114,11 +117,12 @@ impl Run {
                     scored: scored.take(),
                     scores: options.prompt_logprobs.map(|_| scores.clone()),
                 };
-                let follower = Follower::new(choices.len(), text.clone(), opening);
+                let first = place * options.candidates + candidate;
+                let follower = Follower::new(first..first + copies, text.clone(), opening);
                 choices.push(follower.follow(generation, sender.clone()));
             }
         }
-        let open = choices.len();
+        let open = request.prompts.len() * options.candidates;
         let task = tokio::spawn(async move { choices.into_iter().collect::<FuturesUnordered<_>>().collect::<()>().await });
         let prompt_tokens = request.prompts.iter().map(|prompt| prompt.len()).sum();
         let cached = vec![None; request.prompts.len()];
@@ -250,7 +254,8 @@ struct Opening {
 
 /// Follows one sequence to its end.
 struct Follower {
-    index: usize,
+    /// The choices that it is the answer of.
+    indices: Range<usize>,
     options: Arc<TextOptions>,
     opening: Option<Opening>,
     detokenizer: Detokenizer,
@@ -260,16 +265,16 @@ struct Follower {
 }
 
 impl Follower {
-    fn new(index: usize, options: Arc<TextOptions>, opening: Opening) -> Self {
+    fn new(indices: Range<usize>, options: Arc<TextOptions>, opening: Opening) -> Self {
         let detokenizer = Detokenizer::new(&options.stops, options.include_stop);
         let reports = Reports { offset: opening.echo.chars().count(), ..Reports::default() };
-        Self { index, options, opening: Some(opening), detokenizer, reports, produced: 0, cached: None }
+        Self { indices, options, opening: Some(opening), detokenizer, reports, produced: 0, cached: None }
     }
 
-    /// A stop string ends the sequence here: returning drops the generation, which cancels its row.
+    /// A stop string ends the sequence here, before the engine knows.
     async fn follow(mut self, mut generation: Generation, pieces: mpsc::UnboundedSender<Result<Piece, Failure>>) {
         loop {
-            let mut piece = Piece { index: self.index, ..Piece::default() };
+            let mut piece = Piece { index: self.indices.start, ..Piece::default() };
             let stop = match generation.next().await {
                 Event::Prompt(scores) => {
                     if let Some(scored) = self.opening.as_ref().and_then(|opening| opening.scored.as_ref()) {
@@ -309,8 +314,12 @@ impl Follower {
             }
             piece.cached = self.cached.take();
             let ended = piece.ending.is_some();
-            if pieces.send(Ok(piece)).is_err() || ended {
+            let copies: Vec<Piece> = self.indices.clone().skip(1).map(|index| Piece { index, ..piece.clone() }).collect();
+            if std::iter::once(piece).chain(copies).any(|piece| pieces.send(Ok(piece)).is_err()) {
                 return;
+            }
+            if ended {
+                return generation.complete();
             }
         }
     }
@@ -318,7 +327,7 @@ impl Follower {
     fn token(&mut self, token: Token, piece: &mut Piece) -> Option<usize> {
         self.produced += 1;
         piece.tokens.push(token.id);
-        piece.sum = token.logprobs.as_ref().map_or(0.0, |logprobs| f64::from(logprobs.own));
+        piece.sum = token.logprobs.as_ref().map_or(0.0, |logprobs| f64::from(logprobs.raw));
         let options = self.options.clone();
         let bytes = visible(&options, token.id, token.ends);
         let armed = self.produced > options.min_tokens;

@@ -227,7 +227,7 @@ impl Echo {
 
     /// The prompt's tokens as parts of the text, with their scores; the first has none and gets an empty one.
     pub fn reported(&self, tokenizer: &Tokenizer, ids: &[u32], scores: &[Logprobs]) -> Vec<Reported> {
-        let none = Logprobs { own: 0.0, rank: 0, top: Vec::new() };
+        let none = Logprobs::default();
         let scores = std::iter::once(&none).chain(scores);
         let most = self.text.chars().count();
         let mut offset = 0;

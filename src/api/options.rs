@@ -176,6 +176,7 @@ impl Options {
             eos_token_ids: context.eos_token_ids.clone(),
             stop_token_ids: Arc::new(stop_token_ids),
             ignore_eos: fields.bool("ignore_eos")?.unwrap_or(false),
+            choices: n,
         };
         Ok(Self {
             n,
@@ -195,6 +196,49 @@ impl Options {
             echo,
             sampling,
         })
+    }
+}
+
+impl Options {
+    /// Whether all sequences of so many prompts can be taken at once. `listed`: the prompts may be a list.
+    pub fn check_number(&self, prompts: usize, listed: bool, limits: &Limits) -> Result<(), Failure> {
+        let each = if self.sampling.is_greedy() { 1 } else { self.candidates };
+        let (asked, most) = (prompts.saturating_mul(each), limits.max_num_seqs.saturating_add(limits.max_waiting));
+        if asked <= most {
+            return Ok(());
+        }
+        let choices = if self.candidates > self.n { "best_of" } else { "n" };
+        let (param, cause) = match (listed && prompts > 1, each > 1) {
+            (true, true) => (if prompts >= each { "prompt" } else { choices }, format!("{prompts} prompts times {each} by '{choices}'")),
+            (true, false) => ("prompt", format!("one for each of {prompts} prompts")),
+            (false, _) => (choices, format!("{each} by '{choices}'")),
+        };
+        let message = format!(
+            "This request asks for {asked} sequences ({cause}), and this server takes at most {most} at a time: MAX_NUM_SEQS={} that run and \
+             MAX_WAITING={} that wait. Send fewer in one request, or raise MAX_WAITING.",
+            limits.max_num_seqs, limits.max_waiting
+        );
+        Err(Failure::bad_request(param, message).code("invalid_value"))
+    }
+
+    /// Whether `min_tokens` may come after a prompt of so many.
+    pub fn check_room(&self, prompt: usize, limits: &Limits) -> Result<(), Failure> {
+        let (least, room) = (self.sampling.min_tokens, limits.max_model_len.saturating_sub(prompt));
+        let most = self.max_tokens.unwrap_or(room).min(room);
+        if least <= most {
+            return Ok(());
+        }
+        let message = if most < room {
+            format!("{least} is greater than the maximum of {most}, which is max_tokens when the request does not say - 'min_tokens'")
+        } else {
+            format!(
+                "{least} is greater than the maximum of {room}, which is what the prompt's {prompt} tokens leave of the context of {} - \
+                 'min_tokens'.{}",
+                limits.max_model_len,
+                limits.memory_hint()
+            )
+        };
+        Err(Failure::bad_request("min_tokens", message).code("invalid_value"))
     }
 }
 
@@ -344,6 +388,50 @@ mod tests {
         ] {
             assert!(read(body).is_ok());
         }
+    }
+
+    #[test]
+    fn too_many_sequences_name_their_cause_and_the_settings() {
+        let limits = Limits { max_model_len: 64, vocab_size: 10, max_num_seqs: 4, max_waiting: 4, memory_bound: None };
+        let refused = |body: Value, prompts: usize, listed: bool| {
+            let failure = read(body).unwrap().check_number(prompts, listed, &limits).unwrap_err();
+            assert!(failure.message.contains("MAX_NUM_SEQS=4") && failure.message.contains("MAX_WAITING=4"), "{failure}");
+            (failure.param.unwrap(), failure.message)
+        };
+        for (n, prompts) in [(1, 8), (2, 4), (4, 2)] {
+            assert!(read(json!({"n": n})).unwrap().check_number(prompts, true, &limits).is_ok());
+        }
+        let (param, message) = refused(json!({}), 9, true);
+        assert!(param == "prompt" && message.contains("9 sequences (one for each of 9 prompts)"), "{message}");
+        let (param, message) = refused(json!({"n": 2}), 5, true);
+        assert!(param == "prompt" && message.contains("10 sequences (5 prompts times 2 by 'n')"), "{message}");
+        assert_eq!(refused(json!({"n": 4}), 3, true).0, "n");
+        assert_eq!(refused(json!({"n": 1, "best_of": 4}), 3, true).0, "best_of");
+        // Greedy choices are one sequence.
+        assert!(read(json!({"n": 4, "temperature": 0})).unwrap().check_number(8, true, &limits).is_ok());
+        let small = Limits { max_num_seqs: 1, max_waiting: 1, ..limits.clone() };
+        let failure = read(json!({"n": 4})).unwrap().check_number(1, false, &small).unwrap_err();
+        assert!(failure.param.as_deref() == Some("n") && failure.message.contains("4 sequences (4 by 'n')"), "{failure}");
+    }
+
+    #[test]
+    fn min_tokens_must_have_room() {
+        let limits = Limits { max_model_len: 64, vocab_size: 10, max_num_seqs: 4, max_waiting: 4, memory_bound: None };
+        let check = |body: Value, prompt: usize| read(body).unwrap().check_room(prompt, &limits);
+        assert!(check(json!({"min_tokens": 4}), 60).is_ok());
+        assert!(check(json!({"max_tokens": 60}), 60).is_ok(), "max_tokens is an upper bound, and no promise");
+        for body in [json!({"min_tokens": 5}), json!({"min_tokens": 5, "max_tokens": 60})] {
+            let failure = check(body, 60).unwrap_err();
+            assert_eq!((failure.param.as_deref(), failure.code), (Some("min_tokens"), Some("invalid_value")));
+            assert!(
+                failure.message.starts_with("5 is greater than the maximum of 4, which is what the prompt's 60 tokens leave"),
+                "{failure}"
+            );
+        }
+        let mut options = read(json!({"min_tokens": 20})).unwrap();
+        options.max_tokens = Some(16);
+        let failure = options.check_room(10, &limits).unwrap_err();
+        assert!(failure.message.starts_with("20 is greater than the maximum of 16, which is max_tokens"), "{failure}");
     }
 
     #[test]

@@ -67,12 +67,19 @@ impl Target {
             return Ok(Self::Server { client, url, key, salt });
         }
         let files = hub::fetch(&settings.model, &settings.hub).await?;
-        let (engine, about) = model::start_engine(settings, &files, || Ok(usize::MAX)).await?;
+        let (engine, about) = model::start_engine(settings, &files, || Ok(usize::MAX.into())).await?;
         let needed = bench.prompt_tokens + bench.output_tokens;
         if needed > engine.limits().max_model_len {
             let limit = engine.limits().max_model_len;
             return Err(Failure::internal(format!(
                 "--prompt-tokens + --output-tokens = {needed} is more than the context of {limit} tokens (--max-model-len)"
+            )));
+        }
+        let (rows, waiting) = (engine.limits().max_num_seqs, engine.limits().max_waiting);
+        if let Some(most) = bench.concurrency.iter().find(|concurrency| **concurrency > rows + waiting) {
+            return Err(Failure::internal(format!(
+                "--concurrency {most} is more than the engine takes at a time: MAX_NUM_SEQS={rows} that run and MAX_WAITING={waiting} that wait; \
+                 raise one of them (--max-num-seqs, --max-waiting)"
             )));
         }
         // Measured is what a worker does that has been up for a while.
@@ -142,10 +149,8 @@ impl Target {
     fn row(&self, wave: &[Moments], concurrency: usize, bench: &BenchArgs) -> Value {
         let figures = Figures::of(wave, bench.prompt_tokens);
         let limit_share = match self {
-            // One pass over the weights serves all sequences.
-            Self::Engine { about, bandwidth: Some(bandwidth), .. } => {
-                Some(figures.decode_tok_s / concurrency as f64 * about.bytes_per_step as f64 / bandwidth)
-            }
+            // One pass over the weights serves all sequences that run.
+            Self::Engine { about, bandwidth: Some(bandwidth), .. } => Some(figures.steps_s * about.bytes_per_step as f64 / bandwidth),
             _ => None,
         };
         let (weights, threads, device) = match self {
@@ -209,6 +214,8 @@ async fn read_stream(request: reqwest::RequestBuilder, begin: Instant) -> Result
 struct Figures {
     prefill_tok_s: f64,
     decode_tok_s: f64,
+    /// Steps of the engine while all sequences decode: whichever ends last has a token in each of them.
+    steps_s: f64,
     ttft: Vec<f64>,
     itl: Vec<f64>,
 }
@@ -221,6 +228,8 @@ impl Figures {
         let last = wave.iter().filter_map(|moments| moments.last()).map(|(at, _)| *at).max().unwrap_or_default();
         let after: usize = wave.iter().flatten().filter(|(at, _)| *at > last_first).map(|(_, count)| count).sum();
         let decode = (last - last_first).as_secs_f64();
+        let steps = wave.iter().map(|moments| moments.iter().filter(|(at, _)| *at > last_first).count()).max().unwrap_or_default();
+        let per_second = |count: usize| if decode > 0.0 { count as f64 / decode } else { 0.0 };
         // Several tokens in one chunk share the gap before it.
         let gaps = wave
             .iter()
@@ -228,7 +237,8 @@ impl Figures {
             .flat_map(|pair| std::iter::repeat_n(ms(pair[1].0 - pair[0].0) / pair[1].1 as f64, pair[1].1));
         Self {
             prefill_tok_s: (prompt_tokens * wave.len()) as f64 / last_first.as_secs_f64(),
-            decode_tok_s: if decode > 0.0 { after as f64 / decode } else { 0.0 },
+            decode_tok_s: per_second(after),
+            steps_s: per_second(steps),
             ttft: firsts.iter().map(|at| ms(*at)).collect(),
             itl: gaps.collect(),
         }
@@ -293,10 +303,19 @@ mod tests {
         // Two sequences of 10 prompt tokens; the second starts later. After 200 ms come 3 tokens in 200 ms.
         let wave = vec![vec![at(100), at(150), at(250), at(400)], vec![at(200), at(300)]];
         let figures = Figures::of(&wave, 10);
-        assert_eq!((figures.prefill_tok_s, figures.decode_tok_s), (100.0, 15.0));
+        assert_eq!((figures.prefill_tok_s, figures.decode_tok_s, figures.steps_s), (100.0, 15.0, 10.0));
         assert_eq!(figures.ttft, [100.0, 200.0]);
         assert_eq!(figures.itl, [50.0, 100.0, 150.0, 100.0]);
         assert_eq!(percentiles(figures.itl), json!({"p50": 100.0, "p95": 150.0, "p99": 150.0}));
+    }
+
+    #[test]
+    fn a_wave_with_more_sequences_than_rows_counts_its_passes_over_the_weights() {
+        let at = |ms: u64| (Duration::from_millis(ms), 1);
+        // Of three sequences two run at a time: the third begins when the first has ended.
+        let wave = vec![vec![at(10), at(20), at(30)], vec![at(10), at(20), at(30), at(40), at(50)], vec![at(40), at(50), at(60), at(70)]];
+        let figures = Figures::of(&wave, 1);
+        assert_eq!((figures.decode_tok_s.round(), figures.steps_s.round()), (133.0, 100.0));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use crate::api::{ModelInfo, Service};
 use crate::config::Settings;
 use crate::engine::{self, Handle};
 use crate::error::Failure;
+use crate::models::Vocabulary;
 use crate::models::files::ModelFiles;
 use crate::models::hub;
 use crate::models::runner::{About, ModelRunner};
@@ -28,7 +29,7 @@ pub async fn load(settings: &Settings) -> Result<Loaded, Failure> {
     let tokenizer = tokio::task::spawn_blocking(move || {
         let tokenizer = Tokenizer::load(&tokenizer_files).map(Arc::new);
         // Nobody waits when the weights have failed already.
-        let _ = loaded.send(tokenizer.as_ref().map(|tokenizer| tokenizer.vocab_size()).map_err(Clone::clone));
+        let _ = loaded.send(tokenizer.as_ref().map(|tokenizer| tokenizer.vocabulary().clone()).map_err(Clone::clone));
         tokenizer
     });
     let (engine, about) = start_engine(settings, &files, move || {
@@ -50,12 +51,12 @@ pub async fn load(settings: &Settings) -> Result<Loaded, Failure> {
 pub async fn start_engine(
     settings: &Settings,
     files: &ModelFiles,
-    vocab_size: impl FnOnce() -> Result<usize, Failure> + Send + 'static,
+    vocabulary: impl FnOnce() -> Result<Vocabulary, Failure> + Send + 'static,
 ) -> Result<(Handle, About), Failure> {
     let (send, receive) = tokio::sync::oneshot::channel();
     let (files, engine_settings) = (files.clone(), settings.engine.clone());
     let load = move || {
-        let runner = ModelRunner::load(&files, vocab_size, &engine_settings)?;
+        let runner = ModelRunner::load(&files, vocabulary, &engine_settings)?;
         let _ = send.send(runner.about.clone());
         Ok(runner)
     };

@@ -38,13 +38,39 @@ pub async fn run(settings: Settings) -> Result<ExitCode, Failure> {
     }
 }
 
+/// Jobs taken at once: no more than the engine has places, for whoever takes a job keeps it from other workers.
+fn concurrency(wanted: Option<usize>, rows: usize, waiting: usize) -> usize {
+    let most = rows.saturating_add(waiting);
+    if let Some(wanted) = wanted.filter(|wanted| *wanted > most) {
+        tracing::warn!(
+            "MAX_CONCURRENCY={wanted} is more jobs than the engine has places for: {most} are taken at once (MAX_NUM_SEQS={rows} that run, \
+             MAX_WAITING={waiting} that wait)"
+        );
+    }
+    wanted.unwrap_or(JOBS_PER_ROW * rows).min(most)
+}
+
 /// A worker that answers jobs with this model.
 pub fn worker(settings: &RunpodSettings, loaded: &Loaded) -> Worker {
-    let concurrency = settings.max_concurrency.unwrap_or(JOBS_PER_ROW * loaded.engine.limits().max_num_seqs);
+    let limits = loaded.engine.limits();
+    let concurrency = concurrency(settings.max_concurrency, limits.max_num_seqs, limits.max_waiting);
     let (service, engine) = (loaded.service.clone(), loaded.engine.clone());
     let handler: Handler = Arc::new(move |job| {
         let service = service.clone();
         async move { service.job(job.input, &job.id).await }.boxed()
     });
     Worker::new(settings, concurrency, handler).healthy(move || engine.stats().healthy)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_more_jobs_are_taken_than_there_are_places() {
+        assert_eq!(concurrency(None, 16, 512), 32);
+        assert_eq!(concurrency(Some(512), 16, 512), 512);
+        assert_eq!(concurrency(Some(600), 16, 512), 528);
+        assert_eq!(concurrency(None, 16, 4), 20);
+    }
 }

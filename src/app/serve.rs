@@ -15,7 +15,7 @@ use crate::api::Service;
 use crate::config::{RunpodSettings, Secret, Settings};
 use crate::error::{Failure, Kind};
 use crate::runpod::Ended;
-use crate::server::{self, Door, Endpoints, Options, Phase, Readiness, endpoint};
+use crate::server::{self, Door, Endpoints, Metrics, Options, Phase, Readiness, endpoint};
 
 /// The endpoint that `serve` attaches its worker to.
 const LOCAL_ENDPOINT: &str = "local";
@@ -135,12 +135,15 @@ impl Direct {
         })
     }
 
-    /// With the engine's figures at `/metrics`; none before the model is there.
+    /// With the engine's figures at `/metrics` and `/load`; none before the model is there.
     fn options(&self, settings: &Settings) -> Options {
         let service = self.service.clone();
         let prefix = settings.server.metrics_prefix.clone().unwrap_or_else(|| METRICS_PREFIX.to_owned());
-        let metrics = move || service.get().map_or(String::new(), |service| service.engine.stats().exposition(&prefix, service.name()));
-        Options { metrics: Some(Arc::new(metrics)), ..Options::from(&settings.server) }
+        let text = move || service.get().map_or(String::new(), |service| service.engine.stats().exposition(&prefix, service.name()));
+        let service = self.service.clone();
+        let load = move || service.get().map_or(0, |service| service.engine.load());
+        let metrics = Metrics { text: Arc::new(text), load: Arc::new(load) };
+        Options { metrics: Some(metrics), ..Options::from(&settings.server) }
     }
 
     /// Opens the door, for as long as the engine is sound.
@@ -279,6 +282,7 @@ mod tests {
             client.post(format!("{base}/v1/completions")).bearer_auth("key").json(&body).send()
         };
         assert_eq!(get("/metrics").await.unwrap().text().await.unwrap(), "", "no engine, no figures");
+        assert_eq!(get("/load").await.unwrap().json::<Value>().await.unwrap(), json!({"server_load": 0}));
         direct.ready(&service().await);
         assert_eq!(get("/ping").await.unwrap().status(), 200);
         assert_eq!(complete("Hi").await.unwrap().status(), 200);

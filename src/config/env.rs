@@ -81,7 +81,7 @@ pub struct Env {
     /// Share of the GPU's memory that may be used, above 0 and at most 1. Without effect on a CPU: see `KV_CACHE_GB`.
     #[arg(long, help_heading = "Engine")]
     pub gpu_memory_utilization: Option<String>,
-    /// Keep the keys and values of earlier tokens, so that what begins the same is not computed again.
+    /// Keep the keys and values of earlier tokens, so that what begins the same is not computed again. `false`: not even for the choices of one prompt.
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", help_heading = "Engine")]
     pub enable_prefix_caching: Option<String>,
     /// The opposite of `ENABLE_PREFIX_CACHING`, which comes first.
@@ -90,7 +90,7 @@ pub struct Env {
     /// Speculation by prompt lookup, as JSON: `{"method":"ngram","num_speculative_tokens":5}`; further keys `prompt_lookup_max`, `prompt_lookup_min`, `disable_by_batch_size`.
     #[arg(long, help_heading = "Engine")]
     pub speculative_config: Option<String>,
-    /// Requests that may wait for a place; beyond it they are refused with 429.
+    /// Sequences that may wait for a place; beyond it requests are refused with 429. One that asks for more than MAX_NUM_SEQS and this together (prompts times `n`) is refused with 400.
     #[arg(long, help_heading = "Engine")]
     pub max_waiting: Option<String>,
     /// Seconds a request may take in all. 0 = no limit.
@@ -152,7 +152,7 @@ pub struct Env {
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", help_heading = "API")]
     pub enable_prompt_tokens_details: Option<String>,
 
-    /// Jobs taken at once from the queue.
+    /// Jobs taken at once from the queue; never more than MAX_NUM_SEQS and MAX_WAITING together.
     #[arg(long, help_heading = "Queue worker")]
     pub max_concurrency: Option<String>,
     /// Seconds that SIGTERM waits for running requests.
@@ -239,7 +239,7 @@ pub struct Env {
     #[arg(long, help_heading = "Server")]
     pub metrics_prefix: Option<String>,
 
-    /// No line of the engine's figures in the log (otherwise one every 10 s while there is work).
+    /// No line of the engine's figures in the log (otherwise one every 10 s of work).
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", help_heading = "General")]
     pub disable_log_stats: Option<String>,
     /// `trace`, `debug`, `info`, `warn`, `error` or `notset` (silent).

@@ -3,7 +3,7 @@
 //! [`Handle`] is the only door. Everything behind it runs on one OS thread.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
@@ -162,19 +162,28 @@ pub(crate) struct Shared {
 }
 
 pub(crate) enum Command {
-    /// With the moment it was submitted.
-    Submit(Request, mpsc::UnboundedSender<Event>, Instant),
+    Submit(Submitted),
+}
+
+pub(crate) struct Submitted {
+    pub(crate) request: Request,
+    pub(crate) events: mpsc::UnboundedSender<Event>,
+    pub(crate) at: Instant,
+    /// See [`Generation::complete`].
+    pub(crate) complete: Arc<AtomicBool>,
 }
 
 /// The events of one sequence. **Dropping it cancels**: the row and its blocks are free within one step.
 #[derive(Debug)]
 pub struct Generation {
     events: mpsc::UnboundedReceiver<Event>,
+    complete: Arc<AtomicBool>,
 }
 
 impl Generation {
-    pub(crate) fn new(events: mpsc::UnboundedReceiver<Event>) -> Self {
-        Self { events }
+    /// Ends it like dropping does, but as an answer that is complete: its text has come to a stop string. Counted with those that the model ended.
+    pub fn complete(self) {
+        self.complete.store(true, Ordering::Release);
     }
 
     /// The next event. A channel that closes without `Finished` or `Failed` means that the engine died: a failure.
@@ -201,12 +210,13 @@ impl Handle {
     pub fn submit(&self, request: Request) -> Result<Generation, Failure> {
         self.check(&request)?;
         let (events, receiver) = mpsc::unbounded_channel();
+        let complete = Arc::new(AtomicBool::new(false));
         self.shared.submitted.fetch_add(1, Ordering::Relaxed);
         self.shared
             .commands
-            .send(Command::Submit(request, events, Instant::now()))
+            .send(Command::Submit(Submitted { request, events, at: Instant::now(), complete: complete.clone() }))
             .map_err(|_| Failure::internal("the engine has stopped"))?;
-        Ok(Generation::new(receiver))
+        Ok(Generation { events: receiver, complete })
     }
 
     fn check(&self, request: &Request) -> Result<(), Failure> {
@@ -236,6 +246,13 @@ impl Handle {
         self.shared.stats.lock().map(|stats| stats.clone()).unwrap_or_default()
     }
 
+    /// Sequences that run or wait.
+    pub fn load(&self) -> usize {
+        let submitted = self.shared.submitted.load(Ordering::Relaxed);
+        let stats = self.stats();
+        submitted + stats.running + stats.waiting
+    }
+
     /// Waits for a fault that only a restart mends.
     pub async fn failed(&self) {
         // The sender lives as long as this handle does.
@@ -246,9 +263,7 @@ impl Handle {
     pub async fn idle(&self, limit: Duration) -> bool {
         let end = Instant::now() + limit;
         while Instant::now() < end {
-            let submitted = self.shared.submitted.load(Ordering::Relaxed);
-            let stats = self.stats();
-            if submitted + stats.running + stats.waiting == 0 {
+            if self.load() == 0 {
                 return true;
             }
             tokio::time::sleep(Duration::from_millis(5)).await;

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -13,7 +13,7 @@ use super::metrics::{Ended, Log, Moments};
 use super::residency::{Residency, While};
 use super::scheduler::{Outcome, Scheduler};
 use super::sequence::{Sequence, SequenceId};
-use super::{Command, Event, Finish, Handle, Limits, Options, Shared, Stats};
+use super::{Command, Event, Finish, Handle, Limits, Options, Shared, Stats, Submitted};
 use crate::error::{Failure, Kind};
 use crate::models::{Output, Plan, Runner};
 
@@ -64,6 +64,8 @@ struct Client {
     deadline: Option<Instant>,
     request: Arc<str>,
     moments: Moments,
+    /// It left because its text was complete.
+    complete: Arc<AtomicBool>,
 }
 
 struct Worker<R> {
@@ -128,17 +130,11 @@ impl<R: Runner> Worker<R> {
 
     fn run(mut self, commands: &Receiver<Command>) {
         loop {
-            let idle = self.clients.is_empty();
-            if idle {
-                self.scheduler.check_invariants();
-                self.log.idle();
-            }
             // Idle: sleep until somebody comes. Busy: take what is there.
-            let first = if idle { self.wait(commands) } else { commands.try_recv() };
-            let mut next = first;
+            let mut next = if self.clients.is_empty() { self.idle(commands) } else { commands.try_recv() };
             loop {
                 match next {
-                    Ok(Command::Submit(request, events, at)) => self.submit(&request, events, at),
+                    Ok(Command::Submit(submitted)) => self.submit(submitted),
                     Err(TryRecvError::Empty) => break,
                     Err(TryRecvError::Disconnected) => return,
                 }
@@ -148,6 +144,7 @@ impl<R: Runner> Worker<R> {
             self.step();
             self.take_memory(While::Running);
             self.publish();
+            self.log.step(&self.stats, self.computed_prompt, Instant::now());
         }
     }
 
@@ -175,17 +172,34 @@ impl<R: Runner> Worker<R> {
         }
     }
 
-    fn submit(&mut self, request: &super::Request, events: mpsc::UnboundedSender<Event>, at: Instant) {
-        let id = self.next_id;
-        self.next_id += 1;
-        self.taken += 1;
-        self.stats.prompt_tokens += request.prompt.len() as u64;
-        let moments = Moments::new(at, request.prompt.len());
-        self.clients.insert(id, Client { events, deadline: request.deadline, request: request.id.clone(), moments });
-        self.scheduler.add(Sequence::new(id, request, self.runner.shape().max_model_len));
+    fn idle(&mut self, commands: &Receiver<Command>) -> Result<Command, TryRecvError> {
+        // It looks at every block: not where somebody may be about to come.
+        if cfg!(debug_assertions) {
+            self.scheduler.check_invariants();
+        }
+        let since = Instant::now();
+        let command = self.wait(commands);
+        self.log.idled(since.elapsed());
+        command
     }
 
-    /// Cancelled sequences leave (their receiver is gone), and those whose time is up fail.
+    fn submit(&mut self, submitted: Submitted) {
+        let Submitted { request, events, at, complete } = submitted;
+        self.taken += 1;
+        // It was on its way here when a step panicked.
+        if !self.stats.healthy {
+            let _ = events.send(Event::Failed(unknown_state()));
+            return;
+        }
+        let id = self.next_id;
+        self.next_id += 1;
+        self.stats.prompt_tokens += request.prompt.len() as u64;
+        let moments = Moments::new(at, &request);
+        self.clients.insert(id, Client { events, deadline: request.deadline, request: request.id.clone(), moments, complete });
+        self.scheduler.add(Sequence::new(id, &request, self.runner.shape().max_model_len));
+    }
+
+    /// Sequences whose receiver is gone leave, cancelled or with all the text that was wanted, and those whose time is up fail.
     fn drop_gone(&mut self) {
         let now = Instant::now();
         let gone: Vec<SequenceId> = self
@@ -197,9 +211,14 @@ impl<R: Runner> Worker<R> {
         for id in gone {
             self.scheduler.remove(id);
             let Some(client) = self.clients.remove(&id) else { continue };
-            let cancelled = client.events.is_closed();
-            self.stats.metrics.ended(&client.moments, if cancelled { Ended::Cancelled } else { Ended::Failed }, now);
-            if !cancelled {
+            let closed = client.events.is_closed();
+            let ended = match closed {
+                true if client.complete.load(Ordering::Acquire) => Ended::Stop,
+                true => Ended::Cancelled,
+                false => Ended::Failed,
+            };
+            self.stats.metrics.ended(&client.moments, ended, now);
+            if !closed {
                 let failure =
                     Failure::new(Kind::Timeout, "the request's time limit passed (REQUEST_TIMEOUT)").code("request_timeout").retry_after(1);
                 let _ = client.events.send(Event::Failed(failure));
@@ -213,8 +232,8 @@ impl<R: Runner> Worker<R> {
         }
         let begin = Instant::now();
         for (id, cached_tokens) in self.scheduler.started() {
-            if let Some(client) = self.clients.get(id) {
-                self.stats.metrics.queue_time.record_time(begin.saturating_duration_since(client.moments.submitted));
+            if let Some(client) = self.clients.get_mut(id) {
+                self.stats.metrics.started(&mut client.moments, begin);
                 let _ = client.events.send(Event::Started { cached_tokens: *cached_tokens });
             }
         }
@@ -229,17 +248,24 @@ impl<R: Runner> Worker<R> {
         self.stats.metrics.step_time.record_time(now - begin);
         match result {
             Ok(Ok(output)) => self.settle(output, now),
-            Ok(Err(failure)) => self.fail(failure),
+            Ok(Err(failure)) => {
+                let ids = self.scheduler.abandon();
+                self.fail(&ids, &failure, now);
+            }
             Err(panic) => {
-                // The device's state is unknown from here on: what runs fails, and readiness says so. Before anybody hears of it:
-                // whoever sees the failure must see the state too.
+                // The device's state is unknown from here on: everything fails, what waits included, and readiness says so. Before anybody
+                // hears of it: whoever sees the failure must see the state too.
                 self.stats.healthy = false;
                 if let Some(shared) = self.shared.upgrade() {
                     shared.fail();
                 }
                 let text = panic_text(&*panic);
                 tracing::error!("a step panicked: {text}");
-                self.fail(Failure::internal("the engine failed while computing this request"));
+                let ids = self.scheduler.abandon();
+                self.fail(&ids, &Failure::internal("the engine failed while computing this request"), now);
+                let waiting: Vec<SequenceId> = self.clients.keys().copied().collect();
+                waiting.iter().for_each(|id| self.scheduler.remove(*id));
+                self.fail(&waiting, &unknown_state(), now);
             }
         }
     }
@@ -250,10 +276,17 @@ impl<R: Runner> Worker<R> {
         for outcomes in self.outcomes.chunk_by(|one, next| one.id == next.id) {
             if let Some(client) = self.clients.get_mut(&outcomes[0].id) {
                 self.stats.metrics.tokens(&mut client.moments, outcomes.len(), now);
+                if let Some(finish) = outcomes.last().and_then(|outcome| outcome.finish) {
+                    self.stats.metrics.ended(&client.moments, if finish == Finish::Length { Ended::Length } else { Ended::Stop }, now);
+                }
             }
         }
+        self.stats.output_tokens += self.outcomes.len() as u64;
+        // Whoever sees the end of an answer must see it in the figures too.
+        if self.outcomes.iter().any(|outcome| outcome.finish.is_some()) {
+            self.publish();
+        }
         for outcome in self.outcomes.drain(..) {
-            self.stats.output_tokens += 1;
             let Some(client) = self.clients.get(&outcome.id) else { continue };
             // A closed channel is a cancelled sequence: the next round removes it.
             if let Some(prompt) = outcome.prompt {
@@ -262,17 +295,21 @@ impl<R: Runner> Worker<R> {
             let _ = client.events.send(Event::Token(outcome.token));
             if let Some(finish) = outcome.finish {
                 let _ = client.events.send(Event::Finished(finish));
-                let ended = if finish == Finish::Length { Ended::Length } else { Ended::Stop };
-                self.stats.metrics.ended(&client.moments, ended, now);
                 self.clients.remove(&outcome.id);
             }
         }
+        for at in 0..self.scheduler.broken().len() {
+            let (id, suppressed) = self.scheduler.broken()[at];
+            let more = if suppressed { ", or every token is suppressed (bad_words, min_tokens)" } else { "" };
+            let message = format!("the model gave no finite logits for this request{more}");
+            self.fail(&[id], &Failure::internal(message).code("no_finite_logits"), now);
+        }
     }
 
-    fn fail(&mut self, failure: Failure) {
-        let now = Instant::now();
-        for id in self.scheduler.abandon() {
-            if let Some(client) = self.clients.remove(&id) {
+    /// Their sequences have left the scheduler.
+    fn fail(&mut self, ids: &[SequenceId], failure: &Failure, now: Instant) {
+        for id in ids {
+            if let Some(client) = self.clients.remove(id) {
                 tracing::error!(request_id = &*client.request, "request failed: {failure}");
                 let _ = client.events.send(Event::Failed(failure.clone()));
                 self.stats.metrics.ended(&client.moments, Ended::Failed, now);
@@ -280,6 +317,7 @@ impl<R: Runner> Worker<R> {
         }
     }
 
+    /// Tells the figures to whoever asks.
     fn publish(&mut self) {
         self.stats.running = self.scheduler.running();
         self.stats.waiting = self.scheduler.waiting();
@@ -291,9 +329,6 @@ impl<R: Runner> Worker<R> {
         self.stats.prefix_hits = totals.prefix_hits;
         self.stats.guessed = totals.guessed;
         self.stats.accepted = totals.accepted;
-        if !self.clients.is_empty() {
-            self.log.step(&self.stats, self.computed_prompt, Instant::now());
-        }
         if let Some(shared) = self.shared.upgrade() {
             if let Ok(mut stats) = shared.stats.lock() {
                 *stats = self.stats.clone();
@@ -302,6 +337,10 @@ impl<R: Runner> Worker<R> {
             shared.submitted.fetch_sub(std::mem::take(&mut self.taken), Ordering::Relaxed);
         }
     }
+}
+
+fn unknown_state() -> Failure {
+    Failure::internal("the engine has failed while this request was waiting; this worker must be restarted")
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
@@ -313,197 +352,4 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::engine::{Generation, Request, SamplingParams};
-    use crate::models::{Plan, Shape};
-    use std::time::Duration;
-
-    /// Says the length of the context, modulo 50; panics or fails on request.
-    struct Scripted {
-        shape: Shape,
-        gate: Option<std::sync::mpsc::Receiver<()>>,
-    }
-
-    const PANIC: u32 = 90;
-    const FAIL: u32 = 91;
-
-    impl Runner for Scripted {
-        fn shape(&self) -> &Shape {
-            &self.shape
-        }
-
-        fn step(&mut self, plan: &Plan) -> Result<Output, Failure> {
-            if let Some(gate) = &self.gate {
-                let _ = gate.recv();
-            }
-            assert!(!plan.tokens.contains(&PANIC), "told to");
-            if plan.tokens.contains(&FAIL) {
-                return Err(Failure::internal("told to fail"));
-            }
-            Ok(Output {
-                tokens: plan.rows.iter().filter(|row| row.draw.is_some()).map(|row| row.context as u32 % 50).collect(),
-                ..Default::default()
-            })
-        }
-    }
-
-    fn shape() -> Shape {
-        Shape {
-            max_model_len: 64,
-            vocab_size: 100,
-            block_size: 4,
-            blocks: 32,
-            max_num_seqs: 2,
-            max_num_batched_tokens: 16,
-            memory_bound: true,
-        }
-    }
-
-    async fn engine(gate: Option<std::sync::mpsc::Receiver<()>>, max_waiting: usize) -> Handle {
-        start(move || Ok(Scripted { shape: shape(), gate }), Options { max_waiting, ..Default::default() }).await.unwrap()
-    }
-
-    fn request(prompt: &[u32], max_tokens: usize) -> Request {
-        let params = SamplingParams { max_tokens, ..Default::default() };
-        Request { id: "test".into(), prompt: Arc::new(prompt.to_vec()), params, prompt_logprobs: None, deadline: None }
-    }
-
-    async fn collect(mut generation: Generation) -> (Vec<u32>, Result<Finish, Failure>) {
-        let mut tokens = Vec::new();
-        loop {
-            match generation.next().await {
-                Event::Started { .. } => {}
-                Event::Token(token) => tokens.push(token.id),
-                Event::Prompt(_) => {}
-                Event::Finished(finish) => return (tokens, Ok(finish)),
-                Event::Failed(failure) => return (tokens, Err(failure)),
-            }
-        }
-    }
-
-    #[tokio::test]
-    async fn sequences_run_and_leave_nothing_behind() {
-        let engine = engine(None, 100).await;
-        let all: Vec<_> = (1..20).map(|n| engine.submit(request(&vec![1; n], 5)).unwrap()).collect();
-        for (n, generation) in (1u32..20).zip(all) {
-            assert_eq!(collect(generation).await, ((n..n + 5).collect(), Ok(Finish::Length)));
-        }
-        assert!(engine.idle(Duration::from_secs(5)).await);
-        assert_eq!((engine.stats().blocks_free, engine.stats().output_tokens), (32, 95));
-    }
-
-    #[tokio::test]
-    async fn dropping_the_receiver_frees_the_row_within_one_step() {
-        let (steps, gate) = std::sync::mpsc::channel();
-        let engine = engine(Some(gate), 100).await;
-        let mut generation = engine.submit(request(&[1; 10], 50)).unwrap();
-        steps.send(()).unwrap();
-        assert!(matches!(generation.next().await, Event::Started { cached_tokens: 0 }));
-        assert!(matches!(generation.next().await, Event::Token(_)));
-        assert_eq!(engine.submit(request(&[2], 1)).map(|_| ()), Ok(()));
-        drop(generation);
-        // The step that may be in flight, and no more.
-        steps.send(()).unwrap();
-        steps.send(()).unwrap();
-        assert!(engine.idle(Duration::from_secs(5)).await);
-        assert_eq!(engine.stats().blocks_free, 32);
-    }
-
-    #[tokio::test]
-    async fn a_full_queue_refuses_with_a_retry_hint() {
-        let (steps, gate) = std::sync::mpsc::channel();
-        let engine = engine(Some(gate), 3).await;
-        let mut held = Vec::new();
-        let refused = loop {
-            match engine.submit(request(&[1], 1)) {
-                Ok(generation) => held.push(generation),
-                Err(failure) => break failure,
-            }
-            assert!(held.len() < 10);
-            tokio::time::sleep(Duration::from_millis(2)).await;
-        };
-        assert_eq!((refused.kind, refused.code, refused.retry_after), (Kind::Overloaded, Some("engine_overloaded"), Some(1)));
-        drop(steps);
-        for generation in held {
-            assert_eq!(collect(generation).await.1, Ok(Finish::Length));
-        }
-    }
-
-    #[tokio::test]
-    async fn what_cannot_run_is_refused() {
-        let engine = engine(None, 3).await;
-        assert_eq!(engine.submit(request(&[], 1)).unwrap_err().kind, Kind::BadRequest);
-        let refused = engine.submit(request(&[1; 64], 1)).unwrap_err();
-        assert_eq!(refused.code, Some("context_length_exceeded"));
-        assert!(refused.message.contains("64 tokens") && refused.message.contains("128 tokens (32 blocks of 4)"), "{refused}");
-        assert_eq!(collect(engine.submit(request(&[1; 63], 9)).unwrap()).await, (vec![13], Ok(Finish::Length)));
-    }
-
-    #[tokio::test]
-    async fn a_failed_step_fails_its_requests_only() {
-        let engine = engine(None, 10).await;
-        let (_, result) = collect(engine.submit(request(&[FAIL], 3)).unwrap()).await;
-        assert_eq!(result.unwrap_err().message, "told to fail");
-        assert_eq!(collect(engine.submit(request(&[1], 2)).unwrap()).await, (vec![1, 2], Ok(Finish::Length)));
-    }
-
-    #[tokio::test]
-    async fn a_panic_fails_requests_and_health() {
-        let engine = engine(None, 10).await;
-        let (_, result) = collect(engine.submit(request(&[PANIC], 3)).unwrap()).await;
-        assert_eq!(result.unwrap_err().kind, Kind::Internal);
-        assert!(engine.idle(Duration::from_secs(5)).await);
-        assert!(!engine.stats().healthy);
-        engine.failed().await;
-        assert_eq!(engine.submit(request(&[1], 2)).unwrap_err().kind, Kind::Internal);
-    }
-
-    /// Its shape is asked for at each submission; the last time it panics, outside of any step.
-    struct Cursed {
-        scripted: Scripted,
-        asked: std::cell::Cell<usize>,
-    }
-
-    impl Runner for Cursed {
-        fn shape(&self) -> &Shape {
-            self.asked.set(self.asked.get() + 1);
-            assert!(self.scripted.shape.max_model_len > 0 && self.asked.get() <= 3, "told to");
-            &self.scripted.shape
-        }
-
-        fn step(&mut self, plan: &Plan) -> Result<Output, Failure> {
-            self.scripted.step(plan)
-        }
-    }
-
-    #[tokio::test]
-    async fn a_panic_outside_of_a_step_fails_requests_and_health() {
-        let load = || Ok(Cursed { scripted: Scripted { shape: shape(), gate: None }, asked: 0.into() });
-        let engine = start(load, Options::default()).await.unwrap();
-        assert_eq!(collect(engine.submit(request(&[1], 2)).unwrap()).await.1, Ok(Finish::Length));
-        assert_eq!(collect(engine.submit(request(&[1], 2)).unwrap()).await.1.unwrap_err().kind, Kind::Internal);
-        engine.failed().await;
-        assert!(!engine.stats().healthy);
-        assert_eq!(engine.submit(request(&[1], 2)).unwrap_err().kind, Kind::Internal);
-    }
-
-    #[tokio::test]
-    async fn a_deadline_fails_the_request() {
-        let (steps, gate) = std::sync::mpsc::channel();
-        let engine = engine(Some(gate), 10).await;
-        let mut late = request(&[1], 9);
-        late.deadline = Some(Instant::now());
-        let generation = engine.submit(late).unwrap();
-        drop(steps);
-        assert_eq!(collect(generation).await.1.unwrap_err().kind, Kind::Timeout);
-    }
-
-    #[tokio::test]
-    async fn a_model_that_cannot_load_is_an_error() {
-        let failed = start(|| Err::<Scripted, _>(Failure::internal("no weights")), Options::default()).await.err().unwrap();
-        assert_eq!(failed.message, "no weights");
-        let failed = start(|| -> Result<Scripted, Failure> { panic!("boom") }, Options::default()).await.err().unwrap();
-        assert!(failed.message.contains("boom"));
-    }
-}
+mod tests;

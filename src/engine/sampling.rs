@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::models::LogprobsSpec;
+use crate::models::{Draw, LogprobsSpec};
 
 /// How one sequence is drawn and when it ends. Every value is checked by `api` before it comes here.
 #[derive(Debug, Clone)]
@@ -34,6 +34,15 @@ pub struct SamplingParams {
     pub stop_token_ids: Arc<Vec<u32>>,
     /// Go on past the end of sequence (which is then an ordinary token).
     pub ignore_eos: bool,
+    /// Choices that the prompt was asked for, told of the first of them; 0 of the others. Figures only.
+    pub choices: usize,
+}
+
+impl SamplingParams {
+    /// No randomness: whatever the seed, the same answer.
+    pub fn is_greedy(&self) -> bool {
+        Draw { temperature: self.temperature, top_p: self.top_p, top_k: self.top_k, ..Draw::default() }.is_greedy()
+    }
 }
 
 impl Default for SamplingParams {
@@ -55,6 +64,7 @@ impl Default for SamplingParams {
             eos_token_ids: Arc::default(),
             stop_token_ids: Arc::default(),
             ignore_eos: false,
+            choices: 1,
         }
     }
 }

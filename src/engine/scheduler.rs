@@ -13,7 +13,7 @@
 //!   just being computed for another one (the same prompt `n` times, chats under one system prompt) waits until it can share it, and
 //!   does not hold up those behind it.
 //! - **Speculation** ([`Lookup`]): while few sequences decode, their rows carry guesses, as far as budget and blocks are free. A guess is
-//!   accepted when it is the very token drawn, so the output is that of plain decoding.
+//!   accepted when it is the very token drawn, so the output is that of plain decoding. Guesses never take from the share of prompts that wait.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -72,6 +72,8 @@ pub struct Scheduler {
     in_flight: Vec<InFlight>,
     /// Sequences that the last plan admitted for the first time, with the prompt tokens that were cached.
     started: Vec<(SequenceId, usize)>,
+    /// Sequences that the last step gave nothing to draw for; whether some of their ids were suppressed.
+    broken: Vec<(SequenceId, bool)>,
     totals: Totals,
     lookup: Option<Lookup>,
     /// The guesses of the plan in flight, one row after another.
@@ -92,6 +94,7 @@ impl Scheduler {
             running: Vec::with_capacity(shape.max_num_seqs),
             in_flight: Vec::with_capacity(shape.max_num_seqs),
             started: Vec::new(),
+            broken: Vec::new(),
             totals: Totals::default(),
             path: Vec::new(),
             shares: Vec::with_capacity(shape.max_num_seqs),
@@ -124,6 +127,11 @@ impl Scheduler {
         &self.started
     }
 
+    /// Sequences that the last step gave nothing to draw for, and that have left; whether some of their ids were suppressed.
+    pub fn broken(&self) -> &[(SequenceId, bool)] {
+        &self.broken
+    }
+
     /// Takes a sequence out, wherever it stands; its blocks are free at once. Not between a plan and its settling.
     pub fn remove(&mut self, id: SequenceId) {
         debug_assert!(self.in_flight.is_empty(), "removing while a step is in flight");
@@ -147,7 +155,7 @@ impl Scheduler {
         let mut budget = self.shape.max_num_batched_tokens;
         self.plan_decodes(plan, &mut budget);
         if !plan.rows.is_empty() {
-            budget = budget.min((self.shape.max_num_batched_tokens / MIXED_SHARE).max(1));
+            budget = budget.min(self.mixed_budget());
         }
         if budget > 0 {
             let before = self.running.len();
@@ -155,6 +163,11 @@ impl Scheduler {
             self.plan_prompts(plan, budget, before);
         }
         !plan.rows.is_empty()
+    }
+
+    /// Tokens that prompts get in a step while streams run.
+    fn mixed_budget(&self) -> usize {
+        (self.shape.max_num_batched_tokens / MIXED_SHARE).max(1)
     }
 
     /// One token for every sequence that decodes, making room by preemption.
@@ -173,6 +186,10 @@ impl Scheduler {
         let decoding = self.running.iter().filter(|sequence| sequence.pending() == 1).count();
         let lookup = self.lookup.filter(|lookup| decoding <= lookup.max_rows);
         let mut spare = budget.saturating_sub(decoding);
+        // Guesses are a bet, prompts are work.
+        if !self.waiting.is_empty() || decoding < self.running.len() {
+            spare = spare.saturating_sub(self.mixed_budget());
+        }
         for index in 0..self.running.len() {
             if *budget > 0 && self.running[index].pending() == 1 {
                 let guesses = lookup.map_or(0, |lookup| self.guess(index, lookup, spare));
@@ -334,6 +351,9 @@ impl Scheduler {
     /// NOTE: the plan's rows must be gone by now: they share the block tables that change here.
     pub fn settle(&mut self, mut output: Output, outcomes: &mut Vec<Outcome>) -> Output {
         outcomes.clear();
+        self.broken.clear();
+        let (draws, targets) = (output.tokens.len(), output.scores.len());
+        let failed = &output.failed;
         let mut drawn = output.tokens.drain(..);
         let mut logprobs = output.logprobs.drain(..);
         let mut scores = output.scores.drain(..);
@@ -349,22 +369,31 @@ impl Scheduler {
             let Some(index) = index else { continue };
             next = index + 1;
             let sequence = &mut self.running[index];
+            let first = draws + targets - scores.len();
             sequence.scored(sequence.computed, sequence.computed + row.len, &mut scores);
+            let mut broken = failed.iter().any(|at| (first..draws + targets - scores.len()).contains(at));
             sequence.computed += row.len;
             let mut finish = None;
             if sequence.computed == sequence.tokens.len() {
                 let (own, others) = guesses.split_at(row.guesses);
                 guesses = others;
                 let prompt = sequence.take_prompt_logprobs();
-                let results = drawn.by_ref().zip(logprobs.by_ref().map(Some).chain(std::iter::repeat(None)));
-                let accepted = take_draws(sequence, own, results.take(row.guesses + 1), prompt, outcomes);
+                let first = draws - drawn.len();
+                let results = drawn.by_ref().zip(logprobs.by_ref().map(Some).chain(std::iter::repeat(None))).take(row.guesses + 1);
+                let results = (first..).zip(results).map(|(at, result)| (!broken && !failed.contains(&at)).then_some(result));
+                let accepted;
+                (accepted, broken) = take_draws(sequence, own, results, prompt, outcomes);
                 finish = outcomes.last().filter(|outcome| outcome.id == row.id).and_then(|outcome| outcome.finish);
                 sequence.acceptance.learn(row.guesses, accepted);
                 self.totals.guessed += row.guesses as u64;
                 self.totals.accepted += accepted as u64;
             }
-            Self::cache(&mut self.pool, sequence, self.shape.block_size);
-            if finish.is_some() {
+            if broken {
+                self.broken.push((row.id, !sequence.draw().suppressed.is_empty()));
+            } else {
+                Self::cache(&mut self.pool, sequence, self.shape.block_size);
+            }
+            if broken || finish.is_some() {
                 let sequence = self.running.remove(index);
                 self.pool.release(&sequence.blocks);
                 next = index;
@@ -372,6 +401,7 @@ impl Scheduler {
         }
         self.in_flight = in_flight;
         drop((drawn, logprobs, scores));
+        output.failed.clear();
         output
     }
 
@@ -414,22 +444,27 @@ impl Scheduler {
     }
 }
 
-/// Appends what was drawn for one sequence: the first token, and one more after each guess that came true. Returns how many did.
+/// Appends what was drawn for one sequence: the first token, and one more after each guess that came true. Returns how many did, and whether
+/// there was nothing to draw then.
 ///
 /// A guess that came true has its keys and values in the cache already. What was computed after the first wrong one is written over later.
 fn take_draws(
     sequence: &mut Sequence,
     guesses: &[u32],
-    results: impl Iterator<Item = (u32, Option<Option<Logprobs>>)>,
+    results: impl Iterator<Item = Option<(u32, Option<Option<Logprobs>>)>>,
     mut prompt: Option<Vec<Logprobs>>,
     outcomes: &mut Vec<Outcome>,
-) -> usize {
-    let (mut accepted, mut open) = (0, true);
+) -> (usize, bool) {
+    let (mut accepted, mut open, mut broken) = (0, true, false);
     // To the end in any case: what follows belongs to the next row.
-    for (nth, (token, logprobs)) in results.enumerate() {
+    for (nth, result) in results.enumerate() {
         if !open {
             continue;
         }
+        let Some((token, logprobs)) = result else {
+            (open, broken) = (false, true);
+            continue;
+        };
         let finish = sequence.push(token);
         let ends = matches!(finish, Some(Finish::Stop | Finish::StopToken(_)));
         let logprobs = logprobs.flatten().map(Box::new);
@@ -440,7 +475,7 @@ fn take_draws(
             accepted += 1;
         }
     }
-    accepted
+    (accepted, broken)
 }
 
 #[cfg(test)]

@@ -120,6 +120,14 @@ impl Activations {
         }
     }
 
+    /// Every layer has run: block tables are held no longer, so that a sequence can let its own grow without a copy.
+    pub fn end(&mut self) {
+        match self {
+            Self::Cpu(values) => values.end(),
+            Self::Tensors(values) => values.batch = None,
+        }
+    }
+
     /// `x = table[tokens]`, `[t, hidden]`: the residual stream.
     pub fn embed(&mut self, table: &Matrix) -> Result<()> {
         match (self, table) {

@@ -84,14 +84,16 @@ pub struct LogprobsSpec {
 }
 
 /// How probable one token was.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Logprobs {
     /// The token's own value, in the mode's unit.
     pub own: f32,
     /// How many tokens of the vocabulary were at least as probable, itself included.
     pub rank: u32,
-    /// The most probable tokens with their values, most probable first, ties by id.
+    /// The most probable tokens with their values, most probable first, ties by id. Ids without a token are none of them.
     pub top: Vec<(u32, f32)>,
+    /// The token's log probability by the model's own logits, whatever the mode: answers are ranked by it (`best_of`).
+    pub raw: f32,
 }
 
 /// How one row draws its next token. Plain data; the arithmetic is in `models::sample`.
@@ -164,6 +166,8 @@ pub struct Output {
     pub logprobs: Vec<Option<Logprobs>>,
     /// One of each target of the rows with a [`Score`], in row order.
     pub scores: Vec<Logprobs>,
+    /// Whose logits gave nothing to draw or score by: indices into `tokens`, and from its length on into `scores`. What stands there is no result.
+    pub failed: Vec<usize>,
 }
 
 impl Output {
@@ -172,6 +176,23 @@ impl Output {
         self.tokens.clear();
         self.logprobs.clear();
         self.scores.clear();
+        self.failed.clear();
+    }
+}
+
+/// Which ids of a model's rows have a token that it may write.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Vocabulary {
+    /// Ids below this have one,
+    pub size: usize,
+    /// but for these, ascending.
+    pub holes: Vec<u32>,
+}
+
+/// Without holes.
+impl From<usize> for Vocabulary {
+    fn from(size: usize) -> Self {
+        Self { size, holes: Vec::new() }
     }
 }
 
@@ -180,7 +201,7 @@ impl Output {
 pub struct Shape {
     /// Longest sequence (prompt and output) the model and the memory allow.
     pub max_model_len: usize,
-    /// Ids below this have a token; only those are ever drawn.
+    /// Ids from here on have no token and are never drawn.
     pub vocab_size: usize,
     pub block_size: usize,
     /// Blocks in the KV pool.

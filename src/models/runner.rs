@@ -14,7 +14,7 @@ use crate::models::memory::{self, LOGITS_ROWS, Memory, MemoryPlan};
 use crate::models::sample;
 use crate::models::transformer::{Transformer, WeightPlan};
 use crate::models::weights::{Checkpoint, device_failure};
-use crate::models::{Draw, Logprobs, LogprobsSpec, Output, Plan, Runner, Shape};
+use crate::models::{Draw, Logprobs, LogprobsSpec, Output, Plan, Runner, Shape, Vocabulary};
 
 /// One model on one device, with its KV cache.
 pub struct ModelRunner {
@@ -32,6 +32,9 @@ pub struct ModelRunner {
     spare: Output,
     /// `[1, vocab_size]`: 0, 1, 2 …, for greedy draws on the device.
     columns: Tensor,
+    /// Ids below the vocabulary's size that have no token, and for logits on a device what is added to those, `[1, vocab_size]`: 0 or −∞.
+    holes: Vec<u32>,
+    mask: Option<Tensor>,
     taken: Taken,
     plan: MemoryPlan,
     /// What was loaded, for logs and reports.
@@ -59,11 +62,10 @@ pub struct About {
 
 impl ModelRunner {
     /// Loads the model on the calling thread, which from then on is the only one to use it (and one of the computing threads).
-    /// `vocab_size`: ids from there on have no token and are never drawn; asked when the weights are in, so that a tokenizer can be loaded
-    /// beside them.
-    pub fn load(
+    /// `vocabulary`: ids without a token are never drawn; asked when the weights are in, so that a tokenizer can be loaded beside them.
+    pub fn load<V: Into<Vocabulary>>(
         files: &ModelFiles,
-        vocab_size: impl FnOnce() -> Result<usize, Failure>,
+        vocabulary: impl FnOnce() -> Result<V, Failure>,
         settings: &EngineSettings,
     ) -> Result<Self, Failure> {
         let device = open_device(settings.device)?;
@@ -82,7 +84,9 @@ impl ModelRunner {
             tracing::warn!("tensor {name} of {} is not used by this architecture", files.name);
         }
         drop(checkpoint);
-        plan.shape.vocab_size = vocab_size()?.min(plan.shape.vocab_size);
+        let Vocabulary { size, mut holes } = vocabulary()?.into();
+        plan.shape.vocab_size = size.min(plan.shape.vocab_size);
+        holes.retain(|id| (*id as usize) < plan.shape.vocab_size);
         let caches = allocate(&model, &plan, kv_dtype, &device)?;
         let values = if device.is_cpu() {
             let sizes = model.shape.sizes(plan.shape.max_num_batched_tokens, LOGITS_ROWS, plan.shape.block_size);
@@ -102,6 +106,10 @@ impl ModelRunner {
         };
         let columns =
             Tensor::arange(0f32, plan.shape.vocab_size as f32, &device).and_then(|ids| ids.unsqueeze(0)).map_err(device_failure)?;
+        let mask = (!device.is_cpu() && !holes.is_empty())
+            .then(|| mask(&holes, plan.shape.vocab_size, &device))
+            .transpose()
+            .map_err(device_failure)?;
         Ok(Self {
             model,
             caches,
@@ -111,6 +119,8 @@ impl ModelRunner {
             answers: Default::default(),
             spare: Output::default(),
             columns,
+            holes,
+            mask,
             taken: Taken { area: 0, bytes: 0, since: Instant::now() },
             plan,
             about,
@@ -146,44 +156,55 @@ impl ModelRunner {
             frequencies: self.model.frequencies(),
         };
         self.values.begin(&inputs)?;
-        // The plan's block tables are its own again: a sequence that grows must not find them shared.
+        let done = self.model.forward(&mut self.values, &mut self.caches);
+        // NOTE: the plan's block tables are its own again: a sequence that grows would have to copy what is shared.
         self.rows.clear();
-        self.model.forward(&mut self.values, &mut self.caches)
+        self.values.end();
+        done
     }
 
     fn logits_on_host(&mut self) -> candle_core::Result<Vec<Vec<f32>>> {
         let vocab = self.plan.shape.vocab_size;
-        match &mut self.values {
+        let mut rows: Vec<Vec<f32>> = match &mut self.values {
             Activations::Cpu(values) => {
-                Ok(values.logits().chunks_exact(self.model.shape.vocab_size).map(|row| row[..vocab].to_vec()).collect())
+                values.logits().chunks_exact(self.model.shape.vocab_size).map(|row| row[..vocab].to_vec()).collect()
             }
-            Activations::Tensors(values) => values.logits()?.narrow(1, 0, vocab)?.to_vec2(),
-        }
+            Activations::Tensors(values) => values.logits()?.narrow(1, 0, vocab)?.to_vec2()?,
+        };
+        rows.iter_mut().for_each(|row| sample::cover(row, &self.holes));
+        Ok(rows)
     }
 
     /// Draws and scores from the logits at hand: those of `count` wanted tokens from the `first` on.
     fn answer(&mut self, plan: &Plan, first: usize, count: usize, output: &mut Output) -> candle_core::Result<()> {
         let vocab = self.plan.shape.vocab_size;
         let these = || wanted(plan).skip(first).take(count);
+        let holes = self.holes.as_slice();
         match &mut self.values {
             Activations::Tensors(values) => {
                 let logits = values.logits()?.narrow(1, 0, vocab)?;
                 let plain =
                     |wanted: &Wanted<'_>| matches!(wanted, Wanted::Draw(draw, _) if draw.is_plain_greedy() && draw.logprobs.is_none());
                 if these().all(|(_, wanted)| plain(&wanted)) {
-                    output.tokens.extend(kernels::composed::argmax(&logits.contiguous()?, &self.columns)?);
-                    output.logprobs.resize(output.tokens.len(), None);
+                    // A sum is finite where every logit is.
+                    let finite = logits.sum(1)?.to_vec1::<f32>()?;
+                    let logits = match &self.mask {
+                        Some(mask) => logits.broadcast_add(mask)?,
+                        None => logits.contiguous()?,
+                    };
+                    let tokens = kernels::composed::argmax(&logits, &self.columns)?.into_iter().zip(finite);
+                    tokens.for_each(|(token, sum)| Answer::Drawn(sum.is_finite().then_some((token, None))).put(output));
                     return Ok(());
                 }
                 for (mut row, (_, wanted)) in logits.to_vec2()?.into_iter().zip(these()) {
-                    wanted.answer(&mut row).put(output);
+                    wanted.answer(&mut row, holes).put(output);
                 }
             }
             Activations::Cpu(values) => {
                 let answers = &self.answers;
                 values.each_logits(&|row, logits| {
                     if let (Some((_, wanted)), Some(Ok(mut answer))) = (these().nth(row), answers.get(row).map(Mutex::lock)) {
-                        *answer = Some(wanted.answer(&mut logits[..vocab]));
+                        *answer = Some(wanted.answer(&mut logits[..vocab], holes));
                     }
                 });
                 for answer in &self.answers[..count] {
@@ -198,32 +219,45 @@ impl ModelRunner {
     }
 }
 
-/// What one row of logits gave.
+/// What is added to logits on a device: −∞ for ids without a token.
+fn mask(holes: &[u32], vocab_size: usize, device: &Device) -> candle_core::Result<Tensor> {
+    let mut mask = vec![0f32; vocab_size];
+    holes.iter().for_each(|id| mask[*id as usize] = f32::NEG_INFINITY);
+    Tensor::from_vec(mask, (1, vocab_size), device)
+}
+
+/// What one row of logits gave; nothing where they are not finite.
 enum Answer {
-    Drawn(u32, Option<Logprobs>),
-    Scored(Logprobs),
+    Drawn(Option<(u32, Option<Logprobs>)>),
+    Scored(Option<Logprobs>),
 }
 
 impl Answer {
     fn put(self, output: &mut Output) {
         match self {
-            Self::Drawn(token, logprobs) => {
+            Self::Drawn(drawn) => {
+                if drawn.is_none() {
+                    output.failed.push(output.tokens.len());
+                }
+                let (token, logprobs) = drawn.unwrap_or_default();
                 output.tokens.push(token);
                 output.logprobs.push(logprobs);
             }
-            Self::Scored(logprobs) => output.scores.push(logprobs),
+            Self::Scored(score) => {
+                if score.is_none() {
+                    output.failed.push(output.tokens.len() + output.scores.len());
+                }
+                output.scores.push(score.unwrap_or_default());
+            }
         }
     }
 }
 
 impl Wanted<'_> {
-    fn answer(&self, logits: &mut [f32]) -> Answer {
+    fn answer(&self, logits: &mut [f32], holes: &[u32]) -> Answer {
         match self {
-            Self::Draw(draw, nth) => {
-                let (token, logprobs) = sample::sample(logits, draw, *nth);
-                Answer::Drawn(token, logprobs)
-            }
-            Self::Score(target, spec) => Answer::Scored(sample::score(logits, *target, *spec)),
+            Self::Draw(draw, nth) => Answer::Drawn(sample::sample(logits, holes, draw, *nth)),
+            Self::Score(target, spec) => Answer::Scored(sample::score(logits, holes, *target, *spec)),
         }
     }
 }

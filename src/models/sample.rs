@@ -1,5 +1,7 @@
 //! The arithmetic of drawing one token from one row of logits. Order of operations: see [`Draw`].
 //!
+//! −∞ is a token that must not be drawn, NaN is no token at all: neither counts in any sum, and the second is not even told of.
+//!
 //! Nothing is allocated once a thread has drawn its first token: what a draw needs beside the row lies in a buffer of the thread's own.
 
 use std::cell::RefCell;
@@ -38,41 +40,68 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-/// Draws a token from `logits [vocab]`, which is used up: the `nth` of its row, so with the random number of `draw.index + nth`.
-pub fn sample(logits: &mut [f32], draw: &Draw, nth: u64) -> (u32, Option<Logprobs>) {
+/// Draws a token from `logits [vocab]`, which is used up: the `nth` of its row, so with the random number of `draw.index + nth`. `holes` are
+/// ids without a token.
+///
+/// `None` when there is nothing to draw by: the model gave NaN or infinity, or every token is suppressed.
+pub fn sample(logits: &mut [f32], holes: &[u32], draw: &Draw, nth: u64) -> Option<(u32, Option<Logprobs>)> {
+    if !are_numbers(logits) {
+        return None;
+    }
+    cover(logits, holes);
     SCRATCH.with_borrow_mut(|scratch| {
         if scratch.kept.capacity() < logits.len() {
             scratch.kept = Vec::with_capacity(logits.len());
         }
-        let raw = draw.logprobs.is_some_and(|spec| spec.mode.is_raw()) && draw.changes_logits();
-        if raw {
+        let changed = draw.logprobs.is_some() && draw.changes_logits();
+        if changed {
             scratch.raw.clear();
             scratch.raw.extend_from_slice(logits);
         }
         adjust(logits, draw);
-        let token = token(logits, draw, draw.index.wrapping_add(nth), scratch);
+        let max = softmax::max(logits);
+        if !max.is_finite() {
+            return None;
+        }
+        let token = token(logits, draw, max, draw.index.wrapping_add(nth), scratch);
         let logprobs = draw.logprobs.map(|spec| {
             let temperature = if spec.mode.is_raw() || draw.is_greedy() { 1.0 } else { draw.temperature };
-            let row = if raw { scratch.raw.as_slice() } else { &*logits };
-            report::report(row, temperature, token, spec, &mut scratch.sums, &mut scratch.kept)
+            let raw = if changed { scratch.raw.as_slice() } else { &*logits };
+            let told = if spec.mode.is_raw() { raw } else { &*logits };
+            let rows = report::Rows { told, temperature, raw };
+            report::report(&rows, token, spec, &mut scratch.sums, &mut scratch.kept)
         });
-        (token, logprobs)
+        Some((token, logprobs))
     })
 }
 
-/// How probable `target` was. Nothing was drawn here, so the processed modes are the same as the raw ones.
-pub fn score(logits: &[f32], target: u32, spec: LogprobsSpec) -> Logprobs {
-    SCRATCH.with_borrow_mut(|scratch| report::report(logits, 1.0, target, spec, &mut scratch.sums, &mut scratch.kept))
+/// How probable `target` was; `None` as for [`sample`]. Nothing was drawn here, so the processed modes are the same as the raw ones.
+pub fn score(logits: &mut [f32], holes: &[u32], target: u32, spec: LogprobsSpec) -> Option<Logprobs> {
+    if !are_numbers(logits) {
+        return None;
+    }
+    cover(logits, holes);
+    if !softmax::max(logits).is_finite() {
+        return None;
+    }
+    let rows = report::Rows { told: logits, temperature: 1.0, raw: logits };
+    SCRATCH.with_borrow_mut(|scratch| Some(report::report(&rows, target, spec, &mut scratch.sums, &mut scratch.kept)))
 }
 
-/// Ties go to the lower id.
-fn token(logits: &[f32], draw: &Draw, index: u64, scratch: &mut Scratch) -> u32 {
+/// Takes the ids without a token out of the row.
+pub fn cover(logits: &mut [f32], holes: &[u32]) {
+    holes.iter().for_each(|id| logits[*id as usize] = f32::NAN);
+}
+
+/// No NaN among them, which alone is not at least −∞.
+fn are_numbers(logits: &[f32]) -> bool {
+    softmax::count_at_least(logits, f32::NEG_INFINITY) as usize == logits.len()
+}
+
+/// `max`: the greatest logit, a finite one. Ties go to the lower id.
+fn token(logits: &[f32], draw: &Draw, max: f32, index: u64, scratch: &mut Scratch) -> u32 {
     if draw.is_greedy() {
-        return argmax(logits);
-    }
-    let max = softmax::max(logits);
-    if !max.is_finite() {
-        return argmax(logits);
+        return first(logits, max);
     }
     let u = uniform(draw.seed, index);
     let scale = 1.0 / draw.temperature;
@@ -175,10 +204,14 @@ pub fn adjust(logits: &mut [f32], draw: &Draw) {
     }
 }
 
-/// The greatest logit's id, the lower one on ties.
+/// The greatest logit's id, the lower one on ties. For comparisons: a row that holds no number at all has none.
 pub fn argmax(logits: &[f32]) -> u32 {
-    let max = softmax::max(logits);
-    logits.iter().position(|logit| *logit == max).unwrap_or(0) as u32
+    first(logits, softmax::max(logits))
+}
+
+/// The lowest id with this logit, which is there.
+fn first(logits: &[f32], value: f32) -> u32 {
+    logits.iter().position(|logit| *logit == value).unwrap_or(0) as u32
 }
 
 /// A number in `[0, 1)` that depends on the seed and the token's index alone (SplitMix64's finaliser, twice).

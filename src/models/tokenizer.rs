@@ -8,6 +8,7 @@ use std::ops::Range;
 use aho_corasick::{AhoCorasick, Input, MatchKind};
 
 use crate::error::Failure;
+use crate::models::Vocabulary;
 use crate::models::files::ModelFiles;
 use crate::models::sentencepiece::{self, Bpe};
 
@@ -33,7 +34,7 @@ pub struct Tokenizer {
     bytes: TokenBytes,
     added: Added,
     matcher: AhoCorasick,
-    vocab_size: usize,
+    vocabulary: Vocabulary,
 }
 
 enum Encoder {
@@ -66,27 +67,27 @@ impl Tokenizer {
 
     fn from_json(bytes: &[u8]) -> Result<Self, String> {
         let (json, bytes, added) = json::load(bytes)?;
-        let vocab_size = vocab_size(&bytes, &added, 0);
-        Self::assemble(Encoder::Json(Box::new(json)), bytes, added, vocab_size)
+        let vocabulary = vocabulary(&bytes, &added, 0);
+        Self::assemble(Encoder::Json(Box::new(json)), bytes, added, vocabulary)
     }
 
     fn from_sentencepiece(model: &sentencepiece::Model<'_>, added: Added) -> Result<Self, String> {
         let bpe = Bpe::new(model, |piece| added.id(piece.text).is_some())?;
         let bytes = TokenBytes::of_sentencepiece(model, &added);
-        let vocab_size = vocab_size(&bytes, &added, model.pieces.len());
-        let tokenizer = Self::assemble(Encoder::SentencePiece(Box::new(bpe)), bytes, added, vocab_size)?;
+        let vocabulary = vocabulary(&bytes, &added, model.pieces.len());
+        let tokenizer = Self::assemble(Encoder::SentencePiece(Box::new(bpe)), bytes, added, vocabulary)?;
         if model.pieces.len() == ernie::PIECES {
             ernie::self_test(&tokenizer);
         }
         Ok(tokenizer)
     }
 
-    fn assemble(encoder: Encoder, bytes: TokenBytes, added: Added, vocab_size: usize) -> Result<Self, String> {
+    fn assemble(encoder: Encoder, bytes: TokenBytes, added: Added, vocabulary: Vocabulary) -> Result<Self, String> {
         let matcher = AhoCorasick::builder()
             .match_kind(MatchKind::LeftmostLongest)
             .build(added.names())
             .map_err(|error| format!("its special tokens cannot be searched for: {error}"))?;
-        Ok(Self { encoder, bytes, added, matcher, vocab_size })
+        Ok(Self { encoder, bytes, added, matcher, vocabulary })
     }
 
     /// Token ids of `text`. No token is added around it.
@@ -172,9 +173,14 @@ impl Tokenizer {
         })
     }
 
-    /// Ids below this have a token that a model may write. ERNIE's placeholders (`<|IMAGE_PLACEHOLDER|>`, `<|LOC_0|>` …) lie above it.
+    /// Ids from here on have no token that a model may write. ERNIE's placeholders (`<|IMAGE_PLACEHOLDER|>`, `<|LOC_0|>` …) lie above it.
     pub fn vocab_size(&self) -> usize {
-        self.vocab_size
+        self.vocabulary.size
+    }
+
+    /// The ids that a model may write.
+    pub fn vocabulary(&self) -> &Vocabulary {
+        &self.vocabulary
     }
 
     /// The text of every token that [`Special::Control`] looks for, longest first: control tokens, and markup such as `<think>`
@@ -184,12 +190,11 @@ impl Tokenizer {
     }
 }
 
-fn vocab_size(bytes: &TokenBytes, added: &Added, at_least: usize) -> usize {
-    let mut size = bytes.len();
-    while size > at_least && (bytes.get(size as u32 - 1).is_none() || added.is_placeholder(size as u32 - 1)) {
-        size -= 1;
-    }
-    size
+/// Of the first `pieces` ids even a placeholder is one to write: it is a piece like the others.
+fn vocabulary(bytes: &TokenBytes, added: &Added, pieces: usize) -> Vocabulary {
+    let has_token = |id: usize| bytes.get(id as u32).is_some() && (id < pieces || !added.is_placeholder(id as u32));
+    let size = (0..bytes.len()).rfind(|id| has_token(*id)).map_or(0, |last| last + 1).max(pieces);
+    Vocabulary { size, holes: (0..size).filter(|id| !has_token(*id)).map(|id| id as u32).collect() }
 }
 
 /// ERNIE 4.5's own vocabulary, which no test of ours can have: checked whenever it is loaded.

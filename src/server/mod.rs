@@ -47,7 +47,7 @@ pub struct Options {
     /// The largest body of a direct request, in bytes.
     pub body_limit: usize,
     pub pace: sse::Pace,
-    /// What `/metrics` tells; without it there is no such route.
+    /// What `/metrics` and `/load` tell; without it there are no such routes.
     pub metrics: Option<Metrics>,
 }
 

@@ -140,7 +140,7 @@ pub struct Gate {
     pub keys: Keys,
     /// Origins that may call from a browser; empty = every one.
     pub allowed_origins: Vec<String>,
-    /// Open besides `/health`, `/ping` and `/metrics`.
+    /// Open besides `/health`, `/ping`, `/metrics` and `/load`.
     pub health_path: String,
 }
 
@@ -169,7 +169,7 @@ pub async fn gate(State(gate): State<Arc<Gate>>, mut request: Request, next: Nex
 impl Gate {
     fn guards(&self, request: &Request) -> bool {
         let path = request.uri().path();
-        let open = matches!(path, "/health" | "/ping" | "/metrics")
+        let open = matches!(path, "/health" | "/ping" | "/metrics" | "/load")
             || path == self.health_path
             || (path == "/" && request.method() != Method::POST);
         !open && request.method() != Method::OPTIONS

@@ -25,6 +25,23 @@ pub const SECONDS: &[f64] =
 /// Bounds for numbers of tokens.
 pub const TOKENS: &[f64] = &[1.0, 4.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 32768.0, 131072.0];
 
+/// Bounds for small numbers of things.
+pub const COUNTS: &[f64] = &[1.0, 2.0, 5.0, 10.0, 20.0];
+
+/// How many values there were, and their sum.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Total {
+    count: u64,
+    sum: f64,
+}
+
+impl Total {
+    /// Of the values that have come since.
+    pub fn mean_since(self, before: Self) -> Option<f64> {
+        (self.count > before.count).then(|| (self.sum - before.sum) / (self.count - before.count) as f64)
+    }
+}
+
 impl Histogram {
     pub fn new(bounds: &'static [f64]) -> Self {
         debug_assert!(bounds.len() <= MOST);
@@ -47,6 +64,10 @@ impl Histogram {
 
     pub fn count(&self) -> u64 {
         self.counts.iter().sum()
+    }
+
+    pub fn total(&self) -> Total {
+        Total { count: self.count(), sum: self.sum }
     }
 }
 
@@ -158,7 +179,7 @@ x_time_seconds_count{model_name="a\"b"} 5
 
     #[test]
     fn bounds_are_ascending_and_fit() {
-        for bounds in [SECONDS, TOKENS] {
+        for bounds in [SECONDS, TOKENS, COUNTS] {
             assert!(bounds.windows(2).all(|pair| pair[0] < pair[1]) && bounds.len() <= MOST);
         }
     }

@@ -33,7 +33,7 @@ pub struct Prepared {
 }
 
 impl Prepared {
-    /// Fails when the request holds more sequences than could ever be admitted together.
+    /// Fails when the request holds more sequences than could ever be admitted together, or `min_tokens` that a prompt leaves no room for.
     pub fn new(
         service: &Service,
         surface: Surface,
@@ -42,13 +42,8 @@ impl Prepared {
         options: Options,
     ) -> Result<Self, Failure> {
         let limits = service.engine.limits();
-        let (asked, most) = (prompts.len().saturating_mul(options.candidates), limits.max_num_seqs.saturating_add(limits.max_waiting));
-        if asked > most {
-            let message = format!(
-                "This request asks for {asked} sequences (prompts × n, or best_of), and this server takes at most {most} at a time."
-            );
-            return Err(Failure::bad_request("n", message).code("invalid_value"));
-        }
+        options.check_number(prompts.len(), surface == Surface::Text, limits)?;
+        prompts.iter().try_for_each(|prompt| options.check_room(prompt.len(), limits))?;
         Ok(Self { surface, prompts, echoes: Arc::new(echoes), options })
     }
 

@@ -93,9 +93,13 @@ async fn completion_mistakes() {
         (json!({"prompt": "Hi", "max_tokens": 0}), "max_tokens", Some("invalid_value")),
         (json!({"prompt": "Hi", "prompt_logprobs": 1, "stream": true}), "prompt_logprobs", Some("invalid_value")),
         (json!({"prompt": "Hi", "best_of": 2, "stream": true}), "best_of", Some("invalid_value")),
-        (json!({"prompt": "Hi", "best_of": 100}), "n", Some("invalid_value")),
+        (json!({"prompt": "Hi", "best_of": 100}), "best_of", Some("invalid_value")),
+        (json!({"prompt": "Hi", "n": 100}), "n", Some("invalid_value")),
         (json!({"prompt": "Hi", "suffix": "x"}), "suffix", Some("unsupported_parameter")),
-        (json!({"prompt": vec!["a"; 41]}), "n", Some("invalid_value")),
+        (json!({"prompt": vec!["a"; 41]}), "prompt", Some("invalid_value")),
+        (json!({"prompt": "Hi", "min_tokens": 95, "max_tokens": 95}), "min_tokens", Some("invalid_value")),
+        (json!({"prompt": "Hi", "min_tokens": 17}), "min_tokens", Some("invalid_value")),
+        (json!({"prompt": "Hi", "priority": 3}), "priority", Some("unsupported_parameter")),
     ] {
         let failure = world.call("/v1/completions", body.clone()).await.err().unwrap();
         assert_eq!(facts(&failure), (400, Some(param), code), "{body}: {failure}");

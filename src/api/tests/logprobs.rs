@@ -238,6 +238,19 @@ async fn the_best_of_several_by_mean() {
 }
 
 #[tokio::test]
+async fn the_best_are_ranked_by_the_models_own_probabilities_in_every_mode() {
+    for mode in [LogprobsMode::RawLogits, LogprobsMode::ProcessedLogits, LogprobsMode::ProcessedLogprobs, LogprobsMode::RawLogprobs] {
+        let settings = ApiSettings { logprobs_mode: mode, ..ApiSettings::default() };
+        let says = [vec![Say::Text("A")], vec![Say::Text("B")], vec![Say::Text("C")]];
+        let world = world_with(&says, settings, files(&[]), Duration::ZERO).await.unwrap();
+        for more in [json!({}), json!({"logprobs": 1})] {
+            let answer = world.complete(with(json!({"seed": 0, "best_of": 3}), more)).await.unwrap();
+            assert_eq!(answer["choices"][0]["text"], "A", "{mode:?}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn numbers_may_be_limited_or_refused_by_settings() {
     let world_of = async |settings: ApiSettings| world_with(&[vec![Say::Text("a")]], settings, files(&[]), Duration::ZERO).await.unwrap();
     let all = world_of(ApiSettings { max_logprobs: Some(u32::MAX), ..ApiSettings::default() }).await;

@@ -12,7 +12,7 @@ use crate::engine;
 use crate::error::Failure;
 use crate::models::files::{ModelFiles, Source};
 use crate::models::tokenizer::{Special, Tokenizer};
-use crate::models::{Logprobs, LogprobsSpec, Output, Plan, Runner, Shape};
+use crate::models::{Logprobs, LogprobsMode, LogprobsSpec, Output, Plan, Runner, Shape};
 
 mod errors;
 mod logprobs;
@@ -61,7 +61,10 @@ pub const PARTIAL: u32 = 3 + 0xE4;
 fn logprobs(token: u32, own: f32, spec: LogprobsSpec) -> Logprobs {
     let mut top = vec![(token, own), (PARTIAL, own - 1.0), (2, f32::NEG_INFINITY)];
     top.truncate(spec.top as usize);
-    Logprobs { own, rank: 1, top }
+    // Other numbers than log probabilities say nothing of which answer is the better one: here they say the opposite.
+    let raw = own;
+    let own = if spec.mode == LogprobsMode::RawLogprobs { own } else { -own };
+    Logprobs { own, rank: 1, top, raw }
 }
 
 pub struct World {

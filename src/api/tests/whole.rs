@@ -165,6 +165,59 @@ async fn two_choices_stop_at_different_times() {
 }
 
 #[tokio::test]
+async fn greedy_choices_are_computed_once_and_given_n_times() {
+    let world = world(&[vec![Say::Text("one, two")], vec![Say::Text("other")]]).await;
+    let generated = || world.service.engine.stats().output_tokens;
+    let texts = |answer: &Value| answer["choices"].as_array().unwrap().iter().map(|choice| choice["text"].clone()).collect::<Vec<_>>();
+    let single = world.complete(json!({"temperature": 0})).await.unwrap();
+    let (tokens, before) = (single["usage"]["completion_tokens"].as_u64().unwrap(), generated());
+    assert_eq!(before, tokens);
+    let body = json!({"temperature": 0, "n": 3, "prompt": ["x", "y"], "logprobs": 1, "return_token_ids": true});
+    let answer = world.complete(body.clone()).await.unwrap();
+    assert_eq!(texts(&answer), vec![single["choices"][0]["text"].clone(); 6]);
+    assert_eq!(answer["usage"]["completion_tokens"], 6 * tokens, "as if each had been computed");
+    assert_eq!(generated() - before, 2 * tokens);
+    for choice in 1..3 {
+        for field in ["logprobs", "finish_reason", "token_ids"] {
+            assert_eq!(answer["choices"][choice][field], answer["choices"][0][field]);
+        }
+    }
+    let before = generated();
+    let events =
+        world.events("/v1/completions", with(body, json!({"seed": 0, "prompt": "x", "stream_options": {"include_usage": true}}))).await;
+    let mut streamed = vec![String::new(); 3];
+    for choice in events.iter().flat_map(|event| event["choices"].as_array().unwrap()) {
+        streamed[choice["index"].as_u64().unwrap() as usize] += choice["text"].as_str().unwrap();
+    }
+    assert_eq!(streamed, vec!["one, two"; 3]);
+    assert_eq!((&events.last().unwrap()["usage"]["completion_tokens"], generated() - before), (&json!(3 * tokens), tokens));
+    // With randomness each is its own.
+    assert_ne!(texts(&world.complete(json!({"n": 2, "temperature": 1})).await.unwrap())[0], "other");
+    assert_eq!(texts(&world.complete(json!({"n": 2, "temperature": 1})).await.unwrap())[1], "other");
+}
+
+#[tokio::test]
+async fn stop_strings_count_as_ends_and_not_as_cancellations() {
+    // Slow enough to be stopped long before its end.
+    let says = [vec![Say::Text("one, two, three, four, five, six, seven, eight, nine, ten, eleven")]];
+    let world = world_with(&says, ApiSettings::default(), files(&[]), Duration::from_millis(3)).await.unwrap();
+    for _ in 0..3 {
+        let answer = world.complete(json!({"stop": ",", "max_tokens": 90})).await.unwrap();
+        assert_eq!((&answer["choices"][0]["text"], &answer["choices"][0]["finish_reason"]), (&json!("one"), &json!("stop")));
+    }
+    assert!(world.service.engine.idle(Duration::from_secs(5)).await);
+    let metrics = world.service.engine.stats().exposition("", "m");
+    for line in [
+        "request_success_total{model_name=\"m\",finished_reason=\"stop\"} 3",
+        "request_success_total{model_name=\"m\",finished_reason=\"abort\"} 0",
+        "e2e_request_latency_seconds_count{model_name=\"m\"} 3",
+        "request_params_n_count{model_name=\"m\"} 3",
+    ] {
+        assert!(metrics.lines().any(|present| present == line), "{line} in {metrics}");
+    }
+}
+
+#[tokio::test]
 async fn special_tokens_are_hidden_unless_asked_for() {
     let world = saying("a<|begin_of_sentence|>b<think>c").await;
     assert_eq!(world.chat(json!({})).await.unwrap()["choices"][0]["message"]["content"], "ab<think>c");

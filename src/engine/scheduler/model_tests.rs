@@ -7,13 +7,17 @@ use super::*;
 use crate::config::{DeviceChoice, EngineSettings};
 use crate::engine::{Request, SamplingParams};
 use crate::models::runner::ModelRunner;
-use crate::models::{Runner, demo, sample};
+use crate::models::{LogprobsMode, LogprobsSpec, Runner, Vocabulary, demo, sample};
 
 /// Logits of every token drawn, and the tokens, by sequence.
 type Drawn = HashMap<SequenceId, Vec<(u32, Vec<f32>)>>;
 
 /// On a thread of its own, since a runner makes its thread a computing one for good.
 fn with_model<T: Send>(f: impl FnOnce(&mut ModelRunner) -> T + Send) -> T {
+    with_vocabulary(usize::MAX.into(), f)
+}
+
+fn with_vocabulary<T: Send>(vocabulary: Vocabulary, f: impl FnOnce(&mut ModelRunner) -> T + Send) -> T {
     let body = || {
         let settings = EngineSettings {
             device: DeviceChoice::Cpu,
@@ -23,7 +27,7 @@ fn with_model<T: Send>(f: impl FnOnce(&mut ModelRunner) -> T + Send) -> T {
             max_num_batched_tokens: Some(64),
             ..Default::default()
         };
-        f(&mut ModelRunner::load(&demo::files(), || Ok(usize::MAX), &settings).unwrap())
+        f(&mut ModelRunner::load(&demo::files(), || Ok(vocabulary), &settings).unwrap())
     };
     std::thread::scope(|scope| scope.spawn(body).join().unwrap())
 }
@@ -133,4 +137,95 @@ fn speculation_leaves_seeded_sampling_as_it_is() {
         }
         assert_eq!(texts[0], texts[1]);
     });
+}
+
+/// What every sequence draws, and its log probabilities, to the end of all.
+fn drawn(scheduler: &mut Scheduler, runner: &mut ModelRunner) -> HashMap<SequenceId, Vec<Token>> {
+    let (mut plan, mut outcomes, mut drawn) = (Plan::default(), Vec::new(), HashMap::<_, Vec<_>>::new());
+    while scheduler.plan(&mut plan) {
+        let output = runner.step(&plan).unwrap();
+        plan.clear();
+        scheduler.settle(output, &mut outcomes);
+        outcomes.drain(..).for_each(|outcome| drawn.entry(outcome.id).or_default().push(outcome.token));
+    }
+    drawn
+}
+
+#[test]
+fn what_is_put_back_draws_the_same_again() {
+    with_model(|runner| {
+        let request = |id: u64| {
+            let params = SamplingParams {
+                temperature: 0.9,
+                top_p: 0.95,
+                presence_penalty: 0.5,
+                frequency_penalty: 0.2,
+                repetition_penalty: 1.1,
+                max_tokens: 330,
+                seed: id,
+                ignore_eos: true,
+                ..Default::default()
+            };
+            Request { id: "t".into(), prompt: Arc::new(words(id as u32, 10 + id as usize)), params, prompt_logprobs: None, deadline: None }
+        };
+        let ids = |tokens: &[Token]| tokens.iter().map(|token| token.id).collect::<Vec<_>>();
+        let mut alone = HashMap::new();
+        for id in 0..3 {
+            let mut scheduler = Scheduler::new(runner.shape().clone(), true, None);
+            scheduler.add(Sequence::new(id, &request(id), 1024));
+            alone.insert(id, ids(&drawn(&mut scheduler, runner)[&id]));
+            assert_eq!(alone[&id].len(), 330);
+        }
+        for caching in [true, false] {
+            // Room for what two sequences may soon want, and not for two whole ones.
+            let shape = Shape { blocks: 36, ..runner.shape().clone() };
+            let mut scheduler = Scheduler::new(shape, caching, None);
+            (0..3).for_each(|id| scheduler.add(Sequence::new(id, &request(id), 1024)));
+            let together = drawn(&mut scheduler, runner);
+            assert!(scheduler.totals().preempted > 0, "{:?}", scheduler.totals());
+            for (id, alone) in &alone {
+                assert_eq!(ids(&together[id]), *alone, "sequence {id}");
+            }
+        }
+    });
+}
+
+#[test]
+fn ids_without_a_token_are_never_drawn_nor_told_of() {
+    // What the model likes best to say is made to be no token; then again, and again.
+    let (mut holes, prompts): (Vec<u32>, Vec<Vec<u32>>) = (Vec::new(), (0..6).map(|text| words(text, 12).repeat(3)).collect());
+    let lookup = Some(Lookup { max_rows: 16, min: 1, ..Default::default() });
+    for round in 0..3 {
+        let vocabulary = Vocabulary { size: usize::MAX, holes: holes.clone() };
+        let said = with_vocabulary(vocabulary, |runner| {
+            let mut scheduler = Scheduler::new(runner.shape().clone(), true, lookup);
+            for (id, prompt) in (0..).zip(&prompts) {
+                let params = SamplingParams {
+                    temperature: if id % 2 == 0 { 0.0 } else { 0.8 },
+                    top_p: if id % 3 == 0 { 1.0 } else { 0.9 },
+                    logprobs: (id < 4).then_some(LogprobsSpec { top: u32::MAX, mode: LogprobsMode::ProcessedLogprobs }),
+                    bad_words: Arc::new(if id == 2 { vec![vec![400]] } else { Vec::new() }),
+                    logit_bias: Arc::new(if id == 3 { holes.iter().map(|id| (*id, 100.0)).collect() } else { Vec::new() }),
+                    max_tokens: 30,
+                    seed: id,
+                    ..Default::default()
+                };
+                let request = Request { id: "t".into(), prompt: Arc::new(prompt.clone()), params, prompt_logprobs: None, deadline: None };
+                scheduler.add(Sequence::new(id, &request, 1024));
+            }
+            let said = drawn(&mut scheduler, runner);
+            for token in said.values().flatten() {
+                assert!(!holes.contains(&token.id), "round {round}: {}", token.id);
+                let told = token.logprobs.iter().flat_map(|logprobs| &logprobs.top);
+                assert!(told.clone().all(|(id, _)| !holes.contains(id)));
+                let count = told.count();
+                assert!(count == 0 || count == runner.shape().vocab_size - holes.len(), "all the others are told of: {count}");
+            }
+            said
+        });
+        holes.extend(said.values().flatten().map(|token| token.id));
+        holes.sort_unstable();
+        holes.dedup();
+    }
+    assert!(holes.len() > 20, "{holes:?}");
 }

@@ -16,7 +16,7 @@ fn next_of_two(tokens: &[u32]) -> u32 {
 
 /// What it says of `token` after these.
 fn logprobs(tokens: &[u32], token: u32) -> Logprobs {
-    Logprobs { own: next(tokens) as f32, rank: token, top: Vec::new() }
+    Logprobs { own: next(tokens) as f32, rank: token, ..Default::default() }
 }
 
 const SPEC: LogprobsSpec = LogprobsSpec { top: 0, mode: LogprobsMode::RawLogprobs };
@@ -184,15 +184,22 @@ proptest! {
     /// A short prompt behind a long one is read within a bounded number of steps, and the long one goes on in each of them.
     #[test]
     fn a_short_prompt_gets_past_a_long_one(
-        budget in 4usize..40, long in 200u32..400, head_start in 0usize..5, short in 1u32..30, decoding in 0u64..3,
+        budget in 4usize..40, long in 200u32..400, head_start in 0usize..5, short in 1u32..30, decoding in 0u64..3, depth in 0usize..60,
     ) {
         let shape = shape(800, 4, 8, budget);
-        let mut scheduler = Scheduler::new(shape.clone(), true, None);
+        let lookup = (depth > 0).then(|| Lookup { depth, min: 1, ..Default::default() });
+        let mut scheduler = Scheduler::new(shape.clone(), true, lookup);
         let mut model = scripted(&shape);
+        if depth > 0 {
+            // Guesses come true, so that as many are made as may be.
+            model.next = |_| 7;
+        }
         for id in 0..decoding {
             scheduler.add(Sequence::new(10 + id, &request(vec![90 + id as u32], 500), 3_000));
         }
-        step(&mut scheduler, &mut model);
+        for _ in 0..=depth.min(10) {
+            step(&mut scheduler, &mut model);
+        }
         scheduler.add(Sequence::new(1, &request((1000..1000 + long).collect(), 5), 3_000));
         for _ in 0..head_start {
             step(&mut scheduler, &mut model);
@@ -213,6 +220,64 @@ proptest! {
             prop_assert!(waited <= bound || computed(&scheduler).is_none_or(|computed| computed >= long as usize), "still waiting after {waited} steps");
         }
     }
+}
+
+#[test]
+fn guesses_leave_waiting_prompts_their_share() {
+    for budget in [2, 3, 4, 9, 40] {
+        let shape = shape(400, 4, 4, budget);
+        let mut scheduler = Scheduler::new(shape.clone(), true, Some(Lookup { depth: 64, min: 1, ..Default::default() }));
+        let mut model = Scripted { next: |_| 7, ..scripted(&shape) };
+        scheduler.add(Sequence::new(1, &request(vec![7; 6], 1_000), 1_600));
+        for _ in 0..20 {
+            step(&mut scheduler, &mut model);
+        }
+        let alone = scheduler.totals().guessed;
+        assert!(alone > 0, "alone, a stream has the whole budget");
+        scheduler.add(Sequence::new(2, &request((100..100 + 2 * budget as u32).collect(), 1), 1_600));
+        let share = (budget / MIXED_SHARE).max(1).min(budget - 1);
+        let steps = (1..).find(|_| step(&mut scheduler, &mut model).unwrap().1.iter().any(|outcome| outcome.id == 2)).unwrap();
+        assert_eq!(steps, (2 * budget).div_ceil(share), "of {budget}");
+    }
+}
+
+#[test]
+fn a_draw_that_failed_ends_its_sequence_alone_and_leaves_no_block() {
+    let shape = shape(100, 4, 8, 64);
+    let mut scheduler = Scheduler::new(shape.clone(), true, Some(Lookup { min: 1, ..Default::default() }));
+    let mut model = Scripted { next: next_of_two, ..scripted(&shape) };
+    for id in 0..3 {
+        let mut request = request(vec![1, 2, 3, id as u32], 60);
+        request.prompt_logprobs = (id == 2).then_some(SPEC);
+        scheduler.add(Sequence::new(id, &request, 400));
+    }
+    let (mut plan, mut outcomes, mut tokens) = (Plan::default(), Vec::new(), HashMap::<SequenceId, Vec<u32>>::new());
+    let mut broken = Vec::new();
+    let mut guessing = false;
+    while scheduler.plan(&mut plan) {
+        let mut output = model.step(&plan);
+        if !output.scores.is_empty() {
+            // A score of the third one.
+            output.failed.push(output.tokens.len() + 1);
+        }
+        // The first sequence's first guess comes true, and after it there is nothing.
+        if let Some(row) = plan.rows.first().filter(|row| row.proposed > 1 && !guessing && output.tokens[0] == plan.tokens[row.start + 1]) {
+            assert_eq!(row.start, 0);
+            output.failed.extend([1, 2]);
+            guessing = true;
+        }
+        plan.clear();
+        scheduler.settle(output, &mut outcomes);
+        scheduler.check_invariants();
+        outcomes.drain(..).for_each(|outcome| tokens.entry(outcome.id).or_default().push(outcome.token.id));
+        broken.extend(scheduler.broken().iter().map(|(id, _)| *id));
+    }
+    assert_eq!(broken, [2, 0]);
+    assert_eq!(scheduler.pool().available(), 100);
+    assert!(!tokens.contains_key(&2), "its prompt could not be scored");
+    let (whole, part) = (expected(&[1, 2, 3, 0], 60, 400, next_of_two), &tokens[&0]);
+    assert!(whole.starts_with(part) && part.len() < 60, "what came before stands");
+    assert_eq!(tokens[&1], expected(&[1, 2, 3, 1], 60, 400, next_of_two));
 }
 
 #[test]

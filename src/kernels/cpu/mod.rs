@@ -168,6 +168,11 @@ impl Activations {
         Ok(())
     }
 
+    /// See [`super::Activations::end`].
+    pub fn end(&mut self) {
+        self.rows.clear();
+    }
+
     pub fn embed(&mut self, table: &Packed) -> Result<()> {
         let hidden = self.sizes.hidden;
         for (id, x) in self.tokens.iter().zip(self.x.chunks_exact_mut(hidden)) {

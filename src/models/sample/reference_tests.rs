@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 
-use super::tests::fast;
+use super::tests::{fast, score};
 use super::*;
 use crate::models::Seen;
 

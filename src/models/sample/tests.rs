@@ -8,6 +8,15 @@ use proptest::prelude::*;
 use super::*;
 use crate::models::Seen;
 
+/// Where there is something to draw.
+pub fn sample(logits: &mut [f32], draw: &Draw, nth: u64) -> (u32, Option<Logprobs>) {
+    super::sample(logits, &[], draw, nth).unwrap()
+}
+
+pub fn score(logits: &[f32], target: u32, spec: LogprobsSpec) -> Logprobs {
+    super::score(&mut logits.to_vec(), &[], target, spec).unwrap()
+}
+
 /// What the slow way says of one row.
 pub struct Slow {
     /// Logits after everything but the temperature.
@@ -129,7 +138,8 @@ fn greedy_takes_the_lower_id_on_ties() {
 fn ranks_and_tops_count_ties_by_id() {
     let spec = LogprobsSpec { top: 3, mode: LogprobsMode::RawLogits };
     let got = score(&[1.0, 3.0, 2.0, 3.0, 2.0], 4, spec);
-    assert_eq!(got, Logprobs { own: 2.0, rank: 4, top: vec![(1, 3.0), (3, 3.0), (2, 2.0)] });
+    assert_eq!(got, Logprobs { own: 2.0, rank: 4, top: vec![(1, 3.0), (3, 3.0), (2, 2.0)], raw: got.raw });
+    assert_eq!(got.raw, score(&[1.0, 3.0, 2.0, 3.0, 2.0], 4, LogprobsSpec { top: 0, mode: LogprobsMode::RawLogprobs }).own);
     assert_eq!(score(&[1.0, 3.0], 0, LogprobsSpec { top: u32::MAX, ..spec }).top, [(1, 3.0), (0, 1.0)], "the whole vocabulary");
     assert!(score(&[1.0], 0, LogprobsSpec { top: 0, ..spec }).top.is_empty());
 }
@@ -143,10 +153,11 @@ fn reports_are_of_the_model_when_the_draw_is_changed() {
         logprobs: Some(LogprobsSpec { top: 1, mode: LogprobsMode::RawLogits }),
         ..Draw::default()
     };
+    let raw = score(&[0.0, 9.0, 1.0], 2, LogprobsSpec { top: 0, mode: LogprobsMode::RawLogprobs }).own;
     let (token, logprobs) = sample(&mut [0.0, 9.0, 1.0], &draw, 0);
-    assert_eq!((token, logprobs), (2, Some(Logprobs { own: 1.0, rank: 2, top: vec![(1, 9.0)] })));
+    assert_eq!((token, logprobs), (2, Some(Logprobs { own: 1.0, rank: 2, top: vec![(1, 9.0)], raw })));
     let draw = Draw { logprobs: Some(LogprobsSpec { top: 1, mode: LogprobsMode::ProcessedLogits }), ..draw };
-    assert_eq!(sample(&mut [0.0, 9.0, 1.0], &draw, 0).1, Some(Logprobs { own: 6.0, rank: 1, top: vec![(2, 6.0)] }));
+    assert_eq!(sample(&mut [0.0, 9.0, 1.0], &draw, 0).1, Some(Logprobs { own: 6.0, rank: 1, top: vec![(2, 6.0)], raw }));
 }
 
 #[test]
@@ -173,13 +184,56 @@ fn the_nth_draw_of_a_row_is_the_draw_at_that_index() {
 }
 
 #[test]
-fn a_row_without_any_allowed_token_still_answers() {
-    let draw = Draw {
-        suppressed: Arc::new(vec![0, 1]),
-        logprobs: Some(LogprobsSpec { top: 1, mode: LogprobsMode::ProcessedLogprobs }),
-        ..Draw::default()
-    };
-    assert_eq!(sample(&mut [1.0, 2.0], &draw, 0).0, 0);
+fn a_row_without_anything_to_draw_gives_nothing() {
+    let draws = [Draw { temperature: 0.0, ..Draw::default() }, Draw::default(), Draw { top_p: 0.5, top_k: 2, ..Draw::default() }];
+    let spec = LogprobsSpec { top: 1, mode: LogprobsMode::RawLogprobs };
+    let (inf, nan) = (f32::INFINITY, f32::NAN);
+    for row in [[nan; 3], [1.0, nan, 2.0], [1.0, inf, 2.0], [-inf; 3]] {
+        for draw in &draws {
+            assert_eq!(super::sample(&mut row.clone(), &[], draw, 0), None, "{row:?} {draw:?}");
+        }
+        assert_eq!(super::score(&mut row.clone(), &[], 0, spec), None, "{row:?}");
+    }
+    for draw in draws {
+        // What the model rules out is one thing, what it gets wrong another.
+        assert!(super::sample(&mut [-inf, 1.0, -inf], &[], &draw, 0).is_some());
+        let draw = Draw { suppressed: Arc::new(vec![0, 1]), ..draw };
+        assert_eq!(super::sample(&mut [1.0, 2.0], &[], &draw, 0), None, "every token is suppressed");
+        assert_eq!(super::sample(&mut [1.0, 2.0, 3.0], &[2], &draw, 0), None, "or is none");
+    }
+}
+
+#[test]
+fn ids_without_a_token_are_neither_drawn_nor_told_of() {
+    let holes = [1, 3, 4];
+    let row = [0.5, 9.0, -0.5, 9.0, 12.0, -30.0];
+    // The same row without them.
+    let (ids, dense) = ([0, 2, 5], [0.5, -0.5, -30.0]);
+    let draws = [
+        Draw { temperature: 0.0, ..Draw::default() },
+        Draw::default(),
+        Draw { temperature: 2.0, top_p: 0.999, ..Draw::default() },
+        Draw { top_k: 5, min_p: 0.001, ..Draw::default() },
+        Draw { bias: Arc::new(vec![(1, 100.0), (4, 100.0)]), repetition_penalty: 0.5, ..Draw::default() },
+    ];
+    let modes = [LogprobsMode::RawLogprobs, LogprobsMode::RawLogits, LogprobsMode::ProcessedLogprobs, LogprobsMode::ProcessedLogits];
+    for (draw, mode) in draws.iter().flat_map(|draw| modes.map(|mode| (draw, mode))) {
+        for index in 0..200 {
+            let spec = LogprobsSpec { top: u32::MAX, mode };
+            let draw =
+                Draw { index, logprobs: Some(spec), seen: Arc::new(Seen { prompt: vec![1, 3], output: Vec::new() }), ..draw.clone() };
+            let (token, told) = super::sample(&mut row.clone(), &holes, &draw, 0).unwrap();
+            let (of_dense, told_of_dense) =
+                sample(&mut dense.clone(), &Draw { bias: Arc::default(), repetition_penalty: 1.0, ..draw.clone() }, 0);
+            assert_eq!(token, ids[of_dense as usize], "{draw:?}");
+            let (told, of_dense) = (told.unwrap(), told_of_dense.unwrap());
+            assert_eq!((told.own, told.raw, told.rank), (of_dense.own, of_dense.raw, of_dense.rank));
+            assert_eq!(told.top, of_dense.top.iter().map(|(id, value)| (ids[*id as usize], *value)).collect::<Vec<_>>());
+        }
+    }
+    let spec = LogprobsSpec { top: 6, mode: LogprobsMode::RawLogprobs };
+    let own = super::score(&mut row.clone(), &holes, 4, spec).unwrap();
+    assert_eq!((own.own, own.rank, own.top.len()), (f32::NEG_INFINITY, 3, 3), "a prompt may hold such an id");
 }
 
 fn rows() -> impl Strategy<Value = Vec<f32>> {
@@ -311,6 +365,8 @@ proptest! {
         let (token, logprobs) = sample(&mut row.clone(), &Draw { logprobs: Some(LogprobsSpec { top, mode }), ..draw.clone() }, 0);
         prop_assert_eq!((token, None), plain, "asking changes nothing");
         let logprobs = logprobs.expect("asked for");
+        let model = LogprobsSpec { top: 0, mode: LogprobsMode::RawLogprobs };
+        prop_assert_eq!(logprobs.raw, score(&row, token, model).own, "answers are ranked by the model's own");
         let temperature = if processed { f64::from(draw.temperature) } else { 1.0 };
         let z: Vec<f64> = if processed { slow(&row, &draw, 0.0).adjusted } else { row.iter().map(|z| f64::from(*z)).collect() };
         let z: Vec<f64> = z.into_iter().map(|z| z / temperature).collect();

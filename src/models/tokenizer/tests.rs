@@ -155,6 +155,23 @@ fn models_that_cannot_be_honoured_are_refused_by_name() {
 }
 
 #[test]
+fn ids_without_a_token_are_holes_of_the_vocabulary() {
+    assert_eq!(demo().vocabulary().holes, [0; 0]);
+    let token = |id: usize, content: &str| json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true});
+    // 4, 7 and 8 have no token; 6 and 11 are placeholders, of which the second and what follows it lies above the vocabulary.
+    let added = [token(5, "<a>"), token(6, "<|LOC_7|>"), token(9, "<b>"), token(11, "<|IMAGE_PLACEHOLDER|>")];
+    let file = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": null, "pre_tokenizer": null,
+        "post_processor": null, "decoder": {"type": "Fuse"},
+        "model": {"type": "BPE", "dropout": null, "unk_token": null, "fuse_unk": false, "byte_fallback": false,
+            "vocab": {"x": 0, "y": 1, "z": 2, "xy": 3, "<a>": 5, "<|LOC_7|>": 6, "<b>": 9, "<|IMAGE_PLACEHOLDER|>": 11}, "merges": [["x", "y"]]},
+    });
+    let tokenizer = embedded(&[("tokenizer.json", file.to_string())]).unwrap();
+    assert_eq!(*tokenizer.vocabulary(), Vocabulary { size: 10, holes: vec![4, 6, 7, 8] });
+    assert_eq!(Vocabulary::from(7), Vocabulary { size: 7, holes: Vec::new() });
+}
+
+#[test]
 fn without_byte_fallback_a_run_of_unknown_characters_is_one_token() {
     let file = proto(&[0x18, 2], &[0x18, 0, 0x20, 0]);
     let model = sentencepiece::Model::parse(&file).unwrap();

@@ -1,9 +1,6 @@
 //! The dependency rule: `main → app → {runpod, server} → api → engine → models → kernels`, rightward only. `config`, `error` and
 //! `telemetry` may be used by all and use none; `runpod` and `server` never see each other.
 
-// A test may stop where it stands.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
 use std::path::{Path, PathBuf};
 
 /// What each room may use.

@@ -1,6 +1,6 @@
 //! The memory of the plan is taken after the load, not during it, and then the process has it.
-#![cfg(target_os = "linux")]
 
+use super::alone;
 use worker_candle::config::{DeviceChoice, EngineSettings};
 use worker_candle::models::runner::ModelRunner;
 use worker_candle::models::{Runner, demo};
@@ -16,6 +16,12 @@ fn resident() -> Option<usize> {
 
 #[test]
 fn the_pool_is_taken_in_slices_after_the_load() {
+    alone("memory::measured_pool");
+}
+
+#[test]
+#[ignore = "measures the whole process: the_pool_is_taken_in_slices_after_the_load runs it in one of its own"]
+fn measured_pool() {
     const POOL: usize = 192;
     let settings = EngineSettings {
         device: DeviceChoice::Cpu,

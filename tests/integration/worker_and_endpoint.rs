@@ -1,8 +1,5 @@
 //! The queue worker on the local endpoint: the job protocol from both of its ends, with a handler in place of the model.
 
-// A test may stop where it stands.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;

@@ -1,0 +1,260 @@
+use super::*;
+use crate::engine::{Generation, Request, SamplingParams};
+use crate::models::{Plan, Shape};
+use std::time::Duration;
+
+/// Says the length of the context, modulo 50; panics or fails on request.
+struct Scripted {
+    shape: Shape,
+    gate: Option<std::sync::mpsc::Receiver<()>>,
+}
+
+const PANIC: u32 = 90;
+const FAIL: u32 = 91;
+/// Gives nothing to draw once the context ends with it.
+const BROKEN: u32 = 92;
+
+impl Runner for Scripted {
+    fn shape(&self) -> &Shape {
+        &self.shape
+    }
+
+    fn step(&mut self, plan: &Plan) -> Result<Output, Failure> {
+        if let Some(gate) = &self.gate {
+            let _ = gate.recv();
+        }
+        assert!(!plan.tokens.contains(&PANIC), "told to");
+        if plan.tokens.contains(&FAIL) {
+            return Err(Failure::internal("told to fail"));
+        }
+        let draws = || plan.rows.iter().filter(|row| row.draw.is_some());
+        Ok(Output {
+            tokens: draws().map(|row| row.context as u32 % 50).collect(),
+            failed: (0..).zip(draws()).filter(|(_, row)| plan.tokens[row.start + row.len - 1] == BROKEN).map(|(at, _)| at).collect(),
+            ..Default::default()
+        })
+    }
+}
+
+fn shape() -> Shape {
+    Shape { max_model_len: 64, vocab_size: 100, block_size: 4, blocks: 32, max_num_seqs: 2, max_num_batched_tokens: 16, memory_bound: true }
+}
+
+async fn engine(gate: Option<std::sync::mpsc::Receiver<()>>, max_waiting: usize) -> Handle {
+    start(move || Ok(Scripted { shape: shape(), gate }), Options { max_waiting, ..Default::default() }).await.unwrap()
+}
+
+fn request(prompt: &[u32], max_tokens: usize) -> Request {
+    let params = SamplingParams { max_tokens, ..Default::default() };
+    Request { id: "test".into(), prompt: Arc::new(prompt.to_vec()), params, prompt_logprobs: None, deadline: None }
+}
+
+async fn collect(mut generation: Generation) -> (Vec<u32>, Result<Finish, Failure>) {
+    let mut tokens = Vec::new();
+    loop {
+        match generation.next().await {
+            Event::Started { .. } => {}
+            Event::Token(token) => tokens.push(token.id),
+            Event::Prompt(_) => {}
+            Event::Finished(finish) => return (tokens, Ok(finish)),
+            Event::Failed(failure) => return (tokens, Err(failure)),
+        }
+    }
+}
+
+#[tokio::test]
+async fn sequences_run_and_leave_nothing_behind() {
+    let engine = engine(None, 100).await;
+    let all: Vec<_> = (1..20).map(|n| engine.submit(request(&vec![1; n], 5)).unwrap()).collect();
+    for (n, generation) in (1u32..20).zip(all) {
+        assert_eq!(collect(generation).await, ((n..n + 5).collect(), Ok(Finish::Length)));
+    }
+    assert!(engine.idle(Duration::from_secs(5)).await);
+    assert_eq!((engine.stats().blocks_free, engine.stats().output_tokens), (32, 95));
+}
+
+#[tokio::test]
+async fn dropping_the_receiver_frees_the_row_within_one_step() {
+    let (steps, gate) = std::sync::mpsc::channel();
+    let engine = engine(Some(gate), 100).await;
+    let mut generation = engine.submit(request(&[1; 10], 50)).unwrap();
+    steps.send(()).unwrap();
+    assert!(matches!(generation.next().await, Event::Started { cached_tokens: 0 }));
+    assert!(matches!(generation.next().await, Event::Token(_)));
+    assert_eq!(engine.submit(request(&[2], 1)).map(|_| ()), Ok(()));
+    drop(generation);
+    // The step that may be in flight, and no more.
+    steps.send(()).unwrap();
+    steps.send(()).unwrap();
+    assert!(engine.idle(Duration::from_secs(5)).await);
+    assert_eq!(engine.stats().blocks_free, 32);
+}
+
+#[tokio::test]
+async fn a_full_queue_refuses_with_a_retry_hint() {
+    let (steps, gate) = std::sync::mpsc::channel();
+    let engine = engine(Some(gate), 3).await;
+    let mut held = Vec::new();
+    let refused = loop {
+        match engine.submit(request(&[1], 1)) {
+            Ok(generation) => held.push(generation),
+            Err(failure) => break failure,
+        }
+        assert!(held.len() < 10);
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    };
+    assert_eq!((refused.kind, refused.code, refused.retry_after), (Kind::Overloaded, Some("engine_overloaded"), Some(1)));
+    drop(steps);
+    for generation in held {
+        assert_eq!(collect(generation).await.1, Ok(Finish::Length));
+    }
+}
+
+#[tokio::test]
+async fn what_cannot_run_is_refused() {
+    let engine = engine(None, 3).await;
+    assert_eq!(engine.submit(request(&[], 1)).unwrap_err().kind, Kind::BadRequest);
+    let refused = engine.submit(request(&[1; 64], 1)).unwrap_err();
+    assert_eq!(refused.code, Some("context_length_exceeded"));
+    assert!(refused.message.contains("64 tokens") && refused.message.contains("128 tokens (32 blocks of 4)"), "{refused}");
+    assert_eq!(collect(engine.submit(request(&[1; 63], 9)).unwrap()).await, (vec![13], Ok(Finish::Length)));
+}
+
+#[tokio::test]
+async fn a_failed_step_fails_its_requests_only() {
+    let engine = engine(None, 10).await;
+    let (_, result) = collect(engine.submit(request(&[FAIL], 3)).unwrap()).await;
+    assert_eq!(result.unwrap_err().message, "told to fail");
+    assert_eq!(collect(engine.submit(request(&[1], 2)).unwrap()).await, (vec![1, 2], Ok(Finish::Length)));
+}
+
+#[tokio::test]
+async fn a_panic_fails_requests_and_health() {
+    let engine = engine(None, 10).await;
+    let (_, result) = collect(engine.submit(request(&[PANIC], 3)).unwrap()).await;
+    assert_eq!(result.unwrap_err().kind, Kind::Internal);
+    assert!(engine.idle(Duration::from_secs(5)).await);
+    assert!(!engine.stats().healthy);
+    engine.failed().await;
+    assert_eq!(engine.submit(request(&[1], 2)).unwrap_err().kind, Kind::Internal);
+}
+
+#[tokio::test]
+async fn a_panic_fails_what_waits_too() {
+    let (steps, gate) = std::sync::mpsc::channel();
+    let engine = engine(Some(gate), 10).await;
+    // Two rows: one panics, one runs beside it, two wait. The last two may still be on their way.
+    let first = engine.submit(request(&[PANIC], 9)).unwrap();
+    let others: Vec<_> = (0..4).map(|_| engine.submit(request(&[1; 16], 9)).unwrap()).collect();
+    drop(steps);
+    let failure = collect(first).await.1.unwrap_err();
+    assert!(failure.message.contains("while computing"), "{failure}");
+    for generation in others {
+        assert_eq!(collect(generation).await.1.unwrap_err().kind, Kind::Internal);
+    }
+    assert!(engine.idle(Duration::from_secs(5)).await);
+    let stats = engine.stats();
+    assert_eq!((stats.running, stats.waiting, stats.blocks_free, stats.healthy), (0, 0, 32, false));
+    assert_eq!(stats.steps, 1, "nothing runs on a device whose state is unknown");
+}
+
+#[tokio::test]
+async fn a_row_without_finite_logits_fails_its_request_only() {
+    let (steps, gate) = std::sync::mpsc::channel();
+    let engine = engine(Some(gate), 10).await;
+    let sound = engine.submit(request(&[1], 3)).unwrap();
+    let broken = engine.submit(request(&[1, 2, BROKEN], 3)).unwrap();
+    let mut suppressed = request(&[1, BROKEN], 3);
+    suppressed.params.bad_words = Arc::new(vec![vec![3]]);
+    let suppressed = engine.submit(suppressed).unwrap();
+    drop(steps);
+    let (tokens, result) = collect(broken).await;
+    let failure = result.unwrap_err();
+    assert_eq!(
+        (tokens.len(), failure.kind, failure.message.as_str()),
+        (0, Kind::Internal, "the model gave no finite logits for this request")
+    );
+    assert!(collect(suppressed).await.1.unwrap_err().message.contains("bad_words"));
+    assert_eq!(collect(sound).await, (vec![1, 2, 3], Ok(Finish::Length)));
+    assert!(engine.idle(Duration::from_secs(5)).await);
+    assert!(engine.stats().healthy && engine.stats().blocks_free == 32);
+    assert_eq!(collect(engine.submit(request(&[1], 2)).unwrap()).await.1, Ok(Finish::Length));
+}
+
+#[tokio::test]
+async fn an_answer_that_its_text_has_ended_is_no_cancelled_one() {
+    let (steps, gate) = std::sync::mpsc::channel();
+    let engine = engine(Some(gate), 10).await;
+    for (text, stopped, cancelled) in [(true, 1, 0), (false, 1, 1)] {
+        let mut generation = engine.submit(request(&[1], 50)).unwrap();
+        steps.send(()).unwrap();
+        while !matches!(generation.next().await, Event::Token(_)) {}
+        if text {
+            generation.complete()
+        } else {
+            drop(generation)
+        }
+        // A step may be on its way.
+        let _ = steps.send(());
+        assert!(engine.idle(Duration::from_secs(5)).await);
+        let exposition = engine.stats().exposition("", "m");
+        let line = |name: &str, value: i32| {
+            assert!(exposition.lines().any(|line| line == format!("{name} {value}")), "{name} {value}: {exposition}")
+        };
+        line("request_success_total{model_name=\"m\",finished_reason=\"stop\"}", stopped);
+        line("request_success_total{model_name=\"m\",finished_reason=\"abort\"}", cancelled);
+        for histogram in
+            ["e2e_request_latency_seconds", "request_prompt_tokens", "request_generation_tokens", "request_inference_time_seconds"]
+        {
+            line(&format!("{histogram}_count{{model_name=\"m\"}}"), 1);
+        }
+    }
+}
+
+/// Its shape is asked for at each submission; the last time it panics, outside of any step.
+struct Cursed {
+    scripted: Scripted,
+    asked: std::cell::Cell<usize>,
+}
+
+impl Runner for Cursed {
+    fn shape(&self) -> &Shape {
+        self.asked.set(self.asked.get() + 1);
+        assert!(self.scripted.shape.max_model_len > 0 && self.asked.get() <= 3, "told to");
+        &self.scripted.shape
+    }
+
+    fn step(&mut self, plan: &Plan) -> Result<Output, Failure> {
+        self.scripted.step(plan)
+    }
+}
+
+#[tokio::test]
+async fn a_panic_outside_of_a_step_fails_requests_and_health() {
+    let load = || Ok(Cursed { scripted: Scripted { shape: shape(), gate: None }, asked: 0.into() });
+    let engine = start(load, Options::default()).await.unwrap();
+    assert_eq!(collect(engine.submit(request(&[1], 2)).unwrap()).await.1, Ok(Finish::Length));
+    assert_eq!(collect(engine.submit(request(&[1], 2)).unwrap()).await.1.unwrap_err().kind, Kind::Internal);
+    engine.failed().await;
+    assert!(!engine.stats().healthy);
+    assert_eq!(engine.submit(request(&[1], 2)).unwrap_err().kind, Kind::Internal);
+}
+
+#[tokio::test]
+async fn a_deadline_fails_the_request() {
+    let (steps, gate) = std::sync::mpsc::channel();
+    let engine = engine(Some(gate), 10).await;
+    let mut late = request(&[1], 9);
+    late.deadline = Some(Instant::now());
+    let generation = engine.submit(late).unwrap();
+    drop(steps);
+    assert_eq!(collect(generation).await.1.unwrap_err().kind, Kind::Timeout);
+}
+
+#[tokio::test]
+async fn a_model_that_cannot_load_is_an_error() {
+    let failed = start(|| Err::<Scripted, _>(Failure::internal("no weights")), Options::default()).await.err().unwrap();
+    assert_eq!(failed.message, "no weights");
+    let failed = start(|| -> Result<Scripted, Failure> { panic!("boom") }, Options::default()).await.err().unwrap();
+    assert!(failed.message.contains("boom"));
+}
