@@ -163,8 +163,9 @@ def test_bench_of_more_sequences_than_rows():
 
 
 def test_bench_of_a_server(server):
-    done = run("bench", "--model", "demo", "--url", server.base, "--prompt-tokens", "32", "--output-tokens", "8", "--concurrency", "2", "--json", within=240)
+    done = run("bench", "--model", "demo", "--url", server.base, "--prompt-tokens", "32", "--output-tokens", "512", "--concurrency", "2", "--json", within=240)
     assert done.process.returncode == 0, done.log
+    # So many tokens are not all in the first piece, however busy the machine is.
     assert lines(done)[0]["decode_tok_s"] > 0
 
 

@@ -1,7 +1,7 @@
 //! `bench`: prompts of distinct random tokens, all sequences of a wave at once; the engine alone, or a running server through HTTP.
 //!
 //! `prefill_tok_s` = prompt tokens / time to the last first token of the wave. `decode_tok_s` = output tokens that came after that moment / time
-//! from it to the last token, all sequences together. `limit_share` = bytes of weights read per second while decoding / memory
+//! from it to the last token, all sequences together; `null` where none came after. `limit_share` = bytes of weights read per second while decoding / memory
 //! bandwidth measured in the same run; `null` where it cannot be known (through HTTP, on a GPU).
 
 use std::process::ExitCode;
@@ -159,7 +159,7 @@ impl Target {
         };
         let peak = matches!(self, Self::Engine { .. }).then(memory::peak_rss_mb).flatten();
         json!({"prompt_tokens": bench.prompt_tokens, "output_tokens": bench.output_tokens, "concurrency": concurrency,
-            "prefill_tok_s": round(figures.prefill_tok_s), "decode_tok_s": round(figures.decode_tok_s), "ttft_ms": percentiles(figures.ttft), "itl_ms": percentiles(figures.itl),
+            "prefill_tok_s": round(figures.prefill_tok_s), "decode_tok_s": Some(figures.decode_tok_s).filter(|rate| *rate > 0.0).map(round), "ttft_ms": percentiles(figures.ttft), "itl_ms": percentiles(figures.itl),
             "peak_rss_mb": peak, "limit_share": limit_share.map(|share| (share * 1000.0).round() / 1000.0), "weights": weights, "threads": threads, "device": device})
     }
 }
