@@ -56,6 +56,7 @@ pub trait Simd: Copy {
     /// The same for weights stored as `w + 128`; see [`Simd::BIASED`].
     unsafe fn dot_biased(acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
     /// Adds to every lane the two products of its pair of bf16 in `w` with the pair `x`.
+    #[cfg(any(target_arch = "x86_64", test))]
     #[inline(always)]
     unsafe fn dot_bf16(acc: Self::V, w: *const bf16, x: *const u32) -> Self::V {
         unsafe {
