@@ -22,13 +22,13 @@ def output_of(command, env=None):
 
 
 class Ours:
-    def __init__(self, binary, model, threads, kv_cache_gb, prefix):
-        self.binary, self.model, self.threads, self.kv_cache_gb, self.prefix = binary, model, threads, kv_cache_gb, prefix
+    def __init__(self, binary, model, threads, kv_cache_gb, dtype, prefix):
+        self.binary, self.model, self.threads, self.kv_cache_gb, self.dtype, self.prefix = binary, model, threads, kv_cache_gb, dtype, prefix
 
     def env(self, weights):
         """Ours is set by variables alone; whatever else this shell has set for the worker must not leak in."""
         kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "TMPDIR", "LANG")}
-        return dict(kept, MODEL=str(self.model), THREADS=str(self.threads), KV_CACHE_GB=str(self.kv_cache_gb), QUANTIZATION=QUANTIZATION[weights], LOG_LEVEL="error")
+        return dict(kept, MODEL=str(self.model), THREADS=str(self.threads), KV_CACHE_GB=str(self.kv_cache_gb), QUANTIZATION=QUANTIZATION[weights], DTYPE=self.dtype, LOG_LEVEL="error")
 
     def check(self, weights):
         """What `check` prints; its refusal is the reason why rows with these weights are not available."""

@@ -26,10 +26,10 @@ def main():
     llama_bin, sdist = prepare.llama_cpp(cache, given.llama_cpp_python, given.prefix)
     folder, gguf = prepare.checkpoint(cache, REPOSITORY, given.preset, given.checkpoint, given.gguf)
     ggufs = {weights: prepare.quantized(cache, llama_bin, gguf, weights, given.prefix) for weights in given.weights}
-    ours = programs.Ours(prepare.our_binary(REPOSITORY, given.bin, given.prefix), folder, given.threads, given.kv_cache_gb, given.prefix)
+    ours = programs.Ours(prepare.our_binary(REPOSITORY, given.bin, given.prefix), folder, given.threads, given.kv_cache_gb, given.dtype, given.prefix)
     race = Race(given, ours, programs.Llama(llama_bin, given.threads, given.prefix), folder, ggufs)
     head = {"machine": dict(report.machine(), cores=os.cpu_count(), threads=given.threads, bandwidth_gb_s=ours.bandwidth() if given.rounds else None),
-            "checkpoint": folder.name, "rounds": given.rounds, "kv_cache_gb": given.kv_cache_gb}
+            "checkpoint": folder.name, "rounds": given.rounds, "kv_cache_gb": given.kv_cache_gb, "our dtype": given.dtype}
     for path in given.add:
         race.add(path)
     try:
@@ -217,6 +217,7 @@ def arguments():
     add("--checkpoint", help="a checkpoint instead; with --gguf, the same weights in bf16")
     add("--gguf")
     add("--torch-python", metavar="PYTHON", help="a Python with torch and transformers: they take part; else they do not")
+    add("--dtype", default="auto", help="our DTYPE: bfloat16 rounds activations as the others do, where the processor multiplies bf16 (default: auto, f32)")
     add("--kv-cache-gb", type=float, default=1.0, help="our KV pool (default: 1)")
     add("--cache", type=Path, default=prepare.default_cache(), help="where llama.cpp and the weights are kept (default: $WORKER_CANDLE_RACE_CACHE, else ~/.cache/worker-candle/race)")
     add("--llama-cpp-python", metavar="VERSION", help="version of the source package (default: what is built already, else the newest)")
