@@ -360,7 +360,7 @@ fn products(settings: &EngineSettings, device: &Device) -> Products {
         return Products::F32;
     }
     if !cpu::matmul::has_bf16() {
-        tracing::info!("DTYPE=bfloat16 has no effect on this processor: it does not multiply bf16, activations stay f32");
+        tracing::info!("DTYPE=bfloat16 has no effect on this processor: bf16 is no faster on it, activations stay f32");
         return Products::F32;
     }
     Products::Bf16
