@@ -29,6 +29,19 @@ def test_every_question_is_answered_word_for_word(http, quantized):
     assert len(questions.ALL) > 50 and not wrong, f"{strategy}: {len(wrong)} of {len(answers)}: {wrong}"
 
 
+def test_activations_of_bf16(http):
+    """Where the processor is no faster with bf16 this is the plain model, and the log says so."""
+    with Server("serve", "--model", "demo", env={"DTYPE": "bfloat16"}) as server:
+        wrong = {}
+        for question in questions.ALL:
+            answer = questions.text(http.post(f"{server.base}/v1{question.route}", json=question.request()).json())
+            if answer != question.answer:
+                wrong[question.name] = answer
+        assert not wrong
+        log = server.log
+    assert ("bf16 activations" in log) != ("DTYPE=bfloat16 has no effect" in log), log
+
+
 def test_the_model_card_names_it(http, quantized, server):
     strategy, other = quantized
     card = http.get(f"{other.base}/v1/models").json()["data"][0]

@@ -53,8 +53,8 @@ pub struct Env {
     /// output at 8.
     #[arg(long, help_heading = "Engine")]
     pub quantization: Option<String>,
-    /// What activations are: `auto`, or `bfloat16`, which on a CPU with AVX512-BF16 or AMX rounds them to bf16 where they meet unquantized
-    /// bf16 weights. Prompts are then computed up to twice as fast, a little less exactly.
+    /// What activations are: `auto`, or `bfloat16`, which rounds them to bf16 where they meet unquantized bf16 weights, on a CPU that
+    /// multiplies bf16 faster (AMD's AVX512-BF16, AMX). Prompts are computed faster then, a little less exactly.
     #[arg(long, help_heading = "Engine")]
     pub dtype: Option<String>,
     /// Longest sequence, prompt and output together (`4096`, `4k` = 4000, `4K` = 4096).

@@ -262,6 +262,7 @@ fn values() {
         ("REQUEST_TIMEOUT", "0"),
         ("RUNPOD_PING_INTERVAL", "4000"),
         ("QUANTIZATION", "WINT4"),
+        ("DTYPE", "BFloat16"),
         ("MIN_BATCH_SIZE", "2"),
         ("BATCH_GROWTH_FACTOR", "1.3"),
         ("PORT", "8000"),
@@ -278,7 +279,9 @@ fn values() {
     assert_eq!(settings.engine.device, DeviceChoice::Cuda(1));
     assert_eq!(settings.engine.kv_cache_gb, Some(1.0));
     assert_eq!(settings.engine.request_timeout, None);
-    assert_eq!(settings.engine.quantization, Quantization::Wint4);
+    assert_eq!((settings.engine.quantization, settings.engine.bf16_activations), (Quantization::Wint4, true));
+    assert!(!env(&[("DTYPE", "auto")]).engine.bf16_activations);
+    assert!(mistakes(&[("DTYPE", "float16")])[0].contains("auto, bfloat16, bf16"));
     assert_eq!(settings.runpod.ping_interval, Some(Duration::from_secs(4)));
     assert_eq!(settings.runpod.batch, Some(BatchGrowth { min: 2, growth: 1.3, max: 50 }));
     assert_eq!((settings.server.port, settings.server.health_port), (Some(8000), None));

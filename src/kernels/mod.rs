@@ -36,7 +36,7 @@ pub enum Products {
     /// f32, or two terms of bf16 where tiles of them are faster still.
     #[default]
     F32,
-    /// Rounded to bf16 on processors that multiply bf16: twice as fast there. Elsewhere f32.
+    /// Rounded to bf16 on processors that multiply bf16 faster. Elsewhere f32.
     Bf16,
 }
 

@@ -134,7 +134,7 @@ fn how_far_quantized_models_are_from_the_original() {
 }
 
 /// `DTYPE=bfloat16`: how a text is cut into steps changes no bit; answers stay close to those of f32, and are theirs where the processor
-/// does not multiply bf16.
+/// is no faster with bf16.
 #[test]
 fn activations_of_bf16() {
     let tokenizer = Tokenizer::load(&demo::files()).unwrap();
