@@ -107,7 +107,7 @@ impl Run {
                 let mut params = options.sampling.clone();
                 params.max_tokens = options.max_tokens.unwrap_or(room).clamp(1, room);
                 params.choices = if candidate == 0 { options.n } else { 0 };
-                params.seed = params.seed.wrapping_add(candidate as u64);
+                params.seed = options.seed.map_or_else(|| service.pick_seed(), |seed| seed.wrapping_add(candidate as u64));
                 // Of one prompt the first candidate has the scores, for all.
                 let prompt_logprobs = options.prompt_logprobs.filter(|_| candidate == 0);
                 let request_of = Request { id: id.clone(), prompt: prompt.clone(), params, prompt_logprobs, deadline };

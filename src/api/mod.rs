@@ -168,11 +168,11 @@ impl Service {
             eos_token_ids: &self.eos_token_ids,
             encode: &|text| self.tokenizer.encode(text, Special::Text),
         };
-        Options::read(fields, form, &context, || self.pick_seed())
+        Options::read(fields, form, &context)
     }
 
-    /// A seed for a request without one: random, or the next in the sequence that `SEED` fixes.
-    fn pick_seed(&self) -> u64 {
+    /// A seed for one sequence of a request without one: random, or the next in the sequence that `SEED` fixes.
+    pub(crate) fn pick_seed(&self) -> u64 {
         match self.settings.seed {
             None => uuid::Uuid::new_v4().as_u64_pair().0,
             Some(base) => splitmix(base.wrapping_add(self.seeds.fetch_add(1, Ordering::Relaxed))),

@@ -110,7 +110,9 @@ pub struct Options {
     pub prompt_logprobs: Option<LogprobsSpec>,
     /// The answer begins with the prompt.
     pub echo: bool,
-    /// The first choice's; `max_tokens` is not set yet.
+    /// The request's: every prompt begins with it, and further choices count up from it. Without one each sequence gets its own.
+    pub seed: Option<u64>,
+    /// The first choice's; `max_tokens` and `seed` are not set yet.
     pub sampling: SamplingParams,
 }
 
@@ -128,8 +130,8 @@ pub struct Context<'a> {
 const MAX_N: usize = 128;
 
 impl Options {
-    /// Reads and checks all of them. `pick_seed` is asked when the request has none.
-    pub fn read(fields: &Fields<'_>, form: Form, context: &Context<'_>, pick_seed: impl FnOnce() -> u64) -> Result<Self, Failure> {
+    /// Reads and checks all of them.
+    pub fn read(fields: &Fields<'_>, form: Form, context: &Context<'_>) -> Result<Self, Failure> {
         let n = fields.count("n", 1)?.unwrap_or(1);
         let max_n = context.settings.max_n.unwrap_or(MAX_N);
         if let (true, Some(field)) = (n > max_n, fields.get("n")) {
@@ -170,7 +172,7 @@ impl Options {
                 .output
                 .or((candidates > n).then_some(0))
                 .map(|top| LogprobsSpec { top, mode: context.settings.logprobs_mode }),
-            seed: fields.seed()?.unwrap_or_else(pick_seed),
+            seed: 0,
             max_tokens: 0,
             min_tokens,
             eos_token_ids: context.eos_token_ids.clone(),
@@ -194,6 +196,7 @@ impl Options {
             logprobs,
             prompt_logprobs: logprobs.of_prompt(echo && !form.is_chat(), context.settings),
             echo,
+            seed: fields.seed()?,
             sampling,
         })
     }
@@ -308,17 +311,17 @@ mod tests {
         let encode = |text: &str| Ok(text.bytes().map(|byte| u32::from(byte % 10)).collect());
         let eos_token_ids = Arc::new(vec![2]);
         let context = Context { settings: &settings, defaults: &defaults, limits: &limits, eos_token_ids: &eos_token_ids, encode: &encode };
-        Options::read(&Fields::new(&body, true).unwrap(), Form::NativeText, &context, || 99)
+        Options::read(&Fields::new(&body, true).unwrap(), Form::NativeText, &context)
     }
 
     #[test]
     fn defaults_come_from_the_model_and_null_is_default() {
         let options = read(json!({"temperature": null})).unwrap();
         assert_eq!((options.sampling.temperature, options.sampling.top_p, options.sampling.top_k), (0.8, 0.7, 50));
-        assert_eq!((options.sampling.seed, options.n, options.stream, options.max_tokens), (99, 1, false, None));
+        assert_eq!((options.seed, options.n, options.stream, options.max_tokens), (None, 1, false, None));
         assert!(options.skip_special_tokens);
         let options = read(json!({"temperature": 0, "top_p": 1, "top_k": -1, "seed": 7})).unwrap();
-        assert_eq!((options.sampling.temperature, options.sampling.top_p, options.sampling.top_k, options.sampling.seed), (0.0, 1.0, 0, 7));
+        assert_eq!((options.sampling.temperature, options.sampling.top_p, options.sampling.top_k, options.seed), (0.0, 1.0, 0, Some(7)));
     }
 
     #[test]

@@ -266,6 +266,37 @@ async fn the_seed_setting_fixes_requests_without_a_seed() {
 }
 
 #[tokio::test]
+async fn without_a_seed_every_choice_of_every_prompt_has_its_own() {
+    let settings = || ApiSettings { seed: Some(5), ..ApiSettings::default() };
+    let says: Vec<Vec<Say>> = ["a", "b", "c", "d", "e", "f", "g"].into_iter().map(|text| vec![Say::Text(text)]).collect();
+    let world_of = async || world_with(&says, settings(), files(&[]), Duration::ZERO).await.unwrap();
+    let texts = |answer: Value| -> Vec<String> {
+        answer["choices"].as_array().unwrap().iter().map(|choice| choice["text"].as_str().unwrap().to_owned()).collect()
+    };
+    // A sequence draws the same whether it is asked for alone, in a list or as one of `n`: the seeds come one after another.
+    let alone = world_of().await;
+    let mut singles = Vec::new();
+    for _ in 0..6 {
+        singles.extend(texts(alone.complete(json!({"seed": null})).await.unwrap()));
+    }
+    assert!(singles.iter().any(|text| *text != singles[0]), "{singles:?}");
+    assert_eq!(texts(world_of().await.complete(json!({"seed": null, "prompt": vec!["Hi"; 6]})).await.unwrap()), singles);
+    assert_eq!(texts(world_of().await.complete(json!({"seed": null, "prompt": vec!["Hi"; 3], "n": 2})).await.unwrap()), singles);
+    assert_eq!(texts(world_of().await.job(json!({"prompt": vec!["Hi"; 6]})).await.unwrap()), singles);
+}
+
+#[tokio::test]
+async fn with_a_seed_a_prompt_in_a_list_gives_what_it_gives_alone() {
+    let world = world(&[vec![Say::Text("a")], vec![Say::Text("b")], vec![Say::Text("c")]]).await;
+    let alone = world.complete(json!({"seed": 1, "n": 2})).await.unwrap();
+    let list = world.complete(json!({"seed": 1, "n": 2, "prompt": ["Hi", "Hi"]})).await.unwrap();
+    for choice in 0..4 {
+        assert_eq!(list["choices"][choice]["text"], alone["choices"][choice % 2]["text"]);
+    }
+    assert_ne!(alone["choices"][0]["text"], alone["choices"][1]["text"], "choices of one prompt differ");
+}
+
+#[tokio::test]
 async fn models_are_listed_and_found_by_every_name() {
     let settings = ApiSettings { served_names: vec!["main".to_owned(), "org/alias".to_owned()], ..ApiSettings::default() };
     let world = world_with(&[vec![Say::Text("A")]], settings, files(&[]), Duration::ZERO).await.unwrap();
