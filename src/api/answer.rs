@@ -343,12 +343,12 @@ struct Streaming {
     run: Run,
     /// Something is out.
     started: bool,
-    /// Ends the stream after the frame that says so.
+    /// Ends the stream after the piece that says so.
     failed: Option<Failure>,
 }
 
 impl Streaming {
-    /// A failure before the first piece is the only item, so that its status can still be told; later ones follow a frame of their own.
+    /// A failure before the first piece is the only item, so that its status can still be told; later ones follow a piece of their own.
     async fn next(&mut self) -> Option<Result<Value, Failure>> {
         if let Some(failure) = self.failed.take() {
             return Some(Err(failure));
@@ -356,10 +356,13 @@ impl Streaming {
         loop {
             let pieces = match self.run.next().await? {
                 Ok(pieces) => pieces,
-                Err(failure) if self.started && self.writer.dialect == Dialect::OpenAi => {
-                    let frame = failure::sse(&failure);
+                Err(failure) if self.started => {
+                    let last = match self.writer.dialect {
+                        Dialect::OpenAi => Value::String(failure::sse(&failure)),
+                        Dialect::Native | Dialect::Tokens => failure::chunk(&failure),
+                    };
                     self.failed = Some(failure);
-                    return Some(Ok(Value::String(frame)));
+                    return Some(Ok(last));
                 }
                 Err(failure) => return Some(Err(failure)),
             };

@@ -28,12 +28,16 @@ pub fn envelope(failure: &Failure) -> Value {
     })
 }
 
-/// The `error` of a failed job: a string that holds the JSON of the envelope, with the HTTP status inside, since a job has no other
-/// place for it.
-pub fn job_error(failure: &Failure) -> String {
+/// The envelope with the HTTP status inside, for jobs, which have no other place for it. The last chunk of a native stream that failed.
+pub fn chunk(failure: &Failure) -> Value {
     let mut envelope = envelope(failure);
     envelope["error"]["status"] = json!(failure.status());
-    envelope.to_string()
+    envelope
+}
+
+/// The `error` of a failed job: a string that holds the JSON of the envelope and its status.
+pub fn job_error(failure: &Failure) -> String {
+    chunk(failure).to_string()
 }
 
 /// A failure inside a stream whose status line is gone already: one frame, then the end mark.

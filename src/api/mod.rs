@@ -49,7 +49,8 @@ pub enum Answer {
     /// `data: [DONE]`. For native jobs it is one chunk object.
     ///
     /// A failure ends the stream. If it is the **first item**, nothing has been written: its status can still be told. If it comes later,
-    /// the item before it is, for server-sent events, the frame that tells it, with `data: [DONE]`: nothing is left to write.
+    /// the item before it tells it to who reads the pieces alone: a frame with `data: [DONE]`, or for native jobs a chunk that is the error
+    /// envelope.
     Stream(Pieces),
 }
 
