@@ -147,7 +147,7 @@ impl Service {
     /// Whether the request's `model` is one of ours.
     pub(crate) fn check_model(&self, fields: &Fields<'_>) -> Result<(), Failure> {
         match fields.string("model")? {
-            None | Some("null" | "default") => Ok(()),
+            None | Some("" | "null" | "default") => Ok(()),
             Some(name) => self.check_model_name(name),
         }
     }
@@ -185,7 +185,8 @@ impl Service {
         let context = self.engine.limits().max_model_len;
         let keep = match options.truncate {
             None => ids.len(),
-            Some(Truncate::ToContext) => context.saturating_sub(options.max_tokens.unwrap_or(1).max(1)).max(1),
+            // A limit that is no limit keeps no place free.
+            Some(Truncate::ToContext) => context - options.max_tokens.filter(|most| *most < context).unwrap_or(1).max(1),
             Some(Truncate::Last(keep)) => keep,
         };
         ids.drain(..ids.len().saturating_sub(keep));

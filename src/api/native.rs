@@ -22,7 +22,7 @@ pub async fn job(service: &Arc<Service>, input: Value, job_id: &str) -> Result<A
     let prepared = service
         .prepare(move |service| {
             let prepared = prepare(service, &body)?;
-            if let (Dialect::Tokens, Some(field)) = (dialect, prepared.options.logprobs.field(&Fields::new(&body, true)?)) {
+            if let (Dialect::Tokens, Some(field)) = (dialect, prepared.options.logprobs.field(&Fields::new(&body)?)) {
                 let message = format!("'{}' has no place in answers of the form NATIVE_OUTPUT_FORMAT=tokens. Remove it.", field.name);
                 return Err(Failure::bad_request(field.name, message).code("unsupported_parameter"));
             }
@@ -90,7 +90,7 @@ fn wrapped_call(input: &Map<String, Value>, job_id: &str) -> Result<Option<Call>
 
 /// The native forms. `messages` wins over `prompt`.
 fn prepare(service: &Service, body: &Value) -> Result<Prepared, Failure> {
-    let fields = Fields::new(body, true)?;
+    let fields = Fields::new(body)?;
     let prompt = PROMPTS.into_iter().find_map(|name| fields.get(name));
     let field = match (fields.get("messages"), prompt) {
         (Some(_), _) => return chat::prepare(service, body, true),

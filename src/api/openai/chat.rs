@@ -13,7 +13,7 @@ use crate::models::tokenizer::Special;
 
 /// Reads and checks a whole request. `native`: it came as a job's own input.
 pub fn prepare(service: &Service, body: &Value, native: bool) -> Result<Prepared, Failure> {
-    let fields = Fields::new(body, native)?;
+    let fields = Fields::new(body)?;
     service.check_model(&fields)?;
     let mut options = service.options(&fields, if native { Form::NativeChat } else { Form::Chat })?;
     options.max_tokens = options.max_tokens.or(service.settings.default_max_tokens);
