@@ -17,6 +17,7 @@ use crate::models::tokenizer::{Special, Tokenizer};
 mod answer;
 pub mod chat_template;
 mod clock;
+mod contents;
 pub mod failure;
 pub mod fields;
 mod generate;
@@ -31,6 +32,7 @@ mod prompt;
 mod tests;
 
 use chat_template::ChatTemplate;
+use contents::Contents;
 use fields::Fields;
 use logprobs::Form;
 pub use model::ModelInfo;
@@ -80,8 +82,8 @@ pub struct Service {
     eos_token_ids: Arc<Vec<u32>>,
     bos_token_id: Option<u32>,
     guard: Guard,
-    /// The template, or why there is none.
-    chat_template: Result<ChatTemplate, String>,
+    /// The template with the form of contents that it takes, or why there is none.
+    chat_template: Result<(ChatTemplate, Contents), String>,
     seeds: AtomicU64,
 }
 
@@ -104,6 +106,10 @@ impl Service {
         if let (None, Some(bos)) = (model.special_tokens.get("bos_token"), model.config.get("bos_token")) {
             model.special_tokens.insert("bos_token".to_owned(), bos.clone());
         }
+        let chat_template = chat_template.map(|template| {
+            let contents = Contents::of(&template, &model.special_tokens, settings.content_format);
+            (template, contents)
+        });
         let bos_token_id = model.special_tokens.get("bos_token").and_then(Value::as_str).and_then(|token| tokenizer.token_id(token));
         Ok(Self {
             names,
@@ -139,8 +145,8 @@ impl Service {
         self.names.first().map_or(self.model.public_name(), String::as_str)
     }
 
-    /// The template, or a 400 that says what to set.
-    pub(crate) fn chat_template(&self) -> Result<&ChatTemplate, Failure> {
+    /// The template with the form of contents that it takes, or a 400 that says what to set.
+    pub(crate) fn chat_template(&self) -> Result<&(ChatTemplate, Contents), Failure> {
         self.chat_template.as_ref().map_err(|reason| Failure::bad_request("messages", reason.clone()).code("unsupported_value"))
     }
 
@@ -186,7 +192,9 @@ impl Service {
         let keep = match options.truncate {
             None => ids.len(),
             // A limit that is no limit keeps no place free.
-            Some(Truncate::ToContext) => context - options.max_tokens.filter(|most| *most < context).unwrap_or(1).max(1),
+            Some(Truncate::ToContext) => {
+                context.saturating_sub(options.max_tokens.filter(|most| *most < context).unwrap_or(1).max(1)).max(1)
+            }
             Some(Truncate::Last(keep)) => keep,
         };
         ids.drain(..ids.len().saturating_sub(keep));

@@ -115,6 +115,12 @@ pub struct Env {
     /// Allow requests to bring a chat template.
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", help_heading = "API")]
     pub trust_request_chat_template: Option<String>,
+    /// How contents of messages reach the chat template: `string` (text parts joined by a newline), `openai` (lists of parts), or `auto`, what the template takes.
+    #[arg(long, help_heading = "API")]
+    pub chat_template_content_format: Option<String>,
+    /// Leave the tools of a request with `tool_choice: "none"` out of the prompt.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", help_heading = "API")]
+    pub exclude_tools_when_tool_choice_none: Option<String>,
     /// Role of the answers.
     #[arg(long, help_heading = "API")]
     pub response_role: Option<String>,

@@ -133,6 +133,19 @@ async fn default_max_tokens_is_a_setting() {
 }
 
 #[tokio::test]
+async fn sampling_params_lie_below_the_top_level_at_every_door() {
+    let world = saying("abcdefgh").await;
+    let params = json!({"max_tokens": 3, "stop_sequences": ["b"], "sampling_params": null});
+    assert_eq!(world.chat(json!({"sampling_params": params})).await.unwrap()["choices"][0]["message"]["content"], "a");
+    let text = world.complete(json!({"sampling_params": {"max_tokens": 3}, "max_new_tokens": null})).await.unwrap();
+    assert_eq!(text["choices"][0]["text"], "abc");
+    let top = world.complete(json!({"sampling_params": {"max_tokens": 3}, "max_tokens": 2})).await.unwrap();
+    assert_eq!(top["choices"][0]["text"], "ab");
+    let unlimited = world.complete(json!({"n_predict": -1, "prompt": vec![5; 60], "truncate_prompt_tokens": -1})).await.unwrap();
+    assert_eq!((&unlimited["choices"][0]["text"], &unlimited["usage"]["prompt_tokens"]), (&json!("abcdefgh"), &json!(60)));
+}
+
+#[tokio::test]
 async fn stops() {
     let world = saying("one two three").await;
     let ending = |answer: &Value| {
