@@ -137,7 +137,7 @@ impl Writer {
         }
         put_ending(&mut choice, piece.ending.as_ref());
         if self.return_token_ids {
-            choice["token_ids"] = json!(piece.tokens);
+            choice["token_ids"] = json!(self.token_ids(piece));
             self.put_prompt_ids(&mut choice, piece.index);
         }
         choice
@@ -171,6 +171,14 @@ impl Writer {
     fn prompt_logprobs(&self, piece: &Piece) -> Option<Value> {
         let (top, scores) = (self.logprobs.prompt?, piece.prompt.as_ref()?);
         Some(self.names().prompt(self.prompts.get(piece.index / self.n)?, scores, top))
+    }
+
+    /// The sampled tokens. With log probabilities they come with those, whose text may wait for more: one by one they belong together.
+    fn token_ids(&self, piece: &Piece) -> Vec<u32> {
+        match self.logprobs.output {
+            Some(_) => piece.logprobs.iter().map(|token| token.id).collect(),
+            None => piece.tokens.clone(),
+        }
     }
 
     /// Completions give the prompt's ids in the choice, chat completions beside the choices.
@@ -227,7 +235,7 @@ impl Writer {
                 let mut choice = self.chunk_choice(piece.index, Some(&piece.text), false, None);
                 choice["logprobs"] = self.new_logprobs(&piece);
                 if self.return_token_ids {
-                    choice["token_ids"] = json!(piece.tokens);
+                    choice["token_ids"] = json!(self.token_ids(&piece));
                     if opens {
                         self.put_prompt_ids(&mut choice, piece.index);
                     }
@@ -278,7 +286,7 @@ impl Writer {
                 let mut choice = self.chunk_choice(piece.index, text, opens, piece.ending.as_ref());
                 choice["logprobs"] = self.new_logprobs(&piece);
                 if self.return_token_ids {
-                    choice["token_ids"] = json!(piece.tokens);
+                    choice["token_ids"] = json!(self.token_ids(&piece));
                     if opens {
                         self.put_prompt_ids(&mut choice, piece.index);
                     }
