@@ -15,11 +15,11 @@ mod report;
 mod resolve;
 mod sources;
 
-pub use cli::{Args, BenchArgs, Command, PullArgs};
+pub use cli::{Args, BenchArgs, Command, ModelArgument, PullArgs};
 pub use env::Env;
 pub use parse::quantization;
 pub use report::report;
-pub use sources::{Origin, Surroundings};
+pub use sources::{Origin, Surroundings, flags};
 
 /// The model when none is named.
 pub const DEFAULT_MODEL: &str = "baidu/ERNIE-4.5-0.3B-Paddle";
