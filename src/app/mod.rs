@@ -1,9 +1,10 @@
 //! Assembly: find files → load → start engine → worker or server → drain → stop.
 
+use std::io::{ErrorKind, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
-use crate::config::{Args, Command, Settings, Surroundings};
+use crate::config::{Args, Command, Mistake, Settings, Surroundings};
 use crate::error::Failure;
 use crate::telemetry;
 
@@ -31,6 +32,8 @@ enum Mode {
     OneShot(String),
     Pull(crate::config::PullArgs),
     Bench(crate::config::BenchArgs),
+    /// With the flags that a server's process gets.
+    ColdStart(crate::config::BenchArgs, Vec<String>),
     Check,
 }
 
@@ -40,25 +43,27 @@ pub fn main() -> ExitCode {
         Ok(args) => args,
         Err(error) => {
             let _ = error.print();
+            if error.use_stderr() && !Args::names_work(std::env::args_os()) {
+                refuse_line(&error.to_string());
+            }
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(EXIT_USAGE));
         }
     };
-    let settings = match Settings::resolve(&args, &Surroundings::of_process()) {
+    let surroundings = Surroundings::of_process();
+    let mut settings = match Settings::resolve(&args, &surroundings) {
         Ok(settings) => settings,
-        Err(mistakes) => {
-            for mistake in mistakes {
-                eprintln!("{mistake}");
-            }
-            return ExitCode::FAILURE;
-        }
+        Err(mistakes) => return refuse(&args, &surroundings, &mistakes),
     };
     let Some(mode) = choose(&args, &settings) else {
         let _ = Args::clap_command().print_help();
-        eprintln!(
+        complain(&format!(
             "\nNothing to do: give a command, a job (--test_input or {TEST_INPUT_FILE}), PORT, or the platform's RUNPOD_WEBHOOK_GET_JOB."
-        );
+        ));
         return ExitCode::from(EXIT_USAGE);
     };
+    // An endpoint with GPUs that computes on the CPU would bill its owner for them, and answer nobody in time.
+    let as_queue_worker = matches!(mode, Mode::Queue) || (matches!(mode, Mode::Check) && settings.runpod.get_job.is_some());
+    settings.engine.gpu_required = cfg!(feature = "cuda") && as_queue_worker;
     start_logging(&mode, &settings);
     // `check` has them in its report.
     for warning in settings.warnings.iter().filter(|_| !matches!(mode, Mode::Check)) {
@@ -76,12 +81,13 @@ pub fn main() -> ExitCode {
 /// The order is a contract: a command; the platform's queue; a test job; `http` where PORT is set.
 fn choose(args: &Args, settings: &Settings) -> Option<Mode> {
     match &args.command {
-        Some(Command::Serve) => return Some(Mode::Serve),
+        Some(Command::Serve(_)) => return Some(Mode::Serve),
         Some(Command::Gateway) => return Some(Mode::Gateway),
-        Some(Command::Http) => return Some(Mode::Http),
+        Some(Command::Http(_)) => return Some(Mode::Http),
         Some(Command::Pull(pull)) => return Some(Mode::Pull(pull.clone())),
+        Some(Command::Bench(bench)) if bench.cold_start => return Some(Mode::ColdStart(bench.clone(), cold_start::handed_on(args))),
         Some(Command::Bench(bench)) => return Some(Mode::Bench(bench.clone())),
-        Some(Command::Check) => return Some(Mode::Check),
+        Some(Command::Check(_)) => return Some(Mode::Check),
         None => {}
     }
     if let Some(job) = &args.test_input {
@@ -97,6 +103,35 @@ fn choose(args: &Args, settings: &Settings) -> Option<Mode> {
         );
     }
     settings.server.port.map(|_| Mode::Http)
+}
+
+/// The same for a command line that cannot be read. Who wrote it sees clap's message; a queue worker's owner, who does not, its first line.
+fn refuse_line(message: &str) {
+    let Ok(args) = Args::parse_argv(["worker-candle"]) else { return };
+    let problem = message.lines().next().unwrap_or_default();
+    let mistake = Mistake { name: "command line".to_owned(), message: problem.trim_start_matches("error: ").to_owned() };
+    let surroundings = Surroundings::of_process();
+    if Settings::salvage(&args, &surroundings).runpod.get_job.is_some() {
+        refuse(&args, &surroundings, &[mistake]);
+    }
+}
+
+/// Tells what is wrong with the settings: a queue worker's owner, who sees no stderr, by the platform's log and an unhealthy ping.
+fn refuse(args: &Args, surroundings: &Surroundings, mistakes: &[Mistake]) -> ExitCode {
+    let settings = Settings::salvage(args, surroundings);
+    if !matches!(choose(args, &settings), Some(Mode::Queue)) {
+        mistakes.iter().for_each(|mistake| complain(&mistake.to_string()));
+        return ExitCode::FAILURE;
+    }
+    start_logging(&Mode::Queue, &settings);
+    let problems = mistakes.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+    match runtime() {
+        Ok(runtime) => runtime.block_on(queue::refused(&settings.runpod, &problems)),
+        Err(failure) => {
+            tracing::error!("the settings are refused: {problems}; {failure}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 fn start_logging(mode: &Mode, settings: &Settings) {
@@ -118,14 +153,18 @@ fn start_logging(mode: &Mode, settings: &Settings) {
     });
 }
 
-fn run(mode: Mode, settings: Settings) -> Result<ExitCode, Failure> {
-    // Two threads carry all input and output: the processors belong to the engine.
-    let runtime = tokio::runtime::Builder::new_multi_thread()
+/// Two threads carry all input and output: the processors belong to the engine.
+fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
+    tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_name("io")
         .enable_all()
         .build()
-        .map_err(|error| Failure::internal(format!("cannot start the runtime: {error}")))?;
+        .map_err(|error| Failure::internal(format!("cannot start the runtime: {error}")))
+}
+
+fn run(mode: Mode, settings: Settings) -> Result<ExitCode, Failure> {
+    let runtime = runtime()?;
     let code = runtime.block_on(async {
         match mode {
             Mode::Serve => serve::serve(settings).await,
@@ -134,7 +173,7 @@ fn run(mode: Mode, settings: Settings) -> Result<ExitCode, Failure> {
             Mode::Queue => queue::run(settings).await,
             Mode::OneShot(job) => oneshot::run(settings, &job).await,
             Mode::Pull(pull) => pull_model(settings, pull).await,
-            Mode::Bench(bench) if bench.cold_start => cold_start::run(&settings, &bench).await,
+            Mode::ColdStart(bench, flags) => cold_start::run(&settings, &bench, &flags).await,
             Mode::Bench(bench) => bench::run(settings, bench).await,
             Mode::Check => check::run(&settings).await,
         }
@@ -150,8 +189,42 @@ async fn pull_model(settings: Settings, pull: crate::config::PullArgs) -> Result
     Ok(ExitCode::SUCCESS)
 }
 
-/// A line of results.
-#[allow(clippy::print_stdout)]
+/// A line of results. Whoever read them may have seen enough (`check | head -1`): that is no fault, and what else there is to do goes on.
 fn say(line: &str) {
-    println!("{line}");
+    let mut stdout = std::io::stdout().lock();
+    match writeln!(stdout, "{line}").and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => tracing::error!("stdout cannot be written: {error}"),
+        _ => {}
+    }
+}
+
+/// A line on stderr, if anybody reads it.
+fn complain(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_process_without_a_command_does() {
+        let args = Args::parse_argv(["worker-candle"]).unwrap();
+        let mode = |variables: &[(&str, &str)]| choose(&args, &Settings::resolve(&args, &Surroundings::of(variables)).unwrap());
+        let queue = ("RUNPOD_WEBHOOK_GET_JOB", "http://h/job-take/$ID");
+        assert!(matches!(mode(&[queue, ("PORT", "80")]), Some(Mode::Queue)), "as in the image, which sets PORT");
+        // The crate's own folder has a test job, which comes before PORT.
+        assert!(matches!(mode(&[("PORT", "80")]), Some(Mode::OneShot(_) | Mode::Http)));
+    }
+
+    #[test]
+    fn a_refused_setting_leaves_what_the_platform_needs() {
+        let args = Args::parse_argv(["worker-candle"]).unwrap();
+        let variables = [("RUNPOD_WEBHOOK_GET_JOB", "http://h/job-take/$ID"), ("RUNPOD_POD_ID", "pod1"), ("MAX_NUM_SEQS", "many")];
+        let surroundings = Surroundings::of(&variables);
+        assert!(Settings::resolve(&args, &surroundings).is_err());
+        let salvaged = Settings::salvage(&args, &surroundings);
+        assert_eq!(salvaged.runpod.worker_id.as_deref(), Some("pod1"));
+        assert!(matches!(choose(&args, &salvaged), Some(Mode::Queue)));
+    }
 }

@@ -50,7 +50,7 @@ pub struct Env {
     #[arg(long, help_heading = "Engine")]
     pub threads: Option<String>,
     /// Bits a weight: `BF16` keeps the weights as stored, `wint8` holds every matrix at 8 bits, `wint4` the layers at 4 bits, embedding and
-    /// output at 8.
+    /// output at 8. On a GPU only on the architecture that the build was made for (`CUDA_COMPUTE_CAP`).
     #[arg(long, help_heading = "Engine")]
     pub quantization: Option<String>,
     /// What activations are: `auto`, or `bfloat16`, which rounds them to bf16 where they meet unquantized bf16 weights, on a CPU that
@@ -100,7 +100,7 @@ pub struct Env {
     #[arg(long, help_heading = "Engine")]
     pub seed: Option<String>,
 
-    /// Names under which clients may ask for the model; several by spaces, commas or as a JSON list. Answers carry the first.
+    /// Names under which clients may ask for the model; several by spaces, commas, as a JSON list, or by repeating the flag. Answers carry the first.
     #[arg(long, help_heading = "API")]
     pub served_model_name: Option<String>,
     /// Accept any model name in requests.
@@ -228,7 +228,7 @@ pub struct Env {
     /// Path of the health check.
     #[arg(long, help_heading = "Server")]
     pub health_check_path: Option<String>,
-    /// Keys that clients must show; several by commas. Never shown.
+    /// Keys that clients must show; several by commas, or by repeating the flag. Never shown.
     #[arg(long, help_heading = "Server")]
     pub api_key: Option<String>,
     /// A file with such keys, one a line.

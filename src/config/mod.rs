@@ -15,11 +15,11 @@ mod report;
 mod resolve;
 mod sources;
 
-pub use cli::{Args, BenchArgs, Command, PullArgs};
+pub use cli::{Args, BenchArgs, Command, ModelArgument, PullArgs};
 pub use env::Env;
 pub use parse::quantization;
 pub use report::report;
-pub use sources::{Origin, Surroundings};
+pub use sources::{Origin, Surroundings, flags};
 
 /// The model when none is named.
 pub const DEFAULT_MODEL: &str = "baidu/ERNIE-4.5-0.3B-Paddle";
@@ -134,6 +134,8 @@ impl Quantization {
 #[derive(Debug, Clone, Default)]
 pub struct EngineSettings {
     pub device: DeviceChoice,
+    /// `DEVICE=auto` means a GPU, and never falls back to the CPU: so in a queue worker of a CUDA build.
+    pub gpu_required: bool,
     pub threads: Option<usize>,
     pub quantization: Quantization,
     /// Activations may be rounded to bf16 (`DTYPE`).
@@ -271,7 +273,7 @@ pub struct RunpodSettings {
     pub worker_id: Option<String>,
     pub gpu_type_id: Option<String>,
     pub endpoint_id: Option<String>,
-    /// Jobs at once; `None` = 2 × max_num_seqs.
+    /// Jobs at once; `None` = max_num_seqs and an eighth more.
     pub max_concurrency: Option<usize>,
     /// How long SIGTERM waits for running jobs; default 600 s.
     pub drain_timeout: Option<Duration>,
