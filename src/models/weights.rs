@@ -314,6 +314,40 @@ impl Checkpoint {
     }
 }
 
+/// A failed operation of the device, in the error's own words. Where RUST_BACKTRACE is set candle writes a backtrace into the text of its
+/// errors: that is for the log alone, since a failure's message is shown to callers.
 pub(crate) fn device_failure(error: candle_core::Error) -> Failure {
-    Failure::internal(format!("device: {error}"))
+    let (message, whole) = (without_backtrace(&error), error.to_string());
+    if message != whole {
+        tracing::error!("device: {whole}");
+    }
+    Failure::internal(format!("device: {message}"))
+}
+
+fn without_backtrace(error: &candle_core::Error) -> String {
+    use candle_core::Error;
+    match error {
+        Error::WithBacktrace { inner, .. } => without_backtrace(inner),
+        Error::Context { inner, context } => format!("{context}: {}", without_backtrace(inner)),
+        Error::WithPath { inner, path } => format!("{}: {}", path.display(), without_backtrace(inner)),
+        Error::WrappedContext { wrapped, context } => format!("{context}: {wrapped}"),
+        other => other.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::backtrace::Backtrace;
+
+    use candle_core::Error;
+
+    use super::*;
+
+    #[test]
+    fn no_backtrace_reaches_the_caller() {
+        let traced = |error: Error| Error::WithBacktrace { inner: Box::new(error), backtrace: Box::new(Backtrace::force_capture()) };
+        let error = traced(traced(Error::Msg("out of memory".into())).context("allocating the cache"));
+        assert!(error.to_string().contains("weights.rs"), "{error}");
+        assert_eq!(device_failure(error).message, "device: allocating the cache: out of memory");
+    }
 }

@@ -96,6 +96,58 @@ async fn beginning_of_sequence() {
 }
 
 #[tokio::test]
+async fn what_a_post_processor_adds_comes_to_raw_prompts_only() {
+    let mut tokenizer: Value = serde_json::from_str(&tokenizer_json()).unwrap();
+    tokenizer["post_processor"] = json!({"type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}});
+    let tokenizer = tokenizer.to_string();
+    let files = files(&[("tokenizer.json", &tokenizer), ("chat_template.jinja", "<s>{{ messages[0].content }}")]);
+    let settings = ApiSettings { allow_special_tokens: true, ..ApiSettings::default() };
+    let world = world_with(&[vec![Say::Text("A")]], settings, files, Duration::ZERO).await.unwrap();
+    let ids = |answer: Value| answer["choices"][0]["prompt_token_ids"].clone();
+    let raw = json!({"return_token_ids": true});
+    let hi = world.ids("Hi", Special::Text);
+    let with_bos = json!([vec![1], hi.clone()].concat());
+    assert_eq!(ids(world.complete(raw.clone()).await.unwrap()), with_bos);
+    assert_eq!(ids(world.complete(with(raw.clone(), json!({"add_special_tokens": true}))).await.unwrap()), with_bos);
+    assert_eq!(ids(world.complete(with(raw.clone(), json!({"prompt": "<s>Hi"}))).await.unwrap()), with_bos, "never twice");
+    assert_eq!(ids(world.complete(with(raw, json!({"add_special_tokens": false}))).await.unwrap()), json!(hi));
+    assert_eq!(json!(prompt_ids(&world, json!({})).await), with_bos, "the template has written it");
+    assert_eq!(json!(prompt_ids(&world, json!({"add_special_tokens": true})).await), with_bos);
+}
+
+#[tokio::test]
+async fn a_token_beyond_the_embedding_is_refused_by_name() {
+    let size = Tokenizer::load(&files(&[])).unwrap().vocab_size();
+    let config = json!({"model_type": "ernie4_5", "eos_token_id": 2, "vocab_size": size - 1}).to_string();
+    let settings = ApiSettings { allow_special_tokens: true, ..ApiSettings::default() };
+    let template = "{{ messages[0].content }}{% if enable_thinking %}<think>{% endif %}";
+    let files = files(&[("config.json", &config), ("chat_template.jinja", template)]);
+    let world = world_with(&[vec![Say::Text("A")]], settings, files, Duration::ZERO).await.unwrap();
+    let by_template = world.chat(json!({"enable_thinking": true})).await.unwrap_err();
+    let by_user = world.complete(json!({"prompt": "a<think>b"})).await.unwrap_err();
+    let by_job = world.job(json!({"prompt": ["a", "a<think>b"]})).await.unwrap_err();
+    for (failure, param) in [(by_template, "messages"), (by_user, "prompt"), (by_job, "prompt")] {
+        assert_eq!((failure.status(), failure.param.as_deref(), failure.code), (400, Some(param), Some("invalid_value")));
+        assert!(failure.message.contains("\"<think>\"") && failure.message.contains(&format!("id {}", size - 1)), "{failure}");
+    }
+    assert_eq!(world.chat(json!({})).await.unwrap()["choices"][0]["message"]["content"], "A");
+}
+
+#[tokio::test]
+async fn the_tokenizers_own_end_of_sequence_ends_an_answer() {
+    let config = json!({"model_type": "llama", "eos_token_id": 2}).to_string();
+    let tokenizer = json!({"eos_token": "<|end_of_sentence|>"}).to_string();
+    let files = files(&[("config.json", &config), ("tokenizer_config.json", &tokenizer)]);
+    let says = vec![Say::Text("A<|end_of_sentence|>B")];
+    let world = world_with(&[says], ApiSettings::default(), files, Duration::ZERO).await.unwrap();
+    let answer = world.complete(json!({})).await.unwrap();
+    assert_eq!((&answer["choices"][0]["text"], &answer["choices"][0]["finish_reason"]), (&json!("A"), &json!("stop")));
+}
+
+#[tokio::test]
 async fn templates_by_setting_and_by_request() {
     let settings = |trust| ApiSettings {
         chat_template: Some("S{{ messages[0].content }}{{ enable_thinking }}{{ x }}".to_owned()),
