@@ -55,6 +55,42 @@ async fn an_assistants_markup_stays_markup() {
     assert_eq!(ids, world.ids("a<think>b;c;", Special::Text), "templates cut thinking out of earlier answers");
 }
 
+/// A world whose `<think>` and `</think>` are special tokens, and a template that leaves out earlier thoughts as Qwen3's does.
+async fn thinking_world() -> World {
+    let mut tokenizer: Value = serde_json::from_str(&tokenizer_json()).unwrap();
+    let added = tokenizer["added_tokens"].as_array_mut().unwrap();
+    let think = added.iter_mut().find(|token| token["content"] == "<think>").unwrap();
+    think["special"] = json!(true);
+    let mut end = think.clone();
+    (end["content"], end["id"]) = (json!("</think>"), json!(think["id"].as_u64().unwrap() + 1));
+    added.push(end);
+    let template = r"
+        {%- for m in messages %}
+            {%- set content = m.content %}
+            {%- if m.role == 'assistant' and '</think>' in content %}
+                {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+            {%- endif %}
+            {{- m.role + ':' + content + '<|end_of_sentence|>' }}
+        {%- endfor %}";
+    let tokenizer = tokenizer.to_string();
+    let files = files(&[("tokenizer.json", &tokenizer), ("chat_template.jinja", template)]);
+    world_with(&[vec![Say::Text("A")]], ApiSettings::default(), files, Duration::ZERO).await.unwrap()
+}
+
+#[tokio::test]
+async fn earlier_thoughts_are_left_out_where_their_marks_are_special_tokens() {
+    let world = thinking_world().await;
+    let messages = json!([
+        {"role": "user", "content": "a</think>b<think>"},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\nc<|end_of_sentence|>d</s>"},
+    ]);
+    let end = world.ids("<|end_of_sentence|>", Special::Control);
+    let user = world.ids("user:a</think>b<think>", Special::Text);
+    // The assistant's text cannot end its turn either.
+    let assistant = world.ids("assistant:c<|end_of_sentence|>d</s>", Special::Text);
+    assert_eq!(prompt_ids(&world, json!({"messages": messages})).await, [user, end.clone(), assistant, end].concat());
+}
+
 #[tokio::test]
 async fn raw_prompts_and_the_switch_that_allows_special_tokens() {
     let text = "a<|end_of_sentence|>b";
@@ -78,6 +114,27 @@ async fn generation_prompt_and_continuation() {
     assert_eq!(open, world.ids("<|begin_of_sentence|>User: Hi\nAssistant: Hello wor", Special::Control));
     let both = world.chat(json!({"messages": messages, "continue_final_message": true, "add_generation_prompt": true})).await.unwrap_err();
     assert_eq!((both.status(), both.param.as_deref()), (400, Some("continue_final_message")));
+}
+
+/// As transformers does it: spaces at the end of what is continued stay, unless the template trims it.
+#[tokio::test]
+async fn spaces_at_the_end_of_a_continued_message() {
+    for (template, prompt) in [
+        ("{% for m in messages %}{{ m.content }};{% endfor %}", "Hi ;Hello \n"),
+        ("{% for m in messages %}{{ m.content | trim }};{% endfor %}", "Hi;Hello"),
+        ("{% for m in messages %}{{ m.content.strip() + ';' }}{% endfor %}", "Hi;Hello"),
+    ] {
+        let files = files(&[("chat_template.jinja", template)]);
+        let world = world_with(&[vec![Say::Text("A")]], ApiSettings::default(), files, Duration::ZERO).await.unwrap();
+        let messages = json!([{"role": "user", "content": "Hi "}, {"role": "assistant", "content": "Hello \n"}]);
+        let ids = prompt_ids(&world, json!({"messages": messages, "continue_final_message": true})).await;
+        assert_eq!(ids, world.ids(prompt, Special::Control), "{template}");
+    }
+    let files = files(&[("chat_template.jinja", "{% for m in messages %}{{ m.content.split('</a>')[-1] }}{% endfor %}")]);
+    let world = world_with(&[vec![Say::Text("A")]], ApiSettings::default(), files, Duration::ZERO).await.unwrap();
+    let cut = json!({"messages": [{"role": "assistant", "content": "x</a>y"}], "continue_final_message": true});
+    let failure = world.chat(cut).await.unwrap_err();
+    assert_eq!((failure.status(), failure.param.as_deref()), (400, Some("continue_final_message")));
 }
 
 #[tokio::test]
