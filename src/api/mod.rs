@@ -82,6 +82,8 @@ pub struct Service {
     defaults: Defaults,
     eos_token_ids: Arc<Vec<u32>>,
     bos_token_id: Option<u32>,
+    /// Ids from here on have no row in the model's embedding.
+    embedding_rows: usize,
     guard: Guard,
     /// The template with the form of contents that it takes, or why there is none.
     chat_template: Result<(ChatTemplate, Contents), String>,
@@ -112,11 +114,15 @@ impl Service {
             (template, contents)
         });
         let bos_token_id = model.special_tokens.get("bos_token").and_then(Value::as_str).and_then(|token| tokenizer.token_id(token));
+        let embedding_rows =
+            model.config.get("vocab_size").and_then(Value::as_u64).map_or(engine.limits().vocab_size, |rows| rows as usize);
+        warn_of_tokens_beyond(&tokenizer, embedding_rows);
         Ok(Self {
             names,
             defaults,
-            eos_token_ids: Arc::new(eos_token_ids(&model, &tokenizer)),
+            eos_token_ids: Arc::new(eos_token_ids(&model, &tokenizer)?),
             bos_token_id,
+            embedding_rows,
             guard: Guard::new(&tokenizer)?,
             chat_template,
             seeds: AtomicU64::new(0),
@@ -202,6 +208,15 @@ impl Service {
         if ids.is_empty() {
             return Err(fields::missing(noun, format!("The {noun} came to no tokens at all. There must be at least one.")));
         }
+        // The device would fail on such an id, and with it every request of the step.
+        if let Some(id) = ids.iter().find(|id| **id as usize >= self.embedding_rows) {
+            let name = String::from_utf8_lossy(self.tokenizer.token_bytes(*id).unwrap_or_default()).into_owned();
+            let message = format!(
+                "The {noun} came to the token {name:?} (id {id}), which the model cannot read: its embedding has {} rows. Leave that token out.",
+                self.embedding_rows
+            );
+            return Err(Failure::bad_request(noun, message).code("invalid_value"));
+        }
         if ids.len() >= context {
             let hint = self.engine.limits().memory_hint();
             let message = format!(
@@ -228,19 +243,30 @@ impl Service {
     }
 }
 
-/// The ids that end a sequence: those of the configuration, and ERNIE's end of an assistant turn.
-fn eos_token_ids(model: &ModelInfo, tokenizer: &Tokenizer) -> Vec<u32> {
-    let mut ids = model.eos_token_ids();
+/// The ids that end a sequence: those of the configuration files, the tokenizer's own end of sequence, and ERNIE's end of an assistant turn.
+fn eos_token_ids(model: &ModelInfo, tokenizer: &Tokenizer) -> Result<Vec<u32>, Failure> {
+    let mut ids = model.eos_token_ids()?;
     if model.is_ernie() {
         ids.extend(tokenizer.token_id("<|end_of_sentence|>"));
     }
-    if ids.is_empty() {
-        let named = model.special_tokens.get("eos_token").and_then(Value::as_str);
-        ids.extend(named.and_then(|token| tokenizer.token_id(token)));
-    }
+    let named = model.special_tokens.get("eos_token").and_then(Value::as_str);
+    ids.extend(named.and_then(|token| tokenizer.token_id(token)));
     ids.sort_unstable();
     ids.dedup();
-    ids
+    Ok(ids)
+}
+
+/// Says which tokens no prompt can hold: the vocabulary names them, but the embedding ends before them.
+fn warn_of_tokens_beyond(tokenizer: &Tokenizer, rows: usize) {
+    const SHOWN: usize = 5;
+    let beyond: Vec<String> = tokenizer.tokens_from(rows).map(|(id, name)| format!("{name:?} ({id})")).collect();
+    if !beyond.is_empty() {
+        let (shown, count) = (beyond.iter().take(SHOWN).cloned().collect::<Vec<_>>().join(", "), beyond.len());
+        let more = if count > SHOWN { format!(" and {} more", count - SHOWN) } else { String::new() };
+        tracing::warn!(
+            "the model's embedding has {rows} rows, and none for the tokens {shown}{more}: prompts that come to one of them are refused"
+        );
+    }
 }
 
 /// Spreads consecutive numbers over all of 64 bits (SplitMix64's finalizer).

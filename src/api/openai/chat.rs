@@ -49,20 +49,19 @@ pub fn encode(service: &Service, fields: &Fields<'_>, mut messages: Vec<Value>, 
     let mut variables = Variables::read(service, fields, messages)?;
     let marks = Guard::marks(&[&variables.messages, &variables.user])?;
     if !service.settings.allow_special_tokens {
-        service.guard.break_in_messages(&mut variables.messages, marks.break_mark);
+        // What ends a turn is never markup, whatever a template looks for.
+        let ends_a_turn = |name: &str| {
+            let id = service.tokenizer.token_id(name);
+            id.is_some_and(|id| service.eos_token_ids.contains(&id)) || service.model.special_tokens.values().any(|token| token == name)
+        };
+        let is_markup = |name: &str| template.looks_for(name) && !ends_a_turn(name);
+        service.guard.break_in_messages(&mut variables.messages, marks.break_mark, &is_markup);
         service.guard.break_in(&mut variables.user, marks.break_mark);
     }
-    if variables.continue_final_message {
-        variables.open_final_message(marks)?;
-    }
-    let continued = variables.continue_final_message;
+    let continued = if variables.continue_final_message { Some(variables.open_final_message(marks)) } else { None };
     let mut rendered = template.render(&variables.into_map(service))?;
-    if continued {
-        let Some(end) = rendered.rfind(marks.place_mark) else {
-            let message = "The model's chat template leaves out the final message, so it cannot be continued.";
-            return Err(Failure::bad_request("continue_final_message", message).code("invalid_value"));
-        };
-        rendered.truncate(end);
+    if let Some(text) = continued {
+        cut_after(&mut rendered, &text, marks)?;
     }
     let mut ids = match service.settings.allow_special_tokens {
         true => service.tokenizer.encode(&rendered, Special::Control)?,
@@ -73,6 +72,29 @@ pub fn encode(service: &Service, fields: &Fields<'_>, mut messages: Vec<Value>, 
         ids.splice(0..0, service.bos_token_id);
     }
     Ok(ids)
+}
+
+/// Marks the end of a text, which is given back without the mark.
+fn mark(text: &mut String, marks: Marks) -> String {
+    let whole = text.clone();
+    text.push(marks.place_mark);
+    text.push(' ');
+    whole
+}
+
+/// Cuts off what follows the final message, as transformers does: with the spaces at the message's end where the template trims messages.
+fn cut_after(rendered: &mut String, text: &str, marks: Marks) -> Result<(), Failure> {
+    let end = rendered.rfind(marks.place_mark).filter(|_| rendered.contains(text.trim()));
+    let Some(end) = end else {
+        let message = "The model's chat template leaves out the final message, or a part of it, so it cannot be continued.";
+        return Err(Failure::bad_request("continue_final_message", message).code("invalid_value"));
+    };
+    let keeps_spaces = rendered[end + marks.place_mark.len_utf8()..].starts_with(' ');
+    rendered.truncate(end);
+    if !keeps_spaces {
+        rendered.truncate(rendered.trim_end().len());
+    }
+    Ok(())
 }
 
 /// The request's own template, for those who may bring one.
@@ -123,18 +145,22 @@ impl Variables {
         })
     }
 
-    /// Marks the end of the last message's text: what the template writes after it is cut off.
-    fn open_final_message(&mut self, marks: Marks) -> Result<(), Failure> {
+    /// Marks the end of the last message's text, which is given back: what the template writes after it is cut off. The space after the mark
+    /// tells whether the template trims.
+    fn open_final_message(&mut self, marks: Marks) -> String {
         let last = self.messages.as_array_mut().and_then(|messages| messages.last_mut());
-        match last.and_then(|message| message.get_mut("content")) {
-            Some(Value::String(text)) => text.push(marks.place_mark),
-            Some(Value::Array(parts)) => match parts.last_mut().and_then(|part| part.get_mut("text")) {
-                Some(Value::String(text)) => text.push(marks.place_mark),
-                _ => parts.push(json!({"type": "text", "text": marks.place_mark})),
-            },
-            _ => {}
+        let parts = match last.and_then(|message| message.get_mut("content")) {
+            Some(Value::String(text)) => return mark(text, marks),
+            Some(Value::Array(parts)) => parts,
+            _ => return String::new(),
+        };
+        if !parts.last().is_some_and(|part| part.get("text").is_some_and(Value::is_string)) {
+            parts.push(json!({"type": "text", "text": ""}));
         }
-        Ok(())
+        match parts.last_mut().and_then(|part| part.get_mut("text")) {
+            Some(Value::String(text)) => mark(text, marks),
+            _ => String::new(),
+        }
     }
 
     fn into_map(self, service: &Service) -> Map<String, Value> {

@@ -1,18 +1,29 @@
 //! `tokenizer.json`, run by the `tokenizers` crate.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use serde_json::Value;
-use tokenizers::{Model, Normalizer, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
+use tokenizers::{
+    AddedToken, Encoding, Model, Normalizer, OffsetReferential, OffsetType, PostProcessor, PreTokenizedString, PreTokenizer, Token,
+    normalizer,
+};
 
 use crate::error::Failure;
 use crate::models::sentencepiece::byte_piece;
+use crate::models::tokenizer::Part;
 use crate::models::tokenizer::added::Added;
 use crate::models::tokenizer::token_bytes::TokenBytes;
 
 pub struct Json {
     inner: tokenizers::Tokenizer,
+    added: HashMap<u32, AddedToken>,
+    /// What the post-processor puts before and after a text.
+    around: (Vec<u32>, Vec<u32>),
 }
+
+/// Where to cut a piece of text that must not become these tokens.
+type Cuts<'a> = &'a dyn Fn(&str, &[u32]) -> Option<Vec<usize>>;
 
 /// The tokenizer, what each token reads as, and its added vocabulary.
 pub fn load(file: &[u8]) -> Result<(Json, TokenBytes, Added), String> {
@@ -20,19 +31,32 @@ pub fn load(file: &[u8]) -> Result<(Json, TokenBytes, Added), String> {
     // Lengths are for the server to limit, with an error that says so.
     inner.with_truncation(None).map_err(|error| error.to_string())?;
     inner.with_padding(None);
-    let added: HashMap<u32, (String, bool)> =
-        inner.get_added_tokens_decoder().into_iter().map(|(id, token)| (id, (token.content, token.special))).collect();
+    let added: HashMap<u32, AddedToken> = inner.get_added_tokens_decoder().into_iter().collect();
+    let around = around(&inner)?;
     let steps = decoder_steps(&inner)?;
     let mut bytes = TokenBytes::default();
     let alphabet = byte_level_alphabet();
     for (token, id) in inner.get_vocab(true) {
         match added.get(&id) {
-            Some((name, _)) => bytes.set(id, name.as_bytes()),
+            Some(added) => bytes.set(id, added.content.as_bytes()),
             None => bytes.set(id, &running_text(token, &steps, &alphabet)),
         }
     }
-    let added = Added::new(added.into_iter().map(|(id, (name, special))| (name, id, special)));
-    Ok((Json { inner }, bytes, added))
+    let names = Added::new(added.iter().map(|(id, token)| (token.content.clone(), *id, token.special)));
+    Ok((Json { inner, added, around }, bytes, names))
+}
+
+/// What the post-processor puts around a single text, told by one that stands for any.
+fn around(inner: &tokenizers::Tokenizer) -> Result<(Vec<u32>, Vec<u32>), String> {
+    const ANY: u32 = u32::MAX;
+    let Some(post_processor) = inner.get_post_processor() else { return Ok(Default::default()) };
+    let text = Encoding::from_tokens(vec![Token::new(ANY, "a".to_owned(), (0, 1))], 0);
+    let processed = post_processor.process(text, None, true).map_err(|error| format!("its post-processor fails: {error}"))?;
+    let mut parts = processed.get_ids().split(|id| *id == ANY);
+    match (parts.next(), parts.next(), parts.next()) {
+        (Some(before), Some(after), None) => Ok((before.to_vec(), after.to_vec())),
+        _ => Err("its post-processor does not keep the text as one".to_owned()),
+    }
 }
 
 impl Json {
@@ -42,12 +66,24 @@ impl Json {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// Without the added vocabulary: normalizer, pre-tokenizer and model alone.
-    pub fn encode_text(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), Failure> {
-        if text.is_empty() {
-            return Ok(());
-        }
+    /// `parts` of `text`, which lie side by side and are all of it. Plain ones see normalizer, pre-tokenizer and model alone, as parts of one
+    /// text: some tokenizers put a space before the first of them only. `cuts` may have a piece read again in several.
+    pub fn encode_parts(&self, text: &str, parts: &[Part], cuts: Cuts<'_>) -> Result<Vec<u32>, Failure> {
         let mut pieces = PreTokenizedString::from(text);
+        let split = |part: &Part| {
+            let range = part.range.clone();
+            let token = part.token.map(|id| vec![Token::new(id, text[range.clone()].to_owned(), (0, range.len()))]);
+            (!range.is_empty()).then_some((range, token))
+        };
+        let splits: Vec<_> = parts.iter().filter_map(split).collect();
+        pieces
+            .split(|_, whole| {
+                let slice = |(range, token): &(Range<usize>, Option<Vec<Token>>)| {
+                    Some((whole.slice(normalizer::Range::Original(range.clone()))?, token.clone()))
+                };
+                Ok(splits.iter().filter_map(slice).collect::<Vec<_>>())
+            })
+            .map_err(failed)?;
         if let Some(normalizer) = self.inner.get_normalizer() {
             pieces.normalize(|piece| normalizer.normalize(piece)).map_err(failed)?;
         }
@@ -55,11 +91,36 @@ impl Json {
             pre_tokenizer.pre_tokenize(&mut pieces).map_err(failed)?;
         }
         let model = self.inner.get_model();
-        pieces.tokenize(|piece| model.tokenize(piece.get())).map_err(failed)?;
-        for (_, _, tokens) in pieces.get_splits(OffsetReferential::Original, OffsetType::None) {
-            ids.extend(tokens.iter().flatten().map(|token| token.id));
+        let tokenize = |piece: &str| {
+            let tokens = model.tokenize(piece)?;
+            let Some(cuts) = cuts(piece, &tokens.iter().map(|token| token.id).collect::<Vec<_>>()) else { return Ok(tokens) };
+            let ends = cuts.iter().copied().chain([piece.len()]);
+            let starts = std::iter::once(0).chain(cuts.iter().copied());
+            starts.zip(ends).try_fold(Vec::new(), |mut tokens, (start, end)| {
+                tokens.extend(model.tokenize(&piece[start..end])?);
+                Ok(tokens)
+            })
+        };
+        pieces.tokenize(|piece| tokenize(piece.get())).map_err(failed)?;
+        let splits = pieces.get_splits(OffsetReferential::Original, OffsetType::None);
+        Ok(splits.iter().flat_map(|(_, _, tokens)| tokens.iter().flatten().map(|token| token.id)).collect())
+    }
+
+    /// What the added token `id`, found at `found`, takes of the text by its own rules; `None` where it is none.
+    pub fn reach(&self, id: u32, text: &str, found: Range<usize>) -> Option<Range<usize>> {
+        let Some(token) = self.added.get(&id) else { return Some(found) };
+        let (before, after) = (&text[..found.start], &text[found.end..]);
+        let of_word = |character: char| character.is_alphanumeric() || character == '_';
+        if token.single_word && (before.ends_with(of_word) || after.starts_with(of_word)) {
+            return None;
         }
-        Ok(())
+        let start = if token.lstrip { before.trim_end().len() } else { found.start };
+        let end = if token.rstrip { text.len() - after.trim_start().len() } else { found.end };
+        Some(start..end)
+    }
+
+    pub fn added_around(&self) -> (&[u32], &[u32]) {
+        (&self.around.0, &self.around.1)
     }
 
     pub fn id(&self, token: &str) -> Option<u32> {
