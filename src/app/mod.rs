@@ -12,6 +12,7 @@ mod check;
 mod cold_start;
 mod model;
 mod oneshot;
+mod open_files;
 mod queue;
 mod serve;
 mod signals;

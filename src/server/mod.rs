@@ -13,13 +13,13 @@ use axum::Router;
 use axum::extract::Request;
 use axum::http::Uri;
 use axum::middleware;
-use axum::serve::ListenerExt;
 use tokio::net::TcpListener;
 
 use crate::config::{Secret, ServerSettings};
 use crate::error::{Failure, Kind};
 
 pub mod auth;
+pub mod connections;
 pub mod endpoint;
 pub mod health;
 pub mod metrics;
@@ -30,6 +30,7 @@ mod wire;
 #[cfg(test)]
 mod tests;
 
+pub use connections::ConnectionLimits;
 pub use endpoint::Endpoints;
 pub use health::{Phase, Readiness};
 pub use metrics::Metrics;
@@ -119,31 +120,13 @@ async fn wrong_method(request: Request) -> wire::Refusal {
     Failure::new(Kind::MethodNotAllowed, format!("{} is not allowed on {}.", request.method(), request.uri().path())).into()
 }
 
-/// Serves until `shutdown` completes, then stops accepting and lets running responses end, for at most `limit`.
+/// Serves until `shutdown` completes, then stops accepting and lets running responses end, for at most `limit`. Connections are limited as
+/// by default; [`connections::serve`] takes other limits.
 pub async fn run(
     listener: TcpListener,
     router: Router,
     shutdown: impl Future<Output = ()> + Send + 'static,
     limit: Duration,
 ) -> io::Result<()> {
-    // Tokens are small packets: none of them waits for the next.
-    let listener = listener.tap_io(|stream| {
-        let _ = stream.set_nodelay(true);
-    });
-    let (tell, told) = tokio::sync::oneshot::channel::<()>();
-    let server = axum::serve(listener, router).with_graceful_shutdown(async move {
-        shutdown.await;
-        let _ = tell.send(());
-    });
-    let overtime = async {
-        if told.await.is_ok() {
-            tokio::time::sleep(limit).await;
-        } else {
-            std::future::pending::<()>().await;
-        }
-    };
-    tokio::select! {
-        result = server => result,
-        () = overtime => Ok(()),
-    }
+    connections::serve(listener, router, ConnectionLimits::default(), shutdown, limit).await
 }
