@@ -126,6 +126,7 @@ impl<'a> Fields<'a> {
     /// `stop`: one string or up to 16.
     pub fn stop(&self) -> Result<Vec<String>, Failure> {
         const MOST: usize = 16;
+        const LONGEST: usize = 16 * 1024;
         let Some(field) = self.get("stop") else { return Ok(Vec::new()) };
         let not_text =
             || Failure::bad_request(&field.name, format!("{} is not valid under any of the given schemas - '{}'", field.value, field.name));
@@ -137,6 +138,10 @@ impl<'a> Fields<'a> {
         if stops.len() > MOST {
             return Err(invalid(&field, format!("'{}' holds {} strings, more than the maximum of {MOST}.", field.name, stops.len())));
         }
+        if let Some(long) = stops.iter().position(|stop| stop.len() > LONGEST) {
+            let message = format!("'{}' holds a string of {} bytes, more than the maximum of {LONGEST}.", field.name, stops[long].len());
+            return Err(invalid(&field, message));
+        }
         if stops.iter().any(String::is_empty) {
             return Err(invalid(&field, format!("'{}' holds an empty string, which would end every answer at once.", field.name)));
         }
@@ -146,6 +151,7 @@ impl<'a> Fields<'a> {
     /// `bad_words` and `bad_words_token_ids` as token sequences: each word as it is cut at the start of a text and after a space.
     pub fn bad_words(&self, vocab_size: usize, encode: impl Fn(&str) -> Result<Vec<u32>, Failure>) -> Result<Vec<Vec<u32>>, Failure> {
         const MOST: usize = 128;
+        const LONGEST: usize = 1024;
         let mut sequences: Vec<Vec<u32>> =
             self.token_ids("bad_words_token_ids", vocab_size)?.unwrap_or_default().into_iter().map(|id| vec![id]).collect();
         if let Some(field) = self.get("bad_words") {
@@ -156,6 +162,10 @@ impl<'a> Fields<'a> {
             for (position, value) in list.iter().enumerate() {
                 let entry = Field { name: format!("{}[{position}]", field.name), value };
                 let word = value.as_str().ok_or_else(|| wrong_type(&entry, "a string"))?.trim_start();
+                if word.len() > LONGEST {
+                    let message = format!("'{}' has {} bytes, more than the maximum of {LONGEST}.", entry.name, word.len());
+                    return Err(invalid(&entry, message));
+                }
                 if word.is_empty() {
                     return Err(invalid(&entry, format!("'{}' is empty, so there is no word to keep out.", entry.name)));
                 }
@@ -477,6 +487,10 @@ mod tests {
         let fields = Fields::new(&body, false).unwrap();
         assert_eq!(fields.stop().unwrap(), ["x"]);
         assert_eq!(fields.logit_bias(6).unwrap(), [(5, -100.0)]);
+        let body = json!({"stop": ["x".repeat(16 * 1024 + 1)], "bad_words": ["x".repeat(1025)]});
+        let fields = Fields::new(&body, false).unwrap();
+        assert!(message(fields.stop()).1.contains("a string of 16385 bytes"));
+        assert_eq!(message(fields.bad_words(5, |_| Ok(vec![1]))).0, "bad_words[0]");
     }
 
     #[test]

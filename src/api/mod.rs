@@ -15,6 +15,7 @@ use crate::error::{Failure, Kind};
 use crate::models::tokenizer::{Special, Tokenizer};
 
 mod answer;
+pub mod body;
 pub mod chat_template;
 mod clock;
 pub mod failure;
@@ -27,9 +28,11 @@ mod native;
 pub mod openai;
 mod options;
 mod prompt;
+pub mod reclaim;
 #[cfg(test)]
 mod tests;
 
+use body::BodyLimits;
 use chat_template::ChatTemplate;
 use fields::Fields;
 use logprobs::Form;
@@ -179,6 +182,11 @@ impl Service {
         }
     }
 
+    /// How large requests may be.
+    pub fn body_limits(&self) -> BodyLimits {
+        BodyLimits::of_model(self.engine.limits(), self.tokenizer.longest_token())
+    }
+
     /// The part of a prompt's text that is to be tokenized. A text that cannot fit the context, however it is cut, is refused: that is told
     /// from its bytes, since to tokenize tens of megabytes takes seconds. Of one that is to be cut to its last tokens the end is enough.
     pub(crate) fn fit_text<'a>(&self, text: &'a str, options: &Options, noun: &str) -> Result<&'a str, Failure> {
@@ -235,7 +243,11 @@ impl Service {
         work: impl FnOnce(&Service) -> Result<Prepared, Failure> + Send + 'static,
     ) -> Result<Prepared, Failure> {
         let service = self.clone();
-        let task = tokio::task::spawn_blocking(move || work(&service));
+        let task = tokio::task::spawn_blocking(move || {
+            let prepared = work(&service);
+            reclaim::freed();
+            prepared
+        });
         task.await.unwrap_or_else(|error| {
             tracing::error!("a request could not be read: {error}");
             Err(Failure::internal("The request could not be read."))

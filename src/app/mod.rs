@@ -37,6 +37,7 @@ enum Mode {
 
 /// Reads the command line and the environment, and does what they say.
 pub fn main() -> ExitCode {
+    crate::api::reclaim::configure();
     let args = match Args::of_process() {
         Ok(args) => args,
         Err(error) => {

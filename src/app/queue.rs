@@ -9,7 +9,7 @@ use super::model::{self, Loaded};
 use super::signals::Shutdown;
 use crate::config::{RunpodSettings, Settings};
 use crate::error::Failure;
-use crate::runpod::{self, Ended, Handler, Worker};
+use crate::runpod::{self, Ended, Handler, Pacing, Worker};
 
 /// Jobs per row of the engine that a worker takes when MAX_CONCURRENCY says nothing: while one set runs, the next is at hand.
 const JOBS_PER_ROW: usize = 2;
@@ -59,7 +59,8 @@ pub fn worker(settings: &RunpodSettings, loaded: &Loaded) -> Worker {
         let service = service.clone();
         async move { service.job(job.input, &job.id).await }.boxed()
     });
-    Worker::new(settings, concurrency, handler).healthy(move || engine.stats().healthy)
+    let pacing = Pacing { job_limits: loaded.service.body_limits(), ..Pacing::default() };
+    Worker::new(settings, concurrency, handler).pacing(pacing).healthy(move || engine.stats().healthy)
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use super::say;
 use super::signals::Shutdown;
 use super::{open_files, queue};
 use crate::api::Service;
+use crate::api::body::BodyLimits;
 use crate::config::{RunpodSettings, Secret, ServerSettings, Settings};
 use crate::error::{Failure, Kind};
 use crate::runpod::Ended;
@@ -152,7 +153,9 @@ impl Direct {
         let service = self.service.clone();
         let load = move || service.get().map_or(0, |service| service.engine.load());
         let metrics = Metrics { text: Arc::new(text), load: Arc::new(load) };
-        Options { metrics: Some(metrics), ..Options::from(&settings.server) }
+        let service = self.service.clone();
+        let model_limits = move || service.get().map_or_else(BodyLimits::default, |service| service.body_limits());
+        Options { metrics: Some(metrics), model_limits: Some(Arc::new(model_limits)), ..Options::from(&settings.server) }
     }
 
     /// Opens the door, for as long as the engine is sound.
