@@ -15,6 +15,7 @@ use crate::error::{Failure, Kind};
 use crate::models::tokenizer::{Special, Tokenizer};
 
 mod answer;
+pub mod body;
 pub mod chat_template;
 mod clock;
 mod contents;
@@ -28,10 +29,12 @@ mod native;
 pub mod openai;
 mod options;
 mod prompt;
+pub mod reclaim;
 pub mod tally;
 #[cfg(test)]
 mod tests;
 
+use body::BodyLimits;
 use chat_template::ChatTemplate;
 use contents::Contents;
 use fields::Fields;
@@ -193,18 +196,55 @@ impl Service {
         }
     }
 
+    /// How large requests may be.
+    pub fn body_limits(&self) -> BodyLimits {
+        BodyLimits::of_model(self.engine.limits(), self.tokenizer.longest_token())
+    }
+
+    /// The part of a prompt's text that is to be tokenized. A text that cannot fit the context, however it is cut, is refused: that is told
+    /// from its bytes, since to tokenize tens of megabytes takes seconds. Of one that is to be cut to its last tokens the end is enough.
+    pub(crate) fn fit_text<'a>(&self, text: &'a str, options: &Options, noun: &str) -> Result<&'a str, Failure> {
+        let context = self.engine.limits().max_model_len;
+        if text.len() < context {
+            return Ok(text);
+        }
+        let Some(keep) = self.keep(options) else {
+            let least = self.tokenizer.least_tokens(text);
+            return if least < context { Ok(text) } else { Err(self.too_long(noun, &format!("at least {least} tokens"))) };
+        };
+        let bytes = keep.saturating_mul(self.tokenizer.longest_token().unwrap_or(UNKNOWN_TOKEN)).max(CUT_WHOLE);
+        Ok(end_of(text, bytes))
+    }
+
+    /// Tokens of a prompt that the request wants kept, when it wants it cut.
+    fn keep(&self, options: &Options) -> Option<usize> {
+        let context = self.engine.limits().max_model_len;
+        match options.truncate? {
+            // A limit that is no limit keeps no place free.
+            Truncate::ToContext => {
+                Some(context.saturating_sub(options.max_tokens.filter(|most| *most < context).unwrap_or(1).max(1)).max(1))
+            }
+            Truncate::Last(keep) => Some(keep),
+        }
+    }
+
+    /// `length`: what the prompt came to, in words.
+    fn too_long(&self, noun: &str, length: &str) -> Failure {
+        let limits = self.engine.limits();
+        let (context, hint) = (limits.max_model_len, limits.memory_hint());
+        let message = format!(
+            "This model's maximum context length is {context} tokens. However, your {noun} resulted in {length}. Please reduce the \
+             length of the {noun} (context_length_exceeded: prompt is too long).{hint}"
+        );
+        Failure::bad_request(noun, message).code("context_length_exceeded")
+    }
+
     /// Cuts a prompt if the request asks for it, and checks that it leaves room for an answer.
     pub(crate) fn fit(&self, mut ids: Vec<u32>, options: &Options, noun: &str) -> Result<Arc<Vec<u32>>, Failure> {
         let context = self.engine.limits().max_model_len;
-        let keep = match options.truncate {
-            None => ids.len(),
-            // A limit that is no limit keeps no place free.
-            Some(Truncate::ToContext) => {
-                context.saturating_sub(options.max_tokens.filter(|most| *most < context).unwrap_or(1).max(1)).max(1)
-            }
-            Some(Truncate::Last(keep)) => keep,
-        };
-        ids.drain(..ids.len().saturating_sub(keep));
+        if let Some(keep) = self.keep(options) {
+            ids.drain(..ids.len().saturating_sub(keep));
+        }
         if ids.is_empty() {
             return Err(fields::missing(noun, format!("The {noun} came to no tokens at all. There must be at least one.")));
         }
@@ -218,13 +258,7 @@ impl Service {
             return Err(Failure::bad_request(noun, message).code("invalid_value"));
         }
         if ids.len() >= context {
-            let hint = self.engine.limits().memory_hint();
-            let message = format!(
-                "This model's maximum context length is {context} tokens. However, your {noun} resulted in {} tokens. Please reduce the \
-                 length of the {noun} (context_length_exceeded: prompt is too long).{hint}",
-                ids.len()
-            );
-            return Err(Failure::bad_request(noun, message).code("context_length_exceeded"));
+            return Err(self.too_long(noun, &format!("{} tokens", ids.len())));
         }
         Ok(Arc::new(ids))
     }
@@ -235,12 +269,32 @@ impl Service {
         work: impl FnOnce(&Service) -> Result<Prepared, Failure> + Send + 'static,
     ) -> Result<Prepared, Failure> {
         let service = self.clone();
-        let task = tokio::task::spawn_blocking(move || work(&service));
+        let task = tokio::task::spawn_blocking(move || {
+            let prepared = work(&service);
+            reclaim::freed();
+            prepared
+        });
         task.await.unwrap_or_else(|error| {
             tracing::error!("a request could not be read: {error}");
             Err(Failure::internal("The request could not be read."))
         })
     }
+}
+
+/// A text up to this length is tokenized whole before it is cut to its last tokens.
+const CUT_WHOLE: usize = 1 << 20;
+/// Bytes of a token, where the tokenizer promises no bound.
+const UNKNOWN_TOKEN: usize = 256;
+
+/// The last `bytes` of a text and a little more or less: from a place between words, where there is one near, so that the words after it are
+/// cut into tokens as in the whole text.
+fn end_of(text: &str, bytes: usize) -> &str {
+    const NEAR: usize = 1024;
+    let Some(from) = text.len().checked_sub(bytes + NEAR) else { return text };
+    let from = (from..text.len()).find(|&at| text.is_char_boundary(at)).unwrap_or(text.len());
+    let tail = &text[from..];
+    let near = tail.char_indices().take_while(|(at, _)| *at < NEAR).find(|(_, character)| character.is_whitespace());
+    &tail[near.map_or(0, |(at, _)| at)..]
 }
 
 /// The ids that end a sequence: those of the configuration files, the tokenizer's own end of sequence, and ERNIE's end of an assistant turn.

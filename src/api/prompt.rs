@@ -75,8 +75,14 @@ impl Guard {
         self.all.break_in(value, mark, &|_| false);
     }
 
-    /// Token ids of a rendered prompt, in which user text is broken with `mark`.
-    pub fn encode(&self, tokenizer: &Tokenizer, rendered: &str, mark: char) -> Result<Vec<u32>, Failure> {
+    /// Token ids of a rendered prompt, in which user text is broken with `mark`. `fit` gives the end of the text that is to be tokenized.
+    pub fn encode(
+        &self,
+        tokenizer: &Tokenizer,
+        rendered: &str,
+        mark: char,
+        fit: impl FnOnce(&str) -> Result<&str, Failure>,
+    ) -> Result<Vec<u32>, Failure> {
         let mut pieces = rendered.split(mark);
         let mut text = pieces.next().unwrap_or_default().to_owned();
         let mut places = Vec::new();
@@ -84,9 +90,13 @@ impl Guard {
             places.push(text.len()..text.len());
             text.push_str(piece);
         }
+        let end = fit(&text)?;
+        let start = text.len() - end.len();
+        let places: Vec<_> =
+            places.into_iter().filter(|place| place.start >= start).map(|place| place.start - start..place.end - start).collect();
         match places.is_empty() {
-            true => tokenizer.encode(&text, Special::Control),
-            false => tokenizer.encode_except(&text, &places),
+            true => tokenizer.encode(end, Special::Control),
+            false => tokenizer.encode_except(end, &places),
         }
     }
 }

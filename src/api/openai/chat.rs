@@ -22,6 +22,9 @@ pub fn prepare(service: &Service, body: &Value, native: bool) -> Result<Prepared
     let ids = match (fields.token_ids("prompt_token_ids", service.engine.limits().vocab_size)?, fields.get("messages")) {
         (Some(ids), _) => ids,
         (None, Some(field)) => {
+            if options.truncate.is_none() {
+                service.fit_users_text(field.value)?;
+            }
             let messages = messages::read(&field)?;
             echo = options.echo.then(|| last_text(&messages, &role)).flatten();
             encode(service, &fields, messages, &options)?
@@ -30,6 +33,26 @@ pub fn prepare(service: &Service, body: &Value, native: bool) -> Result<Prepared
     };
     let prompts = vec![service.fit(ids, &options, "messages")?];
     Prepared::new(service, Surface::Chat { role }, prompts, echo.into_iter().map(Echo::of_text).collect(), options)
+}
+
+impl Service {
+    /// Refuses messages of which what users wrote is alone too long, before anything is done with them. White space around a text is left
+    /// out: templates strip it. What others wrote does not count: templates leave out earlier thoughts.
+    fn fit_users_text(&self, messages: &Value) -> Result<(), Failure> {
+        let context = self.engine.limits().max_model_len;
+        let by_users = |message: &&Value| message.get("role").and_then(Value::as_str) == Some("user");
+        let least = |text: &str| if text.len() < context { 0 } else { self.tokenizer.least_tokens(text.trim()) };
+        let texts = messages.as_array().into_iter().flatten().filter(by_users).filter_map(|message| message.get("content"));
+        let least: usize = texts
+            .map(|content| match content {
+                Value::Array(parts) => {
+                    parts.iter().filter_map(|part| part.as_str().or_else(|| part.get("text")?.as_str())).map(least).sum()
+                }
+                content => content.as_str().map_or(0, least),
+            })
+            .sum();
+        if least < context { Ok(()) } else { Err(self.too_long("messages", &format!("at least {least} tokens"))) }
+    }
 }
 
 /// The text of the last message when it is by the one who answers: what a continued message begins with.
@@ -64,8 +87,10 @@ pub fn encode(service: &Service, fields: &Fields<'_>, mut messages: Vec<Value>, 
         cut_after(&mut rendered, &text, marks)?;
     }
     let mut ids = match service.settings.allow_special_tokens {
-        true => service.tokenizer.encode(&rendered, Special::Control)?,
-        false => service.guard.encode(&service.tokenizer, &rendered, marks.break_mark)?,
+        true => service.tokenizer.encode(service.fit_text(&rendered, options, "messages")?, Special::Control)?,
+        false => {
+            service.guard.encode(&service.tokenizer, &rendered, marks.break_mark, |text| service.fit_text(text, options, "messages"))?
+        }
     };
     // Templates write the beginning-of-sequence token themselves: only when asked, and never twice.
     if options.add_special_tokens == Some(true) && service.bos_token_id.is_some() && ids.first() != service.bos_token_id.as_ref() {

@@ -34,12 +34,16 @@ pub fn finish(
     options: Options,
     render: impl Fn(&str, &Options) -> Result<Vec<u32>, Failure>,
 ) -> Result<Prepared, Failure> {
+    // Before work is done for prompts that are too many.
+    options.check_number(prompts.len(), true, service.engine.limits())?;
     let (mut fitted, mut echoes) = (Vec::with_capacity(prompts.len()), Vec::new());
     for prompt in prompts {
         let (given, ids) = match prompt {
             Prompt::Text(text) => {
-                let ids = render(&text, &options)?;
-                (Some(text), ids)
+                let read = service.fit_text(&text, &options, "prompt")?;
+                let ids = render(read, &options)?;
+                let whole = read.len() == text.len();
+                (Some(text).filter(|_| whole), ids)
             }
             Prompt::Tokens(ids) => (None, ids),
         };

@@ -324,3 +324,42 @@ async fn a_wish_not_to_think_reaches_the_template() {
         assert_eq!(prompt_ids(&world, more).await, world.ids("False", Special::Text));
     }
 }
+
+#[tokio::test]
+async fn a_text_far_beyond_the_context_is_refused_from_its_bytes() {
+    let world = saying("A").await;
+    let text = "Hello world ".repeat(2_000_000);
+    let user = json!({"messages": [{"role": "user", "content": text}]});
+    let parts = json!({"messages": [{"role": "user", "content": [{"type": "text", "text": text}]}]});
+    let system = json!({"messages": [{"role": "system", "content": text}, {"role": "user", "content": "Hello"}]});
+    for (path, body, noun) in [
+        ("/v1/completions", json!({"prompt": text}), "prompt"),
+        ("/v1/completions", json!({"prompt": ["Hello", text]}), "prompt"),
+        ("/v1/chat/completions", user, "messages"),
+        ("/v1/chat/completions", parts, "messages"),
+        ("/v1/chat/completions", system, "messages"),
+    ] {
+        let call = Call { method: "POST".to_owned(), path: path.to_owned(), body, request_id: "r".to_owned() };
+        let begin = std::time::Instant::now();
+        let Err(failure) = world.service.call(call).await else { panic!("{path} takes it") };
+        // Tokenized whole it would take ten times as long.
+        assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+        assert_eq!((failure.code, failure.param.as_deref(), failure.status()), (Some("context_length_exceeded"), Some(noun), 400));
+        assert!(failure.message.contains("resulted in at least "), "{failure}");
+    }
+}
+
+#[tokio::test]
+async fn of_a_long_text_that_is_to_be_cut_the_end_is_read() {
+    let world = saying("A").await;
+    let text = format!("{}the end", "Hello world ".repeat(300_000));
+    for truncate in [json!({"truncate_prompt_tokens": 10}), json!({"truncate_prompt_tokens": -1})] {
+        let body = with(json!({"prompt": text, "return_token_ids": true, "max_tokens": 1}), truncate);
+        let call = Call { method: "POST".to_owned(), path: "/v1/completions".to_owned(), body, request_id: "r".to_owned() };
+        let Ok(Answer::Whole(answer)) = world.service.call(call).await else { panic!("refused") };
+        let ids: Vec<u32> = serde_json::from_value(answer["choices"][0]["prompt_token_ids"].clone()).unwrap();
+        let whole = world.ids(&text, Special::Text);
+        assert!(ids.len() >= 10);
+        assert_eq!(ids, whole[whole.len() - ids.len()..]);
+    }
+}

@@ -5,14 +5,15 @@ use std::ops::Range;
 
 use serde_json::Value;
 use tokenizers::{
-    AddedToken, Encoding, Model, Normalizer, OffsetReferential, OffsetType, PostProcessor, PreTokenizedString, PreTokenizer, Token,
-    normalizer,
+    AddedToken, Encoding, Model, ModelWrapper, Normalizer, OffsetReferential, OffsetType, PostProcessor, PreTokenizedString, PreTokenizer,
+    Token, normalizer,
 };
 
 use crate::error::Failure;
 use crate::models::sentencepiece::byte_piece;
 use crate::models::tokenizer::Part;
 use crate::models::tokenizer::added::Added;
+use crate::models::tokenizer::least::Spelling;
 use crate::models::tokenizer::token_bytes::TokenBytes;
 
 pub struct Json {
@@ -20,6 +21,8 @@ pub struct Json {
     added: HashMap<u32, AddedToken>,
     /// What the post-processor puts before and after a text.
     around: (Vec<u32>, Vec<u32>),
+    /// `None`: tokens may stand for any amount of text.
+    pub spelling: Option<Spelling>,
 }
 
 /// Where to cut a piece of text that must not become these tokens.
@@ -43,7 +46,8 @@ pub fn load(file: &[u8]) -> Result<(Json, TokenBytes, Added), String> {
         }
     }
     let names = Added::new(added.iter().map(|(id, token)| (token.content.clone(), *id, token.special)));
-    Ok((Json { inner, added, around }, bytes, names))
+    let spelling = spelling(&inner);
+    Ok((Json { inner, added, around, spelling }, bytes, names))
 }
 
 /// What the post-processor puts around a single text, told by one that stands for any.
@@ -125,6 +129,63 @@ impl Json {
 
     pub fn id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
+    }
+}
+
+/// What is known to hold for BPE over bytes, or with bytes to fall back to, behind steps that drop no text. Everything else is left open.
+fn spelling(tokenizer: &tokenizers::Tokenizer) -> Option<Spelling> {
+    let ModelWrapper::BPE(bpe) = tokenizer.get_model() else { return None };
+    let affixes = [&bpe.continuing_subword_prefix, &bpe.end_of_word_suffix];
+    if affixes.iter().any(|affix| affix.as_ref().is_some_and(|affix| !affix.is_empty())) {
+        return None;
+    }
+    let mut shrinks = 1;
+    if let Some(normalizer) = tokenizer.get_normalizer() {
+        normalizes(&serde_json::to_value(normalizer).ok()?, &mut shrinks)?;
+    }
+    let mut by_bytes = false;
+    if let Some(pre_tokenizer) = tokenizer.get_pre_tokenizer() {
+        splits(&serde_json::to_value(pre_tokenizer).ok()?, &mut by_bytes)?;
+    }
+    // Characters without a token would be dropped, or become one unknown token however many they are.
+    let complete = match by_bytes {
+        true => byte_level_alphabet().keys().all(|stand_in| tokenizer.token_to_id(&stand_in.to_string()).is_some()),
+        false => bpe.byte_fallback && (0..=255u8).all(|byte| tokenizer.token_to_id(&format!("<0x{byte:02X}>")).is_some()),
+    };
+    let swallows_space = tokenizer.get_added_tokens_decoder().values().any(|token| token.lstrip || token.rstrip);
+    complete.then_some(Spelling { shrinks, blocks: !by_bytes, swallows_space })
+}
+
+/// `None`: it may drop text.
+fn normalizes(normalizer: &Value, shrinks: &mut usize) -> Option<()> {
+    let steps = |key: &str| normalizer.get(key).and_then(Value::as_array);
+    match normalizer.get("type").and_then(Value::as_str)? {
+        "Sequence" => steps("normalizers")?.iter().try_for_each(|step| normalizes(step, shrinks)),
+        "Prepend" => Some(()),
+        "Replace" => (normalizer.pointer("/pattern/String")? == " " && normalizer.get("content")? == "\u{2581}").then_some(()),
+        // Three conjoining Hangul letters of three bytes become one syllable of three: no text shrinks more.
+        "NFC" => {
+            *shrinks = 3;
+            Some(())
+        }
+        _ => None,
+    }
+}
+
+/// `None`: it may drop text.
+fn splits(pre_tokenizer: &Value, by_bytes: &mut bool) -> Option<()> {
+    match pre_tokenizer.get("type").and_then(Value::as_str)? {
+        "Sequence" => {
+            let steps = pre_tokenizer.get("pretokenizers").and_then(Value::as_array)?;
+            steps.iter().try_for_each(|step| splits(step, by_bytes))
+        }
+        "ByteLevel" => {
+            *by_bytes = true;
+            Some(())
+        }
+        "Metaspace" | "Digits" => Some(()),
+        "Split" | "Punctuation" => (pre_tokenizer.get("behavior")? != "Removed").then_some(()),
+        _ => None,
     }
 }
 

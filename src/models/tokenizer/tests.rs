@@ -238,6 +238,54 @@ fn demo_as_json() -> String {
     .to_string()
 }
 
+proptest! {
+    /// Whatever the text: as the file of a library has it, and as the pieces of a SentencePiece model.
+    #[test]
+    fn no_text_has_fewer_tokens_than_promised(text in "(\\PC|[ -~]|  +|▁+|\n+|the |</s>|<think>|[\u{0}-\u{20}]|[\u{4e00}-\u{4e20}]){0,80}") {
+        let json = embedded(&[("tokenizer.json", demo_as_json())]).unwrap();
+        for tokenizer in [&demo(), &json] {
+            prop_assert!(tokenizer.longest_token().is_some());
+            let least = tokenizer.least_tokens(&text);
+            for special in [Special::Text, Special::Control] {
+                let ids = tokenizer.encode(&text, special).unwrap();
+                prop_assert!(least <= ids.len(), "{least} > {} for {text:?}", ids.len());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_long_text_is_known_to_be_long_without_cutting_it() {
+    let tokenizer = demo();
+    let text = "word ".repeat(1 << 20);
+    let begin = std::time::Instant::now();
+    let least = tokenizer.least_tokens(&text);
+    let took = begin.elapsed();
+    assert!(least > text.len() / 50, "{least}");
+    assert!(took.as_millis() < 200, "{took:?}");
+}
+
+#[test]
+fn where_text_may_be_dropped_nothing_is_promised() {
+    let of = |key: &str, value: serde_json::Value| {
+        let mut json: serde_json::Value = serde_json::from_str(&demo_as_json()).unwrap();
+        json[key] = value;
+        embedded(&[("tokenizer.json", json.to_string())]).unwrap().longest_token()
+    };
+    let replace = json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
+    let plain = of("normalizer", replace.clone()).unwrap();
+    assert_eq!(of("normalizer", json!({"type": "Sequence", "normalizers": [{"type": "NFC"}, replace]})), Some(3 * plain));
+    for normalizer in
+        [json!({"type": "NFKC"}), json!({"type": "Strip", "strip_left": true, "strip_right": true}), json!({"type": "Lowercase"})]
+    {
+        assert_eq!(of("normalizer", normalizer.clone()), None, "{normalizer}");
+    }
+    for (behavior, promised) in [("Isolated", true), ("Removed", false)] {
+        let split = json!({"type": "Split", "pattern": {"Regex": "\\s+"}, "behavior": behavior, "invert": false});
+        assert_eq!(of("pre_tokenizer", split).is_some(), promised, "{behavior}");
+    }
+}
+
 #[test]
 fn tokenizer_json_and_tokenizer_model_give_the_same_ids() {
     let (model, json) = (demo(), embedded(&[("tokenizer.json", demo_as_json())]).unwrap());
