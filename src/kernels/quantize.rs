@@ -11,7 +11,6 @@
 
 use half::f16;
 
-use crate::config::Quantization;
 use crate::kernels::cpu::vectorize::{Vectorize, vectorize};
 
 /// Weights that share a scale.
@@ -27,34 +26,6 @@ const MAX_LEVEL: f32 = 15.0;
 const MAX_SCALE: f32 = 63.0;
 /// Grids that are tried, as the number of steps the range of a group is cut into. Fewer than 15 leave room at the ends, more clip.
 const GRIDS: [f32; 8] = [12.6, 13.0, 13.4, 13.8, 14.2, 14.6, 15.0, 15.4];
-
-/// Where a matrix stands in the model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Place {
-    /// In a layer.
-    Layer,
-    /// Embedding or LM head, one row for each id: their errors reach every logit, so they never go below 8 bits.
-    Vocabulary,
-}
-
-/// How many bits the weights of a matrix are held at.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Bits {
-    Four,
-    Eight,
-    AsStored,
-}
-
-impl Bits {
-    /// What a strategy means for a matrix whose rows have `k` weights. Rows that cannot be cut into blocks take the next finer form.
-    pub fn of(quantization: Quantization, place: Place, k: usize) -> Self {
-        match quantization {
-            Quantization::Wint4 if place == Place::Layer && k.is_multiple_of(SUPER_BLOCK) => Self::Four,
-            Quantization::Wint4 | Quantization::Wint8 if k.is_multiple_of(BLOCK) => Self::Eight,
-            _ => Self::AsStored,
-        }
-    }
-}
 
 /// A number that has no quantized form.
 #[derive(Debug, Clone, Copy, PartialEq)]

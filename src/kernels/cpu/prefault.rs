@@ -1,12 +1,12 @@
-//! Taking memory that was only promised: the system gives a page when it is first written, which costs about as much as zeroing it.
+//! Prefaulting: the system gives a page of memory when it is first written, which costs about as much as zeroing it.
 
 /// Of the smallest page of any machine.
 const PAGE: usize = 4096;
 
-/// Takes the pages of `memory`; what is in it stays.
+/// Writes to every page of `memory`, so that the system gives it; what is in it stays.
 ///
 /// Through a reference that nobody else has, and by plain writes: it needs no call that a system may lack, and cannot race with a kernel.
-pub fn take(memory: &mut [u8]) {
+pub fn touch(memory: &mut [u8]) {
     let rewrite = |byte: &mut u8| *byte = std::hint::black_box(*byte);
     memory.iter_mut().step_by(PAGE).for_each(rewrite);
     // The memory need not begin where a page does.
@@ -34,11 +34,11 @@ mod tests {
     fn what_is_in_memory_stays() {
         for len in [0, 1, 4095, 4096, 4097, 3 * 4096 + 5] {
             let mut memory: Vec<u8> = (0..len).map(|i| i as u8).collect();
-            take(&mut memory);
+            touch(&mut memory);
             assert!(memory.iter().enumerate().all(|(i, byte)| *byte == i as u8), "{len} bytes");
         }
         let mut numbers = [1.5f32, -2.0];
-        take(bytes_of(&mut numbers));
+        touch(bytes_of(&mut numbers));
         assert_eq!(numbers, [1.5, -2.0]);
     }
 
@@ -55,14 +55,14 @@ mod tests {
 
     #[test]
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-    fn pages_are_there_once_taken() {
+    fn pages_are_there_once_touched() {
         const MIB: usize = 1 << 20;
         let mut map = pages(24 * MIB).unwrap();
-        assert_eq!(present(&map), 0, "mapping alone takes nothing");
-        take(&mut map[..8 * MIB]);
+        assert_eq!(present(&map), 0, "a mapping alone has no pages");
+        touch(&mut map[..8 * MIB]);
         // A large page may reach beyond.
         assert!((8 * MIB / PAGE..=10 * MIB / PAGE).contains(&present(&map)), "{} pages", present(&map));
-        take(&mut map);
+        touch(&mut map);
         assert_eq!(present(&map), 24 * MIB / PAGE);
     }
 }
