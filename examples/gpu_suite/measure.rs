@@ -171,6 +171,7 @@ impl Step {
         let files = model::folder(path)?;
         let shape = Architecture::from_files(&files)?;
         let checkpoint = Checkpoint::open(&files, &shape)?;
+        let shape = Architecture { tie_word_embeddings: checkpoint.tied, ..shape };
         let model = Transformer::load(shape, &checkpoint, device, Quantization::AsStored)?;
         let per_row = context.div_ceil(Self::BLOCK_SIZE);
         let dims = (rows * per_row, Self::BLOCK_SIZE, model.shape.kv_heads, model.shape.head_dim);

@@ -36,9 +36,10 @@ async fn model(settings: &Settings) -> Result<(), Failure> {
     };
     say(&format!("model: {} from {}", files.name, files.origin));
     list_files(&files);
-    let shape = Architecture::from_files(&files)?;
+    let config = Architecture::from_files(&files)?;
+    let checkpoint = Checkpoint::open(&files, &config)?;
+    let shape = Architecture { tie_word_embeddings: checkpoint.tied, ..config.clone() };
     say(&format!("architecture: {} with {} layers, {} parameters", shape.model_type, shape.layers, shape.parameters()));
-    let checkpoint = Checkpoint::open(&files, &shape)?;
     say(&format!("checkpoint: {}", checkpoint.describe()));
     let tokenizer = Tokenizer::load(&files)?;
     say(&format!("tokenizer: {} ids", tokenizer.vocab_size()));
@@ -46,7 +47,7 @@ async fn model(settings: &Settings) -> Result<(), Failure> {
     say(&format!("device: {}", plan.device));
     say(&format!("weights held as: {}", plan.weights.form));
     plan.memory.lines().iter().for_each(|line| say(line));
-    plan.memory.warnings.iter().for_each(|warning| say(&format!("warning: {warning}")));
+    checkpoint.warnings(&config).iter().chain(&plan.memory.warnings).for_each(|warning| say(&format!("warning: {warning}")));
     Ok(())
 }
 

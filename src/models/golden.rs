@@ -6,8 +6,10 @@ use std::sync::Arc;
 use half::bf16;
 use serde_json::json;
 
+use super::architecture::Architecture;
 use super::files::{ModelFiles, Source};
 use super::runner::ModelRunner;
+use super::weights::Checkpoint;
 use super::{Draw, Plan, Row, Runner};
 use crate::config::{DeviceChoice, EngineSettings};
 
@@ -304,6 +306,112 @@ fn an_untied_head_is_read_in_both_layouts() {
     );
     let error = on_thread(|| load(&files_with(config, safetensors(&pt, "model.", Stored::F32))).err().unwrap());
     assert!(error.message.contains("lm_head.weight"), "{error}");
+}
+
+/// A checkpoint file with one more tensor, of zeros, in whatever type.
+fn with_tensor(file: &[u8], name: &str, dtype: &str, shape: &[usize], bytes: usize) -> Vec<u8> {
+    let length = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+    let mut header: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(&file[8..8 + length]).unwrap();
+    header.remove(name);
+    let data = &file[8 + length..];
+    header.insert(name.into(), json!({"dtype": dtype, "shape": shape, "data_offsets": [data.len(), data.len() + bytes]}));
+    let mut header = serde_json::to_vec(&header).unwrap();
+    header.resize(header.len().next_multiple_of(8), b' ');
+    [&(header.len() as u64).to_le_bytes(), header.as_slice(), data, &vec![0; bytes]].concat()
+}
+
+#[test]
+fn tensors_of_other_types_matter_only_where_they_are_used() {
+    let mut file = safetensors(&tiny(), "model.", Stored::F32);
+    for (name, dtype, bytes) in [
+        ("model.position_ids", "I64", 32),
+        ("model.layers.0.mask", "BOOL", 4),
+        ("model.layers.0.scale", "U8", 4),
+        ("model.layers.1.mlp.scale", "F8_E4M3", 4),
+        ("model.statistics", "F64", 32),
+    ] {
+        file = with_tensor(&file, name, dtype, &[4], bytes);
+    }
+    check(&files(file), TOLERANCE, "with tensors of other types");
+
+    let without = |name: &str| tiny().into_iter().filter(|tensor| tensor.name != name).collect::<Vec<_>>();
+    for (name, dtype, shape, bytes) in [
+        ("layers.0.mlp.down_proj.weight", "I8", &[8, 12][..], 96),
+        ("norm.weight", "F64", &[8], 64),
+        ("embed_tokens.weight", "I64", &[16, 8], 1024),
+    ] {
+        let name_in_file = format!("model.{name}");
+        let file = with_tensor(&safetensors(&without(name), "model.", Stored::F32), &name_in_file, dtype, shape, bytes);
+        let message = on_thread(|| load(&files(file)).err().unwrap().message);
+        assert!(message.contains(&format!("tensor {name_in_file} has type {dtype}")), "{message}");
+        assert!(!message.contains("quantization_config"), "{message}");
+    }
+}
+
+/// What transformers 5 does: an LM head that is stored and is not the embedding counts, whatever `tie_word_embeddings` says.
+#[test]
+fn a_stored_head_counts_where_it_differs_from_the_embedding() {
+    let pt = tiny();
+    let embedding = named(&pt, "embed_tokens.weight");
+    let with_head = |head: Weights| [&pt[..], &[Weights { name: "lm_head.weight".into(), ..head }]].concat();
+    let opened = |files: &ModelFiles| {
+        let shape = Architecture::from_files(files).unwrap();
+        let checkpoint = Checkpoint::open(files, &shape).unwrap();
+        (checkpoint.tied, checkpoint.warnings(&shape), checkpoint.unused())
+    };
+    for (head, layout) in [(embedding.clone(), "[out, in]"), (embedding.transposed(), "[in, out]")] {
+        let equal = files(safetensors(&with_head(head), "model.", Stored::F32));
+        let (tied, warnings, unused) = opened(&equal);
+        assert_eq!((tied, warnings), (true, vec![]), "{layout}");
+        assert!(!unused.contains(&"lm_head.weight".to_owned()));
+        check(&equal, TOLERANCE, layout);
+    }
+    for head in [Weights::new(77, "lm_head.weight", &[16, 8]), Weights::new(77, "lm_head.weight", &[16, 8]).transposed()] {
+        let mut untied = config();
+        untied["tie_word_embeddings"] = json!(false);
+        let bytes = safetensors(&with_head(head), "model.", Stored::F32);
+        let (told, plain) = (files_with(untied, bytes.clone()), files(bytes));
+        let (tied, warnings, _) = opened(&plain);
+        assert!(!tied && warnings[0].contains("lm_head.weight is there and is different"), "{warnings:?}");
+        let logits = |files: &ModelFiles| on_thread(|| load(files).unwrap().logits(&chunk(&IDS, 0, 6, 4)).unwrap());
+        let (told, plain) = (logits(&told), logits(&plain));
+        assert_eq!(told, plain);
+        assert!(told[0].iter().zip(LAST).any(|(a, b)| (a - b).abs() > 0.1), "not the embedding's logits");
+    }
+}
+
+#[test]
+fn a_quantization_over_plain_tensors_is_told_and_packed_ones_are_refused() {
+    let mut quantized = config();
+    quantized["quantization_config"] = json!({"quant_method": "gptq", "bits": 4});
+    let plain = files_with(quantized.clone(), safetensors(&tiny(), "model.", Stored::F32));
+    let shape = Architecture::from_files(&plain).unwrap();
+    let warnings = Checkpoint::open(&plain, &shape).unwrap().warnings(&shape);
+    assert!(
+        warnings.len() == 1 && warnings[0].contains("quantization_config (gptq)") && warnings[0].contains("not applied"),
+        "{warnings:?}"
+    );
+    check(&plain, TOLERANCE, "plain tensors");
+    let packed = tiny().into_iter().filter(|tensor| tensor.name != "layers.0.mlp.down_proj.weight").collect::<Vec<_>>();
+    let packed = with_tensor(&safetensors(&packed, "model.", Stored::F32), "model.layers.0.mlp.down_proj.qweight", "I32", &[2, 8], 64);
+    let message = on_thread(|| load(&files_with(quantized, packed)).err().unwrap().message);
+    assert!(message.contains("down_proj.weight is missing") && message.contains("quantization_config (gptq)"), "{message}");
+}
+
+#[test]
+fn shards_load_without_an_index() {
+    let pt = tiny();
+    let leak = |tensors: &[Weights]| Source::Embedded(Box::leak(safetensors(tensors, "model.", Stored::F32).into_boxed_slice()));
+    let config = Source::Embedded(Box::leak(serde_json::to_vec(&config()).unwrap().into_boxed_slice()));
+    let mut all = vec![
+        ("config.json".to_owned(), config),
+        ("model-00001-of-00002.safetensors".to_owned(), leak(&pt[..7])),
+        ("model-00002-of-00002.safetensors".to_owned(), leak(&pt[7..])),
+    ];
+    check(&ModelFiles::new("tiny", "test", all.clone()), TOLERANCE, "shards");
+    all.remove(1);
+    let message = on_thread(|| load(&ModelFiles::new("tiny", "test", all)).err().unwrap().message);
+    assert!(message.contains("lacks model-00001-of-00002.safetensors"), "{message}");
 }
 
 #[test]

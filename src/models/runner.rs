@@ -70,9 +70,10 @@ impl ModelRunner {
     ) -> Result<Self, Failure> {
         let device = open_device(settings.device)?;
         let threads = memory::threads(settings);
-        let shape = Architecture::from_files(files)?;
-        let checkpoint = Checkpoint::open(files, &shape)?;
+        let config = Architecture::from_files(files)?;
+        let checkpoint = Checkpoint::open(files, &config)?;
         tracing::debug!("checkpoint: {}", checkpoint.describe());
+        let shape = Architecture { tie_word_embeddings: checkpoint.tied, ..config.clone() };
         // Planned before anything is loaded: what cannot fit is said at once, and not by the system ending the process.
         let weights = WeightPlan::new(&shape, &checkpoint, !device.is_cpu(), settings.quantization)?;
         let kv_dtype = kv_dtype(&device);
@@ -80,6 +81,7 @@ impl ModelRunner {
         let mut plan = MemoryPlan::new(&shape, shape.vocab_size, weights.bytes, element, device_memory(&device), settings)?;
         plan.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
         let model = loading_threads(threads)?.install(|| Transformer::load(shape, &checkpoint, &device, settings.quantization))?;
+        checkpoint.warnings(&config).iter().for_each(|warning| tracing::warn!("{warning}"));
         for name in checkpoint.unused() {
             tracing::warn!("tensor {name} of {} is not used by this architecture", files.name);
         }

@@ -9,7 +9,7 @@ use aho_corasick::{AhoCorasick, Input, MatchKind};
 
 use crate::error::Failure;
 use crate::models::Vocabulary;
-use crate::models::files::ModelFiles;
+use crate::models::files::{ModelFiles, SENTENCEPIECE_FILES};
 use crate::models::sentencepiece::{self, Bpe};
 
 mod added;
@@ -52,7 +52,7 @@ impl Tokenizer {
         if let Some(bytes) = files.read("tokenizer.json")? {
             return Self::from_json(&bytes).map_err(named("tokenizer.json"));
         }
-        for file in ["tokenizer.model", "spm.model", "ernie_token_100k.model"] {
+        for file in SENTENCEPIECE_FILES {
             if let Some(bytes) = files.read(file)? {
                 let model = sentencepiece::Model::parse(&bytes).map_err(named(file))?;
                 let added = Added::beside_sentencepiece(&model, files)?;
@@ -60,8 +60,10 @@ impl Tokenizer {
             }
         }
         Err(Failure::internal(format!(
-            "model {} ({}) has neither tokenizer.json nor tokenizer.model; add one of them beside its weights",
-            files.name, files.origin
+            "model {} ({}) has no tokenizer: put its tokenizer.json, {} beside its weights",
+            files.name,
+            files.origin,
+            SENTENCEPIECE_FILES.join(" or ")
         )))
     }
 

@@ -47,7 +47,7 @@ impl Bytes {
 
 struct Entry {
     file: usize,
-    stored: Stored,
+    dtype: safetensors::Dtype,
     shape: Vec<usize>,
     range: std::ops::Range<usize>,
 }
@@ -69,6 +69,10 @@ pub struct Checkpoint {
     /// `ernie.` or `model.`.
     prefix: String,
     pub orientation: Orientation,
+    /// The LM head is the embedding: the configuration says so, and no other head is stored.
+    pub tied: bool,
+    /// The configuration says that the weights are quantized, and by which method.
+    quantized: Option<String>,
     used: Mutex<BTreeSet<String>>,
 }
 
@@ -84,12 +88,12 @@ impl Checkpoint {
             entries: BTreeMap::new(),
             prefix: String::new(),
             orientation: Orientation::OutIn,
+            tied: shape.tie_word_embeddings,
+            quantized: shape.quantized.clone(),
             used: Mutex::default(),
         };
-        for file in shard_names(files)? {
-            let source = files.get(&file).ok_or_else(|| {
-                Failure::internal(format!("{} ({}): the index names {file}, which is not there", files.name, files.origin))
-            })?;
+        for file in files.weight_files()? {
+            let source = files.get(&file).ok_or_else(|| Failure::internal(format!("{} ({}) lacks {file}", files.name, files.origin)))?;
             checkpoint.add_file(&file, Bytes::open(source)?)?;
         }
         checkpoint.prefix = ["model.", "ernie.", ""]
@@ -103,6 +107,7 @@ impl Checkpoint {
             })?
             .to_string();
         checkpoint.orientation = checkpoint.find_orientation(shape);
+        checkpoint.tied = shape.tie_word_embeddings && checkpoint.head_is_embedding(shape)?;
         Ok(checkpoint)
     }
 
@@ -110,22 +115,15 @@ impl Checkpoint {
         let broken = |problem: String| Failure::internal(format!("weights file {file} of {}: {problem}", self.name));
         let (header, metadata) = safetensors::SafeTensors::read_metadata(bytes.get()).map_err(|error| broken(error.to_string()))?;
         for (name, info) in metadata.tensors() {
-            let stored = match info.dtype {
-                safetensors::Dtype::F32 => Stored::F32,
-                safetensors::Dtype::F16 => Stored::F16,
-                safetensors::Dtype::BF16 | safetensors::Dtype::U16 => Stored::Bf16,
-                other => {
-                    return Err(broken(format!(
-                        "tensor {name} has type {other:?}; F32, F16, BF16 (or U16 holding bf16 bits) are supported"
-                    )));
-                }
-            };
             // The header's length field and the header come before the data.
             let (from, to) = (info.data_offsets.0 + header + 8, info.data_offsets.1 + header + 8);
-            if to > bytes.get().len() || to - from != info.shape.iter().product::<usize>() * stored.width() {
+            // That shape and type make these bytes was checked when the header was read. Types that cannot be read are refused where such
+            // a tensor is asked for: others (positions, masks, statistics) may lie beside the weights.
+            if to > bytes.get().len() {
                 return Err(broken(format!("tensor {name}: the file is cut short or its header is wrong")));
             }
-            self.entries.insert(name.clone(), Entry { file: self.files.len(), stored, shape: info.shape.clone(), range: from..to });
+            let entry = Entry { file: self.files.len(), dtype: info.dtype, shape: info.shape.clone(), range: from..to };
+            self.entries.insert(name.clone(), entry);
         }
         self.files.push(bytes);
         Ok(())
@@ -159,13 +157,12 @@ impl Checkpoint {
     /// A vector under the prefix, such as a norm's weight, in f32 on the CPU and bf16 on a GPU.
     pub fn vector(&self, name: &str, len: usize, device: &Device) -> Result<Tensor, Failure> {
         let full = format!("{}{name}", self.prefix);
-        let entry = self.entry(&[&full], &[len])?;
+        let (entry, stored) = self.entry(&full, &[len])?;
         if entry.shape != [len] {
             return Err(self.wrong_shape(&full, entry, &format!("[{len}]")));
         }
         let mut values = vec![0f32; len];
-        let bytes = &self.files[entry.file].get()[entry.range.clone()];
-        StoredPart { name: full, bytes, stored: entry.stored, rows: 1, transposed: false }.copy(0, &mut values, len);
+        StoredPart { name: full, bytes: self.bytes(entry), stored, rows: 1, transposed: false }.copy(0, &mut values, len);
         let dtype = if device.is_cpu() { DType::F32 } else { DType::BF16 };
         Tensor::from_vec(values, len, device).and_then(|t| t.to_dtype(dtype)).map_err(device_failure)
     }
@@ -178,13 +175,23 @@ impl Checkpoint {
 
     /// The LM head when it is not the embedding. Paddle stores an untied one as `[hidden, vocab]`.
     pub fn head(&self, a: &Architecture) -> Result<StoredMatrix<'_>, Failure> {
-        let name = if self.entries.contains_key("lm_head.weight") {
-            "lm_head.weight".to_string()
-        } else {
-            format!("{}lm_head.weight", self.prefix)
-        };
+        let name = self.head_name();
         let transposed = self.entries.get(&name).map(|entry| entry.shape == [a.hidden_size, a.vocab_size] && a.hidden_size != a.vocab_size);
         self.stack(&[(&name, a.vocab_size)], a.hidden_size, transposed)
+    }
+
+    fn head_name(&self) -> String {
+        let plain = "lm_head.weight";
+        if self.entries.contains_key(plain) { plain.to_string() } else { format!("{}{plain}", self.prefix) }
+    }
+
+    /// No head is stored beside the embedding, or one that is equal to it. A different one counts, whatever the configuration says, as in
+    /// transformers 5.
+    fn head_is_embedding(&self, a: &Architecture) -> Result<bool, Failure> {
+        if !self.entries.contains_key(&self.head_name()) {
+            return Ok(true);
+        }
+        Ok(self.head(a)?.equals(&self.embedding(a)?))
     }
 
     /// A matrix `[Σ out, input]` from the separate `parts`, or from one stored tensor `fused` that holds them in this order.
@@ -216,38 +223,75 @@ impl Checkpoint {
     fn stack(&self, parts: &[Part<'_>], width: usize, transposed: Option<bool>) -> Result<StoredMatrix<'_>, Failure> {
         let mut matrix = StoredMatrix { model: &self.name, width, parts: Vec::new() };
         for (name, rows) in parts {
-            let (entry, transposed) = self.checked(name, *rows, width, transposed)?;
-            let bytes = &self.files[entry.file].get()[entry.range.clone()];
-            matrix.parts.push(StoredPart { name: (*name).to_string(), bytes, stored: entry.stored, rows: *rows, transposed });
+            matrix.parts.push(self.checked(name, *rows, width, transposed)?);
         }
         Ok(matrix)
     }
 
-    /// The entry of a matrix whose shape is right, and whether it must be transposed.
-    fn checked(&self, name: &str, out: usize, input: usize, transposed: Option<bool>) -> Result<(&Entry, bool), Failure> {
-        let entry = self.entry(&[name], &[out, input])?;
+    /// A matrix whose shape and type are right.
+    fn checked(&self, name: &str, out: usize, input: usize, transposed: Option<bool>) -> Result<StoredPart<'_>, Failure> {
+        let (entry, stored) = self.entry(name, &[out, input])?;
         let transposed = transposed.unwrap_or(self.orientation == Orientation::InOut);
         let expected = if transposed { [input, out] } else { [out, input] };
         if entry.shape != expected {
             return Err(self.wrong_shape(name, entry, &format!("{expected:?} ({:?})", self.orientation)));
         }
-        Ok((entry, transposed))
+        Ok(StoredPart { name: name.to_string(), bytes: self.bytes(entry), stored, rows: out, transposed })
     }
 
-    fn entry(&self, names: &[&str], shape: &[usize]) -> Result<&Entry, Failure> {
-        for name in names {
-            if let Some(entry) = self.entries.get(*name) {
-                if let Ok(mut used) = self.used.lock() {
-                    used.insert((*name).to_string());
-                }
-                return Ok(entry);
-            }
+    /// A tensor that is used from now on, and its type.
+    fn entry(&self, name: &str, shape: &[usize]) -> Result<(&Entry, Stored), Failure> {
+        let entry = self.entries.get(name).ok_or_else(|| self.missing(&[name], shape))?;
+        let stored = Stored::of(entry.dtype).ok_or_else(|| {
+            let (model, dtype, hint) = (&self.name, entry.dtype, self.quantization_hint());
+            Failure::internal(format!(
+                "{model}: tensor {name} has type {dtype:?}; F32, F16, BF16 (or U16 holding bf16 bits) can be read{hint}"
+            ))
+        })?;
+        if let Ok(mut used) = self.used.lock() {
+            used.insert(name.to_string());
         }
-        Err(self.missing(names, shape))
+        Ok((entry, stored))
+    }
+
+    fn bytes(&self, entry: &Entry) -> &[u8] {
+        &self.files[entry.file].get()[entry.range.clone()]
     }
 
     fn missing(&self, names: &[&str], shape: &[usize]) -> Failure {
-        Failure::internal(format!("{}: tensor {} is missing (expected shape {shape:?})", self.name, names.join(" or ")))
+        let (model, names, hint) = (&self.name, names.join(" or "), self.quantization_hint());
+        Failure::internal(format!("{model}: tensor {names} is missing (expected shape {shape:?}){hint}"))
+    }
+
+    /// The likely reason, when a tensor is not there or not a plain one.
+    fn quantization_hint(&self) -> String {
+        match &self.quantized {
+            Some(method) => format!(
+                ". Its config.json names quantization_config ({method}): weights packed so are not supported, use the model's unquantized weights"
+            ),
+            None => String::new(),
+        }
+    }
+
+    /// What is unusual about this checkpoint and leads to no failure. To be asked when the weights were found to be readable.
+    pub fn warnings(&self, shape: &Architecture) -> Vec<String> {
+        let mut warnings = Vec::new();
+        if shape.tie_word_embeddings && !self.tied {
+            warnings.push(format!(
+                "{}: config.json says that the LM head is the embedding (tie_word_embeddings), but {} is there and is different: it is used. \
+                 Set tie_word_embeddings to false in config.json",
+                self.name,
+                self.head_name()
+            ));
+        }
+        if let Some(method) = &self.quantized {
+            warnings.push(format!(
+                "{}: config.json names quantization_config ({method}), but the weights are plain numbers: they are used as they are, and the \
+                 quantization is not applied",
+                self.name
+            ));
+        }
+        warnings
     }
 
     fn wrong_shape(&self, name: &str, entry: &Entry, expected: &str) -> Failure {
@@ -268,27 +312,6 @@ impl Checkpoint {
             if self.orientation == Orientation::OutIn { "[out, in] (Hugging Face layout)" } else { "[in, out] (Paddle layout)" }
         )
     }
-}
-
-/// `model.safetensors`, or the shards that `model.safetensors.index.json` names.
-fn shard_names(files: &ModelFiles) -> Result<Vec<String>, Failure> {
-    if let Some(index) = files.read_json("model.safetensors.index.json")? {
-        let map = index["weight_map"]
-            .as_object()
-            .ok_or_else(|| Failure::internal(format!("{}: model.safetensors.index.json has no weight_map", files.name)))?;
-        let shards: BTreeSet<String> = map.values().filter_map(|file| file.as_str().map(str::to_string)).collect();
-        return Ok(shards.into_iter().collect());
-    }
-    if files.get("model.safetensors").is_some() {
-        return Ok(vec!["model.safetensors".into()]);
-    }
-    let found: Vec<&str> = files.iter().map(|(name, _)| name).collect();
-    let hint = if found.iter().any(|name| name.ends_with(".pdparams") || name.ends_with(".bin")) {
-        "; pickled weights (.pdparams, .bin) are not supported"
-    } else {
-        ""
-    };
-    Err(Failure::internal(format!("{} ({}) has no model.safetensors{hint}", files.name, files.origin)))
 }
 
 pub(crate) fn device_failure(error: candle_core::Error) -> Failure {

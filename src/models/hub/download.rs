@@ -13,11 +13,11 @@ use hf_hub::api::tokio::{Api, ApiBuilder, ApiError, ApiRepo, Progress};
 use hf_hub::{Cache, Repo, RepoType};
 use indicatif::ProgressBar;
 
-use super::folder::{self, INDEX, Need};
+use super::folder::{self, Need};
 use super::unavailable;
 use crate::config::HubSettings;
 use crate::error::Failure;
-use crate::models::files::{ModelFiles, Source};
+use crate::models::files::{INDEX, ModelFiles, Source, weight_files};
 
 const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
 /// Tries per file and per question, the first included.
@@ -131,7 +131,7 @@ impl<'a> Download<'a> {
         } else {
             None
         };
-        folder::weights(names, index.as_ref()).map_err(|lost| self.cannot(format!("the repository lacks {lost}")))
+        weight_files(names, index.as_ref()).map_err(|lost| self.cannot(format!("the repository lacks {lost}")))
     }
 
     /// The repository's files and commit.

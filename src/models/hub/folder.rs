@@ -1,13 +1,10 @@
 //! What belongs to a model, and what a folder holds of it.
 
-use std::collections::BTreeSet;
 use std::path::Path;
 
 use super::unavailable;
 use crate::error::Failure;
-use crate::models::files::{ModelFiles, Source};
-
-pub const INDEX: &str = "model.safetensors.index.json";
+use crate::models::files::{INDEX, ModelFiles, SENTENCEPIECE_FILES, Source, weight_files};
 
 /// Which part of a repository is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,45 +31,9 @@ pub fn wanted(name: &str, need: Need) -> bool {
 
 fn of_tokenizer(name: &str) -> bool {
     name.starts_with("tokenizer.")
+        || SENTENCEPIECE_FILES.contains(&name)
         || name.ends_with(".jinja")
         || matches!(name, "tokenizer_config.json" | "special_tokens_map.json" | "added_tokens.json" | "chat_template.json")
-}
-
-/// The weight files among `names`: those of the index when there is one (a repository may hold the same weights twice), else
-/// `model.safetensors`, else all.
-///
-/// # Errors
-/// The first shard of the index that is not among `names`.
-pub fn weights(names: &[&str], index: Option<&serde_json::Value>) -> Result<Vec<String>, String> {
-    if let Some(map) = index.and_then(|index| index.get("weight_map")?.as_object()) {
-        let shards: BTreeSet<&str> = map.values().filter_map(|shard| shard.as_str()).collect();
-        return match shards.iter().find(|shard| !names.contains(shard)) {
-            Some(lost) => Err(format!("{lost}, a shard of {INDEX}")),
-            None => Ok(shards.into_iter().map(str::to_owned).collect()),
-        };
-    }
-    let all: Vec<_> = names.iter().filter(|name| name.ends_with(".safetensors")).map(|name| name.to_string()).collect();
-    match all.iter().find(|name| *name == "model.safetensors") {
-        Some(whole) => Ok(vec![whole.clone()]),
-        None if all.is_empty() => Err("weights (*.safetensors)".to_owned()),
-        None => whole_set(&all).map(|()| all),
-    }
-}
-
-/// Checks that of `model-00001-of-00003.safetensors` and its like no part is missing, where a repository has no index.
-fn whole_set(names: &[String]) -> Result<(), String> {
-    for name in names {
-        let Some((prefix, total)) = name.strip_suffix(".safetensors").and_then(|stem| stem.rsplit_once("-of-")) else { continue };
-        let Some((prefix, number)) = prefix.rsplit_once('-') else { continue };
-        let (Ok(count), width) = (total.parse::<usize>(), number.len()) else { continue };
-        for index in 1..=count.min(10_000) {
-            let part = format!("{prefix}-{index:0width$}-of-{total}.safetensors");
-            if !names.contains(&part) {
-                return Err(part);
-            }
-        }
-    }
-    Ok(())
 }
 
 /// The wanted files in a folder. Links are resolved; a dangling one (a download that was cut) is left out.
@@ -99,7 +60,7 @@ pub fn read(folder: &Path, name: &str, origin: String) -> Result<ModelFiles, Fai
 fn without_doubles(files: ModelFiles) -> ModelFiles {
     let names: Vec<&str> = files.iter().map(|(name, _)| name).collect();
     let index = files.read_json(INDEX).ok().flatten();
-    let Ok(weights) = weights(&names, index.as_ref()) else { return files };
+    let Ok(weights) = weight_files(&names, index.as_ref()) else { return files };
     let kept = files.iter().filter(|(name, _)| !name.ends_with(".safetensors") || weights.iter().any(|weight| weight == name));
     let kept = kept.map(|(name, source)| (name.to_owned(), source.clone())).collect();
     ModelFiles::new(files.name.clone(), files.origin.clone(), kept)
@@ -108,9 +69,9 @@ fn without_doubles(files: ModelFiles) -> ModelFiles {
 /// What is missing of `need`, in words; `None` when it is whole.
 pub fn missing(files: &ModelFiles, need: Need) -> Option<String> {
     let names: Vec<&str> = files.iter().map(|(name, _)| name).collect();
-    let tokenizer = files.get("tokenizer.json").is_some() || files.get("tokenizer.model").is_some();
+    let tokenizer = files.get("tokenizer.json").is_some() || SENTENCEPIECE_FILES.iter().any(|file| files.get(file).is_some());
     if need != Need::Weights && !tokenizer {
-        return Some("a tokenizer (tokenizer.json or tokenizer.model)".to_owned());
+        return Some(format!("a tokenizer (tokenizer.json, {})", SENTENCEPIECE_FILES.join(" or ")));
     }
     if need == Need::Tokenizer {
         return None;
@@ -119,7 +80,7 @@ pub fn missing(files: &ModelFiles, need: Need) -> Option<String> {
         return Some("config.json".to_owned());
     }
     match files.read_json(INDEX) {
-        Ok(index) => weights(&names, index.as_ref()).err(),
+        Ok(index) => weight_files(&names, index.as_ref()).err(),
         Err(_) => Some(format!("a readable {INDEX}")),
     }
 }

@@ -238,6 +238,17 @@ async fn a_connection_that_is_always_cut_fails_and_leaves_no_half_model() {
 }
 
 #[tokio::test]
+async fn a_vocabulary_under_its_older_names_is_a_tokenizer() {
+    for name in ["spm.model", "ernie_token_100k.model"] {
+        let cache = TempDir::new().unwrap();
+        let (_hub, endpoint) = Hub::with(&[("config.json", b"{}"), ("model.safetensors", b"weights"), (name, b"pieces")]).serve().await;
+        let files = fetch(ID, &settings(&cache, &endpoint)).await.unwrap();
+        assert!(names(&files).contains(&name), "{name}");
+        assert!(find_local(ID, &offline(&cache)).unwrap().is_some(), "{name}");
+    }
+}
+
+#[tokio::test]
 async fn several_at_once_share_a_cache() {
     let cache = TempDir::new().unwrap();
     let (_hub, endpoint) = Hub::with(TINY).serve().await;
@@ -440,14 +451,6 @@ async fn what_was_looked_at_is_told() {
     assert!(failure.message.contains("lacks a tokenizer"), "{failure}");
     let failure = fetch("/no/such/folder", &settings).await.unwrap_err();
     assert!(failure.message.contains("neither a folder"), "{failure}");
-}
-
-#[test]
-fn parts_of_a_set_without_an_index() {
-    let all = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
-    assert_eq!(folder::weights(&all, None).unwrap(), all);
-    assert_eq!(folder::weights(&all[..1], None).unwrap_err(), all[1]);
-    assert_eq!(folder::weights(&["x.safetensors", "model.safetensors"], None).unwrap(), ["model.safetensors"]);
 }
 
 proptest! {

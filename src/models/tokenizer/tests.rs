@@ -151,7 +151,7 @@ fn models_that_cannot_be_honoured_are_refused_by_name() {
         let error = sentencepiece::Model::parse(&file).err().unwrap();
         assert!(error.contains(reason), "{error}");
     }
-    assert!(embedded(&[]).err().unwrap().message.contains("neither tokenizer.json nor tokenizer.model"));
+    assert!(embedded(&[]).err().unwrap().message.contains("has no tokenizer: put its tokenizer.json"));
 }
 
 #[test]
@@ -178,6 +178,19 @@ fn without_byte_fallback_a_run_of_unknown_characters_is_one_token() {
     let mut ids = Vec::new();
     Bpe::new(&model, |_| false).unwrap().encode("axyaz", &mut ids);
     assert_eq!(ids, [1, 0, 1, 0]);
+}
+
+#[test]
+fn a_vocabulary_under_its_older_names_is_found() {
+    for name in ["spm.model", "ernie_token_100k.model"] {
+        let files = demo_files().into_iter().map(|(file, source)| (if file == "tokenizer.model" { name.to_owned() } else { file }, source));
+        let tokenizer = Tokenizer::load(&ModelFiles::new("demo", "test", files.collect())).unwrap();
+        assert_eq!(
+            tokenizer.encode("Hello</s>", Special::Control).unwrap(),
+            demo().encode("Hello</s>", Special::Control).unwrap(),
+            "{name}"
+        );
+    }
 }
 
 #[test]

@@ -19,8 +19,14 @@ pub(super) enum Stored {
 }
 
 impl Stored {
-    pub fn width(self) -> usize {
-        if self == Stored::F32 { 4 } else { 2 }
+    /// `None`: a type that no weights are read from.
+    pub fn of(dtype: safetensors::Dtype) -> Option<Self> {
+        match dtype {
+            safetensors::Dtype::F32 => Some(Self::F32),
+            safetensors::Dtype::F16 => Some(Self::F16),
+            safetensors::Dtype::BF16 | safetensors::Dtype::U16 => Some(Self::Bf16),
+            _ => None,
+        }
     }
 }
 
@@ -68,6 +74,18 @@ impl StoredMatrix<'_> {
     /// All of it is bf16.
     pub fn is_bf16(&self) -> bool {
         self.parts.iter().all(|part| part.stored == Stored::Bf16)
+    }
+
+    /// The same numbers, however they are stored.
+    pub fn equals(&self, other: &Self) -> bool {
+        if let ([one], [two]) = (self.parts.as_slice(), other.parts.as_slice())
+            && (one.stored, one.transposed, one.rows) == (two.stored, two.transposed, two.rows)
+        {
+            return one.bytes == two.bytes;
+        }
+        let (mut tiles, mut others) = (Tiles::<f32>::default(), Tiles::<f32>::default());
+        (self.rows(), self.width) == (other.rows(), other.width)
+            && (0..self.rows()).all(|row| self.row(row, &mut tiles) == other.row(row, &mut others))
     }
 
     /// The model and the tensor that row `row` belongs to, for messages.
