@@ -255,6 +255,11 @@ impl Backend for Candle {
         Ok(())
     }
 
+    fn copy(&mut self, x: &Buffer, out: &mut Buffer) -> Result<()> {
+        out.tensor = Some(x.tensor()?.clone());
+        Ok(())
+    }
+
     fn pick(&mut self, x: &Buffer, rows: &[usize], out: &mut Buffer) -> Result<()> {
         let x = x.tensor()?;
         // NOTE: as many rows as there are need not be all of them in order.

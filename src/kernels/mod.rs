@@ -149,6 +149,9 @@ pub trait Backend {
         out: &mut Self::Buffer,
     ) -> Result<()>;
 
+    /// `out = x`
+    fn copy(&mut self, x: &Self::Buffer, out: &mut Self::Buffer) -> Result<()>;
+
     /// `out[i] = x[rows[i]]`
     fn pick(&mut self, x: &Self::Buffer, rows: &[usize], out: &mut Self::Buffer) -> Result<()>;
 

@@ -190,6 +190,11 @@ impl AttentionSpec {
         self.kv_heads * self.head_dim
     }
 
+    /// The shape of a layer's cache.
+    pub fn kv_shape(&self, blocks: usize, block_size: usize) -> KvShape {
+        KvShape { blocks, block_size, kv_heads: self.kv_heads, head_dim: self.head_dim }
+    }
+
     /// Width of queries, keys and values side by side.
     pub fn qkv_width(&self) -> usize {
         self.q_width() + 2 * self.kv_width()

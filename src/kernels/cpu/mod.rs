@@ -93,13 +93,12 @@ impl Buffer {
         &mut self.values[..self.rows * self.width]
     }
 
-    /// Makes it hold `rows` rows of `width`.
+    /// Makes it hold `rows` rows of `width`; layers may differ in their widths.
     fn resize(&mut self, rows: usize, width: usize) -> Result<()> {
-        if width != self.width || rows * width > self.values.len() {
-            let room = self.values.len() / self.width.max(1);
-            return Err(Error::Msg(format!("{rows} rows of {width} numbers, and room for {room} of {}", self.width)));
+        if rows * width > self.values.len() {
+            return Err(Error::Msg(format!("{rows} rows of {width} numbers, and room for {} numbers", self.values.len())));
         }
-        self.rows = rows;
+        (self.rows, self.width) = (rows, width);
         Ok(())
     }
 }
@@ -349,6 +348,12 @@ impl Backend for Cpu {
             other => return Err(Error::Msg(format!("experts have no epilogue {other:?}"))),
         };
         self.experts.run(&mut self.pool, &mut self.scratch, x, router, experts, factor, out)
+    }
+
+    fn copy(&mut self, x: &Buffer, out: &mut Buffer) -> Result<()> {
+        out.resize(x.rows, x.width)?;
+        out.values_mut().copy_from_slice(x.values());
+        Ok(())
     }
 
     fn pick(&mut self, x: &Buffer, rows: &[usize], out: &mut Buffer) -> Result<()> {

@@ -1,13 +1,8 @@
-//! Weight matrices as they lie in the files: read row by row, so that no second copy of a matrix is ever made, or as a tensor.
+//! Weight matrices as they lie in the files: read row by row, so that no second copy of a matrix is ever made.
 
 use std::ops::Range;
 
-use candle_core::{Device, Tensor};
 use half::{bf16, f16};
-use rayon::prelude::*;
-
-use super::device_failure;
-use crate::error::Failure;
 
 /// The type of a stored tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,7 +25,7 @@ impl Stored {
     }
 }
 
-/// A matrix `[rows, width]` as it lies in the files: one tensor, or several one below the other.
+/// A matrix `[rows, width]` as it lies in the files: one tensor or a part of it, or several one below the other.
 pub struct StoredMatrix<'a> {
     pub(super) model: &'a str,
     /// Numbers in a row.
@@ -40,10 +35,16 @@ pub struct StoredMatrix<'a> {
 
 pub(super) struct StoredPart<'a> {
     pub name: String,
+    /// Of the whole tensor.
     pub bytes: &'a [u8],
     pub stored: Stored,
-    pub rows: usize,
-    /// Stored as `[width, rows]`.
+    /// The tensor's `(outputs, inputs)`.
+    pub shape: (usize, usize),
+    /// Of these outputs,
+    pub rows: Range<usize>,
+    /// and of each its inputs from here on.
+    pub first_column: usize,
+    /// Stored as `[inputs, outputs]`.
     pub transposed: bool,
 }
 
@@ -61,14 +62,15 @@ impl<'a> StoredMatrix<'a> {
     /// One tensor of f32, for tests.
     #[cfg(test)]
     pub(crate) fn of_f32(bytes: &'a [u8], rows: usize, width: usize, transposed: bool) -> Self {
-        let part = StoredPart { name: "test".into(), bytes, stored: Stored::F32, rows, transposed };
+        let part =
+            StoredPart { name: "test".into(), bytes, stored: Stored::F32, shape: (rows, width), rows: 0..rows, first_column: 0, transposed };
         Self { model: "test", width, parts: vec![part] }
     }
 }
 
 impl StoredMatrix<'_> {
     pub fn rows(&self) -> usize {
-        self.parts.iter().map(|part| part.rows).sum()
+        self.parts.iter().map(|part| part.rows.len()).sum()
     }
 
     /// All of it is bf16.
@@ -79,7 +81,10 @@ impl StoredMatrix<'_> {
     /// The same numbers, however they are stored.
     pub fn equals(&self, other: &Self) -> bool {
         if let ([one], [two]) = (self.parts.as_slice(), other.parts.as_slice())
-            && (one.stored, one.transposed, one.rows) == (two.stored, two.transposed, two.rows)
+            && (one.stored, one.transposed, one.shape) == (two.stored, two.transposed, two.shape)
+            && (&one.rows, one.first_column) == (&two.rows, two.first_column)
+            && one.rows.len() == one.shape.0
+            && self.width == one.shape.1
         {
             return one.bytes == two.bytes;
         }
@@ -104,7 +109,7 @@ impl StoredMatrix<'_> {
             let within = row - first;
             // NOTE: counted from the part's start, so that a tile ends where its tensor ends.
             let start = if part.transposed { within / TILE * TILE } else { within };
-            let count = if part.transposed { TILE.min(part.rows - start) } else { 1 };
+            let count = if part.transposed { TILE.min(part.rows.len() - start) } else { 1 };
             let (rows, values) = &mut tiles.tiles[at];
             *rows = first + start..first + start + count;
             values.resize(count * self.width, T::default());
@@ -115,38 +120,21 @@ impl StoredMatrix<'_> {
         &values[(row - rows.start) * self.width..][..self.width]
     }
 
-    /// The whole, on a device: bf16 on a GPU and where all of it is stored so, else f32.
-    pub fn tensor(&self, device: &Device) -> Result<Tensor, Failure> {
-        if device.is_cpu() && !self.is_bf16() { self.read::<f32>(device) } else { self.read::<bf16>(device) }
-    }
-
-    fn read<T: Number>(&self, device: &Device) -> Result<Tensor, Failure> {
-        let mut values = vec![T::default(); self.rows() * self.width];
-        let mut rest = values.as_mut_slice();
-        for part in &self.parts {
-            let (target, tail) = rest.split_at_mut(part.rows * self.width);
-            let tiles = target.par_chunks_mut(TILE * self.width).enumerate();
-            tiles.for_each(|(tile, target)| part.copy(tile * TILE, target, self.width));
-            rest = tail;
-        }
-        Tensor::from_vec(values, (self.rows(), self.width), device).map_err(device_failure)
-    }
-
     /// The part that holds a row, and that part's first row.
     fn part(&self, row: usize) -> (&StoredPart<'_>, usize) {
         let (mut first, mut last) = (0, &self.parts[0]);
         for part in &self.parts[1..] {
-            if row < first + last.rows {
+            if row < first + last.rows.len() {
                 break;
             }
-            (first, last) = (first + last.rows, part);
+            (first, last) = (first + last.rows.len(), part);
         }
         (last, first)
     }
 }
 
 impl StoredPart<'_> {
-    /// Reads the rows from `first` on into `target [rows, width]`.
+    /// Reads the part's rows from its `first` on into `target [rows, width]`.
     pub fn copy<T: Number>(&self, first: usize, target: &mut [T], width: usize) {
         match self.stored {
             Stored::F32 => self.copy_as(first, target, width, |b: [u8; 4]| T::from_f32(f32::from_le_bytes(b))),
@@ -157,21 +145,26 @@ impl StoredPart<'_> {
 
     fn copy_as<T: Number, const N: usize>(&self, first: usize, target: &mut [T], width: usize, read: impl Fn([u8; N]) -> T) {
         let (values, _) = self.bytes.as_chunks::<N>();
+        let ((outputs, inputs), first) = (self.shape, self.rows.start + first);
         if self.transposed {
             let count = target.len() / width;
             for i in 0..width {
-                for (row, value) in values[i * self.rows + first..][..count].iter().enumerate() {
+                let column = &values[(self.first_column + i) * outputs + first..][..count];
+                for (row, value) in column.iter().enumerate() {
                     target[row * width + i] = read(*value);
                 }
             }
         } else {
-            target.iter_mut().zip(&values[first * width..]).for_each(|(target, value)| *target = read(*value));
+            for (row, target) in target.chunks_exact_mut(width).enumerate() {
+                let source = &values[(first + row) * inputs + self.first_column..][..width];
+                target.iter_mut().zip(source).for_each(|(target, value)| *target = read(*value));
+            }
         }
     }
 }
 
 /// A type weights are read as.
-pub trait Number: Copy + Default + Send + Sync + candle_core::WithDType {
+pub trait Number: Copy + Default + Send + Sync {
     fn from_f32(x: f32) -> Self;
     fn from_bf16(x: bf16) -> Self;
 }
@@ -226,10 +219,11 @@ mod tests {
             let kinds = [Stored::F32, Stored::F16, Stored::Bf16];
             let data: Vec<_> =
                 parts.iter().enumerate().map(|(n, (rows, kind, transposed))| bytes(n, *rows, width, kinds[*kind], *transposed)).collect();
-            let stored = parts.iter().zip(&data).map(|((rows, kind, transposed), bytes)| StoredPart {
-                name: "w".into(), bytes, stored: kinds[*kind], rows: *rows, transposed: *transposed,
-            });
-            let matrix = StoredMatrix { model: "test", width, parts: stored.collect() };
+            let part = |(n, (rows, kind, transposed)): (usize, &(usize, usize, bool))| StoredPart {
+                name: "w".into(), bytes: &data[n], stored: kinds[*kind], shape: (*rows, width), rows: 0..*rows, first_column: 0,
+                transposed: *transposed,
+            };
+            let matrix = StoredMatrix { model: "test", width, parts: parts.iter().enumerate().map(part).collect() };
             let expected: Vec<Vec<f32>> = parts.iter().enumerate()
                 .flat_map(|(n, (rows, ..))| (0..*rows).map(move |row| (0..width).map(|i| value(n, row, i)).collect()))
                 .collect();
@@ -241,8 +235,19 @@ mod tests {
                 let half: Vec<f32> = matrix.row(row, &mut halves).iter().map(|x| x.to_f32()).collect();
                 prop_assert_eq!(&half, &expected[row]);
             }
-            let tensor = matrix.tensor(&Device::Cpu).unwrap().to_dtype(candle_core::DType::F32).unwrap();
-            prop_assert_eq!(tensor.to_vec2::<f32>().unwrap(), expected);
+            // A part of each tensor: some of its rows, and of those some columns.
+            let cut = |(n, (rows, ..)): (usize, &(usize, usize, bool))| {
+                let part = part((n, &parts[n]));
+                StoredPart { rows: rows / 3..*rows, first_column: width / 2, ..part }
+            };
+            let cut = StoredMatrix { model: "test", width: width - width / 2, parts: parts.iter().enumerate().map(cut).collect() };
+            let expected: Vec<Vec<f32>> = parts.iter().enumerate()
+                .flat_map(|(n, (rows, ..))| (rows / 3..*rows).map(move |row| (width / 2..width).map(|i| value(n, row, i)).collect()))
+                .collect();
+            let mut tiles = Tiles::<f32>::default();
+            for (row, expected) in expected.iter().enumerate() {
+                prop_assert_eq!(cut.row(row, &mut tiles), &expected[..]);
+            }
         }
     }
 }
