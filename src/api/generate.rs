@@ -16,6 +16,7 @@ use tokio::task::JoinHandle;
 use crate::api::Service;
 use crate::api::logprobs::Reported;
 use crate::api::openai::Prepared;
+use crate::api::tally::Tally;
 use crate::engine::detokenize::Detokenizer;
 use crate::engine::{Event, Finish, Generation, Request, Token};
 use crate::error::Failure;
@@ -68,6 +69,8 @@ pub struct Run {
     pub prompt_tokens: usize,
     /// So far, of the pieces given out.
     pub completion_tokens: usize,
+    /// Where the request's tokens are counted for the log.
+    tally: Arc<Tally>,
     /// Choices of each prompt.
     candidates: usize,
     /// Prompt tokens found in the prefix cache, by prompt; the first of its choices to run says how many.
@@ -126,7 +129,9 @@ impl Run {
         let task = tokio::spawn(async move { choices.into_iter().collect::<FuturesUnordered<_>>().collect::<()>().await });
         let prompt_tokens = request.prompts.iter().map(|prompt| prompt.len()).sum();
         let cached = vec![None; request.prompts.len()];
-        Ok(Self { pieces, task, open, failure: None, prompt_tokens, completion_tokens: 0, candidates: options.candidates, cached })
+        let tally = Tally::current();
+        tally.add_prompt(prompt_tokens);
+        Ok(Self { pieces, task, open, failure: None, prompt_tokens, completion_tokens: 0, tally, candidates: options.candidates, cached })
     }
 
     /// Prompt tokens that were found in the prefix cache: what the first choice of each prompt found, not what it left for the others.
@@ -164,6 +169,7 @@ impl Run {
                 *known = Some(known.map_or(cached, |known| known.min(cached)));
             }
             self.completion_tokens += piece.tokens.len();
+            self.tally.add_output(piece.tokens.len());
             self.open -= usize::from(piece.ending.is_some());
         }
         Some(Ok(ready))

@@ -27,6 +27,7 @@ mod native;
 pub mod openai;
 mod options;
 mod prompt;
+pub mod tally;
 #[cfg(test)]
 mod tests;
 

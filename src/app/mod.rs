@@ -1,9 +1,10 @@
 //! Assembly: find files → load → start engine → worker or server → drain → stop.
 
+use std::io::{ErrorKind, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
-use crate::config::{Args, Command, Settings, Surroundings};
+use crate::config::{Args, Command, Mistake, Settings, Surroundings};
 use crate::error::Failure;
 use crate::telemetry;
 
@@ -43,22 +44,21 @@ pub fn main() -> ExitCode {
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(EXIT_USAGE));
         }
     };
-    let settings = match Settings::resolve(&args, &Surroundings::of_process()) {
+    let surroundings = Surroundings::of_process();
+    let mut settings = match Settings::resolve(&args, &surroundings) {
         Ok(settings) => settings,
-        Err(mistakes) => {
-            for mistake in mistakes {
-                eprintln!("{mistake}");
-            }
-            return ExitCode::FAILURE;
-        }
+        Err(mistakes) => return refuse(&args, &surroundings, &mistakes),
     };
     let Some(mode) = choose(&args, &settings) else {
         let _ = Args::clap_command().print_help();
-        eprintln!(
+        complain(&format!(
             "\nNothing to do: give a command, a job (--test_input or {TEST_INPUT_FILE}), PORT, or the platform's RUNPOD_WEBHOOK_GET_JOB."
-        );
+        ));
         return ExitCode::from(EXIT_USAGE);
     };
+    // An endpoint with GPUs that computes on the CPU would bill its owner for them, and answer nobody in time.
+    let as_queue_worker = matches!(mode, Mode::Queue) || (matches!(mode, Mode::Check) && settings.runpod.get_job.is_some());
+    settings.engine.gpu_required = cfg!(feature = "cuda") && as_queue_worker;
     start_logging(&mode, &settings);
     // `check` has them in its report.
     for warning in settings.warnings.iter().filter(|_| !matches!(mode, Mode::Check)) {
@@ -99,6 +99,24 @@ fn choose(args: &Args, settings: &Settings) -> Option<Mode> {
     settings.server.port.map(|_| Mode::Http)
 }
 
+/// Tells what is wrong with the settings: a queue worker's owner, who sees no stderr, by the platform's log and an unhealthy ping.
+fn refuse(args: &Args, surroundings: &Surroundings, mistakes: &[Mistake]) -> ExitCode {
+    let settings = Settings::salvage(args, surroundings);
+    if !matches!(choose(args, &settings), Some(Mode::Queue)) {
+        mistakes.iter().for_each(|mistake| complain(&mistake.to_string()));
+        return ExitCode::FAILURE;
+    }
+    start_logging(&Mode::Queue, &settings);
+    let problems = mistakes.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+    match runtime() {
+        Ok(runtime) => runtime.block_on(queue::refused(&settings.runpod, &problems)),
+        Err(failure) => {
+            tracing::error!("the settings are refused: {problems}; {failure}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
 fn start_logging(mode: &Mode, settings: &Settings) {
     use crate::config::LogLevel;
     // The platform reads a queue worker's lines from stdout; everywhere else stdout is for results.
@@ -118,14 +136,18 @@ fn start_logging(mode: &Mode, settings: &Settings) {
     });
 }
 
-fn run(mode: Mode, settings: Settings) -> Result<ExitCode, Failure> {
-    // Two threads carry all input and output: the processors belong to the engine.
-    let runtime = tokio::runtime::Builder::new_multi_thread()
+/// Two threads carry all input and output: the processors belong to the engine.
+fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
+    tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_name("io")
         .enable_all()
         .build()
-        .map_err(|error| Failure::internal(format!("cannot start the runtime: {error}")))?;
+        .map_err(|error| Failure::internal(format!("cannot start the runtime: {error}")))
+}
+
+fn run(mode: Mode, settings: Settings) -> Result<ExitCode, Failure> {
+    let runtime = runtime()?;
     let code = runtime.block_on(async {
         match mode {
             Mode::Serve => serve::serve(settings).await,
@@ -150,8 +172,16 @@ async fn pull_model(settings: Settings, pull: crate::config::PullArgs) -> Result
     Ok(ExitCode::SUCCESS)
 }
 
-/// A line of results.
-#[allow(clippy::print_stdout)]
+/// A line of results. Whoever read them may have seen enough (`check | head -1`): that is no fault, and what else there is to do goes on.
 fn say(line: &str) {
-    println!("{line}");
+    let mut stdout = std::io::stdout().lock();
+    match writeln!(stdout, "{line}").and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => tracing::error!("stdout cannot be written: {error}"),
+        _ => {}
+    }
+}
+
+/// A line on stderr, if anybody reads it.
+fn complain(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }

@@ -11,12 +11,16 @@ use crate::config::{RunpodSettings, Settings};
 use crate::error::Failure;
 use crate::runpod::{self, Ended, Handler, Worker};
 
-/// Jobs per row of the engine that a worker takes when MAX_CONCURRENCY says nothing: while one set runs, the next is at hand.
-const JOBS_PER_ROW: usize = 2;
+/// For each so many rows, one more job is taken than can run when MAX_CONCURRENCY says nothing: it is at hand when a row becomes free. More
+/// would wait here while a worker elsewhere is idle, and their time limit runs.
+const ROWS_PER_WAITING_JOB: usize = 8;
 
 /// Queue mode.
 pub async fn run(settings: Settings) -> Result<ExitCode, Failure> {
     tracing::info!("worker-candle {}: queue worker", env!("CARGO_PKG_VERSION"));
+    if let Err(problem) = runpod::check(&settings.runpod) {
+        return Ok(refused(&settings.runpod, &problem).await);
+    }
     let shutdown = Shutdown::listen()?;
     let loading = model::load(&settings);
     let loaded = tokio::select! {
@@ -38,6 +42,13 @@ pub async fn run(settings: Settings) -> Result<ExitCode, Failure> {
     }
 }
 
+/// Settings that do not hold: their owner sees one line in the endpoint's log and an unhealthy worker.
+pub async fn refused(settings: &RunpodSettings, problems: &str) -> ExitCode {
+    tracing::error!("the settings are refused: {problems}");
+    runpod::report_unhealthy(settings, "settings", problems).await;
+    ExitCode::FAILURE
+}
+
 /// Jobs taken at once: no more than the engine has places, for whoever takes a job keeps it from other workers.
 fn concurrency(wanted: Option<usize>, rows: usize, waiting: usize) -> usize {
     let most = rows.saturating_add(waiting);
@@ -47,7 +58,7 @@ fn concurrency(wanted: Option<usize>, rows: usize, waiting: usize) -> usize {
              MAX_WAITING={waiting} that wait)"
         );
     }
-    wanted.unwrap_or(JOBS_PER_ROW * rows).min(most)
+    wanted.unwrap_or(rows.saturating_add(rows.div_ceil(ROWS_PER_WAITING_JOB))).min(most)
 }
 
 /// A worker that answers jobs with this model.
@@ -59,7 +70,7 @@ pub fn worker(settings: &RunpodSettings, loaded: &Loaded) -> Worker {
         let service = service.clone();
         async move { service.job(job.input, &job.id).await }.boxed()
     });
-    Worker::new(settings, concurrency, handler).healthy(move || engine.stats().healthy)
+    Worker::new(settings, concurrency, handler).faults(engine.failures())
 }
 
 #[cfg(test)]
@@ -68,9 +79,11 @@ mod tests {
 
     #[test]
     fn no_more_jobs_are_taken_than_there_are_places() {
-        assert_eq!(concurrency(None, 16, 512), 32);
+        assert_eq!(concurrency(None, 1, 512), 2);
+        assert_eq!(concurrency(None, 16, 512), 18);
+        assert_eq!(concurrency(None, 256, 512), 288);
         assert_eq!(concurrency(Some(512), 16, 512), 512);
         assert_eq!(concurrency(Some(600), 16, 512), 528);
-        assert_eq!(concurrency(None, 16, 4), 20);
+        assert_eq!(concurrency(None, 16, 1), 17);
     }
 }

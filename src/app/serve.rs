@@ -4,15 +4,18 @@ use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use futures::FutureExt;
+use futures::{FutureExt, StreamExt};
+use serde_json::Value;
 use tokio::net::TcpListener;
 
 use super::model::{self, Loaded};
 use super::queue;
 use super::say;
 use super::signals::Shutdown;
-use crate::api::Service;
+use crate::api::tally::{End, Tally};
+use crate::api::{Answer, Call, Service};
 use crate::config::{RunpodSettings, Secret, Settings};
+use crate::engine::Handle;
 use crate::error::{Failure, Kind};
 use crate::runpod::Ended;
 use crate::server::{self, Door, Endpoints, Metrics, Options, Phase, Readiness, endpoint};
@@ -43,22 +46,30 @@ pub async fn serve(settings: Settings) -> Result<ExitCode, Failure> {
     direct.ready(&loaded.service);
     welcome(&base, &loaded);
     let runpod = attached(&settings, &base);
-    let (readiness, closing_endpoints) = (direct.readiness.clone(), endpoints.clone());
+    let (readiness, closing_endpoints, engine) = (direct.readiness.clone(), endpoints.clone(), loaded.engine.clone());
     let asked = {
         let shutdown = shutdown.clone();
         async move {
-            shutdown.asked().await;
-            readiness.set(Phase::Draining);
-            // The worker's own held polls end, so that it need not wait for them.
-            closing_endpoints.close();
+            // The worker's own held polls end in either case, so that it need not wait for them.
+            tokio::select! {
+                () = shutdown.asked() => {
+                    readiness.set(Phase::Draining);
+                    closing_endpoints.close();
+                }
+                _ = engine.failed() => {
+                    closing_endpoints.close();
+                    // The worker hears of it by itself.
+                    std::future::pending().await
+                }
+            }
         }
     };
     let ended = queue::worker(&runpod, &loaded).run(asked).await.map_err(Failure::internal)?;
     // Direct requests are in the engine, not in the worker.
-    loaded.engine.idle(settings.runpod.drain_timeout.unwrap_or(DRAIN_TIMEOUT)).await;
+    let ended = drained(&loaded.engine, ended, &settings).await;
     let _ = closing.send(());
     let _ = server.await;
-    Ok(if ended == Ended::Drained { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(exit_code(ended))
 }
 
 /// The local endpoint alone. Prints the variables with which workers attach.
@@ -100,14 +111,27 @@ pub async fn http(settings: Settings) -> Result<ExitCode, Failure> {
     let loaded = loaded.inspect_err(|_| direct.readiness.set(Phase::Failed))?;
     direct.ready(&loaded.service);
     tracing::info!("OpenAI API at {base}/v1");
-    shutdown.asked().await;
-    direct.readiness.set(Phase::Draining);
-    loaded.engine.idle(settings.runpod.drain_timeout.unwrap_or(DRAIN_TIMEOUT)).await;
+    let ended = direct.end(&loaded.engine, shutdown.asked(), &settings).await;
     for (closing, server) in [Some((closing, server)), health].into_iter().flatten() {
         let _ = closing.send(());
         let _ = server.await;
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(exit_code(ended))
+}
+
+/// Waits until the engine has answered what it holds, and tells how it ended after all.
+async fn drained(engine: &Handle, ended: Ended, settings: &Settings) -> Ended {
+    let limit = settings.runpod.drain_timeout.unwrap_or(DRAIN_TIMEOUT);
+    // A broken engine has nothing more to compute: its failures only have to be written.
+    engine.idle(if ended == Ended::Unhealthy { limit.min(RESPONSES_END) } else { limit }).await;
+    if engine.failure().is_some() { Ended::Unhealthy } else { ended }
+}
+
+fn exit_code(ended: Ended) -> ExitCode {
+    match ended {
+        Ended::Drained => ExitCode::SUCCESS,
+        Ended::Unhealthy => ExitCode::FAILURE,
+    }
 }
 
 /// The direct door: closed until the model is there.
@@ -127,7 +151,7 @@ impl Direct {
             let service = service.get().cloned();
             async move {
                 match service {
-                    Some(service) => service.call(call).await,
+                    Some(service) => logged(service, call).await,
                     None => Err(Failure::new(Kind::Loading, "the model is still loading").code("model_loading").retry_after(1)),
                 }
             }
@@ -154,6 +178,70 @@ impl Direct {
         tokio::spawn(async move {
             engine.failed().await;
             readiness.set(Phase::Failed);
+        });
+    }
+
+    /// Serves until it is told to stop or the engine breaks, and then until what the engine holds is answered.
+    async fn end(&self, engine: &Handle, asked: impl Future<Output = ()>, settings: &Settings) -> Ended {
+        let ended = tokio::select! {
+            () = asked => {
+                self.readiness.set(Phase::Draining);
+                Ended::Drained
+            }
+            failure = engine.failed() => {
+                self.readiness.set(Phase::Failed);
+                tracing::error!("no more requests are taken: {failure}");
+                Ended::Unhealthy
+            }
+        };
+        drained(engine, ended, settings).await
+    }
+}
+
+/// Answers a call, and tells its end in the log. (Of a GET only a scraper's rhythm would be seen.)
+async fn logged(service: Arc<Service>, call: Call) -> Result<Answer, Failure> {
+    if call.method != "POST" {
+        return service.call(call).await;
+    }
+    let tally = Tally::begin();
+    let mut closing = Closing { request_id: call.request_id.clone(), tally: tally.clone(), end: None };
+    match tally.around(service.call(call)).await {
+        Ok(Answer::Stream(pieces)) => Ok(Answer::Stream(Box::pin(pieces.inspect(move |piece| closing.see(piece))))),
+        whole => {
+            closing.end = Some(whole.as_ref().map(|_| ()).map_err(Clone::clone));
+            whole
+        }
+    }
+}
+
+/// Writes the last line of a direct request, when its answer is out or dropped.
+struct Closing {
+    request_id: String,
+    tally: Arc<Tally>,
+    /// How it ended; `None` while it has not.
+    end: Option<Result<(), Failure>>,
+}
+
+impl Closing {
+    /// A stream's last frame says so; a failure may follow it.
+    fn see(&mut self, piece: &Result<Value, Failure>) {
+        match piece {
+            Err(failure) => self.end = Some(Err(failure.clone())),
+            Ok(Value::String(frames)) if frames.ends_with("data: [DONE]\n\n") => self.end = Some(Ok(())),
+            Ok(_) => {}
+        }
+    }
+}
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        let span = tracing::error_span!("request", request_id = %self.request_id);
+        span.in_scope(|| {
+            self.tally.log(&match &self.end {
+                Some(Ok(())) => End::Completed,
+                Some(Err(failure)) => End::Failed(failure),
+                None => End::Gone,
+            });
         });
     }
 }
@@ -233,10 +321,11 @@ mod tests {
     use crate::config::ApiSettings;
     use crate::engine;
     use crate::models::tokenizer::Tokenizer;
-    use crate::models::{Output, Plan, Runner, Shape, demo};
-    use serde_json::{Value, json};
+    use crate::models::{Fault, Output, Plan, Runner, Shape, StepError, demo};
+    use crate::runpod::tests::queue::{Queue, Reply, Route};
+    use serde_json::json;
 
-    /// Panics when a prompt has more than ten tokens, and says the same token otherwise.
+    /// Panics when a prompt has more than ten tokens, loses its device when it has exactly one, and says the same token otherwise.
     struct Fragile(Shape);
 
     impl Runner for Fragile {
@@ -244,8 +333,11 @@ mod tests {
             &self.0
         }
 
-        fn step(&mut self, plan: &Plan) -> Result<Output, Failure> {
+        fn step(&mut self, plan: &Plan) -> Result<Output, StepError> {
             assert!(plan.tokens.len() <= 10, "told to");
+            if plan.rows.iter().any(|row| row.context == 1) {
+                return Err(StepError::new(Fault::Device, Failure::internal("device: CUDA_ERROR_ILLEGAL_ADDRESS")));
+            }
             Ok(Output { tokens: vec![400; plan.rows.len()], ..Default::default() })
         }
     }
@@ -306,5 +398,59 @@ mod tests {
         }
         assert_eq!(complete("Hi").await.unwrap().status(), 503);
         assert!(get("/metrics").await.unwrap().text().await.unwrap().contains("worker_candle_healthy{model_name=\"demo\"} 0\n"));
+    }
+
+    #[tokio::test]
+    async fn http_ends_with_its_device_and_answers_what_it_holds() {
+        let service = service().await;
+        let direct = Direct::new();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let base = format!("http://{}", listener.local_addr().unwrap());
+        let settings = Settings::default();
+        let router = server::direct(direct.door(), direct.readiness.clone(), None, &direct.options(&settings));
+        let (_closing, _server) = spawn_server(listener, router);
+        direct.ready(&service);
+        let ask = async {
+            let client = reqwest::Client::builder().no_proxy().build().unwrap();
+            let body = json!({"prompt": [400], "max_tokens": 3});
+            client.post(format!("{base}/v1/completions")).json(&body).send().await.unwrap()
+        };
+        let (ended, failed) = tokio::join!(direct.end(&service.engine, std::future::pending(), &settings), ask);
+        assert_eq!((ended, failed.status().as_u16()), (Ended::Unhealthy, 500));
+        let error = failed.json::<Value>().await.unwrap();
+        assert!(error["error"]["message"].as_str().unwrap().contains("CUDA_ERROR_ILLEGAL_ADDRESS"), "{error}");
+        assert_eq!(direct.readiness.phase(), Phase::Failed);
+    }
+
+    #[tokio::test]
+    async fn a_queue_worker_ends_with_its_device_and_answers_what_it_holds() {
+        let service = service().await;
+        let queue = Queue::start().await;
+        let settings = RunpodSettings {
+            get_job: Some(format!("{}/job-take/$ID", queue.base)),
+            post_output: Some(format!("{}/job-done/$RUNPOD_POD_ID/$ID", queue.base)),
+            ping: Some(format!("{}/ping/$RUNPOD_POD_ID", queue.base)),
+            api_key: Some(Secret::new("key")),
+            worker_id: Some("pod1".into()),
+            ..Default::default()
+        };
+        let jobs = json!([{"id": "lost", "input": {"input_ids": [400], "max_tokens": 3}}, {"id": "other", "input": {"prompt": "Hi", "max_tokens": 1}}]);
+        queue.script(Route::Take, [Reply::Json(jobs)]);
+        let loaded = Loaded { engine: service.engine.clone(), service };
+        let running = queue::worker(&settings, &loaded).run(std::future::pending());
+        let platform = async {
+            queue.wait(Route::Done, 2).await;
+            // The poll that was open comes back empty, as the platform's do in the end.
+            queue.script(Route::Take, [Reply::Status(204)]);
+        };
+        let (ended, ()) = tokio::time::timeout(Duration::from_secs(20), async { tokio::join!(running, platform) }).await.expect("an end");
+        assert_eq!(ended, Ok(Ended::Unhealthy));
+        let done = queue.seen(Route::Done);
+        assert_eq!(done.len(), 2, "both are answered, once: {done:?}");
+        let lost = done.iter().find(|seen| seen.line.contains("/lost?")).unwrap().json();
+        assert!(lost["error"].as_str().unwrap().contains("CUDA_ERROR_ILLEGAL_ADDRESS"), "{lost}");
+        assert_eq!(lost["stopPod"], true);
+        let pings = queue.lines(Route::Ping);
+        assert!(pings.iter().any(|line| line.contains("status=unhealthy&check=engine")), "{pings:?}");
     }
 }

@@ -134,6 +134,8 @@ impl Quantization {
 #[derive(Debug, Clone, Default)]
 pub struct EngineSettings {
     pub device: DeviceChoice,
+    /// `DEVICE=auto` means a GPU, and never falls back to the CPU: so in a queue worker of a CUDA build.
+    pub gpu_required: bool,
     pub threads: Option<usize>,
     pub quantization: Quantization,
     /// Activations may be rounded to bf16 (`DTYPE`).
@@ -256,7 +258,7 @@ pub struct RunpodSettings {
     pub worker_id: Option<String>,
     pub gpu_type_id: Option<String>,
     pub endpoint_id: Option<String>,
-    /// Jobs at once; `None` = 2 × max_num_seqs.
+    /// Jobs at once; `None` = max_num_seqs and an eighth more.
     pub max_concurrency: Option<usize>,
     /// How long SIGTERM waits for running jobs; default 600 s.
     pub drain_timeout: Option<Duration>,

@@ -28,6 +28,13 @@ impl Settings {
         settings.warnings = reader.merged.warnings;
         Ok(settings)
     }
+
+    /// What can be read of settings that do not hold, the rest as if it were not set: enough to tell the platform that they do not.
+    pub fn salvage(args: &Args, surroundings: &Surroundings) -> Self {
+        let mut merged = Merged::read(args, surroundings);
+        let env = merged.env();
+        Reader { merged, mistakes: Vec::new() }.settings(&env)
+    }
 }
 
 /// Reads values and collects what is wrong with them.
@@ -87,6 +94,7 @@ impl Reader {
         let gigabytes = self.number("KV_CACHE_GB", &env.kv_cache_gb, &["auto"], "above 0", |value| value > 0.0);
         let settings = EngineSettings {
             device: self.device(env),
+            gpu_required: false,
             threads: self.count("THREADS", &env.threads, 1, &["auto", "0"]),
             quantization: self.quantization(env),
             bf16_activations: self.choice("DTYPE", &env.dtype, &[("auto", false), ("bfloat16", true), ("bf16", true)]).unwrap_or_default(),

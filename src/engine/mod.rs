@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use crate::error::Failure;
 use crate::models::{Logprobs, LogprobsSpec};
@@ -157,8 +157,8 @@ pub(crate) struct Shared {
     pub(crate) stats: std::sync::Mutex<Stats>,
     /// Submitted and not yet counted in `stats.waiting`.
     pub(crate) submitted: AtomicUsize,
-    /// Becomes true with `stats.healthy = false`.
-    pub(crate) failed: tokio::sync::watch::Sender<bool>,
+    /// What broke the engine; set with `stats.healthy = false`.
+    pub(crate) failed: watch::Sender<Option<Failure>>,
 }
 
 pub(crate) enum Command {
@@ -221,8 +221,8 @@ impl Handle {
 
     fn check(&self, request: &Request) -> Result<(), Failure> {
         let (limits, stats) = (self.limits(), self.stats());
-        if !stats.healthy {
-            return Err(Failure::internal("the engine has failed; this worker must be restarted"));
+        if let Some(failure) = self.failure() {
+            return Err(failure);
         }
         if request.prompt.is_empty() {
             return Err(Failure::bad_request("prompt", "the prompt has no tokens"));
@@ -253,10 +253,24 @@ impl Handle {
         submitted + stats.running + stats.waiting
     }
 
-    /// Waits for a fault that only a restart mends.
-    pub async fn failed(&self) {
-        // The sender lives as long as this handle does.
-        let _ = self.shared.failed.subscribe().wait_for(|failed| *failed).await;
+    /// The fault that broke the engine and that only a restart mends, from the moment it is found.
+    pub fn failures(&self) -> watch::Receiver<Option<Failure>> {
+        self.shared.failed.subscribe()
+    }
+
+    /// The same as far as it is known now.
+    pub fn failure(&self) -> Option<Failure> {
+        self.shared.failed.borrow().clone()
+    }
+
+    /// Waits for such a fault.
+    pub async fn failed(&self) -> Failure {
+        let mut failures = self.failures();
+        match failures.wait_for(Option::is_some).await.map(|failure| failure.clone()) {
+            Ok(Some(failure)) => failure,
+            // The sender lives as long as this handle does.
+            _ => std::future::pending().await,
+        }
     }
 
     /// Waits until nothing runs or waits, or until `limit` has passed; true when idle.

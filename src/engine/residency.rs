@@ -67,8 +67,7 @@ mod tests {
 
     use super::*;
     use crate::engine::{Event, Options, Request, SamplingParams, start};
-    use crate::error::Failure;
-    use crate::models::{Output, Plan, Shape};
+    use crate::models::{Output, Plan, Shape, StepError};
 
     /// Has slices to take, each of which lasts a while.
     struct Slow {
@@ -89,7 +88,7 @@ mod tests {
             &self.shape
         }
 
-        fn step(&mut self, plan: &Plan) -> Result<Output, Failure> {
+        fn step(&mut self, plan: &Plan) -> Result<Output, StepError> {
             std::thread::sleep(Duration::from_millis(1));
             Ok(Output { tokens: vec![1; plan.rows.iter().filter(|row| row.draw.is_some()).count()], ..Default::default() })
         }

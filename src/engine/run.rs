@@ -15,7 +15,10 @@ use super::scheduler::{Outcome, Scheduler};
 use super::sequence::{Sequence, SequenceId};
 use super::{Command, Event, Finish, Handle, Limits, Options, Shared, Stats, Submitted};
 use crate::error::{Failure, Kind};
-use crate::models::{Output, Plan, Runner};
+use crate::models::{Fault, Output, Plan, Runner, StepError};
+
+/// So many steps that fail one after the other, none of them by its requests' fault, are taken for a broken engine.
+const FAILING_STEPS: u32 = 3;
 
 /// Starts the engine's thread, loads the model on it by `load`, and returns the door once it is ready to run.
 ///
@@ -42,7 +45,7 @@ where
             memory_bound: shape.memory_bound.then_some((shape.blocks, shape.block_size)),
         };
         let stats = Stats { blocks_total: shape.blocks, blocks_free: shape.blocks, healthy: true, ..Default::default() };
-        let failed = tokio::sync::watch::Sender::new(false);
+        let failed = tokio::sync::watch::Sender::new(None);
         let shared = Arc::new(Shared { limits, commands, stats: Mutex::new(stats), submitted: 0.into(), failed });
         let worker = Worker::new(runner, Arc::downgrade(&shared), &options);
         if ready.send(Ok(Handle { shared })).is_ok()
@@ -85,15 +88,17 @@ struct Worker<R> {
     /// Prompt tokens computed so far.
     computed_prompt: u64,
     residency: Residency,
+    /// Steps that have failed since the last good one.
+    failing: u32,
 }
 
 impl Shared {
     /// From here on only a restart helps.
-    fn fail(&self) {
+    fn fail(&self, failure: Failure) {
         if let Ok(mut stats) = self.stats.lock() {
             stats.healthy = false;
         }
-        self.failed.send_replace(true);
+        self.failed.send_replace(Some(failure));
     }
 }
 
@@ -102,8 +107,9 @@ impl<R> Drop for Worker<R> {
     fn drop(&mut self) {
         if std::thread::panicking()
             && let Some(shared) = self.shared.upgrade()
+            && shared.failed.borrow().is_none()
         {
-            shared.fail();
+            shared.fail(beyond_repair("it panicked"));
         }
     }
 }
@@ -125,6 +131,7 @@ impl<R: Runner> Worker<R> {
             log: Log::new(options.log_stats),
             computed_prompt: 0,
             residency: Residency::default(),
+            failing: 0,
         }
     }
 
@@ -186,9 +193,9 @@ impl<R: Runner> Worker<R> {
     fn submit(&mut self, submitted: Submitted) {
         let Submitted { request, events, at, complete } = submitted;
         self.taken += 1;
-        // It was on its way here when a step panicked.
-        if !self.stats.healthy {
-            let _ = events.send(Event::Failed(unknown_state()));
+        // It was on its way here when the engine broke.
+        if let Some(failure) = self.shared.upgrade().and_then(|shared| shared.failed.borrow().clone()) {
+            let _ = events.send(Event::Failed(failure));
             return;
         }
         let id = self.next_id;
@@ -247,27 +254,60 @@ impl<R: Runner> Worker<R> {
         let now = Instant::now();
         self.stats.metrics.step_time.record_time(now - begin);
         match result {
-            Ok(Ok(output)) => self.settle(output, now),
-            Ok(Err(failure)) => {
+            Ok(Ok(output)) => {
+                self.failing = 0;
+                self.settle(output, now);
+            }
+            Ok(Err(error)) => {
+                let broken = self.breaks(&error);
+                if let Some(reason) = &broken {
+                    self.announce(reason.clone());
+                }
                 let ids = self.scheduler.abandon();
-                self.fail(&ids, &failure, now);
+                self.fail(&ids, broken.as_ref().unwrap_or(&error.failure), now);
+                if let Some(reason) = broken {
+                    self.fail_waiting(&reason, now);
+                }
             }
             Err(panic) => {
-                // The device's state is unknown from here on: everything fails, what waits included, and readiness says so. Before anybody
-                // hears of it: whoever sees the failure must see the state too.
-                self.stats.healthy = false;
-                if let Some(shared) = self.shared.upgrade() {
-                    shared.fail();
-                }
-                let text = panic_text(&*panic);
-                tracing::error!("a step panicked: {text}");
+                tracing::error!("a step panicked: {}", panic_text(&*panic));
+                let reason = beyond_repair("a step panicked");
+                self.announce(reason.clone());
                 let ids = self.scheduler.abandon();
                 self.fail(&ids, &Failure::internal("the engine failed while computing this request"), now);
-                let waiting: Vec<SequenceId> = self.clients.keys().copied().collect();
-                waiting.iter().for_each(|id| self.scheduler.remove(*id));
-                self.fail(&waiting, &unknown_state(), now);
+                self.fail_waiting(&reason, now);
             }
         }
+    }
+
+    /// Whether the engine is beyond repair after this error, and what its requests are then told.
+    fn breaks(&mut self, error: &StepError) -> Option<Failure> {
+        match error.fault {
+            Fault::Request => None,
+            Fault::Device => Some(beyond_repair(&error.failure.message)),
+            Fault::Memory | Fault::Unknown => {
+                self.failing += 1;
+                let often = self.failing >= FAILING_STEPS;
+                often.then(|| beyond_repair(&format!("{} steps in a row have failed, the last by this: {}", self.failing, error.failure)))
+            }
+        }
+    }
+
+    /// The device's state is unknown from here on: nothing more is computed, and readiness says so. To be said before anybody hears of a failed
+    /// request: whoever sees the failure must see the state too.
+    fn announce(&mut self, reason: Failure) {
+        tracing::error!("{reason}");
+        self.stats.healthy = false;
+        if let Some(shared) = self.shared.upgrade() {
+            shared.fail(reason);
+        }
+    }
+
+    /// What was not part of the step that broke the engine fails with it.
+    fn fail_waiting(&mut self, reason: &Failure, now: Instant) {
+        let waiting: Vec<SequenceId> = self.clients.keys().copied().collect();
+        waiting.iter().for_each(|id| self.scheduler.remove(*id));
+        self.fail(&waiting, reason, now);
     }
 
     fn settle(&mut self, output: Output, now: Instant) {
@@ -339,8 +379,9 @@ impl<R: Runner> Worker<R> {
     }
 }
 
-fn unknown_state() -> Failure {
-    Failure::internal("the engine has failed while this request was waiting; this worker must be restarted")
+/// What all requests of a broken engine are told.
+fn beyond_repair(what: &str) -> Failure {
+    Failure::internal(format!("the engine has failed, and this worker must be restarted: {what}"))
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {

@@ -2,6 +2,7 @@
 //!
 //! [`Runner`] is the seam: the engine hands it a [`Plan`] and gets an [`Output`]; tests replace it by a scripted one.
 
+use std::fmt;
 use std::sync::Arc;
 
 pub use crate::config::LogprobsMode;
@@ -214,12 +215,54 @@ pub struct Shape {
     pub memory_bound: bool,
 }
 
+/// What a failed step says about the worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// Something that a request of the plan holds. Its requests fail; it says nothing about the worker.
+    Request,
+    /// The device had too little memory for this step. A smaller one may pass.
+    Memory,
+    /// The device, or its driver, is broken: nothing more can be computed in this process.
+    Device,
+    /// None of these is known to be the cause.
+    Unknown,
+}
+
+/// A step that gave nothing.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StepError {
+    pub fault: Fault,
+    /// What the step's requests are told.
+    pub failure: Failure,
+}
+
+impl StepError {
+    pub fn new(fault: Fault, failure: Failure) -> Self {
+        Self { fault, failure }
+    }
+}
+
+/// A plain failure is a request's own.
+impl From<Failure> for StepError {
+    fn from(failure: Failure) -> Self {
+        Self::new(Fault::Request, failure)
+    }
+}
+
+impl fmt::Display for StepError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.failure.fmt(f)
+    }
+}
+
+impl std::error::Error for StepError {}
+
 /// Runs plans. Owned by the engine's thread, which is also the only one that ever touches its tensors, drops included:
 /// therefore made there, and not `Send`.
 pub trait Runner {
     fn shape(&self) -> &Shape;
-    /// Runs one step. An error fails the requests of the plan, not the worker.
-    fn step(&mut self, plan: &Plan) -> Result<Output, Failure>;
+    /// Runs one step. An error fails the requests of the plan; its [`Fault`] decides whether the worker goes on.
+    fn step(&mut self, plan: &Plan) -> Result<Output, StepError>;
     /// Takes an output back that was read, so that the next step need not allocate one.
     fn recycle(&mut self, _output: Output) {}
     /// Makes about `most` bytes more of the planned memory resident, between two steps; false when all of it is. Taking it when it is

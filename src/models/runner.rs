@@ -14,7 +14,7 @@ use crate::models::memory::{self, LOGITS_ROWS, Memory, MemoryPlan};
 use crate::models::sample;
 use crate::models::transformer::{Transformer, WeightPlan};
 use crate::models::weights::{Checkpoint, device_failure};
-use crate::models::{Draw, Logprobs, LogprobsSpec, Output, Plan, Runner, Shape, Vocabulary};
+use crate::models::{Draw, Fault, Logprobs, LogprobsSpec, Output, Plan, Runner, Shape, StepError, Vocabulary};
 
 /// One model on one device, with its KV cache.
 pub struct ModelRunner {
@@ -68,7 +68,7 @@ impl ModelRunner {
         vocabulary: impl FnOnce() -> Result<V, Failure>,
         settings: &EngineSettings,
     ) -> Result<Self, Failure> {
-        let device = open_device(settings.device)?;
+        let device = device_of(settings)?;
         let threads = memory::threads(settings);
         let config = Architecture::from_files(files)?;
         let checkpoint = Checkpoint::open(files, &config)?;
@@ -131,6 +131,7 @@ impl ModelRunner {
 
     /// Logits `[draws, vocab]` of a plan, as the sampler would see them.
     pub fn logits(&mut self, plan: &Plan) -> Result<Vec<Vec<f32>>, Failure> {
+        self.check_ids(plan)?;
         self.forward(plan).map_err(device_failure)?;
         let mut all = Vec::new();
         let positions: Vec<usize> = wanted(plan).map(|(token, _)| token).collect();
@@ -141,12 +142,17 @@ impl ModelRunner {
         Ok(all)
     }
 
+    /// On a GPU an id outside of the embedding would trip an assertion in a kernel, after which the device is lost to this process.
+    fn check_ids(&self, plan: &Plan) -> Result<(), Failure> {
+        let rows = self.model.shape.vocab_size;
+        match plan.tokens.iter().find(|id| **id as usize >= rows) {
+            Some(id) => Err(Failure::internal(format!("token id {id} is outside the vocabulary of {rows}"))),
+            None => Ok(()),
+        }
+    }
+
     /// Runs the plan's tokens.
     fn forward(&mut self, plan: &Plan) -> candle_core::Result<()> {
-        // On a GPU such an id would trip an assertion in a kernel, after which the device is lost to this process.
-        if let Some(id) = plan.tokens.iter().find(|id| **id as usize >= self.model.shape.vocab_size) {
-            candle_core::bail!("token id {id} is outside the vocabulary of {}", self.model.shape.vocab_size);
-        }
         self.rows.clear();
         let row = |row: &crate::models::Row| BatchRow { start: row.start, len: row.len, context: row.context, blocks: row.blocks.clone() };
         self.rows.extend(plan.rows.iter().map(row));
@@ -290,8 +296,9 @@ impl Runner for ModelRunner {
         &self.plan.shape
     }
 
-    fn step(&mut self, plan: &Plan) -> Result<Output, Failure> {
-        self.forward(plan).map_err(device_failure)?;
+    fn step(&mut self, plan: &Plan) -> Result<Output, StepError> {
+        self.check_ids(plan)?;
+        self.forward(plan).map_err(step_error)?;
         let mut output = std::mem::take(&mut self.spare);
         output.clear();
         let all = wanted(plan).count();
@@ -299,8 +306,8 @@ impl Runner for ModelRunner {
             let count = LOGITS_ROWS.min(all - first);
             self.positions.clear();
             self.positions.extend(wanted(plan).skip(first).take(count).map(|(token, _)| token));
-            self.model.logits(&mut self.values, &self.positions).map_err(device_failure)?;
-            self.answer(plan, first, count, &mut output).map_err(device_failure)?;
+            self.model.logits(&mut self.values, &self.positions).map_err(step_error)?;
+            self.answer(plan, first, count, &mut output).map_err(step_error)?;
         }
         if output.logprobs.iter().all(Option::is_none) {
             output.logprobs.clear();
@@ -338,6 +345,34 @@ impl Runner for ModelRunner {
     }
 }
 
+/// A step's error with its class.
+fn step_error(error: candle_core::Error) -> StepError {
+    StepError::new(fault(&error), device_failure(error))
+}
+
+/// What an error of candle says about the device.
+fn fault(error: &candle_core::Error) -> Fault {
+    use candle_core::Error;
+    match error {
+        Error::WithBacktrace { inner, .. } | Error::WithPath { inner, .. } | Error::Context { inner, .. } => fault(inner),
+        Error::Cuda(_) | Error::Wrapped(_) | Error::WrappedContext { .. } => cuda_fault(&error.to_string()),
+        _ => Fault::Unknown,
+    }
+}
+
+/// The class of an error by the codes that CUDA's driver and libraries write into it. Memory that ran out leaves the device sound; after
+/// the others (an illegal address, a failed assertion, a lost device) every further call fails, too.
+fn cuda_fault(words: &str) -> Fault {
+    let has = |codes: &[&str]| codes.iter().any(|code| words.contains(code));
+    if has(&["CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED", "CURAND_STATUS_ALLOCATION_FAILED"]) {
+        Fault::Memory
+    } else if has(&["CUDA_ERROR_", "CUBLAS_STATUS_", "CURAND_STATUS_"]) {
+        Fault::Device
+    } else {
+        Fault::Unknown
+    }
+}
+
 /// What [`ModelRunner::load`] would plan, without reading the weights.
 pub struct Planned {
     /// The device's name.
@@ -348,7 +383,7 @@ pub struct Planned {
 
 impl Planned {
     pub fn new(shape: &Architecture, checkpoint: &Checkpoint, vocab_size: usize, settings: &EngineSettings) -> Result<Self, Failure> {
-        let device = open_device(settings.device)?;
+        let device = device_of(settings)?;
         let weights = WeightPlan::new(shape, checkpoint, !device.is_cpu(), settings.quantization)?;
         let element = kv_dtype(&device).size_in_bytes();
         let memory = MemoryPlan::new(shape, vocab_size, weights.bytes, element, device_memory(&device), settings)?;
@@ -400,16 +435,58 @@ fn loading_threads(threads: usize) -> Result<rayon::ThreadPool, Failure> {
         .map_err(|error| Failure::internal(format!("cannot start {threads} loading threads: {error}")))
 }
 
+/// Opens the device of these settings, if it can do what they ask for.
+fn device_of(settings: &EngineSettings) -> Result<Device, Failure> {
+    let device = match settings.device {
+        DeviceChoice::Auto => automatic(cuda::open(0), settings.gpu_required),
+        choice => open_device(choice),
+    }?;
+    if let (Some(name), Some(card)) = (settings.quantization.name(), cuda::capability(&device)) {
+        quantized_kernels(option_env!("CUDA_COMPUTE_CAP"), card)
+            .map_err(|problem| Failure::internal(format!("QUANTIZATION={name}: {problem}")))?;
+    }
+    Ok(device)
+}
+
+/// What `DEVICE=auto` comes to, given what opening the first GPU came to.
+fn automatic(opened: Result<Device, String>, gpu_required: bool) -> Result<Device, Failure> {
+    match opened {
+        Ok(device) => Ok(device),
+        Err(error) if gpu_required => Err(Failure::internal(format!(
+            "DEVICE=auto: no GPU can be used: {error}. A queue worker of a CUDA build does not fall back to the CPU; set DEVICE=cpu if that is meant"
+        ))),
+        Err(error) => {
+            if cfg!(feature = "cuda") {
+                tracing::warn!("no CUDA device can be used, the model runs on the CPU: {error}");
+            }
+            Ok(Device::Cpu)
+        }
+    }
+}
+
+/// Whether candle's kernels for quantized weights run on a card of compute capability `card`. Unlike its other kernels they are machine code
+/// for one architecture, `built` (as `CUDA_COMPUTE_CAP` gives it to the build; without it, the build asked the card of its machine). Such code
+/// runs on the same major version from its minor version on; from 9.0 on it is built with that architecture's own instructions, and runs
+/// there alone.
+fn quantized_kernels(built: Option<&str>, card: (u32, u32)) -> Result<(), String> {
+    let number = |text: &str| text.chars().filter(char::is_ascii_digit).collect::<String>().parse::<u32>().ok();
+    let Some(built) = built.and_then(number).map(|number| (number / 10, number % 10)) else { return Ok(()) };
+    let runs = if built.0 >= 9 { card == built } else { card.0 == built.0 && card.1 >= built.1 };
+    if runs {
+        return Ok(());
+    }
+    Err(format!(
+        "the kernels for quantized weights in this build are for compute capability {}.{}, and this GPU has {}.{}; leave QUANTIZATION unset, or \
+         build the image with CUDA_COMPUTE_CAP={}{}",
+        built.0, built.1, card.0, card.1, card.0, card.1
+    ))
+}
+
 /// Opens the device that was asked for.
 pub fn open_device(choice: DeviceChoice) -> Result<Device, Failure> {
     match choice {
         DeviceChoice::Cpu => Ok(Device::Cpu),
-        DeviceChoice::Auto => Ok(cuda::open(0).unwrap_or_else(|error| {
-            if cfg!(feature = "cuda") {
-                tracing::warn!("no CUDA device can be used, the model runs on the CPU: {error}");
-            }
-            Device::Cpu
-        })),
+        DeviceChoice::Auto => automatic(cuda::open(0), false),
         DeviceChoice::Cuda(index) => cuda::open(index).map_err(|error| Failure::internal(format!("DEVICE=cuda:{index}: {error}"))),
     }
 }
@@ -438,6 +515,11 @@ mod cuda {
 
     pub fn describe(device: &Device) -> String {
         format!("{device:?}")
+    }
+
+    /// Major and minor version of a GPU's architecture.
+    pub fn capability(_device: &Device) -> Option<(u32, u32)> {
+        None
     }
 
     pub fn memory() -> Memory {
@@ -491,8 +573,59 @@ mod cuda {
         format!("cuda ({name})")
     }
 
+    /// Major and minor version of a GPU's architecture.
+    pub fn capability(device: &Device) -> Option<(u32, u32)> {
+        let Device::Cuda(cuda) = device else { return None };
+        let (major, minor) = cuda.cuda_stream().context().compute_capability().ok()?;
+        Some((u32::try_from(major).ok()?, u32::try_from(minor).ok()?))
+    }
+
     pub fn memory() -> Memory {
         let (free, total) = result::mem_get_info().unwrap_or((0, 0));
         Memory { gpu: true, total, free }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn automatic_falls_back_to_the_cpu_unless_a_gpu_is_required() {
+        let none = || Err("DriverError(CUDA_ERROR_NO_DEVICE)".to_owned());
+        assert!(automatic(none(), false).unwrap().is_cpu());
+        let refused = automatic(none(), true).unwrap_err().message;
+        assert!(refused.contains("CUDA_ERROR_NO_DEVICE") && refused.contains("DEVICE=cpu"), "{refused}");
+        assert!(automatic(Ok(Device::Cpu), true).is_ok(), "what could be opened is taken");
+    }
+
+    #[test]
+    fn quantized_kernels_run_where_they_were_built_for() {
+        let fine = [("80", (8, 0)), ("80", (8, 6)), ("80", (8, 9)), ("8.9", (8, 9)), ("90", (9, 0)), ("90a", (9, 0)), ("120", (12, 0))];
+        for (built, card) in fine {
+            assert_eq!(quantized_kernels(Some(built), card), Ok(()), "{built} on {card:?}");
+        }
+        for (built, card) in [("80", (9, 0)), ("80", (7, 5)), ("89", (8, 6)), ("90", (10, 0)), ("100", (10, 3)), ("120", (12, 1))] {
+            let problem = quantized_kernels(Some(built), card).unwrap_err();
+            assert!(problem.contains(&format!("CUDA_COMPUTE_CAP={}{}", card.0, card.1)), "{problem}");
+        }
+        assert_eq!(quantized_kernels(None, (9, 0)), Ok(()), "the build asked its own card");
+    }
+
+    #[test]
+    fn faults_are_told_apart_by_their_codes() {
+        let cuda = |words: &'static str| candle_core::Error::Cuda(words.into());
+        let illegal = r#"DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, "an illegal memory access was encountered")"#;
+        for (error, class) in [
+            (cuda(illegal), Fault::Device),
+            (cuda("CublasError(CUBLAS_STATUS_EXECUTION_FAILED)"), Fault::Device),
+            (cuda(illegal).context("in layer 3"), Fault::Device),
+            (cuda(r#"DriverError(CUDA_ERROR_OUT_OF_MEMORY, "out of memory")"#), Fault::Memory),
+            (cuda("CublasError(CUBLAS_STATUS_ALLOC_FAILED)"), Fault::Memory),
+            (cuda("unsupported dtype F64 for matmul"), Fault::Unknown),
+            (candle_core::Error::Msg("shapes do not match".into()), Fault::Unknown),
+        ] {
+            assert_eq!(step_error(error).fault, class, "{class:?}");
+        }
     }
 }

@@ -55,6 +55,16 @@ pub(crate) enum Stops {
     Failed(String),
 }
 
+/// What became of a result.
+#[derive(Debug)]
+pub(crate) enum Delivery {
+    Arrived,
+    /// It was too large: this error arrived in its place.
+    Replaced(Failure),
+    /// Logged where it failed.
+    Lost,
+}
+
 /// Why one post did not arrive.
 #[derive(Debug)]
 enum PostError {
@@ -139,26 +149,26 @@ impl Client {
         }
     }
 
-    /// Posts the final result, as long as it takes; true when it was accepted. A result too large for the platform becomes an error
+    /// Posts the final result, as long as it takes. A result too large for the platform becomes an error
     /// that says so, since otherwise whoever waits for it would wait in vain.
-    pub async fn done(&self, job_id: &str, outcome: &Outcome, stop_pod: bool) -> bool {
+    pub async fn done(&self, job_id: &str, outcome: &Outcome, stop_pod: bool) -> Delivery {
         let body = outcome.body(stop_pod);
         let size = body.len();
         let refused = if size > self.pacing.result_limit {
             format!("the platform takes at most {}", self.pacing.result_limit)
         } else {
             match self.done_body(job_id, outcome.is_stream(), body).await {
-                Ok(()) => return true,
+                Ok(()) => return Delivery::Arrived,
                 Err(PostError::Refused(status, text)) if size > LARGE_RESULT || status == StatusCode::PAYLOAD_TOO_LARGE => {
                     format!("the platform refused them: HTTP {status} {text}")
                 }
                 Err(PostError::Refused(status, text)) => {
                     tracing::error!("the result ({size} bytes) was refused and is lost: HTTP {status} {text}");
-                    return false;
+                    return Delivery::Lost;
                 }
                 Err(PostError::Passing(error)) => {
                     tracing::error!("the result ({size} bytes) could not be returned and is lost: {error}");
-                    return false;
+                    return Delivery::Lost;
                 }
             }
         };
@@ -166,12 +176,12 @@ impl Client {
         let message =
             format!("The result has {size} bytes, which is too large to return: {refused}. Ask for less output, or read it as a stream.");
         let failure = Failure::new(Kind::Internal, message).code("result_too_large");
-        let small = Outcome::Failed { failure, streamed: outcome.is_stream() };
+        let small = Outcome::Failed { failure: failure.clone(), streamed: outcome.is_stream() };
         match self.done_body(job_id, small.is_stream(), small.body(stop_pod)).await {
-            Ok(()) => true,
+            Ok(()) => Delivery::Replaced(failure),
             Err(PostError::Refused(_, error) | PostError::Passing(error)) => {
                 tracing::error!("the error in place of the result could not be returned either: {error}");
-                false
+                Delivery::Lost
             }
         }
     }

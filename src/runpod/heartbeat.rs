@@ -9,11 +9,13 @@ use tokio::time::MissedTickBehavior;
 
 use super::client::{describe, http_client};
 use super::held::Held;
-use super::urls::{self, with_query};
+use super::urls::{self, encode, with_query};
 use crate::config::RunpodSettings;
 
 const PING_INTERVAL: Duration = Duration::from_secs(10);
 const PING_RETRIES: u32 = 3;
+/// Most bytes of job ids in one ping, as they stand in its address: long ones are refused on the way.
+const IDS_BYTES: usize = 2048;
 
 /// A running heartbeat. Dropping it ends the thread.
 pub(crate) struct Heartbeat {
@@ -25,6 +27,8 @@ struct Pinger {
     url: String,
     version: String,
     held: Arc<Held>,
+    /// The last id of the ping before, where there were more than fit.
+    told: Option<String>,
     interval: Duration,
     retry: Duration,
 }
@@ -44,7 +48,7 @@ pub(crate) fn start(settings: &RunpodSettings, held: Arc<Held>, retry: Duration)
         .build()
         .map_err(|error| format!("cannot set up the heartbeat's runtime: {error}"))?;
     let interval = settings.ping_interval.filter(|interval| !interval.is_zero()).unwrap_or(PING_INTERVAL);
-    let pinger = Pinger { http: http_client(settings)?, url, version: version(settings), held, interval, retry };
+    let pinger = Pinger { http: http_client(settings)?, url, version: version(settings), held, told: None, interval, retry };
     let (alive, ended) = oneshot::channel();
     std::thread::Builder::new()
         .name("heartbeat".into())
@@ -85,8 +89,10 @@ impl Pinger {
     /// One ping with its retries.
     async fn ping(&mut self) -> Result<(), String> {
         let mut retries = 0;
+        let ids = some_of(self.held.ids(), self.told.as_deref(), IDS_BYTES);
+        self.told = ids.last().cloned();
+        let ids = ids.join(",");
         loop {
-            let ids = self.held.ids().join(",");
             let version = ("runpod_version", self.version.as_str());
             let parameters = [("job_id", ids.as_str()), version];
             let url = with_query(&self.url, if ids.is_empty() { &parameters[1..] } else { &parameters });
@@ -105,6 +111,27 @@ impl Pinger {
             retries += 1;
         }
     }
+}
+
+/// As many ids as fit `limit` bytes, at least one; of more, those that come after `told`, round and round, so that several pings name all.
+fn some_of(mut ids: Vec<String>, told: Option<&str>, limit: usize) -> Vec<String> {
+    // A comma takes three bytes as well.
+    let size = |id: &String| encode(id).len() + 3;
+    if ids.iter().map(size).sum::<usize>() <= limit {
+        return ids;
+    }
+    let next = ids.partition_point(|id| told.is_some_and(|told| id.as_str() <= told));
+    ids.rotate_left(next);
+    let mut left = limit;
+    let fit = ids.iter().take_while(|id| {
+        let size = size(id);
+        let fits = size <= left;
+        left = left.saturating_sub(size);
+        fits
+    });
+    let fit = fit.count().max(1);
+    ids.truncate(fit);
+    ids
 }
 
 fn worth_retrying(status: StatusCode) -> bool {
@@ -134,5 +161,32 @@ pub async fn report_unhealthy(settings: &RunpodSettings, check: &str, reason: &s
     match sent.and_then(reqwest::Response::error_for_status) {
         Ok(_) => tracing::info!("the platform was told that this worker is unhealthy"),
         Err(error) => tracing::warn!("the platform could not be told that this worker is unhealthy: {}", describe(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_ids_are_told_in_turn() {
+        let ids: Vec<String> = (0..512).map(|n| format!("{n:08x}-5e0e-4b3a-9d3e-0123456789ab-u1")).collect();
+        assert_eq!(some_of(ids[..40].to_vec(), Some("zz"), IDS_BYTES), ids[..40], "what fits is told every time");
+        let (mut told, mut seen) = (None, std::collections::BTreeSet::new());
+        for _ in 0..512_usize.div_ceil(48) {
+            let some = some_of(ids.clone(), told.as_deref(), IDS_BYTES);
+            assert!(encode(&some.join(",")).len() <= IDS_BYTES);
+            assert!(!some.is_empty());
+            told = some.last().cloned();
+            seen.extend(some);
+        }
+        assert_eq!(seen.len(), ids.len());
+    }
+
+    #[test]
+    fn an_id_that_is_too_long_is_told_alone() {
+        let ids = vec!["a".repeat(3000), "b".to_owned()];
+        assert_eq!(some_of(ids.clone(), None, IDS_BYTES), ids[..1]);
+        assert_eq!(some_of(ids.clone(), Some(&ids[0]), IDS_BYTES), ids[1..]);
     }
 }

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use futures::future::BoxFuture;
 
 use crate::api::Answer;
+use crate::config::RunpodSettings;
 use crate::error::Failure;
 
 mod client;
@@ -22,7 +23,7 @@ mod pacing;
 mod poll;
 mod stop;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod urls;
 mod worker;
 
@@ -30,6 +31,14 @@ pub use heartbeat::report_unhealthy;
 pub use job::Job;
 pub use pacing::Pacing;
 pub use worker::{Ended, Worker};
+
+/// Whether a worker can run with these settings: the platform's URL templates and key. The error names the variable.
+pub fn check(settings: &RunpodSettings) -> Result<(), String> {
+    let worker_id = settings.worker_id.as_deref().unwrap_or("worker");
+    urls::Urls::new(settings, worker_id)?;
+    urls::ping(settings, worker_id)?;
+    client::http_client(settings).map(drop)
+}
 
 /// What answers a job. It may block a thread or panic: that becomes a late or a failed result of this job, nothing more.
 /// Dropping its future, or the stream it gave, cancels the work.

@@ -21,8 +21,13 @@ pub struct Pacing {
     pub stop_pause: Duration,
     /// Pause after the stop route was not found.
     pub stop_missing: Duration,
-    /// How long a take that was pending when the shutdown began may still bring a job. Longer than servers hold a poll.
-    pub last_poll: Duration,
+    /// How long at least a take that was pending when the shutdown began may still bring a job, where it is known how long the server holds
+    /// polls.
+    pub least_hold: Duration,
+    /// The same where no poll has come back empty yet, so that nothing is known.
+    pub unknown_hold: Duration,
+    /// The most that the drain of a broken engine takes, results not counted.
+    pub broken_drain: Duration,
     /// Deadline of one attempt to post a result.
     pub result_timeout: Duration,
     /// Pauses between attempts to post a result.
@@ -55,7 +60,9 @@ impl Default for Pacing {
             batch_retry: Duration::from_secs(300),
             stop_pause: Duration::from_secs(1),
             stop_missing: Duration::from_secs(300),
-            last_poll: Duration::from_secs(11),
+            least_hold: Duration::from_secs(10),
+            unknown_hold: Duration::from_secs(90),
+            broken_drain: Duration::from_secs(30),
             result_timeout: Duration::from_secs(60),
             result_backoff: Backoff { first: Duration::from_millis(500), cap: Duration::from_secs(10) },
             result_window: Duration::from_secs(60),

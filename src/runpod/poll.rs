@@ -9,28 +9,34 @@ use tokio::time::Instant;
 
 use super::client::Taken;
 use super::pacing::{jittered, sleep_awake};
-use super::worker::{Ended, Jobs};
+use super::worker::{Ended, Jobs, fault};
 
 /// A take under way, which outlives the loop that began it.
 type Take<'a> = Pin<Box<dyn Future<Output = Taken> + Send + 'a>>;
 
 /// Takes and runs jobs until `shutdown` completes or the engine is found beyond repair, then drains.
 pub(crate) async fn run(jobs: &Arc<Jobs>, concurrency: usize, drain_timeout: Duration, shutdown: impl Future<Output = ()>) -> Ended {
-    let mut broken = jobs.broken.subscribe();
-    let mut poll = Poll { jobs, concurrency, single_until: None, failures: 0, state: State::Working, pending: None };
+    let mut poll = Poll { jobs, concurrency, single_until: None, failures: 0, state: State::Working, hold: None, pending: None };
     let ended = tokio::select! {
         biased;
         () = shutdown => Ended::Drained,
-        _ = broken.wait_for(|&broken| broken) => Ended::Unhealthy,
+        _ = fault(&jobs.faults) => Ended::Unhealthy,
         () = poll.forever() => Ended::Drained,
     };
-    match ended {
-        Ended::Drained => tracing::info!("shutting down: no more jobs are taken, {} in progress", jobs.held.len()),
-        Ended::Unhealthy => tracing::error!("the engine is beyond repair: no more jobs are taken, {} in progress", jobs.held.len()),
-    }
-    drain(jobs, poll.pending, drain_timeout).await;
-    // The drain may have found it out.
-    if *jobs.broken.borrow() { Ended::Unhealthy } else { ended }
+    let limit = match ended {
+        Ended::Drained => {
+            tracing::info!("shutting down: no more jobs are taken, {} in progress", jobs.held.len());
+            drain_timeout
+        }
+        Ended::Unhealthy => {
+            tracing::error!("the engine is beyond repair: no more jobs are taken, {} in progress", jobs.held.len());
+            drain_timeout.min(jobs.client.pacing.broken_drain)
+        }
+    };
+    let hold = poll.longest_hold();
+    drain(jobs, poll.pending, hold, limit).await;
+    // The engine may have broken meanwhile.
+    if jobs.fault().is_some() { Ended::Unhealthy } else { ended }
 }
 
 /// The last thing said about takes, so that each change is said once.
@@ -51,6 +57,8 @@ struct Poll<'a> {
     single_until: Option<Instant>,
     failures: u32,
     state: State,
+    /// The longest that the server has held a poll, known from the first one that came back empty.
+    hold: Option<Duration>,
     /// The take under way. Kept here and not on the stack of `forever`, since a drain goes on with it.
     pending: Option<Take<'a>>,
 }
@@ -66,9 +74,29 @@ impl<'a> Poll<'a> {
             let take = self.pending.insert(Box::pin(async move { jobs.client.take(&url).await }));
             let taken = take.await;
             self.pending = None;
-            let pause = self.settle(taken, began.elapsed(), batch);
+            let lasted = began.elapsed();
+            self.learn(&taken, lasted);
+            let pause = self.settle(taken, lasted, batch);
             tokio::time::sleep(pause).await;
         }
+    }
+
+    /// An empty answer tells how long the server holds polls; one with jobs, that it is no shorter.
+    fn learn(&mut self, taken: &Taken, lasted: Duration) {
+        let empty = match taken {
+            Taken::Nothing => true,
+            Taken::Entries(entries) => entries.is_empty(),
+            _ => return,
+        };
+        if empty || self.hold.is_some() {
+            self.hold = self.hold.max(Some(lasted));
+        }
+    }
+
+    /// How long the last poll may be held: a quarter more than any before it.
+    fn longest_hold(&self) -> Duration {
+        let pacing = &self.jobs.client.pacing;
+        self.hold.map_or(pacing.unknown_hold, |hold| hold.mul_f64(1.25).max(pacing.least_hold)).min(pacing.poll_timeout)
     }
 
     /// The address of the next take, and whether it is the batch route.
@@ -143,12 +171,13 @@ impl<'a> Poll<'a> {
     }
 }
 
-/// Waits until every job is answered. The pending take is part of it: it ends by itself, or is dropped once nothing runs and
-/// `last_poll` is over.
-async fn drain(jobs: &Arc<Jobs>, mut pending: Option<Take<'_>>, drain_timeout: Duration) {
+/// Waits until every job is answered, for at most `limit`. The pending take is part of it: it ends by itself, or is dropped once nothing runs
+/// and `hold` is over, the longest that the server may hold it. A job that it brings is answered like any other; where the engine is broken,
+/// with that as its failure, since a job that nobody answers would be lost without a word.
+async fn drain(jobs: &Arc<Jobs>, mut pending: Option<Take<'_>>, hold: Duration, limit: Duration) {
     let pacing = &jobs.client.pacing;
-    let mut expired = pin!(sleep_awake(drain_timeout));
-    let mut last_poll = pin!(sleep_awake(pacing.last_poll));
+    let mut expired = pin!(sleep_awake(limit));
+    let mut last_poll = pin!(sleep_awake(hold));
     let mut waiting_for_poll = true;
     loop {
         let polling = pending.is_some();
@@ -173,7 +202,10 @@ async fn drain(jobs: &Arc<Jobs>, mut pending: Option<Take<'_>>, drain_timeout: D
         }
     }
     drop(pending);
-    tracing::warn!("{} jobs are unfinished after {} s of draining: they fail now", jobs.held.len(), drain_timeout.as_secs());
+    if jobs.held.len() == 0 {
+        return;
+    }
+    tracing::warn!("{} jobs are unfinished after {} s of draining: they fail now", jobs.held.len(), limit.as_secs());
     jobs.expired.send_replace(true);
     let longest_post = pacing.result_window + pacing.result_timeout * 2;
     if tokio::time::timeout(longest_post, jobs.held.below(1)).await.is_err() {

@@ -8,13 +8,14 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::JoinError;
 use tracing::Instrument;
 
-use super::client::Client;
+use super::client::{Client, Delivery};
 use super::held::{Held, Holding};
 use super::job::{Entry, Job, Outcome};
 use super::outbox::{Outbox, Rules};
 use super::pacing::Pacing;
 use super::{Handler, heartbeat, poll, stop};
 use crate::api::Answer;
+use crate::api::tally::{End, Tally};
 use crate::config::RunpodSettings;
 use crate::error::{Failure, Kind};
 
@@ -26,9 +27,12 @@ pub struct Worker {
     settings: RunpodSettings,
     concurrency: usize,
     handler: Handler,
-    healthy: Arc<dyn Fn() -> bool + Send + Sync>,
+    faults: Faults,
     pacing: Pacing,
 }
+
+/// Tells what broke the engine, once something has.
+pub(crate) type Faults = watch::Receiver<Option<Failure>>;
 
 /// Why a worker ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,13 +46,19 @@ pub enum Ended {
 impl Worker {
     /// A worker that runs up to `concurrency` jobs at once.
     pub fn new(settings: &RunpodSettings, concurrency: usize, handler: Handler) -> Self {
-        Self { settings: settings.clone(), concurrency: concurrency.max(1), handler, healthy: Arc::new(|| true), pacing: Pacing::default() }
+        Self {
+            settings: settings.clone(),
+            concurrency: concurrency.max(1),
+            handler,
+            faults: watch::channel(None).1,
+            pacing: Pacing::default(),
+        }
     }
 
-    /// Asked after a job failed with an internal error. Once it says false, the worker asks the platform to be replaced
-    /// (`stopPod`), takes no more jobs, and ends: better than failing one job after the other at full speed.
-    pub fn healthy(mut self, healthy: impl Fn() -> bool + Send + Sync + 'static) -> Self {
-        self.healthy = Arc::new(healthy);
+    /// Where the worker hears that its engine is beyond repair. It then takes no more jobs, answers those it holds with the reason, asks the
+    /// platform to be replaced (`stopPod`, an unhealthy ping), and ends: better than failing one job after the other at full speed.
+    pub fn faults(mut self, faults: watch::Receiver<Option<Failure>>) -> Self {
+        self.faults = faults;
         self
     }
 
@@ -60,9 +70,11 @@ impl Worker {
 
     /// Takes and answers jobs until `shutdown` completes, then drains:
     ///
-    /// * no new poll for jobs begins; the one that is pending may still end, for `Pacing::last_poll` and as long as jobs run, and a job
-    ///   that it brings is run. Cutting it off at once could lose a job which the server was handing out at that moment;
+    /// * no new poll for jobs begins; the one that is pending may still end, for as long as the server was seen to hold polls and as long as
+    ///   jobs run, and a job that it brings is run. Cutting it off could lose a job which the server hands out at that moment;
     /// * running jobs go on for `drain_timeout`, with heartbeats; those still unfinished are then answered with an error.
+    ///
+    /// A broken engine ends it too, within `Pacing::broken_drain`: then no job is run any more, also not one that the last poll brings.
     ///
     /// Fails at once, naming the variable, when the settings cannot work.
     pub async fn run(self, shutdown: impl Future<Output = ()> + Send) -> Result<Ended, String> {
@@ -75,17 +87,36 @@ impl Worker {
             client: Arc::clone(&client),
             held: Arc::clone(&held),
             handler: self.handler,
-            healthy: self.healthy,
+            faults: self.faults.clone(),
             rules: Rules { interval: settings.stream_interval.unwrap_or(STREAM_INTERVAL), batch: settings.batch },
             expired: watch::Sender::new(false),
-            broken: watch::Sender::new(false),
+        });
+        let faults = self.faults;
+        let report = tokio::spawn({
+            let settings = settings.clone();
+            async move { heartbeat::report_unhealthy(&settings, "engine", &fault(&faults).await.message).await }
         });
         let stops = tokio::spawn(stop::listen(client, held));
         let drain_timeout = settings.drain_timeout.unwrap_or(DRAIN_TIMEOUT);
         let ended = poll::run(&jobs, self.concurrency, drain_timeout, shutdown).await;
         stops.abort();
         drop(heartbeat);
+        match ended {
+            // It has its own deadline; an error would be a panic of its task.
+            Ended::Unhealthy => drop(report.await),
+            Ended::Drained => report.abort(),
+        }
         Ok(ended)
+    }
+}
+
+/// Waits until the engine is beyond repair.
+pub(crate) async fn fault(faults: &Faults) -> Failure {
+    let known = faults.clone().wait_for(Option::is_some).await.map(|failure| failure.clone());
+    match known {
+        Ok(Some(failure)) => failure,
+        // Nobody is left who could tell of one.
+        _ => std::future::pending().await,
     }
 }
 
@@ -94,12 +125,10 @@ pub(crate) struct Jobs {
     pub client: Arc<Client>,
     pub held: Arc<Held>,
     handler: Handler,
-    healthy: Arc<dyn Fn() -> bool + Send + Sync>,
+    pub faults: Faults,
     rules: Rules,
     /// Becomes true when the drain's deadline has passed.
     pub expired: watch::Sender<bool>,
-    /// Becomes true when the engine was found beyond repair.
-    pub broken: watch::Sender<bool>,
 }
 
 impl Jobs {
@@ -145,41 +174,43 @@ impl Jobs {
 
     /// Runs one job and posts its result: once, or never if the platform stops it.
     async fn answer(self: Arc<Self>, id: String, job: Result<Job, Failure>, holding: Holding, mut stopped: oneshot::Receiver<()>) {
-        let outcome = match job {
-            Ok(job) => self.outcome(job, &mut stopped).await,
-            Err(failure) => Some(Outcome::Failed { failure, streamed: false }),
+        let tally = Tally::begin();
+        let outcome = match (job, self.fault()) {
+            (Ok(job), None) => self.outcome(job, &tally, &mut stopped).await,
+            // A broken engine runs nothing.
+            (Err(failure), _) | (Ok(_), Some(failure)) => Some(Outcome::Failed { failure, streamed: false }),
         };
-        match outcome {
-            None => tracing::info!("Job stopped."),
-            Some(Outcome::Failed { failure, .. }) if failure.kind == Kind::Cancelled => tracing::info!("Job stopped."),
-            Some(outcome) => {
-                let stop_pod = self.beyond_repair(&outcome);
-                tokio::select! {
-                    biased;
-                    Ok(()) = &mut stopped => tracing::info!("Job stopped."),
-                    // What did not arrive was logged where it failed.
-                    arrived = self.client.done(&id, &outcome, stop_pod) => if arrived {
-                        tracing::info!("Finished.");
-                    },
-                }
-                if stop_pod {
-                    self.broken.send_replace(true);
-                }
+        let delivery = match &outcome {
+            None => None,
+            Some(Outcome::Failed { failure, .. }) if failure.kind == Kind::Cancelled => None,
+            Some(outcome) => tokio::select! {
+                biased;
+                Ok(()) = &mut stopped => None,
+                delivery = self.client.done(&id, outcome, self.beyond_repair(outcome)) => Some(delivery),
+            },
+        };
+        tally.log(&match (&delivery, &outcome) {
+            (None, _) => End::Stopped,
+            (Some(Delivery::Lost), _) => End::Lost,
+            (Some(Delivery::Replaced(failure)), _) | (Some(Delivery::Arrived), Some(Outcome::Failed { failure, .. })) => {
+                End::Failed(failure)
             }
-        }
+            (Some(Delivery::Arrived), _) => End::Completed,
+        });
         drop(holding);
     }
 
     /// `None`: the platform stopped the job.
-    async fn outcome(&self, job: Job, stopped: &mut oneshot::Receiver<()>) -> Option<Outcome> {
+    async fn outcome(&self, job: Job, tally: &Arc<Tally>, stopped: &mut oneshot::Receiver<()>) -> Option<Outcome> {
         tracing::info!("Started.");
         let outbox = Outbox { client: Arc::clone(&self.client), job_id: job.id.clone(), rules: self.rules };
         let handler = Arc::clone(&self.handler);
         // Whether the answer turned out to be a stream, also when its task does not live to tell.
         let streamed = Arc::new(AtomicBool::new(false));
         let is_stream = Arc::clone(&streamed);
+        let tally = Arc::clone(tally);
         let work = async move {
-            match handler(job).await {
+            match tally.around(handler(job)).await {
                 Ok(answer) => {
                     is_stream.store(matches!(answer, Answer::Stream(_)), Ordering::Relaxed);
                     outbox.deliver(answer).await
@@ -195,7 +226,9 @@ impl Jobs {
             Ok(()) = &mut *stopped => None,
             result = &mut work => return Some(result.unwrap_or_else(|error| panicked(&error, streamed.load(Ordering::Relaxed)))),
             _ = expired.wait_for(|&expired| expired) => {
-                Some(Failure::new(Kind::Draining, "The worker was shut down before this job ended. Try again.").code("worker_shutdown"))
+                Some(self.fault().unwrap_or_else(|| {
+                    Failure::new(Kind::Draining, "The worker was shut down before this job ended. Try again.").code("worker_shutdown")
+                }))
             }
         };
         // Aborting drops the stream, which cancels the generation. A stream post of it that is under way must not overtake the final post.
@@ -204,9 +237,14 @@ impl Jobs {
         failure.map(|failure| Outcome::Failed { failure, streamed: streamed.load(Ordering::Relaxed) })
     }
 
+    /// What broke the engine, if anything has.
+    pub fn fault(&self) -> Option<Failure> {
+        self.faults.borrow().clone()
+    }
+
     fn beyond_repair(&self, outcome: &Outcome) -> bool {
         let internal = matches!(outcome, Outcome::Failed { failure, .. } if failure.kind == Kind::Internal);
-        internal && !(self.healthy)()
+        internal && self.fault().is_some()
     }
 }
 

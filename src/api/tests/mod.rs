@@ -12,7 +12,7 @@ use crate::engine;
 use crate::error::Failure;
 use crate::models::files::{ModelFiles, Source};
 use crate::models::tokenizer::{Special, Tokenizer};
-use crate::models::{Logprobs, LogprobsMode, LogprobsSpec, Output, Plan, Runner, Shape};
+use crate::models::{Logprobs, LogprobsMode, LogprobsSpec, Output, Plan, Runner, Shape, StepError};
 
 mod errors;
 mod logprobs;
@@ -35,7 +35,7 @@ impl Runner for Scripted {
         &self.shape
     }
 
-    fn step(&mut self, plan: &Plan) -> Result<Output, Failure> {
+    fn step(&mut self, plan: &Plan) -> Result<Output, StepError> {
         std::thread::sleep(self.pace);
         let mut output = Output::default();
         for draw in plan.rows.iter().filter_map(|row| row.draw.as_ref()) {

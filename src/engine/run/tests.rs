@@ -1,9 +1,9 @@
 use super::*;
 use crate::engine::{Generation, Request, SamplingParams};
-use crate::models::{Plan, Shape};
+use crate::models::{Fault, Plan, Shape, StepError};
 use std::time::Duration;
 
-/// Says the length of the context, modulo 50; panics or fails on request.
+/// Says the length of the context, modulo 50; panics or fails on request, in each way a step can.
 struct Scripted {
     shape: Shape,
     gate: Option<std::sync::mpsc::Receiver<()>>,
@@ -11,6 +11,8 @@ struct Scripted {
 
 const PANIC: u32 = 90;
 const FAIL: u32 = 91;
+const NO_MEMORY: u32 = 93;
+const NO_DEVICE: u32 = 94;
 /// Gives nothing to draw once the context ends with it.
 const BROKEN: u32 = 92;
 
@@ -19,13 +21,15 @@ impl Runner for Scripted {
         &self.shape
     }
 
-    fn step(&mut self, plan: &Plan) -> Result<Output, Failure> {
+    fn step(&mut self, plan: &Plan) -> Result<Output, StepError> {
         if let Some(gate) = &self.gate {
             let _ = gate.recv();
         }
         assert!(!plan.tokens.contains(&PANIC), "told to");
-        if plan.tokens.contains(&FAIL) {
-            return Err(Failure::internal("told to fail"));
+        for (token, fault) in [(FAIL, Fault::Request), (NO_MEMORY, Fault::Memory), (NO_DEVICE, Fault::Device)] {
+            if plan.tokens.contains(&token) {
+                return Err(StepError::new(fault, Failure::internal("told to fail")));
+            }
         }
         let draws = || plan.rows.iter().filter(|row| row.draw.is_some());
         Ok(Output {
@@ -129,6 +133,53 @@ async fn a_failed_step_fails_its_requests_only() {
 }
 
 #[tokio::test]
+async fn requests_that_fail_their_steps_do_not_break_the_engine() {
+    let engine = engine(None, 10).await;
+    for _ in 0..2 * FAILING_STEPS {
+        assert_eq!(collect(engine.submit(request(&[FAIL], 3)).unwrap()).await.1.unwrap_err().message, "told to fail");
+    }
+    assert!(engine.stats().healthy && engine.failure().is_none());
+}
+
+#[tokio::test]
+async fn a_failed_device_fails_what_runs_what_waits_and_what_comes() {
+    let (steps, gate) = std::sync::mpsc::channel();
+    let engine = engine(Some(gate), 10).await;
+    let mut all = vec![engine.submit(request(&[NO_DEVICE], 9)).unwrap()];
+    all.extend((0..4).map(|_| engine.submit(request(&[1; 16], 9)).unwrap()));
+    drop(steps);
+    for generation in all {
+        let failure = collect(generation).await.1.unwrap_err();
+        assert!(failure.message.contains("told to fail") && failure.message.contains("restarted"), "{failure}");
+        assert!(engine.failure().is_some(), "who sees the failure sees the state");
+    }
+    assert!(engine.idle(Duration::from_secs(5)).await);
+    assert!(!engine.stats().healthy);
+    assert_eq!(engine.stats().steps, 1, "nothing runs on a device that has failed");
+    assert!(engine.failed().await.message.contains("told to fail"));
+    assert!(engine.submit(request(&[1], 2)).unwrap_err().message.contains("told to fail"));
+}
+
+#[tokio::test]
+async fn steps_that_fail_in_a_row_break_the_engine() {
+    let engine = engine(None, 10).await;
+    let fails = || async { collect(engine.submit(request(&[NO_MEMORY], 3)).unwrap()).await.1.unwrap_err().message };
+    for _ in 0..2 {
+        for _ in 1..FAILING_STEPS {
+            assert_eq!(fails().await, "told to fail");
+        }
+        assert_eq!(collect(engine.submit(request(&[1], 2)).unwrap()).await.1, Ok(Finish::Length), "a good step, and the count begins anew");
+    }
+    for _ in 1..FAILING_STEPS {
+        assert_eq!(fails().await, "told to fail");
+    }
+    assert!(engine.stats().healthy);
+    let last = fails().await;
+    assert!(last.contains("3 steps in a row") && last.contains("told to fail"), "{last}");
+    assert!(!engine.stats().healthy);
+}
+
+#[tokio::test]
 async fn a_panic_fails_requests_and_health() {
     let engine = engine(None, 10).await;
     let (_, result) = collect(engine.submit(request(&[PANIC], 3)).unwrap()).await;
@@ -224,7 +275,7 @@ impl Runner for Cursed {
         &self.scripted.shape
     }
 
-    fn step(&mut self, plan: &Plan) -> Result<Output, Failure> {
+    fn step(&mut self, plan: &Plan) -> Result<Output, StepError> {
         self.scripted.step(plan)
     }
 }

@@ -81,7 +81,7 @@ async fn a_shutdown_lets_running_jobs_end() {
 #[tokio::test]
 async fn a_job_that_comes_with_the_last_poll_is_run() {
     let queue = Queue::start().await;
-    let pacing = Pacing { last_poll: Duration::from_secs(10), ..pacing() };
+    let pacing = Pacing { unknown_hold: Duration::from_secs(10), ..pacing() };
     let mut running = Running::worker(&queue, Worker::new(&settings(&queue.base), 4, echo()).pacing(pacing));
     queue.wait(Route::Take, 1).await;
     running.shut_down();
@@ -91,6 +91,44 @@ async fn a_job_that_comes_with_the_last_poll_is_run() {
     assert_eq!(running.ended().await, Ended::Drained);
     assert_eq!(queue.seen(Route::Done)[0].json(), json!({"output": {"echo": 1}}));
     assert_eq!(queue.lines(Route::Take).len(), 1);
+}
+
+#[tokio::test]
+async fn the_last_poll_is_waited_for_as_long_as_polls_were_held() {
+    let queue = Queue::start().await;
+    let mut running = Running::worker(&queue, Worker::new(&settings(&queue.base), 4, echo()).pacing(pacing()));
+    queue.wait(Route::Take, 1).await;
+    tokio::time::sleep(Duration::from_millis(800)).await;
+    queue.script(Route::Take, [Reply::Status(204)]);
+    queue.wait(Route::Take, 2).await;
+    running.shut_down();
+    // Far longer than the waits that the tests set, and within what this server was seen to hold.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert!(!running.task.is_finished(), "the poll is still open");
+    running.give("last", json!(1));
+    assert_eq!(running.ended().await, Ended::Drained);
+    assert_eq!(queue.seen(Route::Done)[0].json(), json!({"output": {"echo": 1}}));
+    assert_eq!(queue.lines(Route::Take).len(), 2);
+}
+
+#[tokio::test]
+async fn a_last_poll_that_never_ends_is_dropped() {
+    // Nothing is known of this server, and the drain's own limit comes first; or one short poll was seen.
+    for learned in [false, true] {
+        let queue = Queue::start().await;
+        let mut settings = settings(&queue.base);
+        settings.drain_timeout = Some(Duration::from_millis(if learned { 60_000 } else { 100 }));
+        let pacing = Pacing { unknown_hold: Duration::from_secs(60), ..pacing() };
+        let mut running = Running::worker(&queue, Worker::new(&settings, 4, echo()).pacing(pacing));
+        if learned {
+            queue.script(Route::Take, [Reply::Status(204)]);
+            queue.wait(Route::Take, 2).await;
+        }
+        queue.wait(Route::Take, 1).await;
+        running.shut_down();
+        // `ended` gives up long before a minute.
+        assert_eq!(running.ended().await, Ended::Drained);
+    }
 }
 
 #[tokio::test]
@@ -173,13 +211,22 @@ async fn an_unhealthy_worker_says_why() {
 #[tokio::test]
 async fn a_broken_engine_ends_the_worker_and_asks_for_another() {
     let queue = Queue::start().await;
-    let failing = handler(|job| async move {
-        match job.id.as_str() {
-            "client" => Err(Failure::bad_request("x", "the caller's fault")),
-            _ => Err(Failure::internal("the device is gone")),
+    let mut settings = settings(&queue.base);
+    settings.ping = Some(format!("{}/ping/$RUNPOD_POD_ID", queue.base));
+    let (broken, faults) = tokio::sync::watch::channel(None);
+    let failing = handler(move |job| {
+        let gone = Failure::internal("the device is gone");
+        if job.id == "device" {
+            broken.send_replace(Some(gone.clone()));
+        }
+        async move {
+            match job.id.as_str() {
+                "client" => Err(Failure::bad_request("x", "the caller's fault")),
+                _ => Err(gone),
+            }
         }
     });
-    let worker = Worker::new(&settings(&queue.base), 1, failing).pacing(pacing()).healthy(|| false);
+    let worker = Worker::new(&settings, 1, failing).pacing(pacing()).faults(faults);
     let mut running = Running::worker(&queue, worker);
     running.give("client", json!({}));
     running.give("device", json!({}));
@@ -189,4 +236,47 @@ async fn a_broken_engine_ends_the_worker_and_asks_for_another() {
     assert_eq!(done.len(), 2);
     assert_eq!((done[0].get("stopPod"), done[1].get("stopPod")), (None, Some(&json!(true))));
     assert_eq!(envelope(&done[1])["status"], 500);
+    let pings = queue.lines(Route::Ping);
+    let unhealthy = pings.iter().filter(|line| line.contains("status=unhealthy&check=engine&reason=the%20device%20is%20gone"));
+    assert_eq!(unhealthy.count(), 1, "{pings:?}");
+}
+
+#[tokio::test]
+async fn a_job_that_comes_to_a_broken_engine_fails_with_the_reason() {
+    let queue = Queue::start().await;
+    let (broken, faults) = tokio::sync::watch::channel(None);
+    let runs = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&runs);
+    let counting = handler(move |_| {
+        counter.fetch_add(1, Ordering::SeqCst);
+        async { Ok(Answer::Whole(json!(1))) }
+    });
+    let pacing = Pacing { unknown_hold: Duration::from_secs(10), ..pacing() };
+    let worker = Worker::new(&settings(&queue.base), 4, counting).pacing(pacing).faults(faults);
+    let mut running = Running::worker(&queue, worker);
+    queue.wait(Route::Take, 1).await;
+    // Nobody holds a job: the worker hears of it all the same.
+    broken.send_replace(Some(Failure::internal("the device is gone")));
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    running.give("late", json!(1));
+    assert_eq!(running.ended().await, Ended::Unhealthy);
+    let done = queue.seen(Route::Done);
+    assert_eq!((done.len(), runs.load(Ordering::SeqCst)), (1, 0), "answered, and not run");
+    let body = done[0].json();
+    assert_eq!((&envelope(&body)["message"], &body["stopPod"]), (&json!("the device is gone"), &json!(true)));
+    assert_eq!(queue.lines(Route::Take).len(), 1, "no other poll begins");
+}
+
+#[tokio::test]
+async fn a_broken_engine_whose_poll_and_job_never_end_ends_all_the_same() {
+    let queue = Queue::start().await;
+    let (broken, faults) = tokio::sync::watch::channel(None);
+    let pacing = Pacing { unknown_hold: Duration::from_secs(60), broken_drain: Duration::from_millis(100), ..pacing() };
+    let worker = Worker::new(&settings(&queue.base), 4, handler(|_| std::future::pending())).pacing(pacing).faults(faults);
+    let mut running = Running::worker(&queue, worker);
+    running.give("stuck", json!(1));
+    queue.wait(Route::Take, 2).await;
+    broken.send_replace(Some(Failure::internal("the device is gone")));
+    assert_eq!(running.ended().await, Ended::Unhealthy);
+    assert_eq!(envelope(&queue.seen(Route::Done)[0].json())["message"], "the device is gone");
 }

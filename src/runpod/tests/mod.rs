@@ -18,7 +18,7 @@ use queue::{Queue, Reply, Route};
 
 mod answers;
 mod life;
-mod queue;
+pub(crate) mod queue;
 mod streams;
 mod takes;
 
@@ -44,7 +44,8 @@ fn pacing() -> Pacing {
         rate_limited: Duration::from_millis(5),
         take_backoff: backoff,
         stop_pause: Duration::from_millis(5),
-        last_poll: Duration::from_millis(50),
+        least_hold: Duration::from_millis(50),
+        unknown_hold: Duration::from_millis(50),
         result_backoff: backoff,
         result_window: Duration::from_millis(60),
         stream_backoff: backoff,
