@@ -21,6 +21,7 @@
 
 pub mod api;
 pub mod app;
+pub mod checkpoint;
 pub mod config;
 pub mod engine;
 pub mod error;

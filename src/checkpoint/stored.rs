@@ -58,16 +58,6 @@ pub struct Tiles<T> {
     oldest: usize,
 }
 
-impl<'a> StoredMatrix<'a> {
-    /// One tensor of f32, for tests.
-    #[cfg(test)]
-    pub(crate) fn of_f32(bytes: &'a [u8], rows: usize, width: usize, transposed: bool) -> Self {
-        let part =
-            StoredPart { name: "test".into(), bytes, stored: Stored::F32, shape: (rows, width), rows: 0..rows, first_column: 0, transposed };
-        Self { model: "test", width, parts: vec![part] }
-    }
-}
-
 impl StoredMatrix<'_> {
     pub fn rows(&self) -> usize {
         self.parts.iter().map(|part| part.rows.len()).sum()

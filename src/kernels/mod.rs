@@ -18,6 +18,8 @@ pub mod ops;
 pub mod quantize;
 pub mod sizing;
 #[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
 mod twin_tests;
 
 pub use ops::{
@@ -36,8 +38,8 @@ pub trait MatrixSource: Sync {
     fn is_bf16(&self) -> bool;
     /// The name of the tensor that a row belongs to, for messages.
     fn describe(&self, row: usize) -> String;
-    fn row_f32<'r>(&self, row: usize, reader: &'r mut Self::Reader) -> &'r [f32];
-    fn row_bf16<'r>(&self, row: usize, reader: &'r mut Self::Reader) -> &'r [half::bf16];
+    fn row_f32<'r>(&'r self, row: usize, reader: &'r mut Self::Reader) -> &'r [f32];
+    fn row_bf16<'r>(&'r self, row: usize, reader: &'r mut Self::Reader) -> &'r [half::bf16];
 }
 
 /// How large a step can be: what a backend makes its own buffers for.

@@ -227,7 +227,7 @@ impl Model {
 }
 
 /// A decoder with RMS norms before attention and a gated network, full attention, one rope table for each type of layer.
-fn llama_like(config: Config<'_>, family: &Family) -> Result<Model, String> {
+fn llama_like<'a>(config: Config<'a>, family: &'a Family) -> Result<Model, String> {
     let defaults = &family.defaults;
     let heads = config.size("num_attention_heads", None)?;
     let hidden_size = config.size("hidden_size", None)?;
@@ -246,7 +246,7 @@ fn llama_like(config: Config<'_>, family: &Family) -> Result<Model, String> {
         gated: true,
         bias: false,
     };
-    let layer = |layer_type: &LayerType| -> Result<LayerSpec, String> {
+    let mut layer = |layer_type: &LayerType<'a>| -> Result<LayerSpec, String> {
         let spec = AttentionSpec {
             heads,
             kv_heads,
@@ -262,7 +262,6 @@ fn llama_like(config: Config<'_>, family: &Family) -> Result<Model, String> {
         let attention = AttentionLayer { spec, qkv_bias: false, output_bias: false, sinks: false };
         Ok(LayerSpec { attention, feed_forward: FeedForward::Dense(dense.clone()), residual: Residual::Sequential, residual_scale: 1.0 })
     };
-    let mut layer = layer;
     let layers = types.iter().map(&mut layer).collect::<Result<Vec<_>, _>>()?;
     let spec = ModelSpec {
         model_type: family.model_type.to_owned(),

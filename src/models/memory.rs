@@ -2,8 +2,9 @@
 
 use crate::config::EngineSettings;
 use crate::error::Failure;
-use crate::kernels::cpu;
-use crate::models::architecture::Architecture;
+use crate::kernels::Footprint;
+use crate::models::decoder::buffer_bytes;
+use crate::models::spec::ModelSpec;
 use crate::models::{Shape, sample};
 
 mod host;
@@ -52,22 +53,21 @@ pub struct MemoryPlan {
 }
 
 impl MemoryPlan {
-    /// Decides blocks, context and batch limits. `weights_bytes` is what the loaded weights take, `kv_element` bytes per cached number.
-    pub fn new(
-        model: &Architecture,
+    /// Decides blocks, context and batch limits for a device whose backend is `F`. `weights_bytes` is what the loaded weights take.
+    pub fn new<F: Footprint>(
+        model: &ModelSpec,
         vocab_size: usize,
         weights_bytes: usize,
-        kv_element: usize,
         memory: Memory,
         settings: &EngineSettings,
     ) -> Result<Self, Failure> {
-        let limit = model.max_position_embeddings;
+        let limit = model.max_positions;
         if let Some(asked) = settings.max_model_len.filter(|asked| *asked > limit) {
             return Err(Failure::internal(format!(
                 "MAX_MODEL_LEN={asked} is more than the {limit} positions this model has; lower it, or leave it unset for auto"
             )));
         }
-        let need = Need::new(model, weights_bytes, kv_element, memory, settings)?;
+        let need = Need::new::<F>(model, weights_bytes, memory, settings)?;
         let Need { batch, block_size, block_bytes, .. } = need;
         let wanted = settings.max_model_len.unwrap_or(limit);
         // More than this no set of sequences can ever use. Who gives a size gets it: the rest keeps prefixes.
@@ -183,19 +183,16 @@ struct Need<'a> {
 }
 
 impl<'a> Need<'a> {
-    fn new(model: &Architecture, weights: usize, kv_element: usize, memory: Memory, settings: &'a EngineSettings) -> Result<Self, Failure> {
+    fn new<F: Footprint>(model: &ModelSpec, weights: usize, memory: Memory, settings: &'a EngineSettings) -> Result<Self, Failure> {
         let block_size = settings.block_size.unwrap_or(BLOCK_SIZE);
         let batch = Batch::new(memory.gpu, settings)?;
         let usual = Batch::new(memory.gpu, &EngineSettings::default())?;
-        let block_bytes = if memory.gpu {
-            model.kv_bytes_per_token(kv_element) * block_size
-        } else {
-            cpu::attention::Shape { kv: model.kv_heads, d: model.head_dim, block_size }.block_bytes() * model.layers
-        };
+        let block_bytes = model.layers.iter().map(|layer| F::kv_block_bytes(layer.attention.spec.kv_shape(1, block_size))).sum();
         let threads = threads(settings);
         let step_bytes = |tokens: usize| {
             let drawing = threads.checked_mul(sample::scratch_bytes(model.vocab_size))?;
-            cpu::Activations::bytes(&model.sizes(tokens, LOGITS_ROWS, block_size), threads)?.checked_add(drawing)
+            let limits = model.step_limits(tokens, LOGITS_ROWS, block_size);
+            F::own_bytes(&limits, threads)?.checked_add(buffer_bytes::<F>(model, &limits)?)?.checked_add(drawing)
         };
         let bytes_or_all = |tokens| step_bytes(tokens).unwrap_or(usize::MAX);
         let (step_bytes, usual_step_bytes) = (bytes_or_all(batch.tokens), bytes_or_all(usual.tokens.min(batch.tokens)));

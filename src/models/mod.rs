@@ -5,24 +5,26 @@
 use std::fmt;
 use std::sync::Arc;
 
+pub use crate::checkpoint::files;
 pub use crate::config::LogprobsMode;
 use crate::error::Failure;
 
-pub mod architecture;
+mod config;
+pub mod decoder;
 pub mod demo;
-pub mod files;
+pub mod device;
+pub mod families;
 pub mod hub;
 pub mod memory;
-mod packing;
 mod protobuf;
 pub mod quality;
-pub mod quantize;
+mod rope;
 pub mod runner;
 pub mod sample;
 pub mod sentencepiece;
+pub mod spec;
+pub mod tensors;
 pub mod tokenizer;
-pub mod transformer;
-pub mod weights;
 
 /// One step for the device: which tokens to run, where their keys and values go, and which rows to sample.
 ///
@@ -274,6 +276,8 @@ pub trait Runner {
 
 #[cfg(test)]
 mod golden;
+#[cfg(test)]
+mod golden_families;
 #[cfg(test)]
 mod golden_files;
 #[cfg(test)]

@@ -138,6 +138,11 @@ impl<'a> Tensors<'a> {
         fused.iter().find(|name| self.checkpoint.contains(&self.full(&format!("{name}.{suffix}"))))
     }
 
+    /// The model's name, for messages.
+    pub fn model_name(&self) -> &str {
+        self.checkpoint.name()
+    }
+
     /// Tensors of the files that nothing asked for, multi-token-prediction heads left out.
     pub fn unused(&self) -> Vec<String> {
         self.checkpoint.unused().into_iter().filter(|name| !name.contains("mtp_")).collect()
@@ -176,11 +181,11 @@ impl MatrixSource for StoredMatrix<'_> {
         StoredMatrix::describe(self, row)
     }
 
-    fn row_f32<'r>(&self, row: usize, reader: &'r mut Reader) -> &'r [f32] {
+    fn row_f32<'r>(&'r self, row: usize, reader: &'r mut Reader) -> &'r [f32] {
         self.row(row, &mut reader.f32)
     }
 
-    fn row_bf16<'r>(&self, row: usize, reader: &'r mut Reader) -> &'r [bf16] {
+    fn row_bf16<'r>(&'r self, row: usize, reader: &'r mut Reader) -> &'r [bf16] {
         self.row(row, &mut reader.bf16)
     }
 }

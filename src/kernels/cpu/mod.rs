@@ -110,11 +110,7 @@ pub struct Cpu {
     positions: Vec<u32>,
     slots: Vec<u32>,
     rows: Vec<BatchRow>,
-    /// Of each rope table, `[t, pairs]`, one table after another.
-    cos: Vec<f32>,
-    sin: Vec<f32>,
-    /// Pairs of each rope table.
-    pairs: Vec<usize>,
+    angles: Angles,
     limits: StepLimits,
     scratch: matmul::Scratch,
     attention: attention::Scratch,
@@ -132,9 +128,7 @@ impl Cpu {
             positions: Vec::with_capacity(t),
             slots: Vec::with_capacity(t),
             rows: Vec::with_capacity(t),
-            cos: Vec::with_capacity(t * limits.frequencies),
-            sin: Vec::with_capacity(t * limits.frequencies),
-            pairs: Vec::with_capacity(8),
+            angles: Angles::with_capacity(t, limits.frequencies),
             scratch: matmul::Scratch::with_capacity(activations, dtype),
             attention: attention::Scratch::new(t, pool.threads(), &limits.attention, limits.block_size),
             experts: experts::Scratch::new(t, limits.experts),
@@ -206,19 +200,7 @@ impl Backend for Cpu {
         refill(&mut self.positions, batch.positions);
         refill(&mut self.slots, batch.slots);
         refill(&mut self.rows, batch.rows);
-        self.cos.clear();
-        self.sin.clear();
-        self.pairs.clear();
-        for table in batch.ropes {
-            self.pairs.push(table.frequencies.len());
-            for position in batch.positions {
-                for frequency in &table.frequencies {
-                    let angle = *position as f32 * frequency;
-                    self.cos.push(angle.cos() * table.factor);
-                    self.sin.push(angle.sin() * table.factor);
-                }
-            }
-        }
+        self.angles.fill(batch);
         self.attention.begin();
         Ok(())
     }
@@ -300,11 +282,10 @@ impl Backend for Cpu {
         if let Some(slot) = self.slots.iter().find(|slot| **slot as usize >= cache.shape.blocks * cache.shape.block_size) {
             return Err(Error::Msg(format!("slot {slot} is outside the KV cache")));
         }
-        let angles = self.angles(attention)?;
-        let row = QkvRow { attention, weights, angles };
-        let (slots, positions) = (&self.slots, &self.positions);
+        let Self { pool, slots, positions, angles, .. } = self;
+        let row = QkvRow { attention, weights, angles: angles.of(attention)? };
         let (values, writer) = (PtrMut(qkv.values.as_mut_ptr()), cache.writer());
-        by_rows(&mut self.pool, t, width, &|index| {
+        by_rows(pool, t, width, &|index| {
             // SAFETY: the row is this task's alone, and so is its slot.
             unsafe {
                 let qkv = std::slice::from_raw_parts_mut(values.ptr().add(index * width), width);
@@ -418,25 +399,57 @@ fn norm_row(x: &[f32], norm: &Norm<Vec<f32>>, out: &mut [f32]) {
     }
 }
 
-/// Cosines and sines of the tokens of a step, `[t, pairs]` each.
+/// Cosines and sines of the tokens of a step.
+#[derive(Debug, Default)]
+struct Angles {
+    /// Of each rope table `[t, pairs]`, one table after another.
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+    /// Of each rope table.
+    pairs: Vec<usize>,
+    tokens: usize,
+}
+
+/// Those of one rope table, `[t, pairs]` each.
 #[derive(Clone, Copy)]
-struct Angles<'a> {
+struct TableAngles<'a> {
     cos: &'a [f32],
     sin: &'a [f32],
     pairs: usize,
 }
 
-impl Cpu {
+impl Angles {
+    fn with_capacity(tokens: usize, frequencies: usize) -> Self {
+        let numbers = || Vec::with_capacity(tokens * frequencies);
+        Self { cos: numbers(), sin: numbers(), pairs: Vec::with_capacity(8), tokens: 0 }
+    }
+
+    fn fill(&mut self, batch: &Batch<'_>) {
+        self.tokens = batch.tokens.len();
+        self.cos.clear();
+        self.sin.clear();
+        self.pairs.clear();
+        for table in batch.ropes {
+            self.pairs.push(table.frequencies.len());
+            for position in batch.positions {
+                for frequency in &table.frequencies {
+                    let angle = *position as f32 * frequency;
+                    self.cos.push(angle.cos() * table.factor);
+                    self.sin.push(angle.sin() * table.factor);
+                }
+            }
+        }
+    }
+
     /// The angles of a kind of attention; none where nothing is rotated.
-    fn angles(&self, attention: &AttentionSpec) -> Result<Option<Angles<'_>>> {
+    fn of(&self, attention: &AttentionSpec) -> Result<Option<TableAngles<'_>>> {
         let Some(rope) = attention.rope else { return Ok(None) };
         let Some(pairs) = self.pairs.get(rope.table).copied().filter(|pairs| 2 * pairs <= attention.head_dim) else {
             return Err(Error::Msg(format!("no rope table {} for heads of {}", rope.table, attention.head_dim)));
         };
-        let t = self.tokens.len();
-        let start = t * self.pairs[..rope.table].iter().sum::<usize>();
-        let range = start..start + t * pairs;
-        Ok(Some(Angles { cos: &self.cos[range.clone()], sin: &self.sin[range], pairs }))
+        let start = self.tokens * self.pairs[..rope.table].iter().sum::<usize>();
+        let range = start..start + self.tokens * pairs;
+        Ok(Some(TableAngles { cos: &self.cos[range.clone()], sin: &self.sin[range], pairs }))
     }
 }
 
@@ -444,7 +457,7 @@ impl Cpu {
 struct QkvRow<'a> {
     attention: &'a AttentionSpec,
     weights: &'a AttentionWeights<Vec<f32>>,
-    angles: Option<Angles<'a>>,
+    angles: Option<TableAngles<'a>>,
 }
 
 impl QkvRow<'_> {
@@ -456,7 +469,7 @@ impl QkvRow<'_> {
         if let Some(norm) = qk_norm.filter(|norm| !norm.after_rope) {
             self.norm(norm, q, k);
         }
-        if let (Some(rope), Some(Angles { cos, sin, pairs })) = (rope, self.angles) {
+        if let (Some(rope), Some(TableAngles { cos, sin, pairs })) = (rope, self.angles) {
             let of_token = index * pairs..(index + 1) * pairs;
             let (cos, sin) = (&cos[of_token.clone()], &sin[of_token]);
             elementwise::rope_row(q, d, rope.pairing, cos, sin);
@@ -496,21 +509,7 @@ fn by_rows(pool: &mut Pool, rows: usize, width: usize, f: &(dyn Fn(usize) + Sync
 mod tests {
     use super::*;
     use crate::kernels::ExpertLimits;
-
-    fn attention(heads: usize, kv_heads: usize, head_dim: usize) -> AttentionSpec {
-        AttentionSpec {
-            heads,
-            kv_heads,
-            head_dim,
-            scale: 1.0,
-            window: None,
-            soft_cap: None,
-            rope: None,
-            qk_norm: None,
-            value_norm: None,
-            query_growth: None,
-        }
-    }
+    use crate::kernels::testing::plain_attention;
 
     #[test]
     fn bytes_are_what_is_allocated() {
@@ -519,7 +518,7 @@ mod tests {
             max_logits: 16,
             widest: 768,
             block_size,
-            attention: vec![attention(8, 2, 64), attention(4, 1, 128)],
+            attention: vec![plain_attention(8, 2, 64), plain_attention(4, 1, 128)],
             frequencies: 96,
             experts,
         };
@@ -530,7 +529,7 @@ mod tests {
             let limits = limits(max_tokens, block_size, experts);
             let mut cpu = Cpu::new(&limits, threads, ComputeDtype::F32).unwrap();
             let ids = 4 * (cpu.tokens.capacity() + cpu.positions.capacity() + cpu.slots.capacity());
-            let angles = 4 * (cpu.cos.capacity() + cpu.sin.capacity());
+            let angles = 4 * (cpu.angles.cos.capacity() + cpu.angles.sin.capacity());
             let rows = cpu.rows.capacity() * size_of::<BatchRow>();
             let tiles = attention::Scratch::bytes(max_tokens, 0, &limits.attention, block_size).unwrap();
             let lists = cpu.experts.list_bytes();

@@ -71,7 +71,7 @@ pub(crate) fn pages(bytes: usize) -> std::io::Result<MmapMut> {
 
 /// Bytes of a panel of width `k`.
 pub(super) fn panel_bytes(format: WeightFormat, k: usize) -> usize {
-    match formatat {
+    match format {
         WeightFormat::F32 => k * PANEL * 4,
         WeightFormat::Bf16 => k.div_ceil(2) * PANEL * 4,
         WeightFormat::Int8 => k / BLOCK * BLOCK8,
@@ -152,7 +152,7 @@ impl Packed {
     /// Row `row` of the matrix in f32, which for a tied head is the embedding of that token.
     pub fn row(&self, row: usize, out: &mut [f32]) {
         assert!(self.columns == Columns::Plain && row < self.n && out.len() == self.k, "row {row} of {self:?}");
-        let bytes = panel_bytes(self.formatat, self.k);
+        let bytes = panel_bytes(self.format, self.k);
         let panel = &self.data[row / PANEL * bytes..][..bytes];
         let column = row % PANEL;
         let half = |at: usize| f16::from_le_bytes([panel[at], panel[at + 1]]).to_f32();

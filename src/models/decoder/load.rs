@@ -6,6 +6,7 @@ use super::{Before, BranchNorms, Buffers, Decoder, Dense, FeedForward, Layer, Li
 use crate::checkpoint::StoredMatrix;
 use crate::config::Quantization;
 use crate::error::Failure;
+use crate::kernels::sizing::{self, Sizing};
 use crate::kernels::{
     AttentionSpec, AttentionWeights, Backend, Columns, Epilogue, Expert, Experts, Footprint, Linear, Norm, NormExtent, StepLimits,
     WeightFormat,
@@ -62,10 +63,42 @@ impl<B: Backend> Decoder<B> {
         self.spec.layers.iter().map(|layer| backend.kv_cache(layer.attention.spec.kv_shape(blocks, block_size))).collect()
     }
 
+    /// The matrices of the layers, routers left out.
+    fn layer_weights(&self) -> impl Iterator<Item = &B::Weight> {
+        self.layers.iter().flat_map(|layer| {
+            let mut all = vec![&layer.qkv.weight, &layer.output.weight];
+            let (dense, experts) = match &layer.feed_forward {
+                FeedForward::Dense(dense) => (Some(dense), &[][..]),
+                FeedForward::Experts { experts, shared, .. } => (shared.as_ref(), experts.experts.as_slice()),
+            };
+            all.extend(dense.into_iter().flat_map(|dense| [&dense.up.weight, &dense.down.weight]));
+            all.extend(experts.iter().flat_map(|expert| [&expert.gate_up.weight, &expert.down.weight]));
+            all
+        })
+    }
+
+    /// Embedding and LM head.
+    fn vocabulary_weights(&self) -> impl Iterator<Item = &B::Weight> {
+        std::iter::once(&self.embedding.weight).chain(self.head.as_ref().map(|head| &head.weight))
+    }
+
     /// The memory behind the buffers.
     pub fn memory(&mut self) -> Vec<&mut [u8]> {
         let Buffers { x, normed, qkv, attended, hidden, branch, router, picked, logits } = &mut self.buffers;
         [x, normed, qkv, attended, hidden, branch, router, picked, logits].map(B::buffer_memory).into()
+    }
+}
+
+impl<F: Footprint> Decoder<Sizing<F>> {
+    /// The formats of the layers' matrices, and of embedding and head where those differ.
+    pub fn formats(&self) -> String {
+        fn names<'a>(weights: impl Iterator<Item = &'a sizing::Weight>) -> String {
+            // Fewest bits first.
+            let formats: BTreeSet<WeightFormat> = weights.map(|weight| weight.format).collect();
+            formats.into_iter().map(WeightFormat::name).collect::<Vec<_>>().join(" and ")
+        }
+        let (inside, ends) = (names(self.layer_weights()), names(self.vocabulary_weights()));
+        if inside == ends { inside } else { format!("{inside}; embedding and head {ends}") }
     }
 }
 
@@ -280,6 +313,14 @@ impl<B: Backend> Loader<'_, '_, B> {
 
     fn vector(&self, name: &str, len: usize) -> Result<B::Vector, Failure> {
         self.backend.vector(self.tensors.vector(name, len)?).map_err(failure)
+    }
+}
+
+#[cfg(test)]
+impl Decoder<crate::kernels::cpu::Cpu> {
+    /// Bytes of all matrices, routers left out.
+    pub fn weight_bytes(&self) -> usize {
+        self.layer_weights().chain(self.vocabulary_weights()).map(crate::kernels::cpu::packed::Packed::bytes).sum()
     }
 }
 
