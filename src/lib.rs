@@ -25,8 +25,9 @@ pub mod checkpoint;
 pub mod config;
 pub mod engine;
 pub mod error;
-pub mod kernels;
 pub mod models;
 pub mod runpod;
 pub mod server;
 pub mod telemetry;
+
+pub use worker_candle_kernels as kernels;

@@ -17,8 +17,8 @@ pub mod cpu;
 pub mod ops;
 pub mod quantize;
 pub mod sizing;
-#[cfg(test)]
-pub(crate) mod testing;
+#[doc(hidden)]
+pub mod testing;
 #[cfg(test)]
 mod twin_tests;
 

@@ -11,7 +11,7 @@
 
 use half::f16;
 
-use crate::kernels::cpu::vectorize::{Vectorize, vectorize};
+use crate::cpu::vectorize::{Vectorize, vectorize};
 
 /// Weights that share a scale.
 pub const BLOCK: usize = 32;

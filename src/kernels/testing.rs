@@ -1,4 +1,6 @@
-//! What tests of several backends share.
+//! What tests of several backends share, here and in the crate that uses these kernels.
+
+#![allow(clippy::unwrap_used)]
 
 use half::bf16;
 

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::KvCache;
-use crate::kernels::{AttentionSpec, BatchRow};
+use crate::{AttentionSpec, BatchRow};
 
 /// What one attention pass makes at a time: bounds the memory that a long prompt or a large batch takes.
 #[derive(Debug, Clone, Copy)]

@@ -8,8 +8,8 @@ use candle_core::{DType, Device, Result, Tensor};
 use half::bf16;
 use rayon::prelude::*;
 
-use crate::kernels::cpu::load::{check, note};
-use crate::kernels::{MatrixSource, WeightFormat, quantize};
+use crate::cpu::load::{check, note};
+use crate::{MatrixSource, WeightFormat, quantize};
 
 /// Rows a task reads: whole tiles of a transposed tensor.
 const TASK_ROWS: usize = 32;

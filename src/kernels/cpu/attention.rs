@@ -13,7 +13,7 @@ use super::pool::Pool;
 use super::prefault;
 use super::simd::{Simd, dispatch};
 use super::{Ptr, PtrMut};
-use crate::kernels::{AttentionSpec, BatchRow, KvShape};
+use crate::{AttentionSpec, BatchRow, KvShape};
 
 /// Positions of a segment, as far as blocks fill it evenly.
 const SEGMENT: usize = 256;

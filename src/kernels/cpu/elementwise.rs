@@ -1,7 +1,7 @@
 //! Normalisation, activation and rotation of single rows.
 
 use super::simd::{Simd, dispatch};
-use crate::kernels::{Activation, Pairing};
+use crate::{Activation, Pairing};
 
 /// `out = x · (mean(x²) + eps)^-½ · w`, all of one width.
 pub fn rms_norm(x: &[f32], w: &[f32], eps: f32, out: &mut [f32]) {

@@ -8,7 +8,7 @@ use super::matmul::{self, matmul};
 use super::packed::Packed;
 use super::pool::Pool;
 use super::{Buffer, prefault};
-use crate::kernels::{Epilogue, ExpertLimits, Experts, Linear};
+use crate::{Epilogue, ExpertLimits, Experts, Linear};
 
 /// One token's visit to one expert.
 #[derive(Debug, Clone, Copy)]

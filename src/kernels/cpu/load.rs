@@ -5,8 +5,8 @@ use std::sync::Mutex;
 use candle_core::{Error, Result};
 
 use super::packed::{Packed, Row};
-use crate::kernels::quantize::{self, Unquantizable};
-use crate::kernels::{Columns, MatrixSource, WeightFormat};
+use crate::quantize::{self, Unquantizable};
+use crate::{Columns, MatrixSource, WeightFormat};
 
 /// The format a matrix is held in: the one that is asked for, or as it is stored.
 pub fn format(is_bf16: bool, asked: Option<WeightFormat>) -> WeightFormat {
@@ -45,7 +45,7 @@ pub fn pack<S: MatrixSource>(source: &S, asked: Option<WeightFormat>, columns: C
 }
 
 /// Keeps what was wrong with a row.
-pub(in crate::kernels) fn note<S: MatrixSource>(
+pub(crate) fn note<S: MatrixSource>(
     failed: &Mutex<Option<String>>,
     source: &S,
     row: usize,
@@ -56,7 +56,7 @@ pub(in crate::kernels) fn note<S: MatrixSource>(
     }
 }
 
-pub(in crate::kernels) fn check(failed: Mutex<Option<String>>) -> Result<()> {
+pub(crate) fn check(failed: Mutex<Option<String>>) -> Result<()> {
     match failed.into_inner() {
         Ok(None) => Ok(()),
         Ok(Some(problem)) => Err(Error::Msg(format!("{problem}; fetch the model again, or set QUANTIZATION=BF16"))),

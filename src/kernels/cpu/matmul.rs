@@ -14,7 +14,7 @@ use super::prefault;
 use super::simd::Level;
 use super::simd::{self, Simd, dispatch};
 use super::{Ptr, PtrMut, elementwise};
-use crate::kernels::{Columns, ComputeDtype, Epilogue, WeightFormat};
+use crate::{Columns, ComputeDtype, Epilogue, WeightFormat};
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;

@@ -16,12 +16,12 @@ use super::{Backend, Footprint, MatrixSource, RowVisitor, StepLimits};
 pub mod attention;
 mod elementwise;
 mod experts;
-pub(in crate::kernels) mod load;
+pub(crate) mod load;
 pub mod matmul;
 pub mod packed;
 pub mod pool;
 pub mod prefault;
-pub(crate) mod simd;
+pub mod simd;
 pub mod softmax;
 pub(crate) mod vectorize;
 
@@ -508,8 +508,8 @@ fn by_rows(pool: &mut Pool, rows: usize, width: usize, f: &(dyn Fn(usize) + Sync
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::ExpertLimits;
-    use crate::kernels::testing::plain_attention;
+    use crate::ExpertLimits;
+    use crate::testing::plain_attention;
 
     #[test]
     fn bytes_are_what_is_allocated() {

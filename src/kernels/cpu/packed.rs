@@ -14,7 +14,7 @@ use half::{bf16, f16};
 use memmap2::MmapMut;
 
 use super::simd;
-use crate::kernels::{Columns, WeightFormat};
+use crate::{Columns, WeightFormat};
 
 /// Columns of a panel.
 pub const PANEL: usize = 32;

@@ -28,7 +28,7 @@ impl Plain for i8 {}
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::cpu::packed::pages;
+    use crate::cpu::packed::pages;
 
     #[test]
     fn what_is_in_memory_stays() {

@@ -176,45 +176,45 @@ macro_rules! dispatch {
         #[cfg(target_arch = "x86_64")]
         #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
         unsafe fn avx512vnni($($arg: $type),*) {
-            unsafe { $kernel::<$crate::kernels::cpu::simd::x86::Avx512Vnni, $($generic),*>($($arg),*) }
+            unsafe { $kernel::<$crate::cpu::simd::x86::Avx512Vnni, $($generic),*>($($arg),*) }
         }
         #[cfg(target_arch = "x86_64")]
         #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
         unsafe fn avx512($($arg: $type),*) {
-            unsafe { $kernel::<$crate::kernels::cpu::simd::x86::Avx512, $($generic),*>($($arg),*) }
+            unsafe { $kernel::<$crate::cpu::simd::x86::Avx512, $($generic),*>($($arg),*) }
         }
         #[cfg(target_arch = "x86_64")]
         #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
         unsafe fn avx2vnni($($arg: $type),*) {
-            unsafe { $kernel::<$crate::kernels::cpu::simd::x86::Avx2Vnni, $($generic),*>($($arg),*) }
+            unsafe { $kernel::<$crate::cpu::simd::x86::Avx2Vnni, $($generic),*>($($arg),*) }
         }
         #[cfg(target_arch = "x86_64")]
         #[target_feature(enable = "avx2,fma,f16c")]
         unsafe fn avx2($($arg: $type),*) {
-            unsafe { $kernel::<$crate::kernels::cpu::simd::x86::Avx2, $($generic),*>($($arg),*) }
+            unsafe { $kernel::<$crate::cpu::simd::x86::Avx2, $($generic),*>($($arg),*) }
         }
         #[cfg(target_arch = "aarch64")]
         #[target_feature(enable = "neon,dotprod")]
         unsafe fn neondot($($arg: $type),*) {
-            unsafe { $kernel::<$crate::kernels::cpu::simd::neon::NeonDot, $($generic),*>($($arg),*) }
+            unsafe { $kernel::<$crate::cpu::simd::neon::NeonDot, $($generic),*>($($arg),*) }
         }
         // SAFETY: `level` has seen the features on this processor.
         unsafe {
-            match $crate::kernels::cpu::simd::level() {
+            match $crate::cpu::simd::level() {
                 #[cfg(target_arch = "x86_64")]
-                $crate::kernels::cpu::simd::Level::Avx512Vnni | $crate::kernels::cpu::simd::Level::Avx512Bf16 | $crate::kernels::cpu::simd::Level::Amx => avx512vnni($($arg),*),
+                $crate::cpu::simd::Level::Avx512Vnni | $crate::cpu::simd::Level::Avx512Bf16 | $crate::cpu::simd::Level::Amx => avx512vnni($($arg),*),
                 #[cfg(target_arch = "x86_64")]
-                $crate::kernels::cpu::simd::Level::Avx512 => avx512($($arg),*),
+                $crate::cpu::simd::Level::Avx512 => avx512($($arg),*),
                 #[cfg(target_arch = "x86_64")]
-                $crate::kernels::cpu::simd::Level::Avx2Vnni => avx2vnni($($arg),*),
+                $crate::cpu::simd::Level::Avx2Vnni => avx2vnni($($arg),*),
                 #[cfg(target_arch = "x86_64")]
-                $crate::kernels::cpu::simd::Level::Avx2 => avx2($($arg),*),
+                $crate::cpu::simd::Level::Avx2 => avx2($($arg),*),
                 #[cfg(target_arch = "aarch64")]
-                $crate::kernels::cpu::simd::Level::NeonDot => neondot($($arg),*),
+                $crate::cpu::simd::Level::NeonDot => neondot($($arg),*),
                 // Every processor of this kind has it: no features beyond those of the build.
                 #[cfg(target_arch = "aarch64")]
-                $crate::kernels::cpu::simd::Level::Neon => $kernel::<$crate::kernels::cpu::simd::neon::Neon, $($generic),*>($($arg),*),
-                $crate::kernels::cpu::simd::Level::Portable => $kernel::<$crate::kernels::cpu::simd::Portable, $($generic),*>($($arg),*),
+                $crate::cpu::simd::Level::Neon => $kernel::<$crate::cpu::simd::neon::Neon, $($generic),*>($($arg),*),
+                $crate::cpu::simd::Level::Portable => $kernel::<$crate::cpu::simd::Portable, $($generic),*>($($arg),*),
             }
         }
     }};

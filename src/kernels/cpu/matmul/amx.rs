@@ -10,9 +10,9 @@ use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
 
 use super::{Columns, Job, PANEL, Scratch, finish, finish_gated, pairs::nearest};
-use crate::kernels::cpu::pool::Pool;
-use crate::kernels::cpu::simd::{Simd, dispatch, x86::Avx512Vnni};
-use crate::kernels::cpu::{Ptr, PtrMut};
+use crate::cpu::pool::Pool;
+use crate::cpu::simd::{Simd, dispatch, x86::Avx512Vnni};
+use crate::cpu::{Ptr, PtrMut};
 
 /// Rows and columns of a tile of sums.
 const TILE: usize = 16;

@@ -3,7 +3,7 @@
 use half::f16;
 
 use super::{AHEAD, BLOCK, BLOCK8, Job, Next, PANEL, SUB4, SUPER, SUPER4, Weights};
-use crate::kernels::cpu::simd::Simd;
+use crate::cpu::simd::Simd;
 
 pub(super) struct WeightsF32;
 pub(super) struct WeightsBf16;

@@ -4,9 +4,9 @@
 use half::bf16;
 
 use super::{AHEAD, Job, Next, PANEL, Scratch, Weights};
-use crate::kernels::cpu::pool::Pool;
-use crate::kernels::cpu::simd::{self, Simd, dispatch};
-use crate::kernels::cpu::{Ptr, PtrMut};
+use crate::cpu::pool::Pool;
+use crate::cpu::simd::{self, Simd, dispatch};
+use crate::cpu::{Ptr, PtrMut};
 
 /// The nearest bf16, ties to even. What is not a number stays one.
 #[inline(always)]
