@@ -14,7 +14,10 @@ FROM rust AS build-cpu
 RUN apt-get update && apt-get install -y --no-install-recommends g++ pkg-config && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY . .
-RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,target=/src/target \
+# One cache for each processor, used by one build at a time: builds side by side could otherwise install each other's binaries.
+ARG TARGETARCH TARGETVARIANT
+RUN --mount=type=cache,id=worker-candle-registry-${TARGETARCH}${TARGETVARIANT},sharing=locked,target=/usr/local/cargo/registry \
+    --mount=type=cache,id=worker-candle-cpu-${TARGETARCH}${TARGETVARIANT},sharing=locked,target=/src/target \
     cargo build --release --locked && install -D target/release/worker-candle /out/worker-candle
 
 FROM debian:bookworm-slim AS cpu
@@ -22,18 +25,22 @@ RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates
 COPY --from=build-cpu /out/worker-candle /usr/local/bin/worker-candle
 COPY handler.py /app/handler.py
 COPY LICENSE-APACHE LICENSE-MIT /usr/share/doc/worker-candle/
-# The platform's store of cached models, and where downloads go when a network volume is there.
+# The platform's store of cached models, and where downloads go when a network volume is there. And the port that load balancing looks at: with
+# no queue and no other PORT set, the image serves HTTP there.
 ENV BASE_PATH=/runpod-volume \
     HF_HOME=/runpod-volume/huggingface-cache \
-    HF_HUB_CACHE=/runpod-volume/huggingface-cache/hub
+    HF_HUB_CACHE=/runpod-volume/huggingface-cache/hub \
+    PORT=80
 WORKDIR /app
-# No test_input.json here: with it, the binary would run that one job instead of serving where PORT is set.
+# No test_input.json here: with it, the binary would run that one job instead of serving on PORT.
 CMD ["worker-candle"]
 
 # ---- NVIDIA GPUs -----------------------------------------------------------------------------------------------------------------
 
 FROM ${CUDA_BUILD_IMAGE} AS build-cuda
-# The oldest GPU to support: its code also runs on newer ones. There is no GPU at build time to ask.
+# The oldest GPU to support; there is none at build time to ask. Most of candle's kernels are compiled by the driver for the GPU at hand, so they
+# run on newer ones too. Those for quantized weights are machine code for this one architecture: 80 serves Ampere and Ada (8.0 to 8.9), and on
+# others the worker refuses QUANTIZATION.
 ARG CUDA_COMPUTE_CAP=80
 ENV CUDA_COMPUTE_CAP=${CUDA_COMPUTE_CAP} \
     RUSTUP_HOME=/usr/local/rustup \
@@ -44,7 +51,9 @@ COPY --from=rust /usr/local/rustup /usr/local/rustup
 COPY --from=rust /usr/local/cargo /usr/local/cargo
 WORKDIR /src
 COPY . .
-RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,target=/src/target \
+ARG TARGETARCH TARGETVARIANT
+RUN --mount=type=cache,id=worker-candle-registry-${TARGETARCH}${TARGETVARIANT},sharing=locked,target=/usr/local/cargo/registry \
+    --mount=type=cache,id=worker-candle-cuda-${CUDA_COMPUTE_CAP}-${TARGETARCH}${TARGETVARIANT},sharing=locked,target=/src/target \
     cargo build --release --locked --features cuda && install -D target/release/worker-candle /out/worker-candle
 
 FROM ${CUDA_RUN_IMAGE} AS cuda
@@ -57,6 +66,7 @@ COPY handler.py /app/handler.py
 COPY LICENSE-APACHE LICENSE-MIT /usr/share/doc/worker-candle/
 ENV BASE_PATH=/runpod-volume \
     HF_HOME=/runpod-volume/huggingface-cache \
-    HF_HUB_CACHE=/runpod-volume/huggingface-cache/hub
+    HF_HUB_CACHE=/runpod-volume/huggingface-cache/hub \
+    PORT=80
 WORKDIR /app
 CMD ["worker-candle"]

@@ -82,6 +82,13 @@ def test_every_question(http, server, question):
         assert way(http, server, question) == question.answer, way.__name__
 
 
+@pytest.mark.parametrize("question", questions.WITH_TOOLS, ids=lambda question: question.name)
+def test_tools_as_text(http, server, question):
+    """With `tool_choice: "none"` tools are text for the template, and so are calls and results of the history; what comes is text."""
+    for way in WAYS:
+        assert way(http, server, question, tool_choice="none") == question.answer, way.__name__
+
+
 def test_there_are_questions_of_every_kind():
     names = set(questions.BY_NAME)
     assert len(names) == len(questions.ALL) >= 36
@@ -126,6 +133,20 @@ DRAWN = {"temperature": 1.0, "max_tokens": 60, "ignore_eos": True}
 def choices(http, url: str, body: dict) -> list[str]:
     answer = post(http, url, body).json()
     return [questions.text({"choices": [choice]}) for choice in answer["choices"]]
+
+
+@pytest.mark.parametrize("form", ["completions", "native"])
+def test_each_prompt_of_a_list_draws_for_itself(http, server, form):
+    def texts(**body) -> list[str]:
+        body = {**DRAWN, "temperature": 1.5, "max_tokens": 25, **body}
+        if form == "completions":
+            return choices(http, f"{server.base}/v1/completions", body)
+        return [choice["text"] for choice in post(http, f"{server.endpoint}/runsync", {"input": body}).json()["output"]["choices"]]
+
+    assert len(set(texts(prompt=["Once"] * 6))) == 6
+    assert len(set(texts(prompt=["Once"] * 3, n=2))) == 6
+    alone = texts(prompt="Once", n=2, seed=7)
+    assert len(set(alone)) == 2 and texts(prompt=["Once"] * 3, n=2, seed=7) == alone * 3
 
 
 def test_same_seed_same_text_alone_and_in_company(http, server):

@@ -2,11 +2,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 
+import httpx
 import pytest
 
 from harness import questions
-from harness.program import REPOSITORY, run
+from harness.program import REPOSITORY, Server, binary, run
 
 DEMO = {"MODEL": "demo"}
 
@@ -172,3 +175,32 @@ def test_bench_of_a_server(server):
 def test_cold_start():
     done = run("bench", "--model", "demo", "--cold-start", within=240)
     assert done.process.returncode == 0 and done.stdout.strip(), done.log
+
+
+def test_cold_start_measures_what_the_flags_ask_for():
+    """A flag that no server can start with is seen by the server that is started."""
+    done = run("bench", "demo", "--cold-start", "--kv-cache-gb", "100000", within=240)
+    assert done.process.returncode == 1 and "KV_CACHE_GB=100000" in done.log, done.log
+    done = run("bench", "demo", "--cold-start", "--json", "--quantization", "wint4", "--api-key", "one", "--api-key", "two", within=240)
+    assert done.process.returncode == 0 and lines(done)[0]["cold_start"]["first_token_ms"]["median"] > 0, done.log
+
+
+def test_a_reader_that_has_seen_enough():
+    environment = {"PATH": os.environ["PATH"], "HOME": "/tmp", **DEMO}
+    command = f"set -o pipefail; '{binary()}' check --device cpu | head -1"
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 1 and done.stderr == "", done
+    # Many times more lines than a pipe holds at once.
+    job = json.dumps({"input": {"prompt": "Once", "max_tokens": 900, "ignore_eos": True, "stream": True, "n": 8, "temperature": 1}})
+    command = f"set -o pipefail; '{binary()}' --test_input '{job}' | head -1"
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "panicked" not in done.stderr, done
+
+
+def test_a_plain_model_several_names_and_several_keys():
+    with Server("serve", "demo", "--served-model-name", "a", "b", "--api-key", "one", "--api-key", "two") as server:
+        for key, name in (("one", "a"), ("two", "b")):
+            headers = {"authorization": f"Bearer {key}"}
+            answer = httpx.post(f"{server.base}/v1/completions", json={"model": name, "prompt": "Once", "max_tokens": 1}, headers=headers, timeout=60)
+            assert answer.status_code == 200, answer.text
+        assert httpx.get(f"{server.base}/v1/models", headers={"authorization": "Bearer three"}).status_code == 401

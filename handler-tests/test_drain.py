@@ -3,12 +3,13 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 
 import httpx
 import pytest
 
 from harness.program import Program, Server, binary, wait_for
-from harness.queue import Reply
+from harness.queue import Reply, ScriptedQueue
 
 TOKENS = 1200
 # Of each job: the demo model is quick, and these must still run when the signal comes. (At temperature 0 they would be computed as one.)
@@ -68,6 +69,27 @@ def test_a_job_that_comes_with_the_last_poll_is_answered(queue, worker, capital)
     assert program.wait() == 0
     assert [seen.tail[-1] for seen in queue.requests("job-done")] == ["late-u1"]
     assert capital.answer in json.dumps(queue.result("late-u1"))
+
+
+def test_a_platform_that_holds_polls_for_long_loses_no_job(capital):
+    """Longer than our own endpoint does: the last poll is waited for all the same, and no other begins."""
+    with ScriptedQueue(hold=40) as queue, Program([binary()], {"MODEL": "demo", **queue.variables()}, name="queue worker") as program:
+        wait_for(lambda: queue.requests("job-take-batch"), "the poll")
+        program.terminate()
+        time.sleep(13)
+        assert program.alive()
+        queue.give({"id": "late-u1", "input": capital.request()})
+        assert program.wait(20) == 0
+        assert [seen.tail[-1] for seen in queue.requests("job-done")] == ["late-u1"]
+        assert capital.answer in json.dumps(queue.result("late-u1"))
+        assert len(queue.requests("job-take", "job-take-batch")) == 1
+
+
+def test_the_drain_s_limit_bounds_the_last_poll():
+    with ScriptedQueue(hold=60) as queue, Program([binary()], {"MODEL": "demo", "DRAIN_TIMEOUT": "1", **queue.variables()}, name="queue worker") as program:
+        wait_for(lambda: queue.requests("job-take-batch"), "the poll")
+        program.terminate()
+        assert program.wait(10) == 0
 
 
 def test_an_idle_worker_ends_at_once(queue, worker):

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
+import openai
 import pytest
 
 from harness import questions
@@ -74,13 +75,40 @@ def test_a_time_limit_ends_what_runs_and_what_waits(http, hurried, capital):
     with occupied(hurried) as stream:
         first = next(stream)
         waiting = http.post(f"{hurried.base}/v1/completions", json=ENDLESS)
-        assert (waiting.status_code, waiting.json()["error"]["code"]) == (503, "request_timeout")
-        assert waiting.headers["retry-after"] and "REQUEST_TIMEOUT" in waiting.json()["error"]["message"]
+        assert (waiting.status_code, waiting.json()["error"]["code"]) == (504, "request_timeout")
+        assert "retry-after" not in waiting.headers and waiting.headers["x-should-retry"] == "false"
+        assert "REQUEST_TIMEOUT" in waiting.json()["error"]["message"]
         frames = (first + "".join(stream)).split("\n\n")
         # A stream that has begun is told in a frame of its own.
         assert frames[-2] == "data: [DONE]" and json.loads(frames[-3].removeprefix("data: "))["error"]["code"] == "request_timeout"
     answered = wait_for(lambda: (again := http.post(f"{hurried.base}/v1/chat/completions", json=capital.request())).status_code == 200 and again, "room")
     assert questions.text(answered.json()) == capital.answer
+
+
+def test_a_request_past_its_time_limit_is_sent_once(hurried):
+    """The SDK tries again after a 5xx, unless told not to: the same request would run out of time again."""
+    for door in hurried.doors().values():
+        sent = []
+        client = httpx.Client(timeout=120, event_hooks={"request": [sent.append]})
+        with openai.OpenAI(base_url=door, api_key="any", http_client=client) as sdk, pytest.raises(openai.InternalServerError) as error:
+            sdk.completions.create(model="default", prompt="Once", max_tokens=900, n=CHOICES, temperature=1, extra_body={"ignore_eos": True})
+        assert (error.value.status_code, error.value.code, len(sent)) == (504, "request_timeout", 1)
+
+
+def test_a_native_stream_that_fails_midway_ends_with_an_error_chunk(http, hurried):
+    url = hurried.endpoint
+    job = http.post(f"{url}/run", json={"input": {**ENDLESS, "stream": True}}).json()["id"]
+    chunks = []
+    while True:
+        progress = http.get(f"{url}/stream/{job}").json()
+        chunks += [chunk["output"] for chunk in progress["stream"]]
+        if progress["status"] not in ("IN_QUEUE", "IN_PROGRESS") and not progress["stream"]:
+            break
+    assert progress["status"] == "FAILED" and len(chunks) > 1
+    assert all("choices" in chunk and "error" not in chunk for chunk in chunks[:-1])
+    assert set(chunks[-1]) == {"error"}, "who reads the chunks alone learns of it, too"
+    assert (chunks[-1]["error"]["code"], chunks[-1]["error"]["status"]) == ("request_timeout", 504)
+    assert json.loads(http.get(f"{url}/status/{job}").json()["error"]) == chunks[-1]
 
 
 def resident(pid: int) -> int:

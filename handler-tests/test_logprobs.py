@@ -110,8 +110,10 @@ def test_completions(client):
 def test_tokens_as_ids(client):
     answer = complete(client, logprobs=1, extra_body={"return_tokens_as_token_ids": True, "return_token_ids": True}).choices[0]
     ids = [f"token_id:{id}" for id in answer.token_ids]
-    # The end of sequence was drawn, and is not part of the text.
-    assert answer.logprobs.tokens == ids[:-1]
+    # The end of sequence is no part of the text, and was drawn: with its id comes its log probability.
+    assert answer.logprobs.tokens == ids and ids[-1] == "token_id:2"
+    alone = complete(client, logprobs=1, extra_body={"return_tokens_as_token_ids": True}).choices[0]
+    assert alone.logprobs.tokens == ids[:-1]
 
 
 def test_a_generated_text_scores_as_it_was_generated(client):

@@ -7,6 +7,8 @@ from harness import questions
 from harness.program import Server
 
 FOX = "The quick brown fox"
+# Ids of the demo model's text.
+SUPPRESSED = list(range(300, 700))
 
 
 @pytest.fixture
@@ -106,9 +108,40 @@ def test_an_input_inside_the_input(ask, capital):
     assert questions.text(ask({"input": capital.request()})) == capital.answer
 
 
+def test_a_whole_test_of_the_hub_as_input(ask, capital):
+    given = {"name": "basic", "input": capital.request(), "timeout": 30000, "startedAt": "2026-01-01T00:00:00Z"}
+    assert questions.text(ask(given)) == capital.answer
+
+
+# Each does what the field that this server calls otherwise does.
+OTHER_NAMES = [
+    ({"n_predict": 4}, {"max_tokens": 4}),
+    ({"min_new_tokens": 40}, {"min_tokens": 40}),
+    ({"repeat_penalty": 1.9}, {"repetition_penalty": 1.9}),
+    ({"stop_sequences": ["the"]}, {"stop": ["the"]}),
+    ({"suppress_tokens": SUPPRESSED}, {"bad_words_token_ids": SUPPRESSED}),
+    ({"sampling_params": {"max_tokens": 5, "stop": "zzz"}}, {"max_tokens": 5}),
+]
+
+
+@pytest.mark.parametrize(("other", "ours"), OTHER_NAMES, ids=lambda fields: next(iter(fields)))
+def test_other_names_of_fields(http, door, story, capital, other, ours):
+    def texts(**more) -> list[str]:
+        responses = [http.post(f"{door}/chat/completions", json=question.request(**more)) for question in (story, capital)]
+        assert [response.status_code for response in responses] == [200, 200], responses[0].text
+        return [questions.text(response.json()) for response in responses]
+
+    named = texts(**other)
+    assert named == texts(**ours) != [story.answer, capital.answer]
+
+
+def test_no_sampling_is_greedy(ask, story):
+    assert questions.text(ask({"messages": story.body["messages"], "temperature": 2.0, "do_sample": False})) == story.answer
+
+
 def test_names_of_the_model(ask, http, server, capital):
     served = http.get(f"{server.base}/v1/models").json()["data"]
-    for name in {model["id"] for model in served} | {served[0]["root"], served[0]["id"].split("/")[-1], "default", "null", None}:
+    for name in {model["id"] for model in served} | {served[0]["root"], served[0]["id"].split("/")[-1], "default", "null", "", None}:
         output = ask({**capital.request(), "model": name})
         assert output["model"] == served[0]["id"]
 
@@ -116,6 +149,11 @@ def test_names_of_the_model(ask, http, server, capital):
 def test_content_parts_and_roles(ask, capital):
     parts = [{"type": "text", "text": capital.body["messages"][-1]["content"]}]
     assert questions.text(ask({"messages": [{"role": "user", "content": parts}], "temperature": 0})) == capital.answer
+    words = capital.body["messages"][-1]["content"].rpartition(" ")
+    lines = [{"type": "text", "text": words[0]}, {"type": "text", "text": words[2]}]
+    given = {"return_token_ids": True, "max_tokens": 1}
+    joined = ask({"messages": [{"role": "user", "content": f"{words[0]}\n{words[2]}"}], **given})["prompt_token_ids"]
+    assert ask({"messages": [{"role": "user", "content": lines}], **given})["prompt_token_ids"] == joined, "parts are lines of one text"
     pirate = next(question for question in questions.ALL if question.is_chat and question.body["messages"][0]["role"] == "system")
     messages = [{**pirate.body["messages"][0], "role": "developer"}, *pirate.body["messages"][1:]]
     assert questions.text(ask({"messages": messages, "temperature": 0})) == pirate.answer

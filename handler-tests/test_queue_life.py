@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from harness.program import wait_for
 
 
@@ -29,6 +31,63 @@ def test_log_lines_are_text_elsewhere(queue, worker, capital):
     lines = program.stdout.splitlines()
     assert lines and all(line.split("|")[0].strip() in ("DEBUG", "INFO", "WARN", "ERROR") for line in lines)
     assert any("| j-u1 |" in line for line in lines)
+
+
+def test_every_job_has_one_last_line(queue, worker, capital, story):
+    secret = "a-name-that-nobody-should-log"
+    queue.give(
+        [
+            {"id": "good-u1", "input": capital.request(messages=[{"role": "user", "content": secret}], max_tokens=5, ignore_eos=True)},
+            {"id": "stream-u1", "input": {"openai_route": "/v1/chat/completions", "openai_input": story.request(stream=True, max_tokens=7)}},
+            {"id": "bad-u1", "input": {"messages": []}},
+            {"id": "empty-u1"},
+        ]
+    )
+    program = worker(RUNPOD_ENDPOINT_ID="ep")
+    names = ["good-u1", "stream-u1", "bad-u1", "empty-u1"]
+    for name in names:
+        queue.done(name)
+    program.terminate()
+    assert program.wait() == 0
+    lines = [json.loads(line) for line in program.stdout.splitlines()]
+    last = {name: [line for line in lines if line["requestId"] == name and " status=" in line["message"]] for name in names}
+    assert all(len(of_job) == 1 for of_job in last.values()), program.log
+    last = {name: of_job[0] for name, of_job in last.items()}
+    for name, tokens in (("good-u1", 5), ("stream-u1", 7)):
+        assert last[name]["level"] == "INFO" and "status=COMPLETED" in last[name]["message"]
+        assert f" output_tokens={tokens} " in last[name]["message"] and " ms=" in last[name]["message"]
+        assert " prompt_tokens=0 " not in last[name]["message"]
+    for name in ("bad-u1", "empty-u1"):
+        assert last[name]["level"] == "WARN" and "status=FAILED http=400 code=" in last[name]["message"]
+    assert "messages" in last["bad-u1"]["message"] and "`input`" in last["empty-u1"]["message"]
+    assert secret not in program.log
+
+
+@pytest.mark.parametrize(
+    ("variables", "arguments", "code"),
+    [
+        ({"MAX_MODEL_LEN": "many", "ANY_MODEL_NAME": "perhaps"}, (), 1),
+        ({"RUNPOD_WEBHOOK_POST_OUTPUT": "JOB_DONE_URL"}, (), 1),
+        ({"RUNPOD_WEBHOOK_POST_STREAM": "ftp://x/$ID"}, (), 1),
+        ({}, ("--no-such-flag",), 2),
+    ],
+)
+def test_a_refused_setting_is_told_to_the_platform(queue, worker, variables, arguments, code):
+    """Before the model is looked for: there is none, and nothing says so."""
+    program = worker(*arguments, RUNPOD_ENDPOINT_ID="ep", MODEL="nobody/no-such-model", HF_HUB_OFFLINE="1", **variables)
+    assert program.wait() == code
+    errors = [line for line in map(json.loads, program.stdout.splitlines()) if line["level"] == "ERROR"]
+    (ping,) = queue.requests("ping")
+    assert len(errors) == 1 and (ping.query["status"], ping.query["check"]) == (["unhealthy"], ["settings"])
+    for name in [*variables, *arguments]:
+        assert name in errors[0]["message"] and name in ping.query["reason"][0]
+    assert "no-such-model" not in program.log and queue.requests("job-take", "job-take-batch") == []
+
+
+def test_a_key_that_cannot_be_sent_stops_before_the_model(worker):
+    program = worker(RUNPOD_ENDPOINT_ID="ep", MODEL="nobody/no-such-model", HF_HUB_OFFLINE="1", RUNPOD_AI_API_KEY="line\nbreak")
+    assert program.wait() == 1
+    assert "RUNPOD_AI_API_KEY" in program.stdout and "no-such-model" not in program.log and "line\\nbreak" not in program.log
 
 
 def test_a_model_that_cannot_be_loaded(queue, worker):

@@ -48,7 +48,8 @@ impl Kind {
             Kind::MethodNotAllowed => 405,
             Kind::TooLarge => 413,
             Kind::Overloaded => 429,
-            Kind::Loading | Kind::Draining | Kind::Timeout => 503,
+            Kind::Loading | Kind::Draining => 503,
+            Kind::Timeout => 504,
             Kind::Cancelled => 499,
             Kind::Internal => 500,
         }

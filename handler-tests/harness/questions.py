@@ -53,4 +53,5 @@ def load() -> list[Question]:
 
 # Tools are a feature of their own: here the questions that need none.
 ALL = [question for question in load() if "tools" not in question.body] if FILE.exists() else []
+WITH_TOOLS = [question for question in load() if "tools" in question.body] if FILE.exists() else []
 BY_NAME = {question.name: question for question in ALL}

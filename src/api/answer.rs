@@ -137,7 +137,7 @@ impl Writer {
         }
         put_ending(&mut choice, piece.ending.as_ref());
         if self.return_token_ids {
-            choice["token_ids"] = json!(piece.tokens);
+            choice["token_ids"] = json!(self.token_ids(piece));
             self.put_prompt_ids(&mut choice, piece.index);
         }
         choice
@@ -171,6 +171,14 @@ impl Writer {
     fn prompt_logprobs(&self, piece: &Piece) -> Option<Value> {
         let (top, scores) = (self.logprobs.prompt?, piece.prompt.as_ref()?);
         Some(self.names().prompt(self.prompts.get(piece.index / self.n)?, scores, top))
+    }
+
+    /// The sampled tokens. With log probabilities they come with those, whose text may wait for more: one by one they belong together.
+    fn token_ids(&self, piece: &Piece) -> Vec<u32> {
+        match self.logprobs.output {
+            Some(_) => piece.logprobs.iter().map(|token| token.id).collect(),
+            None => piece.tokens.clone(),
+        }
     }
 
     /// Completions give the prompt's ids in the choice, chat completions beside the choices.
@@ -227,7 +235,7 @@ impl Writer {
                 let mut choice = self.chunk_choice(piece.index, Some(&piece.text), false, None);
                 choice["logprobs"] = self.new_logprobs(&piece);
                 if self.return_token_ids {
-                    choice["token_ids"] = json!(piece.tokens);
+                    choice["token_ids"] = json!(self.token_ids(&piece));
                     if opens {
                         self.put_prompt_ids(&mut choice, piece.index);
                     }
@@ -278,7 +286,7 @@ impl Writer {
                 let mut choice = self.chunk_choice(piece.index, text, opens, piece.ending.as_ref());
                 choice["logprobs"] = self.new_logprobs(&piece);
                 if self.return_token_ids {
-                    choice["token_ids"] = json!(piece.tokens);
+                    choice["token_ids"] = json!(self.token_ids(&piece));
                     if opens {
                         self.put_prompt_ids(&mut choice, piece.index);
                     }
@@ -343,12 +351,12 @@ struct Streaming {
     run: Run,
     /// Something is out.
     started: bool,
-    /// Ends the stream after the frame that says so.
+    /// Ends the stream after the piece that says so.
     failed: Option<Failure>,
 }
 
 impl Streaming {
-    /// A failure before the first piece is the only item, so that its status can still be told; later ones follow a frame of their own.
+    /// A failure before the first piece is the only item, so that its status can still be told; later ones follow a piece of their own.
     async fn next(&mut self) -> Option<Result<Value, Failure>> {
         if let Some(failure) = self.failed.take() {
             return Some(Err(failure));
@@ -356,10 +364,13 @@ impl Streaming {
         loop {
             let pieces = match self.run.next().await? {
                 Ok(pieces) => pieces,
-                Err(failure) if self.started && self.writer.dialect == Dialect::OpenAi => {
-                    let frame = failure::sse(&failure);
+                Err(failure) if self.started => {
+                    let last = match self.writer.dialect {
+                        Dialect::OpenAi => Value::String(failure::sse(&failure)),
+                        Dialect::Native | Dialect::Tokens => failure::chunk(&failure),
+                    };
                     self.failed = Some(failure);
-                    return Some(Ok(Value::String(frame)));
+                    return Some(Ok(last));
                 }
                 Err(failure) => return Some(Err(failure)),
             };

@@ -28,12 +28,16 @@ pub fn envelope(failure: &Failure) -> Value {
     })
 }
 
-/// The `error` of a failed job: a string that holds the JSON of the envelope, with the HTTP status inside, since a job has no other
-/// place for it.
-pub fn job_error(failure: &Failure) -> String {
+/// The envelope with the HTTP status inside, for jobs, which have no other place for it. The last chunk of a native stream that failed.
+pub fn chunk(failure: &Failure) -> Value {
     let mut envelope = envelope(failure);
     envelope["error"]["status"] = json!(failure.status());
-    envelope.to_string()
+    envelope
+}
+
+/// The `error` of a failed job: a string that holds the JSON of the envelope and its status.
+pub fn job_error(failure: &Failure) -> String {
+    chunk(failure).to_string()
 }
 
 /// A failure inside a stream whose status line is gone already: one frame, then the end mark.
@@ -45,15 +49,15 @@ pub fn sse(failure: &Failure) -> String {
 pub fn headers(failure: &Failure) -> Vec<(&'static str, String)> {
     let mut headers = Vec::new();
     let retry_after = failure.retry_after.or(match failure.kind {
-        Kind::Overloaded | Kind::Timeout => Some(1),
+        Kind::Overloaded => Some(1),
         Kind::Loading | Kind::Draining => Some(5),
         _ => None,
     });
     if let Some(seconds) = retry_after {
         headers.push(("retry-after", seconds.to_string()));
     }
-    // The same request would run out of memory again: SDKs would otherwise send it three times in all.
-    if code(failure) == Some("cuda_out_of_memory") {
+    // The same request would run out of memory, or of time, again: SDKs would otherwise send it three times in all.
+    if failure.kind == Kind::Timeout || code(failure) == Some("cuda_out_of_memory") {
         headers.push(("x-should-retry", "false".to_owned()));
     }
     if failure.kind == Kind::Unauthorized {
@@ -142,7 +146,7 @@ mod tests {
             (Failure::new(Kind::Overloaded, "x"), 429, "rate_limit_error", json!("engine_overloaded"), 42903),
             (Failure::new(Kind::Loading, "x"), 503, "service_unavailable", json!("model_loading"), 50005),
             (Failure::new(Kind::Draining, "x"), 503, "service_unavailable", json!("shutting_down"), 50005),
-            (Failure::new(Kind::Timeout, "x"), 503, "timeout_error", json!("request_timeout"), 50006),
+            (Failure::new(Kind::Timeout, "x"), 504, "timeout_error", json!("request_timeout"), 50006),
             (Failure::new(Kind::Internal, "x").code("cuda_out_of_memory"), 500, "server_error", json!("cuda_out_of_memory"), 50002),
             (Failure::internal("x"), 500, "server_error", json!("internal_error"), 50001),
         ];
@@ -179,6 +183,7 @@ mod tests {
         assert_eq!(headers(&Failure::new(Kind::Overloaded, "x").retry_after(7)), [("retry-after", "7".to_owned())]);
         assert_eq!(headers(&Failure::new(Kind::Loading, "x")), [("retry-after", "5".to_owned())]);
         assert_eq!(headers(&Failure::new(Kind::Internal, "x").code("cuda_out_of_memory")), [("x-should-retry", "false".to_owned())]);
+        assert_eq!(headers(&Failure::new(Kind::Timeout, "x")), [("x-should-retry", "false".to_owned())]);
         assert_eq!(headers(&Failure::bad_request("n", "x")), []);
     }
 }

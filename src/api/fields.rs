@@ -27,15 +27,13 @@ pub struct Field<'a> {
 }
 
 impl<'a> Fields<'a> {
-    /// The body of a request. `sampling_params` is a layer below the top level for native jobs only: `native`.
-    pub fn new(body: &'a Value, native: bool) -> Result<Self, Failure> {
+    /// The body of a request.
+    pub fn new(body: &'a Value) -> Result<Self, Failure> {
         let Value::Object(object) = body else {
             return Err(Failure::bad_request("body", format!("The request body must be a JSON object, but it is {}.", kind(body))));
         };
         let mut fields = Self { layers: vec![Layer { prefix: "", object, skip_strings: false }] };
-        if native {
-            fields.add_layer("sampling_params", "sampling_params.", false)?;
-        }
+        fields.add_layer("sampling_params", "sampling_params.", false)?;
         // FastDeploy merges `metadata` (and on completions `suffix`, when it is an object) below the explicit fields.
         fields.add_layer("metadata", "metadata.", true)?;
         if matches!(object.get("suffix"), Some(Value::Object(_))) {
@@ -51,12 +49,16 @@ impl<'a> Fields<'a> {
         Ok(())
     }
 
-    /// The first layer's value that is not null.
+    /// The first layer's value that is not null, under this name or another one that means the same.
     pub fn get(&self, name: &str) -> Option<Field<'a>> {
+        let others = ALIASES.iter().filter(|(_, of)| *of == name).map(|(alias, _)| *alias);
+        let names = std::iter::once(name).chain(others);
         self.layers.iter().find_map(|layer| {
-            let value = layer.object.get(name)?;
-            let skipped = value.is_null() || (layer.skip_strings && value.is_string());
-            (!skipped).then(|| Field { name: format!("{}{name}", layer.prefix), value })
+            names.clone().find_map(|name| {
+                let value = layer.object.get(name)?;
+                let skipped = value.is_null() || (layer.skip_strings && value.is_string());
+                (!skipped).then(|| Field { name: format!("{}{name}", layer.prefix), value })
+            })
         })
     }
 
@@ -123,31 +125,38 @@ impl<'a> Fields<'a> {
         self.get(name).map(|field| token_ids(&field, vocab_size)).transpose()
     }
 
-    /// `stop`: one string or up to 16.
+    /// `stop` and its other names: one string or several, up to 16 in all.
     pub fn stop(&self) -> Result<Vec<String>, Failure> {
         const MOST: usize = 16;
-        let Some(field) = self.get("stop") else { return Ok(Vec::new()) };
-        let not_text =
-            || Failure::bad_request(&field.name, format!("{} is not valid under any of the given schemas - '{}'", field.value, field.name));
-        let stops: Vec<String> = match field.value {
-            Value::String(stop) => vec![stop.clone()],
-            Value::Array(stops) => stops.iter().map(|stop| stop.as_str().map(str::to_owned)).collect::<Option<_>>().ok_or_else(not_text)?,
-            _ => return Err(not_text()),
-        };
-        if stops.len() > MOST {
-            return Err(invalid(&field, format!("'{}' holds {} strings, more than the maximum of {MOST}.", field.name, stops.len())));
-        }
-        if stops.iter().any(String::is_empty) {
-            return Err(invalid(&field, format!("'{}' holds an empty string, which would end every answer at once.", field.name)));
+        let mut stops: Vec<String> = Vec::new();
+        for field in ["stop", "stop_sequences", "stop_strings"].into_iter().filter_map(|name| self.get(name)) {
+            let given = match field.value {
+                Value::Array(list) => list.iter().map(Value::as_str).collect::<Option<Vec<_>>>(),
+                value => value.as_str().map(|stop| vec![stop]),
+            };
+            let given = given.ok_or_else(|| {
+                let message = format!("{} is not valid under any of the given schemas - '{}'", field.value, field.name);
+                Failure::bad_request(&field.name, message)
+            })?;
+            stops.extend(given.into_iter().map(str::to_owned));
+            if stops.len() > MOST {
+                return Err(invalid(&field, format!("'{}' holds {} strings, more than the maximum of {MOST}.", field.name, stops.len())));
+            }
+            if stops.iter().any(String::is_empty) {
+                return Err(invalid(&field, format!("'{}' holds an empty string, which would end every answer at once.", field.name)));
+            }
         }
         Ok(stops)
     }
 
-    /// `bad_words` and `bad_words_token_ids` as token sequences: each word as it is cut at the start of a text and after a space.
+    /// `bad_words`, and `bad_words_token_ids` or `suppress_tokens`, as token sequences: each word as it is cut at the start of a text and
+    /// after a space.
     pub fn bad_words(&self, vocab_size: usize, encode: impl Fn(&str) -> Result<Vec<u32>, Failure>) -> Result<Vec<Vec<u32>>, Failure> {
         const MOST: usize = 128;
-        let mut sequences: Vec<Vec<u32>> =
-            self.token_ids("bad_words_token_ids", vocab_size)?.unwrap_or_default().into_iter().map(|id| vec![id]).collect();
+        let mut sequences = Vec::new();
+        for name in ["bad_words_token_ids", "suppress_tokens"] {
+            sequences.extend(self.token_ids(name, vocab_size)?.unwrap_or_default().into_iter().map(|id| vec![id]));
+        }
         if let Some(field) = self.get("bad_words") {
             let list = field.value.as_array().ok_or_else(|| wrong_type(&field, "a list of strings"))?;
             if list.len() > MOST {
@@ -268,6 +277,9 @@ fn above(field: &Field<'_>, max: f64) -> Failure {
     invalid(field, format!("{} is greater than the maximum of {max} - '{}'", field.value, field.name))
 }
 
+/// Other servers' names of fields, and the name that is used here.
+const ALIASES: &[(&str, &str)] = &[("repeat_penalty", "repetition_penalty"), ("min_new_tokens", "min_tokens")];
+
 /// Which values of an unsupported field change nothing and may pass.
 #[derive(Clone, Copy)]
 enum Neutral {
@@ -282,6 +294,8 @@ enum Neutral {
     TextFormat,
     /// `true`.
     Yes,
+    /// Empty, or a wish not to think ([`is_thinking_off`]), which the template is told.
+    NoThinking,
 }
 
 /// Fields that other servers honour and that would change the answer. Everything else that is unknown is accepted.
@@ -317,6 +331,7 @@ const UNSUPPORTED: &[(&str, Neutral)] = &[
     ("return_hidden_states", Neutral::Empty),
     // Other ways to draw.
     ("use_beam_search", Neutral::Empty),
+    ("num_beams", Neutral::Number(1.0)),
     ("length_penalty", Neutral::Number(1.0)),
     ("early_stopping", Neutral::Empty),
     ("allowed_token_ids", Neutral::Empty),
@@ -325,12 +340,24 @@ const UNSUPPORTED: &[(&str, Neutral)] = &[
     ("no_repeat_ngram_size", Neutral::Number(0.0)),
     ("typical_p", Neutral::Number(1.0)),
     ("tfs_z", Neutral::Number(1.0)),
+    ("top_n_sigma", Neutral::Number(-1.0)),
+    ("dynatemp_range", Neutral::Number(0.0)),
     ("mirostat", Neutral::Number(0.0)),
     ("dry_multiplier", Neutral::Number(0.0)),
     ("xtc_probability", Neutral::Number(0.0)),
+    // Other ways to end.
+    ("stop_regex", Neutral::Empty),
+    ("repetition_detection", Neutral::Empty),
     // The order of requests.
     ("priority", Neutral::Number(0.0)),
-    // Budgets of the thinking part.
+    // Thinking apart from the answer, and its budgets.
+    ("include_reasoning", Neutral::Yes),
+    ("separate_reasoning", Neutral::Empty),
+    ("reasoning_format", Neutral::Words(&["none", "auto"])),
+    ("thinking", Neutral::NoThinking),
+    ("reasoning", Neutral::NoThinking),
+    ("thinking_budget", Neutral::Number(-1.0)),
+    ("reasoning_budget", Neutral::Number(-1.0)),
     ("reasoning_max_tokens", Neutral::Nothing),
     ("response_max_tokens", Neutral::Nothing),
     ("thinking_token_budget", Neutral::Nothing),
@@ -352,17 +379,28 @@ const UNSUPPORTED: &[(&str, Neutral)] = &[
 
 /// Refuses each known field that would change the output and is not supported.
 pub fn refuse_unsupported(fields: &Fields<'_>) -> Result<(), Failure> {
+    // Then they are only text for the chat template.
+    let tools_are_text = fields.get("tool_choice").is_some_and(|field| field.value == "none");
     for (name, neutral) in UNSUPPORTED {
         let Some(field) = fields.get(name) else { continue };
-        if *name == "suffix" && field.value.is_object() {
+        if (*name == "suffix" && field.value.is_object()) || (*name == "tools" && tools_are_text) {
             continue;
         }
         if !passes(field.value, *neutral) {
-            let message = format!("'{}' is not supported by this server. Remove it, or leave it at its default.", field.name);
-            return Err(Failure::bad_request(&field.name, message).code("unsupported_parameter"));
+            return Err(unsupported(&field.name));
         }
     }
-    Ok(())
+    let of_template = fields.object("chat_template_kwargs")?.and_then(|object| object.get("tools"));
+    match of_template.is_some_and(|tools| !tools_are_text && !passes(tools, Neutral::Empty)) {
+        true => Err(unsupported("chat_template_kwargs.tools")),
+        false => Ok(()),
+    }
+}
+
+/// The refusal of a field that would change the output.
+pub fn unsupported(name: &str) -> Failure {
+    let message = format!("'{name}' is not supported by this server. Remove it, or leave it at its default.");
+    Failure::bad_request(name, message).code("unsupported_parameter")
 }
 
 fn passes(value: &Value, neutral: Neutral) -> bool {
@@ -385,6 +423,25 @@ fn passes(value: &Value, neutral: Neutral) -> bool {
         },
         Neutral::TextFormat => value.get("type").and_then(Value::as_str) == Some("text"),
         Neutral::Yes => value == &Value::Bool(true),
+        Neutral::NoThinking => empty || is_thinking_off(value),
+    }
+}
+
+/// `thinking` and `reasoning` in the forms that switch it off: `false`, `{"type": "disabled"}`, `{"enabled": false}`, `{"effort": "none"}`.
+pub fn is_thinking_off(value: &Value) -> bool {
+    match value {
+        Value::Bool(flag) => !flag,
+        Value::Object(object) => {
+            let mut given = object.iter().filter(|(_, value)| !value.is_null()).peekable();
+            let off = |name: &str, value: &Value| match name {
+                "type" => value == "disabled",
+                "enabled" => value == &Value::Bool(false),
+                "effort" => value == "none",
+                _ => false,
+            };
+            given.peek().is_some() && given.all(|(name, value)| off(name, value))
+        }
+        _ => false,
     }
 }
 
@@ -404,10 +461,10 @@ mod tests {
             [(json!(0), true), (json!(-0.0), true), (json!(2), true), (json!(2.0001), false), (json!(-0.1), false), (json!(1e300), false)]
         {
             let body = json!({"temperature": value});
-            assert_eq!(Fields::new(&body, false).unwrap().number("temperature", 0.0, 2.0).is_ok(), fine, "{body}");
+            assert_eq!(Fields::new(&body).unwrap().number("temperature", 0.0, 2.0).is_ok(), fine, "{body}");
         }
         let body = json!({"temperature": 2.5, "max_tokens": 0});
-        let fields = Fields::new(&body, false).unwrap();
+        let fields = Fields::new(&body).unwrap();
         assert_eq!(message(fields.number("temperature", 0.0, 2.0)).1, "2.5 is greater than the maximum of 2 - 'temperature'");
         assert_eq!(message(fields.count("max_tokens", 1)).1, "0 is less than the minimum of 1 - 'max_tokens'");
     }
@@ -415,7 +472,7 @@ mod tests {
     #[test]
     fn types_are_not_guessed() {
         let body = json!({"temperature": "0.5", "max_tokens": 1.5, "stream": "yes", "n": true, "stop": 5, "seed": "x"});
-        let fields = Fields::new(&body, false).unwrap();
+        let fields = Fields::new(&body).unwrap();
         assert_eq!(message(fields.number("temperature", 0.0, 2.0)).1, "'temperature' must be a number, but it is a string.");
         assert_eq!(message(fields.count("max_tokens", 1)).1, "'max_tokens' must be an integer, but it is the number 1.5.");
         assert!(fields.bool("stream").is_err());
@@ -427,7 +484,7 @@ mod tests {
     #[test]
     fn null_is_absent_and_whole_floats_and_huge_numbers_are_integers() {
         let body = json!({"temperature": null, "max_tokens": 16.0, "min_tokens": 1e30});
-        let fields = Fields::new(&body, false).unwrap();
+        let fields = Fields::new(&body).unwrap();
         assert_eq!(fields.number("temperature", 0.0, 2.0).unwrap(), None);
         assert_eq!(fields.count("max_tokens", 1).unwrap(), Some(16));
         assert_eq!(fields.count("min_tokens", 0).unwrap(), Some(i64::MAX as usize));
@@ -439,11 +496,11 @@ mod tests {
             [(json!(0), 0), (json!(-1), u64::MAX), (json!(u64::MAX), u64::MAX), (json!(i64::MIN), 1 << 63), (json!(5.0), 5)]
         {
             let body = json!({"seed": value});
-            assert_eq!(Fields::new(&body, false).unwrap().seed().unwrap(), Some(seed));
+            assert_eq!(Fields::new(&body).unwrap().seed().unwrap(), Some(seed));
         }
         for value in [json!(1.5), json!(1e30), json!("1")] {
             let body = json!({"seed": value});
-            assert!(Fields::new(&body, false).unwrap().seed().is_err());
+            assert!(Fields::new(&body).unwrap().seed().is_err());
         }
     }
 
@@ -454,27 +511,44 @@ mod tests {
             "sampling_params": {"temperature": 2, "top_p": 0.5, "top_k": -7},
             "metadata": {"top_p": 0.1, "min_tokens": 3, "seed": "a label"},
         });
-        let fields = Fields::new(&body, true).unwrap();
+        let fields = Fields::new(&body).unwrap();
         assert_eq!(fields.number("temperature", 0.0, 2.0).unwrap(), Some(1.0));
         assert_eq!(fields.number("top_p", 0.0, 1.0).unwrap(), Some(0.5));
         assert_eq!(fields.count("min_tokens", 0).unwrap(), Some(3));
         assert_eq!(fields.seed().unwrap(), None, "strings in metadata are the user's own labels");
         assert_eq!(message(fields.integer("top_k", -1)).0, "sampling_params.top_k");
-        let openai = Fields::new(&body, false).unwrap();
-        assert_eq!(openai.number("top_p", 0.0, 1.0).unwrap(), Some(0.1), "sampling_params is no field of the OpenAI routes");
+    }
+
+    #[test]
+    fn other_names_of_a_field_work_in_every_layer() {
+        let body = json!({"repeat_penalty": 1.2, "sampling_params": {"min_new_tokens": 3, "repetition_penalty": 1.5}});
+        let fields = Fields::new(&body).unwrap();
+        assert_eq!(fields.number("repetition_penalty", 0.0, 2.0).unwrap(), Some(1.2), "the layer counts before the spelling");
+        assert_eq!(fields.count("min_tokens", 0).unwrap(), Some(3));
+        assert_eq!(message(fields.number("repetition_penalty", 0.0, 1.0)).0, "repeat_penalty", "as the caller wrote it");
+        let body = json!({"min_tokens": null, "min_new_tokens": 3});
+        assert_eq!(Fields::new(&body).unwrap().count("min_tokens", 0).unwrap(), Some(3));
+        let body = json!({"stop": [], "stop_sequences": ["a", "b"], "stop_strings": "c"});
+        assert_eq!(Fields::new(&body).unwrap().stop().unwrap(), ["a", "b", "c"]);
+        let body = json!({"stop": vec!["x"; 16], "stop_sequences": ["a"]});
+        assert_eq!(message(Fields::new(&body).unwrap().stop()).0, "stop_sequences");
+        let body = json!({"suppress_tokens": [4], "bad_words_token_ids": [3]});
+        assert_eq!(Fields::new(&body).unwrap().bad_words(5, |_| Ok(Vec::new())).unwrap(), [[3], [4]]);
+        let body = json!({"suppress_tokens": [5]});
+        assert_eq!(message(Fields::new(&body).unwrap().bad_words(5, |_| Ok(Vec::new()))).0, "suppress_tokens[0]");
     }
 
     #[test]
     fn stops_and_biases() {
         let body = json!({"stop": ["a", ""], "logit_bias": {"5": 100, "9": -101}});
-        let fields = Fields::new(&body, false).unwrap();
+        let fields = Fields::new(&body).unwrap();
         assert!(message(fields.stop()).1.contains("empty string"));
         assert_eq!(message(fields.logit_bias(10)).0, "logit_bias.9");
         assert_eq!(message(fields.logit_bias(5)).0, "logit_bias.5", "unknown id");
         let body = json!({"stop": vec!["x"; 17]});
-        assert!(Fields::new(&body, false).unwrap().stop().is_err());
+        assert!(Fields::new(&body).unwrap().stop().is_err());
         let body = json!({"stop": "x", "logit_bias": {"5": -100}});
-        let fields = Fields::new(&body, false).unwrap();
+        let fields = Fields::new(&body).unwrap();
         assert_eq!(fields.stop().unwrap(), ["x"]);
         assert_eq!(fields.logit_bias(6).unwrap(), [(5, -100.0)]);
     }
@@ -499,9 +573,19 @@ mod tests {
             json!({"modalities": ["text", "audio"]}),
             json!({"sampling_params": {"allowed_token_ids": [1]}}),
             json!({"metadata": {"reasoning_max_tokens": 5}}),
+            json!({"num_beams": 4}),
+            json!({"repetition_detection": {"max_pattern_size": 4}}),
+            json!({"thinking_budget": 100}),
+            json!({"include_reasoning": false}),
+            json!({"separate_reasoning": true}),
+            json!({"thinking": {"type": "enabled", "budget_tokens": 1024}}),
+            json!({"thinking": {"type": "disabled", "display": "omitted"}}),
+            json!({"reasoning": {"effort": "high"}}),
+            json!({"reasoning": true}),
+            json!({"tools": [{"type": "function"}], "tool_choice": "auto"}),
         ];
         for body in refused {
-            let fields = Fields::new(&body, true).unwrap();
+            let fields = Fields::new(&body).unwrap();
             let failure = refuse_unsupported(&fields).unwrap_err();
             assert_eq!(failure.code, Some("unsupported_parameter"), "{body}");
             assert!(body.to_string().contains(failure.param.unwrap().rsplit('.').next().unwrap()));
@@ -509,7 +593,24 @@ mod tests {
         let neutral = json!({
             "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "include_logprobs_decode_token": true, "suffix": null, "use_beam_search": false, "modalities": ["text"], "guided_json": null, "length_penalty": 1.0, "priority": 0,
             "parallel_tool_calls": true, "user": "me", "something_new": {"a": 1}, "store": true, "verbosity": "low",
+            "num_beams": 1, "repetition_detection": {}, "thinking_budget": -1, "include_reasoning": true, "separate_reasoning": false,
+            "thinking": {"type": "disabled"}, "reasoning": {"effort": "none", "summary": null},
         });
-        assert!(refuse_unsupported(&Fields::new(&neutral, true).unwrap()).is_ok());
+        assert!(refuse_unsupported(&Fields::new(&neutral).unwrap()).is_ok());
+    }
+
+    #[test]
+    fn tools_pass_when_they_are_only_text_for_the_template() {
+        let tools = json!([{"type": "function", "function": {"name": "f"}}]);
+        for (body, param) in [
+            (json!({"tools": tools, "tool_choice": "none"}), None),
+            (json!({"tools": tools, "tool_choice": null}), Some("tools")),
+            (json!({"chat_template_kwargs": {"tools": tools}, "tool_choice": "none"}), None),
+            (json!({"chat_template_kwargs": {"tools": []}}), None),
+            (json!({"chat_template_kwargs": {"tools": tools}}), Some("chat_template_kwargs.tools")),
+        ] {
+            let refused = refuse_unsupported(&Fields::new(&body).unwrap()).err();
+            assert_eq!(refused.and_then(|failure| failure.param).as_deref(), param, "{body}");
+        }
     }
 }

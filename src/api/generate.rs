@@ -97,6 +97,7 @@ impl Run {
             min_tokens: options.sampling.min_tokens,
             score_only: options.max_tokens == Some(0),
             report: options.logprobs.output.is_some(),
+            report_hidden: options.return_token_ids,
         });
         let (sender, pieces) = mpsc::unbounded_channel();
         let mut choices = Vec::with_capacity(request.prompts.len() * options.candidates);
@@ -110,7 +111,7 @@ impl Run {
                 let mut params = options.sampling.clone();
                 params.max_tokens = options.max_tokens.unwrap_or(room).clamp(1, room);
                 params.choices = if candidate == 0 { options.n } else { 0 };
-                params.seed = params.seed.wrapping_add(candidate as u64);
+                params.seed = options.seed.map_or_else(|| service.pick_seed(), |seed| seed.wrapping_add(candidate as u64));
                 // Of one prompt the first candidate has the scores, for all.
                 let prompt_logprobs = options.prompt_logprobs.filter(|_| candidate == 0);
                 let request_of = Request { id: id.clone(), prompt: prompt.clone(), params, prompt_logprobs, deadline };
@@ -247,6 +248,8 @@ struct TextOptions {
     score_only: bool,
     /// Log probabilities of the answer's tokens are asked for.
     report: bool,
+    /// Of the end of sequence and the tokens of a stop string, too: token ids are asked for, and those hold them.
+    report_hidden: bool,
 }
 
 /// What a choice begins with.
@@ -273,7 +276,7 @@ struct Follower {
 impl Follower {
     fn new(indices: Range<usize>, options: Arc<TextOptions>, opening: Opening) -> Self {
         let detokenizer = Detokenizer::new(&options.stops, options.include_stop);
-        let reports = Reports { offset: opening.echo.chars().count(), ..Reports::default() };
+        let reports = Reports { offset: opening.echo.chars().count(), keep_hidden: options.report_hidden, ..Reports::default() };
         Self { indices, options, opening: Some(opening), detokenizer, reports, produced: 0, cached: None }
     }
 
@@ -338,7 +341,7 @@ impl Follower {
         let bytes = visible(&options, token.id, token.ends);
         let armed = self.produced > options.min_tokens;
         let stop = bytes.and_then(|bytes| self.detokenizer.push(bytes, armed, &mut piece.text));
-        if let (true, Some(logprobs)) = (options.report && (bytes.is_some() || !token.ends), token.logprobs) {
+        if let (true, Some(logprobs)) = (options.report && (bytes.is_some() || !token.ends || options.report_hidden), token.logprobs) {
             let text = if bytes.is_some() {
                 self.detokenizer.completed().to_owned()
             } else {
@@ -369,6 +372,8 @@ impl Follower {
 #[derive(Default)]
 struct Reports {
     waiting: VecDeque<Waiting>,
+    /// Tokens whose text a stop string takes away are reported, too.
+    keep_hidden: bool,
     /// Characters of the whole answer so far.
     offset: usize,
     /// Bytes of text that tokens have completed, and those that are out.
@@ -413,17 +418,23 @@ impl Reports {
     /// Moves what is out to `reported`. At a stop string nothing more comes out: of a token that it has cut, only the part before counts.
     fn release(&mut self, stopped: bool, reported: &mut Vec<Reported>) {
         let out = self.out;
+        let mut cut_at = None;
         let is_out = |waiting: &Waiting| waiting.end.is_some_and(|end| end <= out) || (stopped && waiting.start < out);
         while self.waiting.front().is_some_and(is_out) {
             if let Some(Waiting { mut token, in_text, start, .. }) = self.waiting.pop_front() {
                 if stopped && in_text {
                     token.text.truncate(out.saturating_sub(start));
+                    cut_at = Some(token.offset + token.text.chars().count());
                 }
                 reported.push(token);
             }
         }
         if stopped {
-            self.waiting.clear();
+            let hidden = std::mem::take(&mut self.waiting).into_iter().map(|waiting| waiting.token).filter(|_| self.keep_hidden);
+            for token in hidden {
+                let offset = *cut_at.get_or_insert(token.offset);
+                reported.push(Reported { offset, ..token });
+            }
         }
     }
 }

@@ -24,12 +24,13 @@ pub fn read(field: &Field<'_>) -> Result<Vec<Value>, Failure> {
 fn message(field: &Field<'_>) -> Result<Value, Failure> {
     let object = field.value.as_object().ok_or_else(|| wrong_type(field, "a message object with 'role' and 'content'"))?;
     let role = role(field, object)?;
+    let is_tool_message = object.get("role").is_some_and(|given| given == "tool");
     let mut message = object.clone();
     message.insert("role".to_owned(), json!(role));
     let calls = tool_calls(field, &mut message)?;
     let content = content(field, object, role, calls)?;
-    message.insert("content".to_owned(), json!(content));
-    if role == "tool" && !object.get("tool_call_id").is_some_and(Value::is_string) {
+    message.insert("content".to_owned(), content);
+    if is_tool_message && !object.get("tool_call_id").is_some_and(Value::is_string) {
         let name = format!("{}.tool_call_id", field.name);
         return Err(missing(&name, format!("'{name}' must be a string: it says which tool call this message answers.")));
     }
@@ -42,7 +43,7 @@ fn message(field: &Field<'_>) -> Result<Value, Failure> {
     Ok(Value::Object(message))
 }
 
-/// The role for the template: `developer` is the newer name of `system`.
+/// The role for the template: `developer` is the newer name of `system`, and `function` the older one of `tool`.
 fn role<'a>(field: &Field<'_>, object: &'a Map<String, Value>) -> Result<&'a str, Failure> {
     let name = format!("{}.role", field.name);
     let role = match object.get("role") {
@@ -53,27 +54,33 @@ fn role<'a>(field: &Field<'_>, object: &'a Map<String, Value>) -> Result<&'a str
         let message = format!("'{name}' is '{role}', which is not a role. It must be one of {}.", ROLES.join(", "));
         return Err(Failure::bad_request(name, message).code("invalid_value"));
     }
-    Ok(if role == "developer" { "system" } else { role })
+    Ok(match role {
+        "developer" => "system",
+        "function" => "tool",
+        role => role,
+    })
 }
 
-/// The text of a message: its string, or its text parts one after another.
-fn content(field: &Field<'_>, object: &Map<String, Value>, role: &str, calls: bool) -> Result<String, Failure> {
+/// The content of a message: its string, or its text parts in the one form that templates know.
+fn content(field: &Field<'_>, object: &Map<String, Value>, role: &str, calls: bool) -> Result<Value, Failure> {
     let name = format!("{}.content", field.name);
     match object.get("content") {
-        None | Some(Value::Null) if role == "assistant" => Ok(object.get("refusal").and_then(Value::as_str).unwrap_or_default().to_owned()),
-        None | Some(Value::Null) if calls => Ok(String::new()),
+        None | Some(Value::Null) if role == "assistant" => Ok(json!(object.get("refusal").and_then(Value::as_str).unwrap_or_default())),
+        None | Some(Value::Null) if calls || role == "tool" => Ok(json!("")),
         None | Some(Value::Null) => Err(missing(&name, format!("'{name}' is missing. A message of role '{role}' needs a text."))),
-        Some(Value::String(text)) => Ok(text.clone()),
+        Some(Value::String(text)) => Ok(json!(text)),
         Some(Value::Array(parts)) => {
-            parts.iter().enumerate().map(|(j, value)| part(&Field { name: format!("{name}[{j}]"), value })).collect()
+            let texts = parts.iter().enumerate().map(|(j, value)| part(&Field { name: format!("{name}[{j}]"), value }));
+            texts.map(|text| text.map(|text| json!({"type": "text", "text": text}))).collect()
         }
         Some(value) => Err(wrong_type(&Field { name, value }, "a string or a list of content parts")),
     }
 }
 
-fn part(field: &Field<'_>) -> Result<String, Failure> {
+/// The text of a content part.
+fn part<'a>(field: &Field<'a>) -> Result<&'a str, Failure> {
     let object = match field.value {
-        Value::String(text) => return Ok(text.clone()),
+        Value::String(text) => return Ok(text),
         Value::Object(object) => object,
         _ => return Err(wrong_type(field, "a content part, such as {\"type\": \"text\", \"text\": \"…\"}")),
     };
@@ -91,14 +98,20 @@ fn part(field: &Field<'_>) -> Result<String, Failure> {
         }
     };
     match object.get(key) {
-        Some(Value::String(text)) => Ok(text.clone()),
+        Some(Value::String(text)) => Ok(text),
         other => Err(wrong_type(&Field { name: format!("{}.{key}", field.name), value: other.unwrap_or(&Value::Null) }, "a string")),
     }
 }
 
-/// Tool calls of the history, for templates: arguments arrive as a JSON string, and templates expect an object. True when there are any.
+/// Tool calls of the history in the one form that templates know: a `function` with a `name` and `arguments`. True when there are any.
 fn tool_calls(field: &Field<'_>, message: &mut Map<String, Value>) -> Result<bool, Failure> {
-    let Some(calls) = message.get_mut("tool_calls") else { return Ok(message.get("function_call").is_some_and(|call| !call.is_null())) };
+    // The older form of a single call.
+    if let Some(call @ Value::Object(_)) = message.shift_remove("function_call")
+        && message.get("tool_calls").is_none_or(Value::is_null)
+    {
+        message.insert("tool_calls".to_owned(), json!([{"type": "function", "function": call}]));
+    }
+    let Some(calls) = message.get_mut("tool_calls") else { return Ok(false) };
     let name = format!("{}.tool_calls", field.name);
     let list = match calls {
         Value::Null => &mut Vec::new(),
@@ -106,23 +119,42 @@ fn tool_calls(field: &Field<'_>, message: &mut Map<String, Value>) -> Result<boo
         value => return Err(wrong_type(&Field { name, value }, "a list of tool calls")),
     };
     for (k, call) in list.iter_mut().enumerate() {
-        let Some(function) = call.get_mut("function").and_then(Value::as_object_mut) else {
-            return Err(invalid(
-                &Field { name: format!("{name}[{k}]"), value: &Value::Null },
-                format!("'{name}[{k}]' must be an object with a 'function', but it is {}.", kind(call)),
-            ));
-        };
-        if let Some(Value::String(text)) = function.get("arguments") {
-            // NOTE: arguments that do not parse must not fail this and every later turn of the conversation.
-            let arguments = serde_json::from_str::<Value>(text).ok().filter(Value::is_object).unwrap_or_else(|| json!({}));
-            function.insert("arguments".to_owned(), arguments);
-        }
+        tool_call(&format!("{name}[{k}]"), call)?;
     }
     let any = !list.is_empty();
     if !any {
         message.remove("tool_calls");
     }
     Ok(any)
+}
+
+fn tool_call(name: &str, call: &mut Value) -> Result<(), Failure> {
+    let expected = "with the called 'function', or the called 'custom' tool";
+    if !call.is_object() {
+        return Err(invalid(
+            &Field { name: name.to_owned(), value: call },
+            format!("'{name}' must be an object {expected}, but it is {}.", kind(call)),
+        ));
+    }
+    // A custom tool takes one text in place of arguments: to a template it is a function with one argument.
+    if let Some(custom) = call.get("custom").filter(|custom| custom.is_object()) {
+        let function = json!({"name": custom["name"], "arguments": {"input": custom["input"]}});
+        call["type"] = json!("function");
+        call["function"] = function;
+        call.as_object_mut().and_then(|call| call.shift_remove("custom"));
+    }
+    let Some(function) = call.get_mut("function").and_then(Value::as_object_mut) else {
+        return Err(missing(name, format!("'{name}' must be an object {expected}, and it has neither.")));
+    };
+    // Arguments come as a JSON string, and templates expect an object.
+    let arguments = match function.get("arguments") {
+        // NOTE: arguments that do not parse must not fail this and every later turn of the conversation.
+        Some(Value::String(text)) => serde_json::from_str::<Value>(text).ok().filter(Value::is_object).unwrap_or_else(|| json!({})),
+        None | Some(Value::Null) => json!({}),
+        Some(value) => value.clone(),
+    };
+    function.insert("arguments".to_owned(), arguments);
+    Ok(())
 }
 
 #[cfg(test)]
@@ -143,7 +175,8 @@ mod tests {
         ]))
         .unwrap();
         assert_eq!(messages[0], json!({"role": "system", "content": "Be brief."}));
-        assert_eq!(messages[1], json!({"role": "user", "content": "abc", "name": "x"}));
+        let parts = ["a", "b", "c"].map(|text| json!({"type": "text", "text": text}));
+        assert_eq!(messages[1], json!({"role": "user", "content": parts, "name": "x"}));
         assert_eq!(messages[2], json!({"role": "assistant", "content": ""}));
     }
 
@@ -153,6 +186,27 @@ mod tests {
         for (text, arguments) in [("{\"a\":1}", json!({"a": 1})), ("", json!({})), ("{broken", json!({}))] {
             assert_eq!(parse(call(text)).unwrap()[0]["tool_calls"][0]["function"]["arguments"], arguments);
         }
+    }
+
+    #[test]
+    fn every_kind_of_call_and_result_is_brought_into_one_form() {
+        let call =
+            |name: &str, arguments: Value| json!({"id": "1", "type": "function", "function": {"name": name, "arguments": arguments}});
+        let messages = parse(json!([
+            {"role": "assistant", "tool_calls": [{"id": "1", "type": "custom", "custom": {"name": "shell", "input": "ls -l"}}]},
+            {"role": "tool", "tool_call_id": "1", "content": null},
+            {"role": "assistant", "content": null, "function_call": {"name": "f", "arguments": "{\"a\": 1}"}},
+            {"role": "function", "name": "f", "content": "5"},
+            {"role": "assistant", "content": "x", "function_call": null, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "g"}}]},
+        ]))
+        .unwrap();
+        assert_eq!(messages[0]["tool_calls"], json!([call("shell", json!({"input": "ls -l"}))]));
+        assert_eq!((&messages[1]["role"], &messages[1]["content"]), (&json!("tool"), &json!("")));
+        assert_eq!(messages[2]["tool_calls"], json!([{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]));
+        assert_eq!((&messages[3]["role"], &messages[3]["name"]), (&json!("tool"), &json!("f")));
+        assert_eq!(messages[4]["tool_calls"], json!([call("g", json!({}))]));
+        let failure = parse(json!([{"role": "assistant", "tool_calls": [{"id": "1", "type": "web_search"}]}])).unwrap_err();
+        assert!(failure.message.ends_with("'function', or the called 'custom' tool, and it has neither."), "{failure}");
     }
 
     #[test]
@@ -175,6 +229,7 @@ mod tests {
             ),
             (json!([{"role": "tool", "content": "5"}]), "messages[0].tool_call_id", Some("missing_required_parameter")),
             (json!([{"role": "assistant", "tool_calls": [5]}]), "messages[0].tool_calls[0]", Some("invalid_value")),
+            (json!([{"role": "assistant", "tool_calls": [{}]}]), "messages[0].tool_calls[0]", Some("missing_required_parameter")),
         ];
         for (messages, param, code) in cases {
             let failure = parse(messages.clone()).unwrap_err();

@@ -17,6 +17,7 @@ use crate::models::tokenizer::{Special, Tokenizer};
 mod answer;
 pub mod chat_template;
 mod clock;
+mod contents;
 pub mod failure;
 pub mod fields;
 mod generate;
@@ -32,6 +33,7 @@ pub mod tally;
 mod tests;
 
 use chat_template::ChatTemplate;
+use contents::Contents;
 use fields::Fields;
 use logprobs::Form;
 pub use model::ModelInfo;
@@ -50,7 +52,8 @@ pub enum Answer {
     /// `data: [DONE]`. For native jobs it is one chunk object.
     ///
     /// A failure ends the stream. If it is the **first item**, nothing has been written: its status can still be told. If it comes later,
-    /// the item before it is, for server-sent events, the frame that tells it, with `data: [DONE]`: nothing is left to write.
+    /// the item before it tells it to who reads the pieces alone: a frame with `data: [DONE]`, or for native jobs a chunk that is the error
+    /// envelope.
     Stream(Pieces),
 }
 
@@ -80,8 +83,8 @@ pub struct Service {
     eos_token_ids: Arc<Vec<u32>>,
     bos_token_id: Option<u32>,
     guard: Guard,
-    /// The template, or why there is none.
-    chat_template: Result<ChatTemplate, String>,
+    /// The template with the form of contents that it takes, or why there is none.
+    chat_template: Result<(ChatTemplate, Contents), String>,
     seeds: AtomicU64,
 }
 
@@ -104,6 +107,10 @@ impl Service {
         if let (None, Some(bos)) = (model.special_tokens.get("bos_token"), model.config.get("bos_token")) {
             model.special_tokens.insert("bos_token".to_owned(), bos.clone());
         }
+        let chat_template = chat_template.map(|template| {
+            let contents = Contents::of(&template, &model.special_tokens, settings.content_format);
+            (template, contents)
+        });
         let bos_token_id = model.special_tokens.get("bos_token").and_then(Value::as_str).and_then(|token| tokenizer.token_id(token));
         Ok(Self {
             names,
@@ -139,15 +146,15 @@ impl Service {
         self.names.first().map_or(self.model.public_name(), String::as_str)
     }
 
-    /// The template, or a 400 that says what to set.
-    pub(crate) fn chat_template(&self) -> Result<&ChatTemplate, Failure> {
+    /// The template with the form of contents that it takes, or a 400 that says what to set.
+    pub(crate) fn chat_template(&self) -> Result<&(ChatTemplate, Contents), Failure> {
         self.chat_template.as_ref().map_err(|reason| Failure::bad_request("messages", reason.clone()).code("unsupported_value"))
     }
 
     /// Whether the request's `model` is one of ours.
     pub(crate) fn check_model(&self, fields: &Fields<'_>) -> Result<(), Failure> {
         match fields.string("model")? {
-            None | Some("null" | "default") => Ok(()),
+            None | Some("" | "null" | "default") => Ok(()),
             Some(name) => self.check_model_name(name),
         }
     }
@@ -169,11 +176,11 @@ impl Service {
             eos_token_ids: &self.eos_token_ids,
             encode: &|text| self.tokenizer.encode(text, Special::Text),
         };
-        Options::read(fields, form, &context, || self.pick_seed())
+        Options::read(fields, form, &context)
     }
 
-    /// A seed for a request without one: random, or the next in the sequence that `SEED` fixes.
-    fn pick_seed(&self) -> u64 {
+    /// A seed for one sequence of a request without one: random, or the next in the sequence that `SEED` fixes.
+    pub(crate) fn pick_seed(&self) -> u64 {
         match self.settings.seed {
             None => uuid::Uuid::new_v4().as_u64_pair().0,
             Some(base) => splitmix(base.wrapping_add(self.seeds.fetch_add(1, Ordering::Relaxed))),
@@ -185,7 +192,10 @@ impl Service {
         let context = self.engine.limits().max_model_len;
         let keep = match options.truncate {
             None => ids.len(),
-            Some(Truncate::ToContext) => context.saturating_sub(options.max_tokens.unwrap_or(1).max(1)).max(1),
+            // A limit that is no limit keeps no place free.
+            Some(Truncate::ToContext) => {
+                context.saturating_sub(options.max_tokens.filter(|most| *most < context).unwrap_or(1).max(1)).max(1)
+            }
             Some(Truncate::Last(keep)) => keep,
         };
         ids.drain(..ids.len().saturating_sub(keep));

@@ -22,7 +22,7 @@ pub async fn job(service: &Arc<Service>, input: Value, job_id: &str) -> Result<A
     let prepared = service
         .prepare(move |service| {
             let prepared = prepare(service, &body)?;
-            if let (Dialect::Tokens, Some(field)) = (dialect, prepared.options.logprobs.field(&Fields::new(&body, true)?)) {
+            if let (Dialect::Tokens, Some(field)) = (dialect, prepared.options.logprobs.field(&Fields::new(&body)?)) {
                 let message = format!("'{}' has no place in answers of the form NATIVE_OUTPUT_FORMAT=tokens. Remove it.", field.name);
                 return Err(Failure::bad_request(field.name, message).code("unsupported_parameter"));
             }
@@ -43,12 +43,21 @@ fn object(input: Value) -> Result<Map<String, Value>, Failure> {
     }
 }
 
-/// Some clients wrap the input once more: `{"input": {"input": {…}}}`.
+/// Where a job's prompt stands when it has no `messages`.
+const PROMPTS: [&str; 5] = ["prompt", "text", "input", "input_ids", "prompt_token_ids"];
+
+/// Some clients wrap the input once more, and the Hub's test harness posts a whole test: `{"input": {"name", "input": {…}, "timeout"}}`.
+/// An object under `input` is the input, unless something beside it says what to do. Other fields beside it keep their meaning, and those
+/// inside win over them.
 fn unwrapped(mut input: Map<String, Value>) -> Result<Map<String, Value>, Failure> {
-    match input.get("input") {
-        Some(Value::Object(_)) if input.len() == 1 => object(input.remove("input").unwrap_or_default()),
-        _ => Ok(input),
+    let is_given = |name: &str| input.get(name).is_some_and(|value| !value.is_null());
+    let mut beside = ["messages", "openai_route", "route"].into_iter().chain(PROMPTS).filter(|name| *name != "input");
+    if !input.get("input").is_some_and(Value::is_object) || beside.any(is_given) {
+        return Ok(input);
     }
+    let inner = object(input.shift_remove("input").unwrap_or_default())?;
+    input.extend(inner);
+    Ok(input)
 }
 
 /// `{openai_route, openai_input}` or `{route, body, method}` as the call it stands for.
@@ -81,8 +90,8 @@ fn wrapped_call(input: &Map<String, Value>, job_id: &str) -> Result<Option<Call>
 
 /// The native forms. `messages` wins over `prompt`.
 fn prepare(service: &Service, body: &Value) -> Result<Prepared, Failure> {
-    let fields = Fields::new(body, true)?;
-    let prompt = ["prompt", "text", "input", "input_ids", "prompt_token_ids"].into_iter().find_map(|name| fields.get(name));
+    let fields = Fields::new(body)?;
+    let prompt = PROMPTS.into_iter().find_map(|name| fields.get(name));
     let field = match (fields.get("messages"), prompt) {
         (Some(_), _) => return chat::prepare(service, body, true),
         (None, Some(field)) => field,

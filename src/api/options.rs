@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-use crate::api::fields::{Fields, invalid, refuse_unsupported, wrong_type};
+use crate::api::fields::{Fields, invalid, refuse_unsupported, unsupported, wrong_type};
 use crate::api::logprobs::{Asked, Form};
 use crate::config::ApiSettings;
 use crate::engine::{Limits, SamplingParams};
@@ -53,7 +53,7 @@ impl Defaults {
     }
 
     fn lay_over(&mut self, config: &Value) -> Result<(), Failure> {
-        let fields = Fields::new(config, false)?;
+        let fields = Fields::new(config)?;
         *self = self.with(&fields)?;
         Ok(())
     }
@@ -110,7 +110,9 @@ pub struct Options {
     pub prompt_logprobs: Option<LogprobsSpec>,
     /// The answer begins with the prompt.
     pub echo: bool,
-    /// The first choice's; `max_tokens` is not set yet.
+    /// The request's: every prompt begins with it, and further choices count up from it. Without one each sequence gets its own.
+    pub seed: Option<u64>,
+    /// The first choice's; `max_tokens` and `seed` are not set yet.
     pub sampling: SamplingParams,
 }
 
@@ -128,8 +130,8 @@ pub struct Context<'a> {
 const MAX_N: usize = 128;
 
 impl Options {
-    /// Reads and checks all of them. `pick_seed` is asked when the request has none.
-    pub fn read(fields: &Fields<'_>, form: Form, context: &Context<'_>, pick_seed: impl FnOnce() -> u64) -> Result<Self, Failure> {
+    /// Reads and checks all of them.
+    pub fn read(fields: &Fields<'_>, form: Form, context: &Context<'_>) -> Result<Self, Failure> {
         let n = fields.count("n", 1)?.unwrap_or(1);
         let max_n = context.settings.max_n.unwrap_or(MAX_N);
         if let (true, Some(field)) = (n > max_n, fields.get("n")) {
@@ -153,8 +155,9 @@ impl Options {
         let vocab_size = context.limits.vocab_size;
         let stop_token_ids = fields.token_ids("stop_token_ids", vocab_size)?.unwrap_or_default();
         let drawn = context.defaults.with(fields)?;
+        refuse_penalty_window(fields, drawn.repetition_penalty)?;
         // A nucleus of nothing is its most likely token.
-        let greedy = drawn.top_p < 1e-5;
+        let greedy = drawn.top_p < 1e-5 || fields.bool("do_sample")? == Some(false);
         let sampling = SamplingParams {
             temperature: if greedy { 0.0 } else { drawn.temperature as f32 },
             top_p: if greedy { 1.0 } else { drawn.top_p as f32 },
@@ -170,7 +173,7 @@ impl Options {
                 .output
                 .or((candidates > n).then_some(0))
                 .map(|top| LogprobsSpec { top, mode: context.settings.logprobs_mode }),
-            seed: fields.seed()?.unwrap_or_else(pick_seed),
+            seed: 0,
             max_tokens: 0,
             min_tokens,
             eos_token_ids: context.eos_token_ids.clone(),
@@ -194,6 +197,7 @@ impl Options {
             logprobs,
             prompt_logprobs: logprobs.of_prompt(echo && !form.is_chat(), context.settings),
             echo,
+            seed: fields.seed()?,
             sampling,
         })
     }
@@ -242,12 +246,23 @@ impl Options {
     }
 }
 
-/// `max_completion_tokens` wins over the older `max_tokens`, and that over `max_new_tokens`; all are checked.
+/// `max_completion_tokens` wins over the older `max_tokens`, and that over the names of other servers; all are checked.
 fn max_tokens(fields: &Fields<'_>, least: u32) -> Result<Option<usize>, Failure> {
     let newest = fields.count("max_completion_tokens", least)?;
     let older = fields.count("max_tokens", least)?;
     let other = fields.count("max_new_tokens", least)?;
-    Ok(newest.or(older).or(other))
+    // llama.cpp's, where -1 is no limit.
+    let unlimited = fields.get("n_predict").is_some_and(|field| field.value.as_f64() == Some(-1.0));
+    let predicted = if unlimited { Some(usize::MAX) } else { fields.count("n_predict", least)? };
+    Ok(newest.or(older).or(other).or(predicted))
+}
+
+/// llama.cpp's `repeat_last_n`: here a repetition penalty counts all tokens, which is that server's -1.
+fn refuse_penalty_window(fields: &Fields<'_>, penalty: f64) -> Result<(), Failure> {
+    match fields.get("repeat_last_n").filter(|field| penalty != 1.0 && field.value.as_f64() != Some(-1.0)) {
+        Some(field) => Err(unsupported(&field.name)),
+        None => Ok(()),
+    }
 }
 
 /// `include_usage` and `continuous_usage_stats`. Without `stream` they mean nothing and are let pass: LangChain sends them loosely.
@@ -308,17 +323,17 @@ mod tests {
         let encode = |text: &str| Ok(text.bytes().map(|byte| u32::from(byte % 10)).collect());
         let eos_token_ids = Arc::new(vec![2]);
         let context = Context { settings: &settings, defaults: &defaults, limits: &limits, eos_token_ids: &eos_token_ids, encode: &encode };
-        Options::read(&Fields::new(&body, true).unwrap(), Form::NativeText, &context, || 99)
+        Options::read(&Fields::new(&body).unwrap(), Form::NativeText, &context)
     }
 
     #[test]
     fn defaults_come_from_the_model_and_null_is_default() {
         let options = read(json!({"temperature": null})).unwrap();
         assert_eq!((options.sampling.temperature, options.sampling.top_p, options.sampling.top_k), (0.8, 0.7, 50));
-        assert_eq!((options.sampling.seed, options.n, options.stream, options.max_tokens), (99, 1, false, None));
+        assert_eq!((options.seed, options.n, options.stream, options.max_tokens), (None, 1, false, None));
         assert!(options.skip_special_tokens);
         let options = read(json!({"temperature": 0, "top_p": 1, "top_k": -1, "seed": 7})).unwrap();
-        assert_eq!((options.sampling.temperature, options.sampling.top_p, options.sampling.top_k, options.sampling.seed), (0.0, 1.0, 0, 7));
+        assert_eq!((options.sampling.temperature, options.sampling.top_p, options.sampling.top_k, options.seed), (0.0, 1.0, 0, Some(7)));
     }
 
     #[test]
@@ -344,9 +359,35 @@ mod tests {
     }
 
     #[test]
-    fn a_nucleus_of_nothing_is_greedy() {
-        let sampling = read(json!({"top_p": 0})).unwrap().sampling;
-        assert_eq!((sampling.temperature, sampling.top_p), (0.0, 1.0));
+    fn a_nucleus_of_nothing_is_greedy_and_so_is_no_sampling() {
+        for body in [json!({"top_p": 0}), json!({"do_sample": false, "temperature": 0.7})] {
+            let sampling = read(body).unwrap().sampling;
+            assert_eq!((sampling.temperature, sampling.top_p), (0.0, 1.0));
+        }
+        assert_eq!(read(json!({"do_sample": true})).unwrap().sampling.temperature, 0.8);
+        assert_eq!(read(json!({"do_sample": "no"})).unwrap_err().param.as_deref(), Some("do_sample"));
+    }
+
+    #[test]
+    fn names_of_other_servers() {
+        let options = read(json!({"n_predict": 6, "min_new_tokens": 3, "repeat_penalty": 1.5, "suppress_tokens": [4]})).unwrap();
+        assert_eq!((options.max_tokens, options.sampling.min_tokens, options.sampling.repetition_penalty), (Some(6), 3, 1.5));
+        assert_eq!(*options.sampling.bad_words, [[4]]);
+        assert_eq!(read(json!({"n_predict": 6, "max_tokens": 5})).unwrap().max_tokens, Some(5));
+        assert_eq!(read(json!({"n_predict": -1})).unwrap().max_tokens, Some(usize::MAX), "no limit");
+        for (body, param) in [
+            (json!({"n_predict": 0}), "n_predict"),
+            (json!({"n_predict": -2}), "n_predict"),
+            (json!({"min_new_tokens": 5, "max_tokens": 4}), "min_new_tokens"),
+            (json!({"repeat_penalty": 0}), "repeat_penalty"),
+            (json!({"repeat_penalty": 1.1, "repeat_last_n": 64}), "repeat_last_n"),
+            (json!({"num_beams": 2}), "num_beams"),
+        ] {
+            assert_eq!(read(body.clone()).unwrap_err().param.as_deref(), Some(param), "{body}");
+        }
+        for body in [json!({"repeat_penalty": 1.1, "repeat_last_n": -1}), json!({"repeat_penalty": 1.0, "repeat_last_n": 64})] {
+            assert!(read(body).is_ok());
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use futures::StreamExt;
 use serde_json::json;
 
 use super::say;
-use crate::config::{BenchArgs, Settings};
+use crate::config::{self, Args, BenchArgs, Settings};
 use crate::error::Failure;
 
 /// Starts are noisy: this many, and the middle one is reported beside the best and the worst.
@@ -32,11 +32,20 @@ impl Drop for Server {
     }
 }
 
-/// Prints one line per phase, or one JSON object.
-pub async fn run(settings: &Settings, bench: &BenchArgs) -> Result<ExitCode, Failure> {
+/// What the child is told by this program itself.
+const OWN: &[&str] = &["HOST", "PORT", "LOG_LEVEL"];
+
+/// The flags that the child gets: all settings that were given as flags. (The environment it inherits.)
+pub fn handed_on(args: &Args) -> Vec<String> {
+    let flags = config::flags(args).into_iter().filter(|(name, _)| !OWN.contains(&name.as_str()));
+    flags.map(|(name, value)| format!("{}={value}", config::policy::flag(&name))).collect()
+}
+
+/// Prints one line per phase, or one JSON object. The servers are started with `flags`.
+pub async fn run(settings: &Settings, bench: &BenchArgs, flags: &[String]) -> Result<ExitCode, Failure> {
     let mut starts = Vec::with_capacity(STARTS);
     for _ in 0..STARTS {
-        starts.push(start_once(settings).await?);
+        starts.push(start_once(settings, flags).await?);
     }
     let spread = |pick: fn(&Phases) -> f64| {
         let mut values: Vec<f64> = starts.iter().map(pick).collect();
@@ -58,15 +67,14 @@ pub async fn run(settings: &Settings, bench: &BenchArgs) -> Result<ExitCode, Fai
     Ok(ExitCode::SUCCESS)
 }
 
-async fn start_once(settings: &Settings) -> Result<Phases, Failure> {
+async fn start_once(settings: &Settings, flags: &[String]) -> Result<Phases, Failure> {
     let failed = |what: &str, error: &dyn std::fmt::Display| Failure::internal(format!("cold start: {what}: {error}"));
     let port = free_port().map_err(|error| failed("no free port", &error))?;
     let program = std::env::current_exe().map_err(|error| failed("own path", &error))?;
     let client = reqwest::Client::builder().no_proxy().build().map_err(|error| failed("HTTP client", &error))?;
     let base = format!("http://127.0.0.1:{port}");
     let mut command = Command::new(program);
-    // The child inherits the environment; what was set by flags is handed on.
-    command.args(["serve", "--host", "127.0.0.1", "--port", &port.to_string(), "--model", &settings.model, "--log-level", "ERROR"]);
+    command.args(["serve", "--host", "127.0.0.1", "--port", &port.to_string(), "--log-level", "ERROR"]).args(flags);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::inherit());
     let begin = Instant::now();
     let mut server = Server(command.spawn().map_err(|error| failed("cannot start", &error))?);
@@ -89,8 +97,11 @@ async fn start_once(settings: &Settings) -> Result<Phases, Failure> {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     let body = json!({"messages": [{"role": "user", "content": "What is the capital of France?"}], "stream": true, "temperature": 0, "max_tokens": 4});
-    let response =
-        client.post(format!("{base}/v1/chat/completions")).json(&body).send().await.map_err(|error| failed("first request", &error))?;
+    let mut request = client.post(format!("{base}/v1/chat/completions")).json(&body);
+    if let Some(key) = settings.server.api_keys.first() {
+        request = request.bearer_auth(key.reveal());
+    }
+    let response = request.send().await.map_err(|error| failed("first request", &error))?;
     let (mut frames, mut text) = (response.bytes_stream(), String::new());
     while let Some(bytes) = frames.next().await {
         text.push_str(&String::from_utf8_lossy(&bytes.map_err(|error| failed("first request", &error))?));
@@ -105,4 +116,22 @@ async fn start_once(settings: &Settings) -> Result<Phases, Failure> {
 
 fn free_port() -> std::io::Result<u16> {
     Ok(TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_flag_is_handed_on() {
+        let line = "x bench demo --cold-start --json --quantization wint4 --port 9 --log-level debug --no-enable-prefix-caching --swap-space 4 --api-key a --api-key b";
+        let args = Args::parse_argv(line.split(' ')).unwrap();
+        let mut flags = handed_on(&args);
+        flags.sort();
+        let expected =
+            [r#"--api-key=["a","b"]"#, "--enable-prefix-caching=false", "--model=demo", "--quantization=wint4", "--swap-space=4"];
+        assert_eq!(flags, expected);
+        // And the child can read them.
+        Args::parse_argv(["x", "serve"].map(str::to_owned).into_iter().chain(flags)).unwrap();
+    }
 }

@@ -32,6 +32,8 @@ enum Mode {
     OneShot(String),
     Pull(crate::config::PullArgs),
     Bench(crate::config::BenchArgs),
+    /// With the flags that a server's process gets.
+    ColdStart(crate::config::BenchArgs, Vec<String>),
     Check,
 }
 
@@ -41,6 +43,9 @@ pub fn main() -> ExitCode {
         Ok(args) => args,
         Err(error) => {
             let _ = error.print();
+            if error.use_stderr() && !Args::names_work(std::env::args_os()) {
+                refuse_line(&error.to_string());
+            }
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(EXIT_USAGE));
         }
     };
@@ -76,12 +81,13 @@ pub fn main() -> ExitCode {
 /// The order is a contract: a command; the platform's queue; a test job; `http` where PORT is set.
 fn choose(args: &Args, settings: &Settings) -> Option<Mode> {
     match &args.command {
-        Some(Command::Serve) => return Some(Mode::Serve),
+        Some(Command::Serve(_)) => return Some(Mode::Serve),
         Some(Command::Gateway) => return Some(Mode::Gateway),
-        Some(Command::Http) => return Some(Mode::Http),
+        Some(Command::Http(_)) => return Some(Mode::Http),
         Some(Command::Pull(pull)) => return Some(Mode::Pull(pull.clone())),
+        Some(Command::Bench(bench)) if bench.cold_start => return Some(Mode::ColdStart(bench.clone(), cold_start::handed_on(args))),
         Some(Command::Bench(bench)) => return Some(Mode::Bench(bench.clone())),
-        Some(Command::Check) => return Some(Mode::Check),
+        Some(Command::Check(_)) => return Some(Mode::Check),
         None => {}
     }
     if let Some(job) = &args.test_input {
@@ -97,6 +103,17 @@ fn choose(args: &Args, settings: &Settings) -> Option<Mode> {
         );
     }
     settings.server.port.map(|_| Mode::Http)
+}
+
+/// The same for a command line that cannot be read. Who wrote it sees clap's message; a queue worker's owner, who does not, its first line.
+fn refuse_line(message: &str) {
+    let Ok(args) = Args::parse_argv(["worker-candle"]) else { return };
+    let problem = message.lines().next().unwrap_or_default();
+    let mistake = Mistake { name: "command line".to_owned(), message: problem.trim_start_matches("error: ").to_owned() };
+    let surroundings = Surroundings::of_process();
+    if Settings::salvage(&args, &surroundings).runpod.get_job.is_some() {
+        refuse(&args, &surroundings, &[mistake]);
+    }
 }
 
 /// Tells what is wrong with the settings: a queue worker's owner, who sees no stderr, by the platform's log and an unhealthy ping.
@@ -156,7 +173,7 @@ fn run(mode: Mode, settings: Settings) -> Result<ExitCode, Failure> {
             Mode::Queue => queue::run(settings).await,
             Mode::OneShot(job) => oneshot::run(settings, &job).await,
             Mode::Pull(pull) => pull_model(settings, pull).await,
-            Mode::Bench(bench) if bench.cold_start => cold_start::run(&settings, &bench).await,
+            Mode::ColdStart(bench, flags) => cold_start::run(&settings, &bench, &flags).await,
             Mode::Bench(bench) => bench::run(settings, bench).await,
             Mode::Check => check::run(&settings).await,
         }
@@ -184,4 +201,30 @@ fn say(line: &str) {
 /// A line on stderr, if anybody reads it.
 fn complain(line: &str) {
     let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_process_without_a_command_does() {
+        let args = Args::parse_argv(["worker-candle"]).unwrap();
+        let mode = |variables: &[(&str, &str)]| choose(&args, &Settings::resolve(&args, &Surroundings::of(variables)).unwrap());
+        let queue = ("RUNPOD_WEBHOOK_GET_JOB", "http://h/job-take/$ID");
+        assert!(matches!(mode(&[queue, ("PORT", "80")]), Some(Mode::Queue)), "as in the image, which sets PORT");
+        // The crate's own folder has a test job, which comes before PORT.
+        assert!(matches!(mode(&[("PORT", "80")]), Some(Mode::OneShot(_) | Mode::Http)));
+    }
+
+    #[test]
+    fn a_refused_setting_leaves_what_the_platform_needs() {
+        let args = Args::parse_argv(["worker-candle"]).unwrap();
+        let variables = [("RUNPOD_WEBHOOK_GET_JOB", "http://h/job-take/$ID"), ("RUNPOD_POD_ID", "pod1"), ("MAX_NUM_SEQS", "many")];
+        let surroundings = Surroundings::of(&variables);
+        assert!(Settings::resolve(&args, &surroundings).is_err());
+        let salvaged = Settings::salvage(&args, &surroundings);
+        assert_eq!(salvaged.runpod.worker_id.as_deref(), Some("pod1"));
+        assert!(matches!(choose(&args, &salvaged), Some(Mode::Queue)));
+    }
 }

@@ -1,14 +1,15 @@
 //! The command line, by clap. Every setting is a flag; flags of other engines go through the policy table too.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use super::Env;
 use super::policy::{self, Verdict};
+use super::{Env, parse};
 
-/// A RunPod serverless worker that serves open language models, with an OpenAI-compatible API.
+/// A RunPod serverless worker that serves open language models (so far dense ERNIE 4.5), with an OpenAI-compatible API.
 ///
 /// Without a command: a queue worker when the platform's RUNPOD_WEBHOOK_GET_JOB is set; else one test job (--test_input, or the file
 /// test_input.json); else `http` when PORT is set.
@@ -33,17 +34,25 @@ pub struct Args {
 #[derive(Debug, Clone, PartialEq, Subcommand)]
 pub enum Command {
     /// The local endpoint, a worker on it, and the OpenAI routes: everything a laptop needs.
-    Serve,
+    Serve(ModelArgument),
     /// The local endpoint alone, for workers that attach to it.
     Gateway,
     /// The OpenAI routes alone, on PORT: load-balancing endpoints and Pods.
-    Http,
+    Http(ModelArgument),
     /// Fetch a model into the cache or a folder.
     Pull(PullArgs),
     /// Measure speed.
     Bench(BenchArgs),
     /// Show the settings, the device, the memory plan and the model's files.
-    Check,
+    Check(ModelArgument),
+}
+
+/// The model as a plain argument.
+#[derive(Debug, Clone, Default, PartialEq, clap::Args)]
+pub struct ModelArgument {
+    /// The model, as `--model` takes it.
+    #[arg(id = "model_argument", value_name = "MODEL")]
+    pub model: Option<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, clap::Args)]
@@ -58,6 +67,8 @@ pub struct PullArgs {
 
 #[derive(Debug, Clone, PartialEq, clap::Args)]
 pub struct BenchArgs {
+    #[command(flatten)]
+    pub model: ModelArgument,
     /// Tokens in each prompt.
     #[arg(long, default_value_t = 512, value_parser = positive)]
     pub prompt_tokens: usize,
@@ -95,15 +106,66 @@ impl Args {
         let mut args = Self::from_arg_matches(&Self::clap_command().try_get_matches_from(own)?)?;
         args.foreign = foreign;
         if args.rp_serve_api && args.command.is_none() {
-            args.command = Some(Command::Serve);
+            args.command = Some(Command::Serve(ModelArgument::default()));
         }
+        args.take_model_argument()?;
         Ok(args)
+    }
+
+    /// The model as a plain argument means `--model`.
+    fn take_model_argument(&mut self) -> Result<(), clap::Error> {
+        let given = match &self.command {
+            Some(Command::Serve(given) | Command::Http(given) | Command::Check(given)) => given,
+            Some(Command::Bench(bench)) => &bench.model,
+            Some(Command::Gateway | Command::Pull(_)) | None => return Ok(()),
+        };
+        match (&given.model, &self.env.model) {
+            (Some(model), Some(flag)) if model != flag => {
+                let message = format!("the model is given twice, as {model} and as --model {flag}");
+                Err(Self::command().error(clap::error::ErrorKind::ArgumentConflict, message))
+            }
+            (Some(model), _) => {
+                self.env.model = Some(model.clone());
+                Ok(())
+            }
+            (None, _) => Ok(()),
+        }
+    }
+
+    /// Whether a command line that cannot be read names a command or a test job, so that it is not a queue worker's.
+    pub fn names_work(argv: impl IntoIterator<Item = impl Into<OsString>>) -> bool {
+        let names = |word: OsString| word.to_str().is_some_and(|word| is_command(word) || word.starts_with("--test"));
+        argv.into_iter().skip(1).any(|word| names(word.into()))
     }
 
     /// The command as clap knows it, with every setting's flag allowed before and after the subcommand.
     pub fn clap_command() -> clap::Command {
         Self::command().mut_args(|argument| argument.global(true))
     }
+}
+
+fn is_command(word: &str) -> bool {
+    Args::command().get_subcommands().any(|command| command.get_name() == word)
+}
+
+/// Flags that may be given several times, each time with more values.
+const LISTS: &[&str] = &["API_KEY", "SERVED_MODEL_NAME", "ALLOWED_ORIGINS"];
+/// That takes all words that follow it, as vLLM's does.
+const WORDS: &str = "SERVED_MODEL_NAME";
+
+/// Values of a list as one. What cannot be read stays as it is, so that the setting is named as the mistake.
+fn joined(mut values: Vec<String>) -> String {
+    if values.len() == 1 {
+        return values.remove(0);
+    }
+    let mut all = Vec::new();
+    for value in values {
+        match parse::list(&value) {
+            Some(words) => all.extend(words),
+            None => return value,
+        }
+    }
+    serde_json::Value::from(all).to_string()
 }
 
 /// A flag as written: its variable's name, and the value after `=`.
@@ -136,8 +198,9 @@ type Foreign = Vec<(String, String)>;
 /// Splits a command line into clap's part and the flags that only the policy table knows. Spellings are made one: `_` for `-`, other
 /// names of a setting, `--no-…`.
 fn sort_out(argv: impl Iterator<Item = OsString>) -> Result<(Vec<OsString>, Foreign), clap::Error> {
-    let mut own = Vec::new();
+    let mut own: Vec<OsString> = Vec::new();
     let mut foreign = Vec::new();
+    let mut lists: BTreeMap<&str, Vec<String>> = BTreeMap::new();
     let mut words = argv.peekable();
     own.extend(words.next());
     while let Some(word) = words.next() {
@@ -163,11 +226,33 @@ fn sort_out(argv: impl Iterator<Item = OsString>) -> Result<(Vec<OsString>, Fore
             }
             known => {
                 let name = if let Some(Verdict::Alias(of)) = known { of } else { &name };
+                if let Some(list) = LISTS.iter().find(|list| ***list == *name) {
+                    let values = lists.entry(list).or_default();
+                    let begun = value.is_some();
+                    values.extend(value.map(str::to_owned));
+                    let command_seen = own.iter().skip(1).any(|word| word.to_str().is_some_and(is_command));
+                    let before = values.len();
+                    while (values.len() == before && !begun) || *list == WORDS {
+                        let more = |next: &OsString| {
+                            let next = next.to_string_lossy();
+                            !next.starts_with('-') && (values.len() == before && !begun || command_seen || !is_command(&next))
+                        };
+                        match words.next_if(more) {
+                            Some(next) => values.push(next.to_string_lossy().into_owned()),
+                            None => break,
+                        }
+                    }
+                    if values.is_empty() {
+                        return Err(missing_value(name));
+                    }
+                    continue;
+                }
                 let value = value.map(|value| format!("={value}")).unwrap_or_default();
                 own.push(format!("{}{value}", policy::flag(name)).into());
             }
         }
     }
+    own.extend(lists.into_iter().map(|(name, values)| format!("{}={}", policy::flag(name), joined(values)).into()));
     Ok((own, foreign))
 }
 
@@ -201,6 +286,13 @@ pub fn pairs(words: &[String]) -> Result<Vec<(String, String)>, String> {
         };
         pairs.push(pair);
     }
+    for list in LISTS {
+        let values: Vec<String> = pairs.iter().filter(|(name, _)| name == list).map(|(_, value)| value.clone()).collect();
+        if values.len() > 1 {
+            pairs.retain(|(name, _)| name != list);
+            pairs.push(((*list).to_owned(), joined(values)));
+        }
+    }
     Ok(pairs)
 }
 
@@ -233,9 +325,49 @@ mod tests {
     fn settings_stand_before_and_after_the_command() {
         for line in [["--model", "demo", "serve"], ["serve", "--model", "demo"]] {
             let args = parse(&line);
-            assert_eq!(args.command, Some(Command::Serve));
+            assert_eq!(args.command, Some(Command::Serve(ModelArgument::default())));
             assert_eq!(args.env.model.as_deref(), Some("demo"));
         }
+    }
+
+    #[test]
+    fn the_model_may_be_a_plain_argument() {
+        for line in [
+            &["serve", "demo"][..],
+            &["--seed", "1", "http", "demo", "--port", "1"],
+            &["check", "--swap-space", "4", "demo"],
+            &["bench", "--json", "demo", "--concurrency", "1,2"],
+            &["serve", "demo", "--model", "demo"],
+        ] {
+            assert_eq!(parse(line).env.model.as_deref(), Some("demo"), "{line:?}");
+        }
+        for line in [&["serve", "a/b", "--model", "demo"][..], &["serve", "a/b", "c/d"], &["gateway", "demo"], &["demo"]] {
+            assert!(Args::parse_argv(std::iter::once("x").chain(line.iter().copied())).is_err(), "{line:?}");
+        }
+    }
+
+    #[test]
+    fn flags_of_lists_may_be_repeated() {
+        let keys = |line: &[&str]| parse(line).env.api_key;
+        assert_eq!(keys(&["serve", "--api-key", "one", "--api-key=two,three"]).as_deref(), Some(r#"["one","two","three"]"#));
+        assert_eq!(keys(&["serve", "--fd-api-key", "one,two"]).as_deref(), Some("one,two"), "one value stays as it is");
+        assert_eq!(keys(&["--api-key", "k", "serve", "demo"]).as_deref(), Some("k"));
+        let names = |line: &[&str]| parse(line).env.served_model_name;
+        assert_eq!(names(&["serve", "--served-model-name", "a", "b", "--seed", "1"]).as_deref(), Some(r#"["a","b"]"#));
+        assert_eq!(names(&["serve", "demo", "--served-model-name=a", "b"]).as_deref(), Some(r#"["a","b"]"#));
+        let before = parse(&["--served-model-name", "a", "b", "serve", "demo"]);
+        assert_eq!((before.env.served_model_name.as_deref(), before.env.model.as_deref()), (Some(r#"["a","b"]"#), Some("demo")));
+        for line in [["serve", "--api-key"], ["--served-model-name", "--json"]] {
+            assert!(Args::parse_argv(std::iter::once("x").chain(line)).is_err(), "{line:?}");
+        }
+        let words = ["--api-key", "a", "--api-key", "b"].map(str::to_owned);
+        assert_eq!(pairs(&words).unwrap(), [("API_KEY".to_owned(), r#"["a","b"]"#.to_owned())]);
+    }
+
+    #[test]
+    fn a_command_line_that_cannot_be_read_may_still_say_what_it_is_for() {
+        assert!(Args::names_work(["x", "--no-such-flag", "serve"]) && Args::names_work(["x", "--test_input={}"]));
+        assert!(!Args::names_work(["serve", "--no-such-flag"]), "the first word is the program");
     }
 
     #[test]
@@ -259,7 +391,7 @@ mod tests {
     #[test]
     fn the_platform_sdk_s_flags() {
         let args = parse(&["--rp_serve_api", "--rp_api_port", "9000", "--rp_api_host=0.0.0.0", "--rp_log_level", "DEBUG"]);
-        assert_eq!(args.command, Some(Command::Serve));
+        assert_eq!(args.command, Some(Command::Serve(ModelArgument::default())));
         assert_eq!(args.env.port.as_deref(), Some("9000"));
         assert_eq!(args.env.host.as_deref(), Some("0.0.0.0"));
         assert_eq!(args.env.log_level.as_deref(), Some("DEBUG"));
@@ -271,7 +403,7 @@ mod tests {
         let args = parse(&["serve", "--enforce-eager", "--tensor-parallel-size", "2", "--no-enable-lora", "--swap-space=4"]);
         let foreign: Vec<_> = args.foreign.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
         assert_eq!(foreign, [("ENFORCE_EAGER", "true"), ("TENSOR_PARALLEL_SIZE", "2"), ("ENABLE_LORA", "false"), ("SWAP_SPACE", "4")]);
-        assert_eq!(args.command, Some(Command::Serve));
+        assert_eq!(args.command, Some(Command::Serve(ModelArgument::default())));
     }
 
     #[test]

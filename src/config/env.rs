@@ -50,7 +50,7 @@ pub struct Env {
     #[arg(long, help_heading = "Engine")]
     pub threads: Option<String>,
     /// Bits a weight: `BF16` keeps the weights as stored, `wint8` holds every matrix at 8 bits, `wint4` the layers at 4 bits, embedding and
-    /// output at 8.
+    /// output at 8. On a GPU only on the architecture that the build was made for (`CUDA_COMPUTE_CAP`).
     #[arg(long, help_heading = "Engine")]
     pub quantization: Option<String>,
     /// What activations are: `auto`, or `bfloat16`, which rounds them to bf16 where they meet unquantized bf16 weights, on a CPU that
@@ -100,7 +100,7 @@ pub struct Env {
     #[arg(long, help_heading = "Engine")]
     pub seed: Option<String>,
 
-    /// Names under which clients may ask for the model; several by spaces, commas or as a JSON list. Answers carry the first.
+    /// Names under which clients may ask for the model; several by spaces, commas, as a JSON list, or by repeating the flag. Answers carry the first.
     #[arg(long, help_heading = "API")]
     pub served_model_name: Option<String>,
     /// Accept any model name in requests.
@@ -115,6 +115,12 @@ pub struct Env {
     /// Allow requests to bring a chat template.
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", help_heading = "API")]
     pub trust_request_chat_template: Option<String>,
+    /// How contents of messages reach the chat template: `string` (text parts joined by a newline), `openai` (lists of parts), or `auto`, what the template takes.
+    #[arg(long, help_heading = "API")]
+    pub chat_template_content_format: Option<String>,
+    /// Leave the tools of a request with `tool_choice: "none"` out of the prompt.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", help_heading = "API")]
+    pub exclude_tools_when_tool_choice_none: Option<String>,
     /// Role of the answers.
     #[arg(long, help_heading = "API")]
     pub response_role: Option<String>,
@@ -222,7 +228,7 @@ pub struct Env {
     /// Path of the health check.
     #[arg(long, help_heading = "Server")]
     pub health_check_path: Option<String>,
-    /// Keys that clients must show; several by commas. Never shown.
+    /// Keys that clients must show; several by commas, or by repeating the flag. Never shown.
     #[arg(long, help_heading = "Server")]
     pub api_key: Option<String>,
     /// A file with such keys, one a line.

@@ -158,3 +158,46 @@ fn the_job_to_try() {
 fn one_form() {
     assert_eq!(read("hub.json"), read(".runpod/hub.json"));
 }
+
+/// `ENV` of each image that the Dockerfile makes, by the image's name.
+fn image_variables() -> Vec<(String, Vec<(String, String)>)> {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("Dockerfile");
+    let text = std::fs::read_to_string(path).expect("Dockerfile").replace("\\\n", " ");
+    let mut stages = Vec::new();
+    for line in text.lines() {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        match words[..] {
+            ["FROM", _, "AS", name] => stages.push((name.to_owned(), Vec::new())),
+            ["ENV", ref pairs @ ..] => {
+                let pairs = pairs.iter().filter_map(|pair| pair.split_once('=')).map(|(name, value)| (name.to_owned(), value.to_owned()));
+                stages.last_mut().expect("a stage").1.extend(pairs);
+            }
+            _ => {}
+        }
+    }
+    stages.retain(|(name, _)| matches!(name.as_str(), "cpu" | "cuda"));
+    stages
+}
+
+/// With neither a queue nor a PORT of the platform's, the image serves HTTP where load balancing looks.
+#[test]
+fn the_images_serve_http() {
+    let images = image_variables();
+    assert_eq!(images.len(), 2);
+    for (name, variables) in images {
+        assert_eq!(settings(&variables).server.port, Some(80), "{name}");
+    }
+}
+
+#[test]
+fn caches_of_image_builds_are_told_apart_and_locked() {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("Dockerfile");
+    let text = std::fs::read_to_string(path).expect("Dockerfile");
+    let mounts: Vec<&str> = text.split_whitespace().filter(|word| word.starts_with("--mount=type=cache")).collect();
+    assert_eq!(mounts.len(), 4);
+    for mount in &mounts {
+        assert!(mount.contains("sharing=locked") && mount.contains("id=") && mount.contains("${TARGETARCH}${TARGETVARIANT}"), "{mount}");
+    }
+    let of_targets: BTreeSet<&str> = mounts.iter().copied().filter(|mount| mount.contains("target=/src/target")).collect();
+    assert_eq!(of_targets.len(), 2, "each image builds in a folder of its own");
+}

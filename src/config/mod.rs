@@ -15,11 +15,11 @@ mod report;
 mod resolve;
 mod sources;
 
-pub use cli::{Args, BenchArgs, Command, PullArgs};
+pub use cli::{Args, BenchArgs, Command, ModelArgument, PullArgs};
 pub use env::Env;
 pub use parse::quantization;
 pub use report::report;
-pub use sources::{Origin, Surroundings};
+pub use sources::{Origin, Surroundings, flags};
 
 /// The model when none is named.
 pub const DEFAULT_MODEL: &str = "baidu/ERNIE-4.5-0.3B-Paddle";
@@ -208,6 +208,18 @@ pub enum LogprobsMode {
     ProcessedLogits,
 }
 
+/// The form in which contents of messages reach the chat template (`CHAT_TEMPLATE_CONTENT_FORMAT`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ContentFormat {
+    /// As the template takes them.
+    #[default]
+    Auto,
+    /// Strings; several parts of text are joined by a newline.
+    String,
+    /// Lists of parts.
+    OpenAi,
+}
+
 #[derive(Debug, Clone, Default)]
 pub struct ApiSettings {
     /// The names clients may use; the first is the one answers carry. Empty = the model's own name.
@@ -220,6 +232,9 @@ pub struct ApiSettings {
     /// Jinja text or a file's path, instead of the model's own.
     pub chat_template: Option<String>,
     pub trust_request_chat_template: bool,
+    pub content_format: ContentFormat,
+    /// `EXCLUDE_TOOLS_WHEN_TOOL_CHOICE_NONE`: the template does not see tools that a request forbids to call.
+    pub exclude_unused_tools: bool,
     /// Default `assistant`.
     pub response_role: Option<String>,
     /// Sampling defaults from the model's generation_config.json (true unless `GENERATION_CONFIG=vllm`).

@@ -126,6 +126,8 @@ const WORKS: &[(&str, &str)] = &[
     ("ALLOW_SPECIAL_TOKENS", "false"),
     ("CHAT_TEMPLATE", "the model's own"),
     ("TRUST_REQUEST_CHAT_TEMPLATE", "false"),
+    ("CHAT_TEMPLATE_CONTENT_FORMAT", "auto"),
+    ("EXCLUDE_TOOLS_WHEN_TOOL_CHOICE_NONE", "false"),
     ("RESPONSE_ROLE", "assistant"),
     ("GENERATION_CONFIG", "auto"),
     ("OVERRIDE_GENERATION_CONFIG", "none"),
@@ -314,9 +316,6 @@ const REFUSED: &[(&str, &[Refusal])] = &[
         ("ENABLE_SLEEP_MODE", &["false"]),
         ("FD_ENABLE_V1_UPDATE_WEIGHTS", &["false"]),
     ]),
-    ("message contents reach the chat template as text: set auto or string", &[
-        ("CHAT_TEMPLATE_CONTENT_FORMAT", &["auto", "string"]),
-    ]),
     ("requests are served first come, first served: set fcfs, or unset it", &[
         ("SCHEDULING_POLICY", &["fcfs"]),
     ]),
@@ -416,9 +415,6 @@ const NO_EFFECT: &[(&str, &[&str])] = &[
     ]),
     ("MAX_LOGPROBS alone bounds log probabilities", &[
         "FD_USE_GET_SAVE_OUTPUT_V1!",
-    ]),
-    ("detail of tool calls: a request with tools is refused", &[
-        "EXCLUDE_TOOLS_WHEN_TOOL_CHOICE_NONE!",
     ]),
     ("requests cannot bring logits processors", &[
         "LOGITS_PROCESSOR_PATTERN",

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use super::sources::Merged;
 use super::{
-    ApiSettings, Args, BatchGrowth, DEFAULT_MODEL, DeviceChoice, EngineSettings, Env, HubSettings, LogLevel, LogSettings, LogprobsMode,
-    Mistake, NativeFormat, Quantization, RunpodSettings, Secret, ServerSettings, Settings, Speculative, Surroundings, parse, policy,
-    report,
+    ApiSettings, Args, BatchGrowth, ContentFormat, DEFAULT_MODEL, DeviceChoice, EngineSettings, Env, HubSettings, LogLevel, LogSettings,
+    LogprobsMode, Mistake, NativeFormat, Quantization, RunpodSettings, Secret, ServerSettings, Settings, Speculative, Surroundings, parse,
+    policy, report,
 };
 
 /// Words for "decide yourself".
@@ -143,6 +143,14 @@ impl Reader {
             default_max_tokens: self.count("DEFAULT_MAX_TOKENS", &env.default_max_tokens, 1, &["auto"]),
             chat_template: self.chat_template(env),
             trust_request_chat_template: self.switch("TRUST_REQUEST_CHAT_TEMPLATE", &env.trust_request_chat_template),
+            content_format: self
+                .choice(
+                    "CHAT_TEMPLATE_CONTENT_FORMAT",
+                    &env.chat_template_content_format,
+                    &[("auto", ContentFormat::Auto), ("string", ContentFormat::String), ("openai", ContentFormat::OpenAi)],
+                )
+                .unwrap_or_default(),
+            exclude_unused_tools: self.switch("EXCLUDE_TOOLS_WHEN_TOOL_CHOICE_NONE", &env.exclude_tools_when_tool_choice_none),
             response_role: text(&env.response_role),
             ignore_generation_config: self
                 .choice("GENERATION_CONFIG", &env.generation_config, &[("auto", false), ("vllm", true)])

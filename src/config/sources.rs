@@ -242,7 +242,8 @@ fn file_layer(path: PathBuf, pairs: Vec<(String, String)>) -> Layer {
     Layer { origin: Box::new(move |_| Origin::File(path.clone())), pairs, open: false }
 }
 
-fn flags(args: &Args) -> Vec<(String, String)> {
+/// The settings that came as flags, by the variable's name.
+pub fn flags(args: &Args) -> Vec<(String, String)> {
     let typed = match serde_json::to_value(&args.env) {
         Ok(Value::Object(object)) => object,
         _ => serde_json::Map::new(),

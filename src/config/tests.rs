@@ -390,3 +390,14 @@ proptest! {
         prop_assert_eq!(flags.model, variables.model);
     }
 }
+
+#[test]
+fn what_the_chat_template_is_given() {
+    let api = |pairs: &[(&str, &str)]| env(pairs).api;
+    assert_eq!((api(&[]).content_format, api(&[]).exclude_unused_tools), (ContentFormat::Auto, false));
+    assert_eq!(api(&[("CHAT_TEMPLATE_CONTENT_FORMAT", "string")]).content_format, ContentFormat::String);
+    assert_eq!(api(&[("CHAT_TEMPLATE_CONTENT_FORMAT", "openai")]).content_format, ContentFormat::OpenAi);
+    assert!(mistakes(&[("CHAT_TEMPLATE_CONTENT_FORMAT", "parts")])[0].starts_with("CHAT_TEMPLATE_CONTENT_FORMAT: "));
+    let flag = |flag: &str| resolve(&[flag], &[]).expect("settings").api.exclude_unused_tools;
+    assert!(flag("--exclude-tools-when-tool-choice-none"));
+}

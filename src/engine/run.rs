@@ -226,8 +226,7 @@ impl<R: Runner> Worker<R> {
             };
             self.stats.metrics.ended(&client.moments, ended, now);
             if !closed {
-                let failure =
-                    Failure::new(Kind::Timeout, "the request's time limit passed (REQUEST_TIMEOUT)").code("request_timeout").retry_after(1);
+                let failure = Failure::new(Kind::Timeout, "the request's time limit passed (REQUEST_TIMEOUT)").code("request_timeout");
                 let _ = client.events.send(Event::Failed(failure));
             }
         }

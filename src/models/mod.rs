@@ -251,6 +251,13 @@ impl From<Failure> for StepError {
     }
 }
 
+/// Where nobody asks what it says of the worker.
+impl From<StepError> for Failure {
+    fn from(error: StepError) -> Self {
+        error.failure
+    }
+}
+
 impl fmt::Display for StepError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.failure.fmt(f)

@@ -2,18 +2,18 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::api::fields::{Field, Fields, invalid, missing};
+use crate::api::fields::{Field, Fields, invalid, is_thinking_off, missing, wrong_type};
 use crate::api::logprobs::{Echo, Form};
 use crate::api::openai::{Prepared, Surface};
 use crate::api::options::Options;
 use crate::api::prompt::{Guard, Marks};
-use crate::api::{Service, chat_template::ChatTemplate, messages};
+use crate::api::{Service, chat_template::ChatTemplate, contents, contents::Contents, messages};
 use crate::error::Failure;
 use crate::models::tokenizer::Special;
 
 /// Reads and checks a whole request. `native`: it came as a job's own input.
 pub fn prepare(service: &Service, body: &Value, native: bool) -> Result<Prepared, Failure> {
-    let fields = Fields::new(body, native)?;
+    let fields = Fields::new(body)?;
     service.check_model(&fields)?;
     let mut options = service.options(&fields, if native { Form::NativeChat } else { Form::Chat })?;
     options.max_tokens = options.max_tokens.or(service.settings.default_max_tokens);
@@ -35,12 +35,18 @@ pub fn prepare(service: &Service, body: &Value, native: bool) -> Result<Prepared
 /// The text of the last message when it is by the one who answers: what a continued message begins with.
 fn last_text(messages: &[Value], role: &str) -> Option<String> {
     let last = messages.last().filter(|last| last.get("role").and_then(Value::as_str) == Some(role))?;
-    last.get("content").and_then(Value::as_str).map(str::to_owned)
+    last.get("content").map(contents::text)
 }
 
 /// Renders and tokenizes.
-pub fn encode(service: &Service, fields: &Fields<'_>, messages: Vec<Value>, options: &Options) -> Result<Vec<u32>, Failure> {
-    let mut variables = Variables::read(fields, messages)?;
+pub fn encode(service: &Service, fields: &Fields<'_>, mut messages: Vec<Value>, options: &Options) -> Result<Vec<u32>, Failure> {
+    let of_request = request_template(service, fields)?;
+    let (template, contents) = match &of_request {
+        Some(template) => template,
+        None => service.chat_template()?,
+    };
+    contents.shape(&mut messages);
+    let mut variables = Variables::read(service, fields, messages)?;
     let marks = Guard::marks(&[&variables.messages, &variables.user])?;
     if !service.settings.allow_special_tokens {
         service.guard.break_in_messages(&mut variables.messages, marks.break_mark);
@@ -49,11 +55,6 @@ pub fn encode(service: &Service, fields: &Fields<'_>, messages: Vec<Value>, opti
     if variables.continue_final_message {
         variables.open_final_message(marks)?;
     }
-    let of_request = request_template(service, fields)?;
-    let template = match &of_request {
-        Some(template) => template,
-        None => service.chat_template()?,
-    };
     let continued = variables.continue_final_message;
     let mut rendered = template.render(&variables.into_map(service))?;
     if continued {
@@ -75,27 +76,29 @@ pub fn encode(service: &Service, fields: &Fields<'_>, messages: Vec<Value>, opti
 }
 
 /// The request's own template, for those who may bring one.
-fn request_template(service: &Service, fields: &Fields<'_>) -> Result<Option<ChatTemplate>, Failure> {
+fn request_template(service: &Service, fields: &Fields<'_>) -> Result<Option<(ChatTemplate, Contents)>, Failure> {
     let Some(source) = fields.string("chat_template")? else { return Ok(None) };
     if !service.settings.trust_request_chat_template {
         let message = "Chat templates of requests are not accepted here. Remove 'chat_template', or start the server with TRUST_REQUEST_CHAT_TEMPLATE=true.";
         return Err(Failure::bad_request("chat_template", message).code("unsupported_parameter"));
     }
     let broken = |error| Failure::bad_request("chat_template", format!("'chat_template' is not a valid template: {error}"));
-    ChatTemplate::compile(source).map(Some).map_err(broken)
+    let template = ChatTemplate::compile(source).map_err(broken)?;
+    let contents = Contents::of(&template, &service.model.special_tokens, service.settings.content_format);
+    Ok(Some((template, contents)))
 }
 
 /// What a template is rendered with.
 struct Variables {
     messages: Value,
-    /// `documents` and `chat_template_kwargs`: from the user as well.
+    /// `tools`, `documents` and `chat_template_kwargs`: from the user as well.
     user: Value,
     add_generation_prompt: bool,
     continue_final_message: bool,
 }
 
 impl Variables {
-    fn read(fields: &Fields<'_>, messages: Vec<Value>) -> Result<Self, Failure> {
+    fn read(service: &Service, fields: &Fields<'_>, messages: Vec<Value>) -> Result<Self, Failure> {
         let continue_final_message = fields.bool("continue_final_message")?.unwrap_or(false);
         let add_generation_prompt = fields.bool("add_generation_prompt")?;
         if continue_final_message && add_generation_prompt == Some(true) {
@@ -110,6 +113,7 @@ impl Variables {
         if let Some(documents) = fields.get("documents") {
             user.entry("documents").or_insert_with(|| documents.value.clone());
         }
+        tools(fields, &mut user, service.settings.exclude_unused_tools)?;
         thinking(fields, &mut user)?;
         Ok(Self {
             messages: Value::Array(messages),
@@ -122,8 +126,13 @@ impl Variables {
     /// Marks the end of the last message's text: what the template writes after it is cut off.
     fn open_final_message(&mut self, marks: Marks) -> Result<(), Failure> {
         let last = self.messages.as_array_mut().and_then(|messages| messages.last_mut());
-        if let Some(Value::String(text)) = last.and_then(|message| message.get_mut("content")) {
-            text.push(marks.place_mark);
+        match last.and_then(|message| message.get_mut("content")) {
+            Some(Value::String(text)) => text.push(marks.place_mark),
+            Some(Value::Array(parts)) => match parts.last_mut().and_then(|part| part.get_mut("text")) {
+                Some(Value::String(text)) => text.push(marks.place_mark),
+                _ => parts.push(json!({"type": "text", "text": marks.place_mark})),
+            },
+            _ => {}
         }
         Ok(())
     }
@@ -141,10 +150,31 @@ impl Variables {
     }
 }
 
+/// The tools of a request that lets the model call none (others are refused): text that the template may show, unless `exclude`.
+/// `chat_template_kwargs` wins.
+fn tools(fields: &Fields<'_>, user: &mut Map<String, Value>, exclude: bool) -> Result<(), Failure> {
+    if let Some(field) = fields.get("tools") {
+        let list = field.value.as_array().ok_or_else(|| wrong_type(&field, "a list of tools"))?;
+        if let Some((position, value)) = list.iter().enumerate().find(|(_, value)| !value.is_object()) {
+            return Err(wrong_type(&Field { name: format!("{}[{position}]", field.name), value }, "a tool: an object with a 'function'"));
+        }
+        if !list.is_empty() {
+            user.entry("tools").or_insert_with(|| field.value.clone());
+        }
+    }
+    if exclude {
+        user.shift_remove("tools");
+    }
+    Ok(())
+}
+
 /// The switches for thinking, under the names that clients use. `chat_template_kwargs` wins.
 fn thinking(fields: &Fields<'_>, user: &mut Map<String, Value>) -> Result<(), Failure> {
     if let Some(flag) = fields.bool("enable_thinking")? {
         user.entry("enable_thinking").or_insert(json!(flag));
+    }
+    if ["thinking", "reasoning"].into_iter().filter_map(|name| fields.get(name)).any(|field| is_thinking_off(field.value)) {
+        user.entry("enable_thinking").or_insert(json!(false));
     }
     let Some(field) = fields.get("reasoning_effort") else { return Ok(()) };
     const EFFORTS: [&str; 7] = ["none", "minimal", "low", "medium", "high", "xhigh", "max"];

@@ -17,7 +17,7 @@ const MAX_PROMPTS: usize = 1024;
 
 /// `POST /v1/completions`.
 pub fn prepare(service: &Service, body: &Value) -> Result<Prepared, Failure> {
-    let fields = Fields::new(body, false)?;
+    let fields = Fields::new(body)?;
     service.check_model(&fields)?;
     let mut options = service.options(&fields, Form::Text)?;
     options.max_tokens = options.max_tokens.or(service.settings.default_max_tokens).or(Some(DEFAULT_MAX_TOKENS));

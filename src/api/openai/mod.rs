@@ -126,7 +126,7 @@ pub async fn call(service: &Arc<Service>, call: Call) -> Result<Answer, Failure>
         Route::Models => return Ok(Answer::Whole(models::list(service))),
         Route::Model(id) => return models::retrieve(service, &id).map(Answer::Whole),
         Route::Embeddings => {
-            service.check_model(&Fields::new(&body, false)?)?;
+            service.check_model(&Fields::new(&body)?)?;
             let message = format!("The model `{}` generates text and does not support the Embeddings API.", service.name());
             return Err(Failure::bad_request("model", message).code("unsupported_value"));
         }

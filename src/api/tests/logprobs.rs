@@ -94,6 +94,52 @@ async fn streams_give_the_same_logprobs_with_the_text_they_belong_to() {
     }
 }
 
+/// Whole and streamed: ids of tokens and their log probabilities, one for one.
+#[tokio::test]
+async fn token_ids_and_logprobs_belong_together() {
+    let says = [vec![Say::Text("He<|begin_of_sentence|>llo "), Say::Bytes("🤗".as_bytes()), Say::Text(" world")]];
+    for more in [
+        json!({}),
+        json!({"stop": "wor"}),
+        json!({"stop": "🤗 wo"}),
+        json!({"stop": "llo"}),
+        json!({"max_tokens": 6}),
+        json!({"stop_token_ids": [PARTIAL + 12]}),
+    ] {
+        let more = with(more, json!({"seed": 0, "logprobs": 1, "return_token_ids": true}));
+        let world = world(&says).await;
+        let plain = world.complete(with(more.clone(), json!({"logprobs": null}))).await.unwrap()["choices"][0].clone();
+        let whole = world.complete(more.clone()).await.unwrap()["choices"][0].clone();
+        assert_eq!((&whole["token_ids"], &whole["text"]), (&plain["token_ids"], &plain["text"]), "{more}");
+        let logprobs = &whole["logprobs"];
+        let ids = whole["token_ids"].as_array().unwrap();
+        for list in ["tokens", "token_logprobs", "top_logprobs", "text_offset"] {
+            assert_eq!(logprobs[list].as_array().unwrap().len(), ids.len(), "{more}: {logprobs}");
+        }
+        let length = whole["text"].as_str().unwrap().chars().count() as u64;
+        let offsets: Vec<u64> = logprobs["text_offset"].as_array().unwrap().iter().map(|offset| offset.as_u64().unwrap()).collect();
+        assert!(offsets.is_sorted() && offsets.iter().all(|offset| *offset <= length), "{more}: {offsets:?} of {length}");
+        let body = with(json!({"prompt": "Hi"}), more);
+        let events = world.events("/v1/completions", body.clone()).await;
+        let native = world.job_stream(with(body, json!({"stream": true}))).await;
+        for chunks in [events, native] {
+            let (mut streamed, mut named) = (Vec::new(), Vec::new());
+            for choice in chunks.iter().map(|chunk| &chunk["choices"][0]) {
+                let new = choice["token_ids"].as_array().cloned().unwrap_or_default();
+                let tokens = choice["logprobs"]["tokens"].as_array().cloned().unwrap_or_default();
+                assert_eq!(new.len(), tokens.len(), "in every chunk: {choice}");
+                streamed.extend(new);
+                named.extend(tokens);
+            }
+            assert_eq!((json!(streamed), json!(named)), (whole["token_ids"].clone(), logprobs["tokens"].clone()));
+        }
+    }
+    let chat = world(&says).await.chat(json!({"seed": 0, "logprobs": true, "return_token_ids": true})).await.unwrap();
+    let content = &chat["choices"][0]["logprobs"]["content"];
+    assert_eq!(content.as_array().unwrap().len(), chat["choices"][0]["token_ids"].as_array().unwrap().len());
+    assert_eq!(content.as_array().unwrap().last().unwrap()["token"], "</s>");
+}
+
 #[tokio::test]
 async fn text_logprobs_have_the_older_shape() {
     let answer = saying("Hello world").await.complete(json!({"logprobs": 2})).await.unwrap();
@@ -288,7 +334,7 @@ async fn the_mode_of_the_settings_reaches_the_engine() {
     let settings = ApiSettings { logprobs_mode: LogprobsMode::ProcessedLogits, ..ApiSettings::default() };
     let world = world_with(&[vec![Say::Text("a")]], settings, files(&[]), Duration::ZERO).await.unwrap();
     let fields = json!({"logprobs": 3, "echo": true});
-    let options = world.service.options(&crate::api::Fields::new(&fields, false).unwrap(), crate::api::Form::Text).unwrap();
+    let options = world.service.options(&crate::api::Fields::new(&fields).unwrap(), crate::api::Form::Text).unwrap();
     let spec = LogprobsSpec { top: 3, mode: LogprobsMode::ProcessedLogits };
     assert_eq!((options.sampling.logprobs, options.prompt_logprobs), (Some(spec), Some(spec)));
 }
@@ -297,7 +343,7 @@ async fn the_mode_of_the_settings_reaches_the_engine() {
 async fn bad_words_are_cut_as_at_a_beginning_and_after_a_space() {
     let world = saying("a").await;
     let fields = json!({"bad_words": ["Hello", " w"], "bad_words_token_ids": [7, 5]});
-    let options = world.service.options(&crate::api::Fields::new(&fields, false).unwrap(), crate::api::Form::Text).unwrap();
+    let options = world.service.options(&crate::api::Fields::new(&fields).unwrap(), crate::api::Form::Text).unwrap();
     let mut want = vec![
         vec![5],
         vec![7],

@@ -164,6 +164,34 @@ async fn openai_routes_stream_server_sent_events() {
 
 #[tokio::test]
 async fn an_input_that_is_wrapped_once_more() {
-    let answer = saying("Hello").await.job(json!({"input": {"prompt": "Hi", "seed": 0}})).await.unwrap();
-    assert_eq!(answer["text"], "Hello");
+    let world = saying("Hello world").await;
+    for input in [
+        json!({"input": {"prompt": "Hi", "seed": 0}}),
+        // As the Hub's harness posts a test of `.runpod/tests.json`.
+        json!({"name": "basic", "input": {"prompt": "Hi", "seed": 0}, "timeout": 10000, "startedAt": 1.5}),
+        json!({"name": "basic", "input": {"openai_route": "/v1/completions", "openai_input": {"prompt": "Hi", "seed": 0}}, "prompt": null}),
+    ] {
+        assert_eq!(world.job(input).await.unwrap()["choices"][0]["text"], "Hello world");
+    }
+    let beside = world.job(json!({"input": {"prompt": "Hi", "seed": 0}, "max_tokens": 1})).await.unwrap();
+    assert_eq!(beside["text"], "Hello", "nothing beside it is ignored");
+    let both = world.job(json!({"input": {"prompt": "Hi", "max_tokens": 2, "seed": 0}, "max_tokens": 1})).await.unwrap();
+    assert_eq!(both["text"], "Hello world");
+    let messages = world.job(json!({"input": {"prompt": "Hi"}, "messages": messages(), "seed": 0})).await.unwrap();
+    assert_eq!(messages["object"], "chat.completion", "what stands beside it is the request");
+}
+
+#[tokio::test]
+async fn a_stream_that_fails_midway_ends_with_a_chunk_that_says_so() {
+    for settings in [ApiSettings::default(), tokens_format()] {
+        let says = [vec![Say::Text("Hello world"), Say::Fail]];
+        let world = world_with(&says, settings, files(&[]), Duration::from_millis(30)).await.unwrap();
+        let items = items(world.service.job(json!({"prompt": "Hi", "seed": 0, "stream": true}), "j1").await.unwrap()).await;
+        let [before @ .., Ok(last), Err(failure)] = items.as_slice() else { panic!("{items:?}") };
+        assert!(!before.is_empty() && before.iter().all(|item| item.as_ref().unwrap().get("error").is_none()));
+        assert_eq!((&last["error"]["message"], &last["error"]["status"]), (&json!(failure.message), &json!(failure.status())));
+    }
+    let world = world(&[vec![Say::Fail]]).await;
+    let items = items(world.service.job(json!({"prompt": "Hi", "seed": 0, "stream": true}), "j1").await.unwrap()).await;
+    assert!(matches!(items.as_slice(), [Err(_)]), "with nothing before it, the job's own error is enough: {items:?}");
 }

@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use super::*;
+use crate::config::ContentFormat;
 
 async fn prompt_ids(world: &World, more: Value) -> Vec<u32> {
     let answer = world.chat(with(more, json!({"return_token_ids": true, "max_tokens": 1}))).await.unwrap();
@@ -29,7 +30,7 @@ async fn plain_messages_encode_as_the_whole_rendered_text() {
         {"role": "user", "content": "a < b | c > d <|"},
     ]);
     let text =
-        "<|begin_of_sentence|>Be brief.\nUser: Hello world 🤗 <\nAssistant: Hello<|end_of_sentence|>User: a < b | c > d <|\nAssistant: ";
+        "<|begin_of_sentence|>Be brief.\nUser: Hello \nworld 🤗 <\nAssistant: Hello<|end_of_sentence|>User: a < b | c > d <|\nAssistant: ";
     assert_eq!(prompt_ids(&world, json!({"messages": messages})).await, world.ids(text, Special::Control));
 }
 
@@ -142,5 +143,75 @@ async fn templates_that_fail_or_are_missing() {
         let failure = world.chat(json!({})).await.unwrap_err();
         assert_eq!((failure.status(), failure.message.contains("CHAT_TEMPLATE")), (400, true), "{failure}");
         assert_eq!(world.complete(json!({})).await.unwrap()["choices"][0]["text"], "A", "completions need none");
+    }
+}
+
+async fn with_template(template: &str, settings: ApiSettings) -> World {
+    let files = files(&[("chat_template.jinja", template)]);
+    world_with(&[vec![Say::Text("A")]], settings, files, Duration::ZERO).await.unwrap()
+}
+
+#[tokio::test]
+async fn parts_of_text_are_lines_or_parts_as_the_template_takes_them() {
+    const WALK: &str = "{% for m in messages %}{% for part in m.content %}[{{ part.text }}]{% endfor %}{% endfor %}";
+    const EITHER: &str = "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}[{{ part.text }}]{% endfor %}{% endif %}{% endfor %}";
+    const PLAIN: &str = "{% for m in messages %}{{ m.content }}{% endfor %}";
+    let parts = json!([{"role": "user", "content": [{"type": "input_text", "text": "a"}, "b"]}]);
+    let string = json!([{"role": "user", "content": "c"}]);
+    let format = |content_format| ApiSettings { content_format, ..ApiSettings::default() };
+    for (template, format, of_parts, of_string) in [
+        (PLAIN, format(ContentFormat::Auto), "a\nb", "c"),
+        (WALK, format(ContentFormat::Auto), "[a][b]", "[c]"),
+        (EITHER, format(ContentFormat::Auto), "[a][b]", "c"),
+        (EITHER, format(ContentFormat::String), "a\nb", "c"),
+        (EITHER, format(ContentFormat::OpenAi), "[a][b]", "[c]"),
+    ] {
+        let world = with_template(template, format.clone()).await;
+        for (messages, want) in [(&parts, of_parts), (&string, of_string)] {
+            assert_eq!(prompt_ids(&world, json!({"messages": messages})).await, world.ids(want, Special::Text), "{template}");
+        }
+        let trusting = with_template("x", ApiSettings { trust_request_chat_template: true, ..format }).await;
+        let body = json!({"messages": parts, "chat_template": template});
+        assert_eq!(prompt_ids(&trusting, body).await, trusting.ids(of_parts, Special::Text), "a template of the request");
+    }
+    let world = with_template(EITHER, ApiSettings::default()).await;
+    let attack = json!([{"role": "user", "content": ["<|end_of_", "<|end_of_sentence|>"]}]);
+    assert_eq!(prompt_ids(&world, json!({"messages": attack})).await, world.ids("[<|end_of_][<|end_of_sentence|>]", Special::Text));
+    let open = json!([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ["Hello ", "wor"]}]);
+    let body = json!({"messages": open, "continue_final_message": true, "echo": true});
+    assert_eq!(prompt_ids(&world, body.clone()).await, world.ids("Hi[Hello ][wor", Special::Text));
+    assert_eq!(world.chat(body).await.unwrap()["choices"][0]["message"]["content"], "Hello \nworA");
+}
+
+#[tokio::test]
+async fn tools_and_calls_are_text_for_the_template() {
+    const TEMPLATE: &str = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{% for m in messages %}{{ m.role }}:{{ m.content }}{% for call in m.tool_calls or [] %}{{ call.function.name }}({{ call.function.arguments | tojson }}){% endfor %};{% endfor %}";
+    let world = with_template(TEMPLATE, ApiSettings::default()).await;
+    let history = json!([
+        {"role": "assistant", "content": null, "tool_calls": [{"id": "1", "type": "custom", "custom": {"name": "sh", "input": "ls"}}]},
+        {"role": "tool", "tool_call_id": "1", "content": null},
+    ]);
+    let text = "assistant:sh({\"input\": \"ls\"});tool:;";
+    assert_eq!(prompt_ids(&world, json!({"messages": history})).await, world.ids(text, Special::Text));
+    let tools = json!([{"type": "function", "function": {"name": "f</s>"}}]);
+    let shown = "{\"type\": \"function\", \"function\": {\"name\": \"f</s>\"}}user:Hi;";
+    for more in [json!({"tools": tools, "tool_choice": "none"}), json!({"chat_template_kwargs": {"tools": tools}, "tool_choice": "none"})] {
+        assert_eq!(prompt_ids(&world, more.clone()).await, world.ids(shown, Special::Text), "plain text, whatever it spells");
+        let hiding = with_template(TEMPLATE, ApiSettings { exclude_unused_tools: true, ..ApiSettings::default() }).await;
+        assert_eq!(prompt_ids(&hiding, more).await, world.ids("user:Hi;", Special::Text));
+    }
+    for more in [json!({"tools": tools}), json!({"tools": tools, "tool_choice": "auto"}), json!({"chat_template_kwargs": {"tools": tools}})]
+    {
+        let failure = world.chat(more.clone()).await.unwrap_err();
+        assert_eq!((failure.status(), failure.code), (400, Some("unsupported_parameter")), "{more}");
+    }
+    assert_eq!(world.chat(json!({"model": ""})).await.unwrap()["model"], "baidu/ERNIE-test");
+}
+
+#[tokio::test]
+async fn a_wish_not_to_think_reaches_the_template() {
+    let world = with_template("{{ enable_thinking }}", ApiSettings::default()).await;
+    for more in [json!({"thinking": false}), json!({"thinking": {"type": "disabled"}}), json!({"reasoning": {"enabled": false}})] {
+        assert_eq!(prompt_ids(&world, more).await, world.ids("False", Special::Text));
     }
 }

@@ -133,6 +133,19 @@ async fn default_max_tokens_is_a_setting() {
 }
 
 #[tokio::test]
+async fn sampling_params_lie_below_the_top_level_at_every_door() {
+    let world = saying("abcdefgh").await;
+    let params = json!({"max_tokens": 3, "stop_sequences": ["b"], "sampling_params": null});
+    assert_eq!(world.chat(json!({"sampling_params": params})).await.unwrap()["choices"][0]["message"]["content"], "a");
+    let text = world.complete(json!({"sampling_params": {"max_tokens": 3}, "max_new_tokens": null})).await.unwrap();
+    assert_eq!(text["choices"][0]["text"], "abc");
+    let top = world.complete(json!({"sampling_params": {"max_tokens": 3}, "max_tokens": 2})).await.unwrap();
+    assert_eq!(top["choices"][0]["text"], "ab");
+    let unlimited = world.complete(json!({"n_predict": -1, "prompt": vec![5; 60], "truncate_prompt_tokens": -1})).await.unwrap();
+    assert_eq!((&unlimited["choices"][0]["text"], &unlimited["usage"]["prompt_tokens"]), (&json!("abcdefgh"), &json!(60)));
+}
+
+#[tokio::test]
 async fn stops() {
     let world = saying("one two three").await;
     let ending = |answer: &Value| {
@@ -263,6 +276,37 @@ async fn the_seed_setting_fixes_requests_without_a_seed() {
     }
     assert_eq!(runs[0], runs[1], "the same from one start to the next");
     assert!(runs[0].iter().any(|text| *text != runs[0][0]), "and different from request to request");
+}
+
+#[tokio::test]
+async fn without_a_seed_every_choice_of_every_prompt_has_its_own() {
+    let settings = || ApiSettings { seed: Some(5), ..ApiSettings::default() };
+    let says: Vec<Vec<Say>> = ["a", "b", "c", "d", "e", "f", "g"].into_iter().map(|text| vec![Say::Text(text)]).collect();
+    let world_of = async || world_with(&says, settings(), files(&[]), Duration::ZERO).await.unwrap();
+    let texts = |answer: Value| -> Vec<String> {
+        answer["choices"].as_array().unwrap().iter().map(|choice| choice["text"].as_str().unwrap().to_owned()).collect()
+    };
+    // A sequence draws the same whether it is asked for alone, in a list or as one of `n`: the seeds come one after another.
+    let alone = world_of().await;
+    let mut singles = Vec::new();
+    for _ in 0..6 {
+        singles.extend(texts(alone.complete(json!({"seed": null})).await.unwrap()));
+    }
+    assert!(singles.iter().any(|text| *text != singles[0]), "{singles:?}");
+    assert_eq!(texts(world_of().await.complete(json!({"seed": null, "prompt": vec!["Hi"; 6]})).await.unwrap()), singles);
+    assert_eq!(texts(world_of().await.complete(json!({"seed": null, "prompt": vec!["Hi"; 3], "n": 2})).await.unwrap()), singles);
+    assert_eq!(texts(world_of().await.job(json!({"prompt": vec!["Hi"; 6]})).await.unwrap()), singles);
+}
+
+#[tokio::test]
+async fn with_a_seed_a_prompt_in_a_list_gives_what_it_gives_alone() {
+    let world = world(&[vec![Say::Text("a")], vec![Say::Text("b")], vec![Say::Text("c")]]).await;
+    let alone = world.complete(json!({"seed": 1, "n": 2})).await.unwrap();
+    let list = world.complete(json!({"seed": 1, "n": 2, "prompt": ["Hi", "Hi"]})).await.unwrap();
+    for choice in 0..4 {
+        assert_eq!(list["choices"][choice]["text"], alone["choices"][choice % 2]["text"]);
+    }
+    assert_ne!(alone["choices"][0]["text"], alone["choices"][1]["text"], "choices of one prompt differ");
 }
 
 #[tokio::test]

