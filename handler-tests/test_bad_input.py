@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
-from harness import questions
+from harness import hub, questions
 from harness.program import Server, wait_for
 
 HELLO = [{"role": "user", "content": "Hello!"}]
@@ -265,6 +266,32 @@ def test_a_template_that_fails(http, capital, tmp_path):
         status = http.post(f"{server.endpoint}/runsync", json={"input": boom}).json()
         assert status["status"] == "FAILED" and "no boom here" in json.loads(status["error"])["error"]["message"]
         assert http.post(f"{server.base}/v1/chat/completions", json={"messages": HELLO, "max_tokens": 3}).status_code == 200
+
+
+def test_a_token_beyond_the_embedding(http, capital, tmp_path):
+    """An added token that the model has no row for: refused by name at both doors, and what runs beside it is untouched."""
+    files = hub.demo_files()
+    files["added_tokens.json"] = json.dumps({**json.loads(files["added_tokens.json"]), "<|far|>": 9999}).encode()
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    # The test programs run with RUST_BACKTRACE=1.
+    with Server("serve", "--model", str(tmp_path), env={"ALLOW_SPECIAL_TOKENS": "true"}) as server:
+        warnings = [line for line in server.log.splitlines() if "<|far|>" in line]
+        assert len(warnings) == 1 and "9999" in warnings[0], warnings
+        with ThreadPoolExecutor() as pool:
+            others = [pool.submit(http.post, f"{base}/chat/completions", json=capital.request()) for base in server.doors().values() for _ in range(4)]
+            for base in server.doors().values():
+                for route, body in {
+                    "chat/completions": {"messages": [{"role": "user", "content": "a<|far|>b"}]},
+                    "completions": {"prompt": "a<|far|>b"},
+                }.items():
+                    answer = http.post(f"{base}/{route}", json=body)
+                    assert answer.status_code == 400, answer.text
+                    error = answer.json()["error"]
+                    assert "<|far|>" in error["message"] and "9999" in error["message"]
+                    assert "backtrace" not in answer.text and ".rs:" not in answer.text
+            for other in others:
+                assert questions.text(other.result().json()) == capital.answer
 
 
 def test_a_full_queue(story):

@@ -25,6 +25,8 @@ pub enum Kind {
     NotFound,
     MethodNotAllowed,
     TooLarge,
+    /// The body is not JSON, or is compressed in a way that is not read here.
+    UnsupportedMedia,
     /// The waiting queue is full.
     Overloaded,
     /// The model is still loading.
@@ -47,6 +49,7 @@ impl Kind {
             Kind::NotFound => 404,
             Kind::MethodNotAllowed => 405,
             Kind::TooLarge => 413,
+            Kind::UnsupportedMedia => 415,
             Kind::Overloaded => 429,
             Kind::Loading | Kind::Draining => 503,
             Kind::Timeout => 504,
@@ -58,7 +61,9 @@ impl Kind {
     /// The OpenAI `error.type` of this class.
     pub fn type_name(self) -> &'static str {
         match self {
-            Kind::BadRequest | Kind::Unauthorized | Kind::NotFound | Kind::MethodNotAllowed | Kind::TooLarge => "invalid_request_error",
+            Kind::BadRequest | Kind::Unauthorized | Kind::NotFound | Kind::MethodNotAllowed | Kind::TooLarge | Kind::UnsupportedMedia => {
+                "invalid_request_error"
+            }
             Kind::Overloaded => "rate_limit_error",
             Kind::Loading | Kind::Draining => "service_unavailable",
             Kind::Timeout => "timeout_error",
@@ -69,7 +74,7 @@ impl Kind {
 
 impl Failure {
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), param: None, code: None, retry_after: None }
+        Self { kind, message: cut(message.into()), param: None, code: None, retry_after: None }
     }
 
     /// A client mistake in field `param`.
@@ -83,7 +88,7 @@ impl Failure {
     }
 
     pub fn param(mut self, param: impl Into<String>) -> Self {
-        self.param = Some(param.into());
+        self.param = Some(cut(param.into()));
         self
     }
 
@@ -102,6 +107,19 @@ impl Failure {
     }
 }
 
+/// Most bytes of a message. Messages quote what they refuse, and that may be as long as a request.
+const LONGEST: usize = 4096;
+
+fn cut(mut text: String) -> String {
+    if text.len() > LONGEST {
+        let end = (0..=LONGEST).rfind(|&at| text.is_char_boundary(at)).unwrap_or(0);
+        text.truncate(end);
+        text.shrink_to_fit();
+        text.push('…');
+    }
+    text
+}
+
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)
@@ -109,3 +127,15 @@ impl fmt::Display for Failure {
 }
 
 impl std::error::Error for Failure {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_message_quotes_is_cut() {
+        let failure = Failure::bad_request("é".repeat(LONGEST), format!("no model {}", "é".repeat(1 << 20)));
+        assert!(failure.message.starts_with("no model éé") && failure.message.ends_with("é…"));
+        assert!(failure.message.len() <= LONGEST + 3 && failure.param.unwrap().len() <= LONGEST + 3);
+    }
+}

@@ -128,6 +128,7 @@ impl<'a> Fields<'a> {
     /// `stop` and its other names: one string or several, up to 16 in all.
     pub fn stop(&self) -> Result<Vec<String>, Failure> {
         const MOST: usize = 16;
+        const LONGEST: usize = 16 * 1024;
         let mut stops: Vec<String> = Vec::new();
         for field in ["stop", "stop_sequences", "stop_strings"].into_iter().filter_map(|name| self.get(name)) {
             let given = match field.value {
@@ -142,6 +143,10 @@ impl<'a> Fields<'a> {
             if stops.len() > MOST {
                 return Err(invalid(&field, format!("'{}' holds {} strings, more than the maximum of {MOST}.", field.name, stops.len())));
             }
+            if let Some(long) = stops.iter().find(|stop| stop.len() > LONGEST) {
+                let message = format!("'{}' holds a string of {} bytes, more than the maximum of {LONGEST}.", field.name, long.len());
+                return Err(invalid(&field, message));
+            }
             if stops.iter().any(String::is_empty) {
                 return Err(invalid(&field, format!("'{}' holds an empty string, which would end every answer at once.", field.name)));
             }
@@ -153,6 +158,7 @@ impl<'a> Fields<'a> {
     /// after a space.
     pub fn bad_words(&self, vocab_size: usize, encode: impl Fn(&str) -> Result<Vec<u32>, Failure>) -> Result<Vec<Vec<u32>>, Failure> {
         const MOST: usize = 128;
+        const LONGEST: usize = 1024;
         let mut sequences = Vec::new();
         for name in ["bad_words_token_ids", "suppress_tokens"] {
             sequences.extend(self.token_ids(name, vocab_size)?.unwrap_or_default().into_iter().map(|id| vec![id]));
@@ -165,6 +171,10 @@ impl<'a> Fields<'a> {
             for (position, value) in list.iter().enumerate() {
                 let entry = Field { name: format!("{}[{position}]", field.name), value };
                 let word = value.as_str().ok_or_else(|| wrong_type(&entry, "a string"))?.trim_start();
+                if word.len() > LONGEST {
+                    let message = format!("'{}' has {} bytes, more than the maximum of {LONGEST}.", entry.name, word.len());
+                    return Err(invalid(&entry, message));
+                }
                 if word.is_empty() {
                     return Err(invalid(&entry, format!("'{}' is empty, so there is no word to keep out.", entry.name)));
                 }
@@ -551,6 +561,10 @@ mod tests {
         let fields = Fields::new(&body).unwrap();
         assert_eq!(fields.stop().unwrap(), ["x"]);
         assert_eq!(fields.logit_bias(6).unwrap(), [(5, -100.0)]);
+        let body = json!({"stop": ["x".repeat(16 * 1024 + 1)], "bad_words": ["x".repeat(1025)]});
+        let fields = Fields::new(&body).unwrap();
+        assert!(message(fields.stop()).1.contains("a string of 16385 bytes"));
+        assert_eq!(message(fields.bad_words(5, |_| Ok(vec![1]))).0, "bad_words[0]");
     }
 
     #[test]

@@ -15,6 +15,7 @@ use crate::error::{Failure, Kind};
 use crate::models::tokenizer::{Special, Tokenizer};
 
 mod answer;
+pub mod body;
 pub mod chat_template;
 mod clock;
 mod contents;
@@ -28,10 +29,12 @@ mod native;
 pub mod openai;
 mod options;
 mod prompt;
+pub mod reclaim;
 pub mod tally;
 #[cfg(test)]
 mod tests;
 
+use body::BodyLimits;
 use chat_template::ChatTemplate;
 use contents::Contents;
 use fields::Fields;
@@ -82,6 +85,8 @@ pub struct Service {
     defaults: Defaults,
     eos_token_ids: Arc<Vec<u32>>,
     bos_token_id: Option<u32>,
+    /// Ids from here on have no row in the model's embedding.
+    embedding_rows: usize,
     guard: Guard,
     /// The template with the form of contents that it takes, or why there is none.
     chat_template: Result<(ChatTemplate, Contents), String>,
@@ -112,11 +117,15 @@ impl Service {
             (template, contents)
         });
         let bos_token_id = model.special_tokens.get("bos_token").and_then(Value::as_str).and_then(|token| tokenizer.token_id(token));
+        let embedding_rows =
+            model.config.get("vocab_size").and_then(Value::as_u64).map_or(engine.limits().vocab_size, |rows| rows as usize);
+        warn_of_tokens_beyond(&tokenizer, embedding_rows);
         Ok(Self {
             names,
             defaults,
-            eos_token_ids: Arc::new(eos_token_ids(&model, &tokenizer)),
+            eos_token_ids: Arc::new(eos_token_ids(&model, &tokenizer)?),
             bos_token_id,
+            embedding_rows,
             guard: Guard::new(&tokenizer)?,
             chat_template,
             seeds: AtomicU64::new(0),
@@ -187,29 +196,69 @@ impl Service {
         }
     }
 
+    /// How large requests may be.
+    pub fn body_limits(&self) -> BodyLimits {
+        BodyLimits::of_model(self.engine.limits(), self.tokenizer.longest_token())
+    }
+
+    /// The part of a prompt's text that is to be tokenized. A text that cannot fit the context, however it is cut, is refused: that is told
+    /// from its bytes, since to tokenize tens of megabytes takes seconds. Of one that is to be cut to its last tokens the end is enough.
+    pub(crate) fn fit_text<'a>(&self, text: &'a str, options: &Options, noun: &str) -> Result<&'a str, Failure> {
+        let context = self.engine.limits().max_model_len;
+        if text.len() < context {
+            return Ok(text);
+        }
+        let Some(keep) = self.keep(options) else {
+            let least = self.tokenizer.least_tokens(text);
+            return if least < context { Ok(text) } else { Err(self.too_long(noun, &format!("at least {least} tokens"))) };
+        };
+        let bytes = keep.saturating_mul(self.tokenizer.longest_token().unwrap_or(UNKNOWN_TOKEN)).max(CUT_WHOLE);
+        Ok(end_of(text, bytes))
+    }
+
+    /// Tokens of a prompt that the request wants kept, when it wants it cut.
+    fn keep(&self, options: &Options) -> Option<usize> {
+        let context = self.engine.limits().max_model_len;
+        match options.truncate? {
+            // A limit that is no limit keeps no place free.
+            Truncate::ToContext => {
+                Some(context.saturating_sub(options.max_tokens.filter(|most| *most < context).unwrap_or(1).max(1)).max(1))
+            }
+            Truncate::Last(keep) => Some(keep),
+        }
+    }
+
+    /// `length`: what the prompt came to, in words.
+    fn too_long(&self, noun: &str, length: &str) -> Failure {
+        let limits = self.engine.limits();
+        let (context, hint) = (limits.max_model_len, limits.memory_hint());
+        let message = format!(
+            "This model's maximum context length is {context} tokens. However, your {noun} resulted in {length}. Please reduce the \
+             length of the {noun} (context_length_exceeded: prompt is too long).{hint}"
+        );
+        Failure::bad_request(noun, message).code("context_length_exceeded")
+    }
+
     /// Cuts a prompt if the request asks for it, and checks that it leaves room for an answer.
     pub(crate) fn fit(&self, mut ids: Vec<u32>, options: &Options, noun: &str) -> Result<Arc<Vec<u32>>, Failure> {
         let context = self.engine.limits().max_model_len;
-        let keep = match options.truncate {
-            None => ids.len(),
-            // A limit that is no limit keeps no place free.
-            Some(Truncate::ToContext) => {
-                context.saturating_sub(options.max_tokens.filter(|most| *most < context).unwrap_or(1).max(1)).max(1)
-            }
-            Some(Truncate::Last(keep)) => keep,
-        };
-        ids.drain(..ids.len().saturating_sub(keep));
+        if let Some(keep) = self.keep(options) {
+            ids.drain(..ids.len().saturating_sub(keep));
+        }
         if ids.is_empty() {
             return Err(fields::missing(noun, format!("The {noun} came to no tokens at all. There must be at least one.")));
         }
-        if ids.len() >= context {
-            let hint = self.engine.limits().memory_hint();
+        // The device would fail on such an id, and with it every request of the step.
+        if let Some(id) = ids.iter().find(|id| **id as usize >= self.embedding_rows) {
+            let name = String::from_utf8_lossy(self.tokenizer.token_bytes(*id).unwrap_or_default()).into_owned();
             let message = format!(
-                "This model's maximum context length is {context} tokens. However, your {noun} resulted in {} tokens. Please reduce the \
-                 length of the {noun} (context_length_exceeded: prompt is too long).{hint}",
-                ids.len()
+                "The {noun} came to the token {name:?} (id {id}), which the model cannot read: its embedding has {} rows. Leave that token out.",
+                self.embedding_rows
             );
-            return Err(Failure::bad_request(noun, message).code("context_length_exceeded"));
+            return Err(Failure::bad_request(noun, message).code("invalid_value"));
+        }
+        if ids.len() >= context {
+            return Err(self.too_long(noun, &format!("{} tokens", ids.len())));
         }
         Ok(Arc::new(ids))
     }
@@ -220,7 +269,11 @@ impl Service {
         work: impl FnOnce(&Service) -> Result<Prepared, Failure> + Send + 'static,
     ) -> Result<Prepared, Failure> {
         let service = self.clone();
-        let task = tokio::task::spawn_blocking(move || work(&service));
+        let task = tokio::task::spawn_blocking(move || {
+            let prepared = work(&service);
+            reclaim::freed();
+            prepared
+        });
         task.await.unwrap_or_else(|error| {
             tracing::error!("a request could not be read: {error}");
             Err(Failure::internal("The request could not be read."))
@@ -228,19 +281,46 @@ impl Service {
     }
 }
 
-/// The ids that end a sequence: those of the configuration, and ERNIE's end of an assistant turn.
-fn eos_token_ids(model: &ModelInfo, tokenizer: &Tokenizer) -> Vec<u32> {
-    let mut ids = model.eos_token_ids();
+/// A text up to this length is tokenized whole before it is cut to its last tokens.
+const CUT_WHOLE: usize = 1 << 20;
+/// Bytes of a token, where the tokenizer promises no bound.
+const UNKNOWN_TOKEN: usize = 256;
+
+/// The last `bytes` of a text and a little more or less: from a place between words, where there is one near, so that the words after it are
+/// cut into tokens as in the whole text.
+fn end_of(text: &str, bytes: usize) -> &str {
+    const NEAR: usize = 1024;
+    let Some(from) = text.len().checked_sub(bytes + NEAR) else { return text };
+    let from = (from..text.len()).find(|&at| text.is_char_boundary(at)).unwrap_or(text.len());
+    let tail = &text[from..];
+    let near = tail.char_indices().take_while(|(at, _)| *at < NEAR).find(|(_, character)| character.is_whitespace());
+    &tail[near.map_or(0, |(at, _)| at)..]
+}
+
+/// The ids that end a sequence: those of the configuration files, the tokenizer's own end of sequence, and ERNIE's end of an assistant turn.
+fn eos_token_ids(model: &ModelInfo, tokenizer: &Tokenizer) -> Result<Vec<u32>, Failure> {
+    let mut ids = model.eos_token_ids()?;
     if model.is_ernie() {
         ids.extend(tokenizer.token_id("<|end_of_sentence|>"));
     }
-    if ids.is_empty() {
-        let named = model.special_tokens.get("eos_token").and_then(Value::as_str);
-        ids.extend(named.and_then(|token| tokenizer.token_id(token)));
-    }
+    let named = model.special_tokens.get("eos_token").and_then(Value::as_str);
+    ids.extend(named.and_then(|token| tokenizer.token_id(token)));
     ids.sort_unstable();
     ids.dedup();
-    ids
+    Ok(ids)
+}
+
+/// Says which tokens no prompt can hold: the vocabulary names them, but the embedding ends before them.
+fn warn_of_tokens_beyond(tokenizer: &Tokenizer, rows: usize) {
+    const SHOWN: usize = 5;
+    let beyond: Vec<String> = tokenizer.tokens_from(rows).map(|(id, name)| format!("{name:?} ({id})")).collect();
+    if !beyond.is_empty() {
+        let (shown, count) = (beyond.iter().take(SHOWN).cloned().collect::<Vec<_>>().join(", "), beyond.len());
+        let more = if count > SHOWN { format!(" and {} more", count - SHOWN) } else { String::new() };
+        tracing::warn!(
+            "the model's embedding has {rows} rows, and none for the tokens {shown}{more}: prompts that come to one of them are refused"
+        );
+    }
 }
 
 /// Spreads consecutive numbers over all of 64 bits (SplitMix64's finalizer).

@@ -59,17 +59,29 @@ impl ModelInfo {
     }
 
     /// The ids that end a sequence, by the configuration files alone.
-    pub fn eos_token_ids(&self) -> Vec<u32> {
+    ///
+    /// # Errors
+    /// On what is no token id: without it an answer would not end.
+    pub fn eos_token_ids(&self) -> Result<Vec<u32>, Failure> {
         let mut ids = Vec::new();
-        for value in [self.generation_config.get("eos_token_id"), self.config.get("eos_token_id")].into_iter().flatten() {
-            match value {
-                Value::Array(list) => ids.extend(list.iter().filter_map(id)),
-                value => ids.extend(id(value)),
+        for (file, config) in [("generation_config.json", &self.generation_config), ("config.json", &self.config)] {
+            let list = match config.get("eos_token_id") {
+                None | Some(Value::Null) => continue,
+                Some(Value::Array(list)) => list.as_slice(),
+                Some(value) => std::slice::from_ref(value),
+            };
+            for value in list {
+                ids.push(id(value).ok_or_else(|| {
+                    Failure::internal(format!(
+                        "{file} of {}: \"eos_token_id\" must be a token id or a list of them, found {value}",
+                        self.name
+                    ))
+                })?);
             }
         }
         ids.sort_unstable();
         ids.dedup();
-        ids
+        Ok(ids)
     }
 
     /// ERNIE-4.5 text models, whose repositories do not always bring a template.
@@ -173,9 +185,18 @@ mod tests {
                 ("special_tokens_map.json", r#"{"pad_token":"<p>"}"#),
             ],
         );
-        assert_eq!(info.eos_token_ids(), [2, 7]);
+        assert_eq!(info.eos_token_ids().unwrap(), [2, 7]);
         assert_eq!(Value::Object(info.special_tokens), serde_json::json!({"bos_token": "<s>", "pad_token": "<p>", "cls_token": "<c>"}));
         assert!(info.add_bos_token);
+    }
+
+    #[test]
+    fn an_end_that_is_no_id_is_an_error() {
+        for text in [r#"{"eos_token_id":"2"}"#, r#"{"eos_token_id":[2,-1]}"#, r#"{"eos_token_id":{"id":2}}"#] {
+            let failure = info("m", &[("config.json", text)]).eos_token_ids().unwrap_err();
+            assert!(failure.message.contains("config.json of m: \"eos_token_id\""), "{failure}");
+        }
+        assert_eq!(info("m", &[("config.json", r#"{"eos_token_id":null}"#)]).eos_token_ids().unwrap(), [0; 0]);
     }
 
     #[test]

@@ -13,8 +13,9 @@ use crate::error::Failure;
 
 /// Answers the `input` of a job.
 pub async fn job(service: &Arc<Service>, input: Value, job_id: &str) -> Result<Answer, Failure> {
-    let input = unwrapped(object(input)?)?;
-    if let Some(call) = wrapped_call(&input, job_id)? {
+    let mut input = unwrapped(object(input)?)?;
+    if let Some(call) = wrapped_call(&mut input, job_id)? {
+        drop(input);
         return openai::call(service, call).await;
     }
     let dialect = Dialect::native(service.settings.native_format);
@@ -61,7 +62,7 @@ fn unwrapped(mut input: Map<String, Value>) -> Result<Map<String, Value>, Failur
 }
 
 /// `{openai_route, openai_input}` or `{route, body, method}` as the call it stands for.
-fn wrapped_call(input: &Map<String, Value>, job_id: &str) -> Result<Option<Call>, Failure> {
+fn wrapped_call(input: &mut Map<String, Value>, job_id: &str) -> Result<Option<Call>, Failure> {
     let text = |name: &str| match input.get(name) {
         None | Some(Value::Null) => Ok(None),
         Some(Value::String(text)) => Ok(Some(text.clone()).filter(|text| !text.is_empty())),
@@ -72,10 +73,10 @@ fn wrapped_call(input: &Map<String, Value>, job_id: &str) -> Result<Option<Call>
         (None, Some(path)) => (path, "body", text("method")?),
         (None, None) => return Ok(None),
     };
-    let mut body = match input.get(body_name) {
+    let mut body = match input.get_mut(body_name).map(Value::take) {
         None | Some(Value::Null) => Map::new(),
-        Some(Value::Object(body)) => body.clone(),
-        Some(value) => return Err(wrong_type(&Field { name: body_name.to_owned(), value }, "an object")),
+        Some(Value::Object(body)) => body,
+        Some(value) => return Err(wrong_type(&Field { name: body_name.to_owned(), value: &value }, "an object")),
     };
     // NOTE: the queue carries no method. An empty body means GET, except where only POST makes sense: there it is an empty request.
     let empty = body.is_empty() && openai::allow(&path) != Some("POST");

@@ -30,6 +30,7 @@ pub struct Guard {
 
 /// Some strings to find.
 struct Strings {
+    names: Vec<String>,
     /// Every occurrence, overlapping ones too.
     anywhere: AhoCorasick,
     /// Every proper beginning of one.
@@ -57,23 +58,31 @@ impl Guard {
         }
     }
 
-    /// Breaks special-token strings in a list of messages. The assistant's keep their visible markup: a model wrote it, and templates
-    /// look for it (they leave out the thinking of earlier turns).
-    pub fn break_in_messages(&self, messages: &mut Value, mark: char) {
+    /// Breaks special-token strings in a list of messages. The assistant's keep their markup: a model wrote it, and templates look for it
+    /// (they leave out the thinking of earlier turns). That is visible markup, and the control tokens that `is_markup` names; with a mark
+    /// inside, `'</think>' in content` would be false.
+    pub fn break_in_messages(&self, messages: &mut Value, mark: char, is_markup: &dyn Fn(&str) -> bool) {
         for message in messages.as_array_mut().into_iter().flatten() {
-            let by_assistant = message.get("role").and_then(Value::as_str) == Some("assistant");
-            let strings = if by_assistant { &self.control } else { &self.all };
-            strings.break_in(message, mark);
+            match message.get("role").and_then(Value::as_str) {
+                Some("assistant") => self.control.break_in(message, mark, is_markup),
+                _ => self.break_in(message, mark),
+            }
         }
     }
 
     /// Breaks special-token strings in every string below `value`.
     pub fn break_in(&self, value: &mut Value, mark: char) {
-        self.all.break_in(value, mark);
+        self.all.break_in(value, mark, &|_| false);
     }
 
-    /// Token ids of a rendered prompt, in which user text is broken with `mark`.
-    pub fn encode(&self, tokenizer: &Tokenizer, rendered: &str, mark: char) -> Result<Vec<u32>, Failure> {
+    /// Token ids of a rendered prompt, in which user text is broken with `mark`. `fit` gives the end of the text that is to be tokenized.
+    pub fn encode(
+        &self,
+        tokenizer: &Tokenizer,
+        rendered: &str,
+        mark: char,
+        fit: impl FnOnce(&str) -> Result<&str, Failure>,
+    ) -> Result<Vec<u32>, Failure> {
         let mut pieces = rendered.split(mark);
         let mut text = pieces.next().unwrap_or_default().to_owned();
         let mut places = Vec::new();
@@ -81,9 +90,13 @@ impl Guard {
             places.push(text.len()..text.len());
             text.push_str(piece);
         }
+        let end = fit(&text)?;
+        let start = text.len() - end.len();
+        let places: Vec<_> =
+            places.into_iter().filter(|place| place.start >= start).map(|place| place.start - start..place.end - start).collect();
         match places.is_empty() {
-            true => tokenizer.encode(&text, Special::Control),
-            false => tokenizer.encode_except(&text, &places),
+            true => tokenizer.encode(end, Special::Control),
+            false => tokenizer.encode_except(end, &places),
         }
     }
 }
@@ -94,24 +107,25 @@ impl Strings {
         let anywhere =
             AhoCorasick::new(&strings).map_err(|error| Failure::internal(format!("cannot index the special tokens: {error}")))?;
         let beginnings = strings.iter().flat_map(|string| string.char_indices().skip(1).map(|(at, _)| string[..at].to_owned())).collect();
-        Ok(Self { anywhere, beginnings })
+        Ok(Self { names: strings.into_iter().cloned().collect(), anywhere, beginnings })
     }
 
-    fn break_in(&self, value: &mut Value, mark: char) {
+    /// In every string below `value`, but for the strings that are `kept`.
+    fn break_in(&self, value: &mut Value, mark: char, kept: &dyn Fn(&str) -> bool) {
         match value {
             Value::String(text) => {
-                if let Some(broken) = self.broken(text, mark) {
+                if let Some(broken) = self.broken(text, mark, kept) {
                     *text = broken;
                 }
             }
-            Value::Array(list) => list.iter_mut().for_each(|value| self.break_in(value, mark)),
+            Value::Array(list) => list.iter_mut().for_each(|value| self.break_in(value, mark, kept)),
             Value::Object(object) => {
                 // Keys reach the text too (arguments of tool calls written as JSON). Roles are ours already.
-                if object.keys().any(|key| self.broken(key, mark).is_some()) {
+                if object.keys().any(|key| self.broken(key, mark, kept).is_some()) {
                     let entries = std::mem::take(object).into_iter();
-                    *object = entries.map(|(key, value)| (self.broken(&key, mark).unwrap_or(key), value)).collect();
+                    *object = entries.map(|(key, value)| (self.broken(&key, mark, kept).unwrap_or(key), value)).collect();
                 }
-                object.iter_mut().filter(|(key, _)| *key != "role").for_each(|(_, value)| self.break_in(value, mark));
+                object.iter_mut().filter(|(key, _)| *key != "role").for_each(|(_, value)| self.break_in(value, mark, kept));
             }
             _ => {}
         }
@@ -119,10 +133,11 @@ impl Strings {
 
     /// `text` with the mark after the first character of each special-token string, and at the end if the text after it could complete
     /// one; `None` when there is nothing to break.
-    fn broken(&self, text: &str, mark: char) -> Option<String> {
+    fn broken(&self, text: &str, mark: char, kept: &dyn Fn(&str) -> bool) -> Option<String> {
         let mut places: Vec<usize> = self
             .anywhere
             .find_overlapping_iter(text)
+            .filter(|found| !kept(&self.names[found.pattern().as_usize()]))
             .map(|found| found.start() + text[found.start()..].chars().next().map_or(0, char::len_utf8))
             .collect();
         if text.char_indices().rev().take(64).any(|(at, _)| self.beginnings.contains(&text[at..])) {
@@ -169,19 +184,26 @@ mod tests {
     #[test]
     fn special_strings_are_broken_and_other_text_is_left_alone() {
         let mut value = json!({"content": "a<|end|>b", "role": "user", "list": ["fine", {"k<|end|>": 1}]});
-        strings().break_in(&mut value, MARK);
+        strings().break_in(&mut value, MARK, &|_| false);
         // The last one is also the beginning of a longer one, which the template might complete.
         assert_eq!(value, json!({"content": "a<\u{FDD0}|end|>b", "role": "user", "list": ["fine", {"k<\u{FDD0}|end|>\u{FDD0}": 1}]}));
         let mut fine = json!(["a < b", "<|END|>"]);
-        strings().break_in(&mut fine, MARK);
+        strings().break_in(&mut fine, MARK, &|_| false);
         assert_eq!(fine, json!(["a < b", "<|END|>"]));
     }
 
     #[test]
+    fn what_is_kept_stays_whole_and_the_rest_is_broken() {
+        let kept = |name: &str| name == "aXa";
+        assert_eq!(strings().broken("aXa<|end|>b", MARK, &kept).as_deref(), Some("aXa<\u{FDD0}|end|>b"));
+        assert_eq!(strings().broken("b aXa b", MARK, &kept), None);
+    }
+
+    #[test]
     fn a_beginning_at_the_end_is_closed_off() {
-        assert_eq!(strings().broken("x<|en", MARK).as_deref(), Some("x<|en\u{FDD0}"));
-        assert_eq!(strings().broken("xa", MARK).as_deref(), Some("xa\u{FDD0}"));
-        assert_eq!(strings().broken("x<|ex", MARK), None);
+        assert_eq!(strings().broken("x<|en", MARK, &|_| false).as_deref(), Some("x<|en\u{FDD0}"));
+        assert_eq!(strings().broken("xa", MARK, &|_| false).as_deref(), Some("xa\u{FDD0}"));
+        assert_eq!(strings().broken("x<|ex", MARK, &|_| false), None);
     }
 
     #[test]
@@ -196,7 +218,7 @@ mod tests {
         #[test]
         fn no_special_string_survives_however_texts_are_cut_or_joined(texts in prop::collection::vec("[aX<|end>x]{0,12}", 1..4), from in 0_usize..6) {
             let strings = strings();
-            let broken: Vec<String> = texts.iter().map(|text| strings.broken(text, MARK).unwrap_or_else(|| text.clone())).collect();
+            let broken: Vec<String> = texts.iter().map(|text| strings.broken(text, MARK, &|_| false).unwrap_or_else(|| text.clone())).collect();
             prop_assert_eq!(broken.concat().replace(MARK, ""), texts.concat(), "only marks are added");
             let joined: String = broken.concat().chars().skip(from).collect();
             prop_assert!(!strings.anywhere.is_match(&joined), "{joined:?}");

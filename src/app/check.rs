@@ -3,15 +3,15 @@
 use std::process::ExitCode;
 
 use super::say;
+use crate::checkpoint::Checkpoint;
 use crate::config::{self, Settings};
 use crate::error::Failure;
-use crate::checkpoint::Checkpoint;
-use crate::models::files::{ModelFiles, Source};
 use crate::models::families::Model;
+use crate::models::files::{ModelFiles, Source};
 use crate::models::hub;
 use crate::models::runner::Planned;
-use crate::models::tensors::Tensors;
 use crate::models::spec::ModelSpec;
+use crate::models::tensors::Tensors;
 use crate::models::tokenizer::Tokenizer;
 
 /// Prints everything it finds out; exit 1 when something would stop a start.

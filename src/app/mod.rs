@@ -13,6 +13,7 @@ mod check;
 mod cold_start;
 mod model;
 mod oneshot;
+mod open_files;
 mod queue;
 mod serve;
 mod signals;
@@ -39,6 +40,7 @@ enum Mode {
 
 /// Reads the command line and the environment, and does what they say.
 pub fn main() -> ExitCode {
+    crate::api::reclaim::configure();
     let args = match Args::of_process() {
         Ok(args) => args,
         Err(error) => {

@@ -9,22 +9,27 @@ use serde_json::Value;
 use tokio::net::TcpListener;
 
 use super::model::{self, Loaded};
-use super::queue;
 use super::say;
 use super::signals::Shutdown;
+use super::{open_files, queue};
+use crate::api::body::BodyLimits;
 use crate::api::tally::{End, Tally};
 use crate::api::{Answer, Call, Service};
-use crate::config::{RunpodSettings, Secret, Settings};
+use crate::config::{RunpodSettings, Secret, ServerSettings, Settings};
 use crate::engine::Handle;
 use crate::error::{Failure, Kind};
 use crate::runpod::Ended;
-use crate::server::{self, Door, Endpoints, Metrics, Options, Phase, Readiness, endpoint};
+use crate::server::{self, ConnectionLimits, Door, Endpoints, Metrics, Options, Phase, Readiness, connections, endpoint};
 
 /// The endpoint that `serve` attaches its worker to.
 const LOCAL_ENDPOINT: &str = "local";
 const LAPTOP_PORT: u16 = 8000;
 /// Where a load-balancing endpoint looks when PORT says nothing.
 const PLATFORM_PORT: u16 = 80;
+/// Connections where the system knows no limit.
+const MOST_CONNECTIONS: usize = 10_000;
+/// Connections to a health port of its own.
+const HEALTH_CONNECTIONS: usize = 64;
 /// How long responses may go on after everything else has drained.
 const RESPONSES_END: Duration = Duration::from_secs(10);
 const METRICS_PREFIX: &str = "worker_candle_";
@@ -36,8 +41,9 @@ pub async fn serve(settings: Settings) -> Result<ExitCode, Failure> {
     let (listener, base) = bind(&settings, "127.0.0.1", LAPTOP_PORT).await?;
     let endpoints = Endpoints::new(endpoint_options(&settings));
     let direct = Direct::new();
-    let router = server::direct(direct.door(), direct.readiness.clone(), Some(&endpoints), &direct.options(&settings));
-    let (closing, server) = spawn_server(listener, router);
+    let options = direct.options(&settings);
+    let router = server::direct(direct.door(), direct.readiness.clone(), Some(&endpoints), &options);
+    let (closing, server) = spawn_server(listener, router, connection_limits(&settings.server, &options));
     let loaded = tokio::select! {
         loaded = model::load(&settings) => loaded,
         () = shutdown.clone().asked() => return Ok(ExitCode::SUCCESS),
@@ -77,8 +83,9 @@ pub async fn gateway(settings: Settings) -> Result<ExitCode, Failure> {
     let shutdown = Shutdown::listen()?;
     let (listener, base) = bind(&settings, "127.0.0.1", LAPTOP_PORT).await?;
     let endpoints = Endpoints::new(endpoint_options(&settings));
-    let router = server::gateway(&endpoints, Readiness::new(Phase::Ready), &Options::from(&settings.server));
-    let (closing, server) = spawn_server(listener, router);
+    let options = Options::from(&settings.server);
+    let router = server::gateway(&endpoints, Readiness::new(Phase::Ready), &options);
+    let (closing, server) = spawn_server(listener, router, connection_limits(&settings.server, &options));
     tracing::info!("local endpoint at {base}/v2/{LOCAL_ENDPOINT} (any id is an endpoint); workers attach with the variables on stdout");
     for (name, value) in endpoint::worker_variables(&base, LOCAL_ENDPOINT, "worker-1", settings.server.api_keys.first()) {
         say(&format!("export {name}='{value}'"));
@@ -96,11 +103,14 @@ pub async fn http(settings: Settings) -> Result<ExitCode, Failure> {
     let (listener, base) = bind(&settings, "0.0.0.0", PLATFORM_PORT).await?;
     let direct = Direct::new();
     let options = direct.options(&settings);
-    let (closing, server) = spawn_server(listener, server::direct(direct.door(), direct.readiness.clone(), None, &options));
+    let limits = connection_limits(&settings.server, &options);
+    let router = server::direct(direct.door(), direct.readiness.clone(), None, &options);
+    let (closing, server) = spawn_server(listener, router, limits.clone());
     let health = match settings.server.health_port.filter(|port| Some(*port) != settings.server.port) {
         Some(port) => {
             let listener = listen(settings.server.host.as_deref().unwrap_or("0.0.0.0"), port, "PORT_HEALTH").await?;
-            Some(spawn_server(listener, server::health_only(direct.readiness.clone(), &options)))
+            let limits = ConnectionLimits { most: limits.most.min(HEALTH_CONNECTIONS), ..limits };
+            Some(spawn_server(listener, server::health_only(direct.readiness.clone(), &options), limits))
         }
         None => None,
     };
@@ -167,7 +177,9 @@ impl Direct {
         let service = self.service.clone();
         let load = move || service.get().map_or(0, |service| service.engine.load());
         let metrics = Metrics { text: Arc::new(text), load: Arc::new(load) };
-        Options { metrics: Some(metrics), ..Options::from(&settings.server) }
+        let service = self.service.clone();
+        let model_limits = move || service.get().map_or_else(BodyLimits::default, |service| service.body_limits());
+        Options { metrics: Some(metrics), model_limits: Some(Arc::new(model_limits)), ..Options::from(&settings.server) }
     }
 
     /// Opens the door, for as long as the engine is sound.
@@ -246,16 +258,33 @@ impl Drop for Closing {
     }
 }
 
+/// How many connections there may be, by the settings and the system.
+fn connection_limits(settings: &ServerSettings, options: &Options) -> ConnectionLimits {
+    let default = ConnectionLimits::default();
+    let timeout = |given: Option<Duration>, default| given.map_or(default, |given| Some(given).filter(|given| !given.is_zero()));
+    let possible = open_files::raise().map(open_files::connections);
+    let wanted = settings.max_connections;
+    if let (Some(wanted), Some(possible)) = (wanted, possible.filter(|possible| wanted.is_some_and(|wanted| wanted > *possible))) {
+        tracing::warn!("MAX_CONNECTIONS={wanted} is more than the system's limit of open files allows; there may be {possible} at once");
+    }
+    ConnectionLimits {
+        header_timeout: timeout(settings.header_timeout, default.header_timeout),
+        idle_timeout: timeout(settings.keep_alive_timeout, default.idle_timeout),
+        most: wanted.unwrap_or(usize::MAX).min(possible.unwrap_or(MOST_CONNECTIONS)),
+        health_path: options.health_path.clone(),
+    }
+}
+
 type Server = (tokio::sync::oneshot::Sender<()>, tokio::task::JoinHandle<()>);
 
 /// Serves in the background until the sender speaks (or is dropped).
-fn spawn_server(listener: TcpListener, router: axum::Router) -> Server {
+fn spawn_server(listener: TcpListener, router: axum::Router, limits: ConnectionLimits) -> Server {
     let (closing, closed) = tokio::sync::oneshot::channel();
     let server = tokio::spawn(async move {
         let shutdown = async {
             let _ = closed.await;
         };
-        if let Err(error) = server::run(listener, router, shutdown, RESPONSES_END).await {
+        if let Err(error) = connections::serve(listener, router, limits, shutdown, RESPONSES_END).await {
             tracing::error!("the HTTP server ended: {error}");
         }
     });
@@ -366,7 +395,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let base = format!("http://{}", listener.local_addr().unwrap());
         let router = server::direct(direct.door(), direct.readiness.clone(), None, &direct.options(&settings));
-        let (_closing, _server) = spawn_server(listener, router);
+        let (_closing, _server) = spawn_server(listener, router, ConnectionLimits::default());
         let client = reqwest::Client::builder().no_proxy().build().unwrap();
         let get = |path: &str| client.get(format!("{base}{path}")).send();
         let complete = |prompt: &str| {
@@ -408,7 +437,7 @@ mod tests {
         let base = format!("http://{}", listener.local_addr().unwrap());
         let settings = Settings::default();
         let router = server::direct(direct.door(), direct.readiness.clone(), None, &direct.options(&settings));
-        let (_closing, _server) = spawn_server(listener, router);
+        let (_closing, _server) = spawn_server(listener, router, ConnectionLimits::default());
         direct.ready(&service);
         let ask = async {
             let client = reqwest::Client::builder().no_proxy().build().unwrap();

@@ -13,8 +13,8 @@ pub mod files;
 mod stored;
 
 use files::{ModelFiles, Source};
-use stored::{Stored, StoredPart};
 pub use stored::{Number, StoredMatrix, Tiles};
+use stored::{Stored, StoredPart};
 
 /// Bytes of one file.
 enum Bytes {
@@ -154,7 +154,15 @@ impl Checkpoint {
             return Err(Failure::internal(format!("{}: {slice:?} does not lie inside its tensor", self.name)));
         }
         let (shape, rows, first_column) = ((slice.outputs, slice.inputs), slice.rows.clone(), slice.columns.start);
-        Ok(StoredPart { name: slice.name.clone(), bytes: self.bytes(entry), stored, shape, rows, first_column, transposed: slice.transposed })
+        Ok(StoredPart {
+            name: slice.name.clone(),
+            bytes: self.bytes(entry),
+            stored,
+            shape,
+            rows,
+            first_column,
+            transposed: slice.transposed,
+        })
     }
 
     /// A vector in f32; dimensions of 1 around it do not count.

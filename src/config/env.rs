@@ -237,6 +237,15 @@ pub struct Env {
     /// Origins that browsers may call from; several by commas or as a JSON list.
     #[arg(long, help_heading = "Server")]
     pub allowed_origins: Option<String>,
+    /// Seconds that the head of a request may take; then its connection is closed. 0 = no limit.
+    #[arg(long, help_heading = "Server")]
+    pub header_timeout: Option<String>,
+    /// Seconds that a connection is kept open between two requests. 0 = no limit.
+    #[arg(long, help_heading = "Server")]
+    pub keep_alive_timeout: Option<String>,
+    /// Connections at once. A new one takes the place of the one that is silent longest; while all are busy, only health checks are answered.
+    #[arg(long, help_heading = "Server")]
+    pub max_connections: Option<String>,
     /// Answer failed OpenAI calls through the local endpoint with 500, as the cloud is reported to do.
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", help_heading = "Server")]
     pub cloud_errors: Option<String>,

@@ -306,6 +306,12 @@ pub struct ServerSettings {
     pub api_keys: Vec<Secret>,
     /// CORS; empty = `*`.
     pub allowed_origins: Vec<String>,
+    /// How long the head of a request may take; default 10 s, zero = for ever.
+    pub header_timeout: Option<Duration>,
+    /// How long a connection is kept between two requests; default 75 s, zero = for ever.
+    pub keep_alive_timeout: Option<Duration>,
+    /// Connections at once; default as many as the limit of open files allows.
+    pub max_connections: Option<usize>,
     /// The local endpoint answers failed OpenAI calls with 500, as the cloud is reported to do.
     pub cloud_errors: bool,
     /// Begins every name at `/metrics`; default `worker_candle_`.

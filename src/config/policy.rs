@@ -166,6 +166,9 @@ const WORKS: &[(&str, &str)] = &[
     ("API_KEY", "none: open"),
     ("API_KEY_FILE", "none"),
     ("ALLOWED_ORIGINS", "*"),
+    ("HEADER_TIMEOUT", "10"),
+    ("KEEP_ALIVE_TIMEOUT", "75"),
+    ("MAX_CONNECTIONS", "auto: half of the open files that the system allows"),
     ("CLOUD_ERRORS", "false"),
     ("METRICS_PREFIX", "`worker_candle_`"),
     ("DISABLE_LOG_STATS", "false"),
@@ -211,6 +214,8 @@ const ALIASES: &[(&str, &str)] = &[
     ("UVICORN_LOG_LEVEL", "LOG_LEVEL"),
     ("RP_API_PORT", "PORT"),
     ("RP_API_HOST", "HOST"),
+    ("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "KEEP_ALIVE_TIMEOUT"),
+    ("FD_SUPPORT_MAX_CONNECTIONS", "MAX_CONNECTIONS"),
     ("CONFIG", "VLLM_CONFIG_FILE"),
 ];
 
@@ -434,7 +439,7 @@ const NO_EFFECT: &[(&str, &[&str])] = &[
         "API_SERVER_COUNT", "WORKERS", "TIMEOUT", "CONTROLLER_PORT", "METRICS_PORT", "BENCHMARK_METRICS_CONFIG",
         "DISABLE_FRONTEND_MULTIPROCESSING!", "DISABLE_FASTAPI_DOCS!", "ENABLE_REQUEST_ID_HEADERS!", "ENABLE_SERVER_LOAD_TRACKING!",
         "ENABLE_TOKENIZER_INFO_ENDPOINT!", "H11_MAX_HEADER_COUNT", "H11_MAX_INCOMPLETE_EVENT_SIZE", "ROOT_PATH", "VLLM_PORT",
-        "VLLM_BASE_URL", "VLLM_STARTUP_TIMEOUT", "FILE_STORAGE_PATH", "FD_SUPPORT_MAX_CONNECTIONS", "RP_API_CONCURRENCY", "RP_DEBUGGER!",
+        "VLLM_BASE_URL", "VLLM_STARTUP_TIMEOUT", "FILE_STORAGE_PATH", "RP_API_CONCURRENCY", "RP_DEBUGGER!",
         "RUNPOD_REALTIME_CONCURRENCY",
     ]),
     ("there is no store of requests beside the waiting queue", &[

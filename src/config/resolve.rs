@@ -220,6 +220,13 @@ impl Reader {
             health_path: self.health_path(env),
             api_keys: self.api_keys(env),
             allowed_origins: self.list("ALLOWED_ORIGINS", &env.allowed_origins).into_iter().filter(|origin| origin != "*").collect(),
+            header_timeout: self
+                .number("HEADER_TIMEOUT", &env.header_timeout, &["auto"], "0 or more", |value| value >= 0.0)
+                .map(Duration::from_secs_f64),
+            keep_alive_timeout: self
+                .number("KEEP_ALIVE_TIMEOUT", &env.keep_alive_timeout, &["auto"], "0 or more", |value| value >= 0.0)
+                .map(Duration::from_secs_f64),
+            max_connections: self.count("MAX_CONNECTIONS", &env.max_connections, 1, AUTO),
             cloud_errors: self.switch("CLOUD_ERRORS", &env.cloud_errors),
             metrics_prefix: self.metrics_prefix(env),
         }

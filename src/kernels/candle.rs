@@ -371,7 +371,8 @@ fn routed(x: &Tensor, router: &Tensor, experts: &Experts<Matrix, Tensor>) -> Res
     for (expert, (tokens, weights)) in experts.experts.iter().zip(visits).filter(|(_, (tokens, _))| !tokens.is_empty()) {
         let n = tokens.len();
         let tokens = Tensor::from_vec(tokens, n, x.device())?;
-        let hidden = gated(&multiply(&x.index_select(&tokens, 0)?, &expert.gate_up.weight, expert.gate_up.bias.as_ref())?, experts.activation)?;
+        let hidden =
+            gated(&multiply(&x.index_select(&tokens, 0)?, &expert.gate_up.weight, expert.gate_up.bias.as_ref())?, experts.activation)?;
         let out = multiply(&hidden, &expert.down.weight, expert.down.bias.as_ref())?;
         let weights = Tensor::from_vec(weights, (n, 1), x.device())?.to_dtype(out.dtype())?;
         sum = sum.index_add(&tokens, &out.broadcast_mul(&weights)?, 0)?;

@@ -111,7 +111,8 @@ impl Case<'_> {
 }
 
 fn cpu(max_tokens: usize, widest: usize, attention: &[AttentionSpec], block_size: usize, threads: usize) -> Cpu {
-    let limits = StepLimits { max_tokens, max_logits: 1, widest, block_size, attention: attention.to_vec(), frequencies: 64, experts: None };
+    let limits =
+        StepLimits { max_tokens, max_logits: 1, widest, block_size, attention: attention.to_vec(), frequencies: 64, experts: None };
     Cpu::new(&limits, threads, ComputeDtype::F32).unwrap()
 }
 

@@ -8,9 +8,25 @@ use crate::kernels::cpu;
 use crate::models::memory::{self, Memory};
 use crate::models::{Fault, StepError};
 
-/// A failure in the device's own words.
+/// A failed operation of the device, in the error's own words. Where RUST_BACKTRACE is set candle writes a backtrace into the text of its
+/// errors: that is for the log alone, since a failure's message is shown to callers.
 pub fn device_failure(error: candle_core::Error) -> Failure {
-    Failure::internal(format!("device: {error}"))
+    let (message, whole) = (without_backtrace(&error), error.to_string());
+    if message != whole {
+        tracing::error!("device: {whole}");
+    }
+    Failure::internal(format!("device: {message}"))
+}
+
+pub(super) fn without_backtrace(error: &candle_core::Error) -> String {
+    use candle_core::Error;
+    match error {
+        Error::WithBacktrace { inner, .. } => without_backtrace(inner),
+        Error::Context { inner, context } => format!("{context}: {}", without_backtrace(inner)),
+        Error::WithPath { inner, path } => format!("{}: {}", path.display(), without_backtrace(inner)),
+        Error::WrappedContext { wrapped, context } => format!("{context}: {wrapped}"),
+        other => other.to_string(),
+    }
 }
 
 /// A step's error with its class.
@@ -195,6 +211,17 @@ mod cuda {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_backtrace_reaches_the_caller() {
+        let traced = |error: candle_core::Error| candle_core::Error::WithBacktrace {
+            inner: Box::new(error),
+            backtrace: Box::new(std::backtrace::Backtrace::force_capture()),
+        };
+        let error = traced(traced(candle_core::Error::Msg("out of memory".into())).context("allocating the cache"));
+        assert!(error.to_string().contains("device.rs"), "{error}");
+        assert_eq!(device_failure(error).message, "device: allocating the cache: out of memory");
+    }
 
     #[test]
     fn automatic_falls_back_to_the_cpu_unless_a_gpu_is_required() {

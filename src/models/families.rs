@@ -7,7 +7,9 @@ use serde_json::Value;
 
 use crate::checkpoint::files::ModelFiles;
 use crate::error::Failure;
-use crate::kernels::{Activation, AttentionSpec, NormExtent, NormKind, Normalize, Pairing, QkNorm, Rope, RopeTable, RouterScore, RoutingSpec};
+use crate::kernels::{
+    Activation, AttentionSpec, NormExtent, NormKind, Normalize, Pairing, QkNorm, Rope, RopeTable, RouterScore, RoutingSpec,
+};
 use crate::models::config::Config;
 use crate::models::rope;
 use crate::models::spec::{AttentionLayer, DenseSpec, ExpertsSpec, FeedForward, LayerSpec, ModelSpec, NormSpec, Residual};
@@ -69,14 +71,7 @@ const LLAMA: Defaults = Defaults {
 const FAMILIES: &[Family] = &[
     Family {
         model_type: "ernie4_5",
-        defaults: Defaults {
-            pairing: Pairing::Interleaved,
-            eps: 1e-5,
-            rope_theta: 500_000.0,
-            tied: true,
-            max_positions: 131_072,
-            ..LLAMA
-        },
+        defaults: Defaults { pairing: Pairing::Interleaved, eps: 1e-5, rope_theta: 500_000.0, tied: true, max_positions: 131_072, ..LLAMA },
         adapt: |config, model| {
             refuse_experts(config, "moe_num_experts")?;
             let bias = config.flag("use_bias")?.unwrap_or(false);

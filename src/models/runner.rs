@@ -12,11 +12,11 @@ use crate::config::{EngineSettings, Quantization};
 use crate::error::Failure;
 use crate::kernels::candle::Candle;
 use crate::kernels::cpu::{self, Cpu};
-use crate::kernels::sizing::Sizing;
 use crate::kernels::sizing::Operation;
+use crate::kernels::sizing::Sizing;
 use crate::kernels::{Backend, Batch, BatchRow, ComputeDtype, Footprint, StepLimits};
 use crate::models::decoder::{self, Decoder};
-use crate::models::device::{describe, device_failure, device_memory, device_of, step_error};
+use crate::models::device::{describe, device_failure, device_memory, device_of, step_error, without_backtrace};
 use crate::models::families::Model;
 use crate::models::memory::{self, LOGITS_ROWS, MemoryPlan};
 use crate::models::sample;
@@ -146,13 +146,7 @@ impl Planned {
     }
 
     /// Planned before anything is loaded: what cannot fit is said at once, and not by the system ending the process.
-    fn on(
-        device: &Device,
-        model: &Model,
-        tensors: &Tensors<'_>,
-        vocab_size: usize,
-        settings: &EngineSettings,
-    ) -> Result<Self, Failure> {
+    fn on(device: &Device, model: &Model, tensors: &Tensors<'_>, vocab_size: usize, settings: &EngineSettings) -> Result<Self, Failure> {
         let device_name = describe(device, settings);
         let memory = device_memory(device);
         let planned = if device.is_cpu() { Self::sized::<Cpu> } else { Self::sized::<Candle> };
@@ -284,7 +278,9 @@ impl<B: Backend> DeviceRunner<B> {
         plan.shape.vocab_size = size.min(plan.shape.vocab_size);
         holes.retain(|id| (*id as usize) < plan.shape.vocab_size);
         let caches = decoder.kv_caches(&backend, plan.shape.blocks, plan.shape.block_size);
-        let caches = caches.map_err(|error| Failure::internal(format!("no memory for the KV cache: {error}; lower {}", plan.kv_setting)))?;
+        let caches = caches.map_err(|error| {
+            Failure::internal(format!("no memory for the KV cache: {}; lower {}", without_backtrace(&error), plan.kv_setting))
+        })?;
         Ok(Self {
             backend,
             decoder,
@@ -300,13 +296,17 @@ impl<B: Backend> DeviceRunner<B> {
         })
     }
 
+    /// On a GPU an id outside of the embedding would trip an assertion in a kernel, after which the device is lost to this process.
+    fn check_ids(&self, plan: &Plan) -> Result<(), Failure> {
+        let rows = self.decoder.spec.vocab_size;
+        match plan.tokens.iter().find(|id| **id as usize >= rows) {
+            Some(id) => Err(Failure::internal(format!("token id {id} is outside the vocabulary of {rows}"))),
+            None => Ok(()),
+        }
+    }
+
     /// Runs the plan's tokens.
     fn forward(&mut self, plan: &Plan) -> TensorResult<()> {
-        // On a GPU such an id would trip an assertion in a kernel, after which the device is lost to this process.
-        let vocab = self.decoder.spec.vocab_size;
-        if let Some(id) = plan.tokens.iter().find(|id| **id as usize >= vocab) {
-            candle_core::bail!("token id {id} is outside the vocabulary of {vocab}");
-        }
         self.rows.clear();
         let row = |row: &crate::models::Row| BatchRow { start: row.start, len: row.len, context: row.context, blocks: row.blocks.clone() };
         self.rows.extend(plan.rows.iter().map(row));
@@ -349,6 +349,7 @@ impl<B: Backend> DeviceRunner<B> {
 
 impl<B: Backend> LogitsRunner for DeviceRunner<B> {
     fn logits(&mut self, plan: &Plan) -> Result<Vec<Vec<f32>>, Failure> {
+        self.check_ids(plan)?;
         self.forward(plan).map_err(device_failure)?;
         let (vocab, mut all) = (self.plan.shape.vocab_size, Vec::new());
         let positions: Vec<usize> = wanted(plan).map(|(token, _)| token).collect();
@@ -431,6 +432,7 @@ impl<B: Backend> Runner for DeviceRunner<B> {
     }
 
     fn step(&mut self, plan: &Plan) -> Result<Output, StepError> {
+        self.check_ids(plan)?;
         self.forward(plan).map_err(step_error)?;
         let mut output = std::mem::take(&mut self.spare);
         output.clear();

@@ -271,6 +271,11 @@ impl Bpe {
         self.find(token).or_else(|| (0..self.entries.len() as u32).find(|&id| piece_text(&self.text, &self.entries, id) == token))
     }
 
+    /// Whether characters that no piece has become byte tokens, rather than one unknown token for a run of them.
+    pub fn falls_back_to_bytes(&self) -> bool {
+        self.byte_fallback
+    }
+
     /// Appends the ids of `text`. Time is n log n in its length.
     pub fn encode(&self, text: &str, ids: &mut Vec<u32>) {
         if text.is_empty() {

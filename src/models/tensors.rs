@@ -36,8 +36,7 @@ impl<'a> Tensors<'a> {
             let tried = "tried the prefixes \"model.\", \"ernie.\" and none";
             Failure::internal(format!("{}: no tensor embed_tokens.weight ({tried})", checkpoint.name()))
         })?;
-        let mut tensors =
-            Self { checkpoint, names: model.names, prefix, transposed: false, tied: spec.tied, warnings: Vec::new() };
+        let mut tensors = Self { checkpoint, names: model.names, prefix, transposed: false, tied: spec.tied, warnings: Vec::new() };
         tensors.transposed = tensors.is_transposed(spec);
         if spec.tied && checkpoint.contains(&tensors.head_name()) {
             tensors.tied = tensors.head(spec)?.equals(&tensors.embedding(spec)?);

@@ -14,9 +14,11 @@ use crate::models::sentencepiece::{self, Bpe};
 
 mod added;
 mod json;
+mod least;
 mod token_bytes;
 
 use added::Added;
+use least::{Coverage, Spelling};
 use token_bytes::TokenBytes;
 
 /// How strings that spell a special token are read.
@@ -28,6 +30,12 @@ pub enum Special {
     Text,
 }
 
+/// A part of a text: plain, or one special token.
+struct Part {
+    range: Range<usize>,
+    token: Option<u32>,
+}
+
 /// A model's vocabulary and merges.
 pub struct Tokenizer {
     encoder: Encoder,
@@ -35,6 +43,7 @@ pub struct Tokenizer {
     added: Added,
     matcher: AhoCorasick,
     vocabulary: Vocabulary,
+    coverage: Coverage,
 }
 
 enum Encoder {
@@ -89,7 +98,15 @@ impl Tokenizer {
             .match_kind(MatchKind::LeftmostLongest)
             .build(added.names())
             .map_err(|error| format!("its special tokens cannot be searched for: {error}"))?;
-        Ok(Self { encoder, bytes, added, matcher, vocabulary })
+        let spelling = match &encoder {
+            // A run of unknown characters is one token.
+            Encoder::SentencePiece(bpe) => {
+                bpe.falls_back_to_bytes().then_some(Spelling { shrinks: 1, blocks: true, swallows_space: false })
+            }
+            Encoder::Json(json) => json.spelling,
+        };
+        let coverage = Coverage::new(&bytes, spelling);
+        Ok(Self { encoder, bytes, added, matcher, vocabulary, coverage })
     }
 
     /// Token ids of `text`. No token is added around it.
@@ -101,11 +118,7 @@ impl Tokenizer {
             // The crate knows each added token's own whitespace rules.
             (Encoder::Json(json), Special::Control) => json.encode_control(text),
             (_, Special::Control) => self.encode_except(text, &[]),
-            (_, Special::Text) => {
-                let mut ids = Vec::new();
-                self.encode_text(text, &mut ids)?;
-                Ok(ids)
-            }
+            (_, Special::Text) => self.encode_parts(text, &[Part { range: 0..text.len(), token: None }]),
         }
     }
 
@@ -114,42 +127,63 @@ impl Tokenizer {
     ///
     /// For a rendered chat template, where only the template may write control tokens and the ranges are what users wrote.
     pub fn encode_except(&self, text: &str, plain: &[Range<usize>]) -> Result<Vec<u32>, Failure> {
-        let (mut ids, mut done, mut from) = (Vec::new(), 0, 0);
+        let mut parts = Vec::new();
+        let (mut done, mut from) = (0, 0);
         for gap in plain.iter().cloned().chain(std::iter::once(text.len()..text.len())) {
             for found in self.matcher.find_iter(Input::new(text).range(from..gap.start)) {
-                self.encode_text(&text[done..found.start()], &mut ids)?;
-                ids.push(self.added.ids()[found.pattern().as_usize()]);
-                done = found.end();
+                let id = self.added.ids()[found.pattern().as_usize()];
+                let Some(reach) = self.reach(id, text, done, found.range()) else { continue };
+                parts.push(Part { range: done..reach.start, token: None });
+                done = reach.end;
+                parts.push(Part { range: reach, token: Some(id) });
             }
             from = gap.end;
         }
-        self.encode_text(&text[done..], &mut ids)?;
-        Ok(ids)
+        parts.push(Part { range: done..text.len(), token: None });
+        self.encode_parts(text, &parts)
     }
 
-    fn encode_text(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), Failure> {
+    /// What a special token found at `found` takes of the text, of which `done` bytes are used up: some take the spaces beside them too, and
+    /// some are none inside a word.
+    fn reach(&self, id: u32, text: &str, done: usize, found: Range<usize>) -> Option<Range<usize>> {
+        let Encoder::Json(json) = &self.encoder else { return Some(found) };
+        json.reach(id, text, found).map(|reach| reach.start.max(done)..reach.end)
+    }
+
+    fn encode_parts(&self, text: &str, parts: &[Part]) -> Result<Vec<u32>, Failure> {
         match &self.encoder {
             Encoder::SentencePiece(bpe) => {
-                bpe.encode(text, ids);
-                Ok(())
-            }
-            Encoder::Json(json) => {
-                let first = ids.len();
-                json.encode_text(text, ids)?;
-                if !ids[first..].iter().any(|&id| self.added.contains(id)) {
-                    return Ok(());
+                let mut ids = Vec::new();
+                for part in parts {
+                    match part.token {
+                        Some(id) => ids.push(id),
+                        None => bpe.encode(&text[part.range.clone()], &mut ids),
+                    }
                 }
-                // The model itself (Unigram, WordLevel …) has the special token's text as a piece: cut the text inside it.
-                ids.truncate(first);
-                let mut done = 0;
-                for found in self.matcher.find_iter(text) {
-                    let inside = found.start() + text[found.start()..].chars().next().map_or(0, char::len_utf8);
-                    json.encode_text(&text[done..inside], ids)?;
-                    done = inside;
-                }
-                json.encode_text(&text[done..], ids)
+                Ok(ids)
             }
+            Encoder::Json(json) => json.encode_parts(text, parts, &|piece, tokens| {
+                // The model itself (Unigram, WordLevel …) may have the special token's text as a piece: cut the text inside it.
+                tokens.iter().any(|id| self.added.contains(*id)).then(|| {
+                    let inside = |start: usize| start + piece[start..].chars().next().map_or(0, char::len_utf8);
+                    self.matcher.find_iter(piece).map(|found| inside(found.start())).collect()
+                })
+            }),
         }
+    }
+
+    /// What the post-processor of `tokenizer.json` puts before and after a text: mostly the beginning-of-sequence token.
+    pub fn added_around(&self) -> (&[u32], &[u32]) {
+        match &self.encoder {
+            Encoder::SentencePiece(_) => (&[], &[]),
+            Encoder::Json(json) => json.added_around(),
+        }
+    }
+
+    /// The tokens whose ids are `rows` or more, with their text.
+    pub fn tokens_from(&self, rows: usize) -> impl Iterator<Item = (u32, String)> {
+        let ids = rows..self.bytes.len();
+        ids.filter_map(|id| Some((id as u32, String::from_utf8_lossy(self.bytes.get(id as u32)?).into_owned())))
     }
 
     /// The bytes a token stands for in running text (`▁the` → ` the`, `<0xE4>` → E4); `None` for ids without a token.
@@ -173,6 +207,17 @@ impl Tokenizer {
             Encoder::SentencePiece(bpe) => bpe.id_of(token),
             Encoder::Json(json) => json.id(token),
         })
+    }
+
+    /// However `text` is encoded, it has at least so many tokens. Takes a few milliseconds for ten megabytes, where encoding takes seconds.
+    /// 0 where nothing can be promised.
+    pub fn least_tokens(&self, text: &str) -> usize {
+        self.coverage.least_tokens(text)
+    }
+
+    /// The most bytes of a text that one token stands for, where that is bounded.
+    pub fn longest_token(&self) -> Option<usize> {
+        self.coverage.longest
     }
 
     /// Ids from here on have no token that a model may write. ERNIE's placeholders (`<|IMAGE_PLACEHOLDER|>`, `<|LOC_0|>` …) lie above it.

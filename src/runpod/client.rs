@@ -94,7 +94,9 @@ impl Client {
             StatusCode::TOO_MANY_REQUESTS => Taken::RateLimited,
             StatusCode::OK => match read_json(response).await {
                 Ok(body) => match elements(&body) {
-                    Some(elements) => Taken::Entries(elements.into_iter().map(Entry::read).collect()),
+                    Some(elements) => {
+                        Taken::Entries(elements.into_iter().map(|element| Entry::read(element, &self.pacing.job_limits)).collect())
+                    }
                     None => Taken::Odd("something that holds no job".into()),
                 },
                 Err(Unread::Odd(what)) => Taken::Odd(what),

@@ -4,8 +4,9 @@ use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::api::body::{self, BodyLimits, Unread};
 use crate::api::failure::job_error;
-use crate::error::Failure;
+use crate::error::{Failure, Kind};
 
 /// One unit of work from the queue.
 #[derive(Debug, Clone, PartialEq)]
@@ -56,10 +57,17 @@ pub(crate) fn elements(body: &[u8]) -> Option<Vec<&[u8]>> {
 
 impl Entry {
     /// Reads one element. Fields beyond `id`, `input` and `batchId` say nothing to a worker: even an `error` is not a failure here.
-    pub fn read(element: &[u8]) -> Self {
-        let value = match serde_json::from_slice(element) {
+    pub fn read(element: &[u8], limits: &BodyLimits) -> Self {
+        if element.len() > limits.bytes {
+            let message = format!("The job has {} bytes, more than the limit of {}.", element.len(), limits.bytes);
+            return Self::unreadable(element, Failure::new(Kind::TooLarge, message));
+        }
+        let value = match body::read(element, limits) {
             Ok(value) => value,
-            Err(error) => return Self::unreadable(element, &error),
+            Err(Unread::TooLarge(failure)) => return Self::unreadable(element, failure),
+            Err(Unread::Invalid(error)) => {
+                return Self::unreadable(element, Failure::bad_request("input", format!("The job's JSON cannot be read: {error}")));
+            }
         };
         let Value::Object(mut fields) = value else { return Self::NoId };
         let Some(id) = fields.get("id").and_then(id_text) else { return Self::NoId };
@@ -69,15 +77,15 @@ impl Entry {
         }
     }
 
-    /// The parser refuses some well-formed JSON: half of a surrogate pair, deep nesting. Its id can be read all the same.
-    fn unreadable(element: &[u8], error: &serde_json::Error) -> Self {
+    /// The parser refuses some well-formed JSON: half of a surrogate pair, deep nesting, too much. Its id can be read all the same.
+    fn unreadable(element: &[u8], failure: Failure) -> Self {
         #[derive(Deserialize)]
         struct Named {
             id: Value,
         }
         let named = serde_json::from_slice::<Named>(element).ok();
         match named.and_then(|named| id_text(&named.id)) {
-            Some(id) => Self::Faulty { id, failure: Failure::bad_request("input", format!("The job's JSON cannot be read: {error}")) },
+            Some(id) => Self::Faulty { id, failure },
             None => Self::NoId,
         }
     }
@@ -156,7 +164,7 @@ mod tests {
 
     #[test]
     fn entries_are_validated() {
-        let read = |value: Value| Entry::read(value.to_string().as_bytes());
+        let read = |value: Value| Entry::read(value.to_string().as_bytes(), &BodyLimits::default());
         let job = |id: &str, input| Entry::Job(Job { id: id.into(), input, batch_id: None });
         assert_eq!(read(json!({"id": "a", "input": {"x": 1}, "error": "", "retries": 0})), job("a", json!({"x": 1})));
         assert_eq!(read(json!({"id": 17, "input": null})), job("17", Value::Null));
@@ -172,10 +180,21 @@ mod tests {
     fn an_entry_that_cannot_be_read_still_has_an_id() {
         let deep = format!(r#"{{"input": {}1{}, "id": "a"}}"#, "[".repeat(500), "]".repeat(500));
         for text in [deep.as_str(), r#"{"id": "a", "input": "half \ud83d"}"#] {
-            let Entry::Faulty { id, failure } = Entry::read(text.as_bytes()) else { unreachable!("{text}") };
+            let Entry::Faulty { id, failure } = Entry::read(text.as_bytes(), &BodyLimits::default()) else { unreachable!("{text}") };
             assert_eq!((id.as_str(), failure.status()), ("a", 400));
         }
-        assert_eq!(Entry::read(b"{"), Entry::NoId);
+        assert_eq!(Entry::read(b"{", &BodyLimits::default()), Entry::NoId);
+    }
+
+    #[test]
+    fn an_entry_that_is_too_large_is_answered_and_not_read() {
+        let limits = BodyLimits { bytes: 1000, tree: 10_000 };
+        for input in [json!("x".repeat(1000)), json!(vec![1; 400])] {
+            let Entry::Faulty { id, failure } = Entry::read(json!({"id": "a", "input": input}).to_string().as_bytes(), &limits) else {
+                unreachable!("{input}")
+            };
+            assert_eq!((id.as_str(), failure.status()), ("a", 413));
+        }
     }
 
     #[test]

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::api::body::BodyLimits;
+
 /// Waits, deadlines and size limits towards the platform. The default is what the platform's own SDK does, or its documentation says.
 #[derive(Debug, Clone)]
 pub struct Pacing {
@@ -43,6 +45,8 @@ pub struct Pacing {
     pub stream_attempts: u32,
     /// Pause before the second retry of a ping; it doubles. The first retry is at once.
     pub ping_retry: Duration,
+    /// What a job may be in size: a larger one is answered with an error.
+    pub job_limits: BodyLimits,
     /// Largest body of a final result, in bytes.
     pub result_limit: usize,
     /// Largest body of one stream post, in bytes.
@@ -70,6 +74,7 @@ impl Default for Pacing {
             stream_backoff: Backoff { first: Duration::from_millis(200), cap: Duration::from_secs(1) },
             stream_attempts: 3,
             ping_retry: Duration::from_secs(2),
+            job_limits: BodyLimits::default(),
             result_limit: 9_500_000,
             chunk_limit: 1_000_000,
         }

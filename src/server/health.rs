@@ -58,11 +58,19 @@ impl Readiness {
     }
 }
 
-/// `/health`, `/ping`, and `health_path` where it is another one.
+/// `/health`, `/ping`, and `health_path` where it is another one; each with a slash after it or without.
 pub fn router(readiness: Arc<Readiness>, health_path: &str) -> Router {
-    let mut router = Router::new().route("/health", get(health)).route("/ping", get(ping).post(ping));
-    if health_path != "/ping" && health_path != "/health" {
+    let mut router = Router::new();
+    for slash in ["", "/"] {
+        router = router.route(&format!("/health{slash}"), get(health)).route(&format!("/ping{slash}"), get(ping).post(ping));
+    }
+    let trimmed = health_path.trim_end_matches('/');
+    if trimmed != "/ping" && trimmed != "/health" {
         router = router.route(health_path, get(ping));
+        if !trimmed.is_empty() {
+            let other = if trimmed == health_path { format!("{trimmed}/") } else { trimmed.to_owned() };
+            router = router.route(&other, get(ping));
+        }
     }
     router.with_state(readiness)
 }

@@ -11,15 +11,15 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::Request;
-use axum::http::Uri;
 use axum::middleware;
-use axum::serve::ListenerExt;
 use tokio::net::TcpListener;
 
+use crate::api::body::BodyLimits;
 use crate::config::{Secret, ServerSettings};
 use crate::error::{Failure, Kind};
 
 pub mod auth;
+pub mod connections;
 pub mod endpoint;
 pub mod health;
 pub mod metrics;
@@ -30,10 +30,14 @@ mod wire;
 #[cfg(test)]
 mod tests;
 
+pub use connections::ConnectionLimits;
 pub use endpoint::Endpoints;
 pub use health::{Phase, Readiness};
 pub use metrics::Metrics;
 pub use openai::Door;
+
+/// The limits of the model's requests. Asked for each one, since the model comes later than the server.
+pub type ModelLimits = Arc<dyn Fn() -> BodyLimits + Send + Sync>;
 
 /// How the server behaves, whichever routes it has.
 #[derive(Clone)]
@@ -46,6 +50,8 @@ pub struct Options {
     pub health_path: String,
     /// The largest body of a direct request, in bytes.
     pub body_limit: usize,
+    /// What the model can use of it, once there is a model.
+    pub model_limits: Option<ModelLimits>,
     pub pace: sse::Pace,
     /// What `/metrics` and `/load` tell; without it there are no such routes.
     pub metrics: Option<Metrics>,
@@ -57,10 +63,21 @@ impl Default for Options {
             api_keys: Vec::new(),
             allowed_origins: Vec::new(),
             health_path: "/ping".to_owned(),
-            body_limit: 32 * 1024 * 1024,
+            body_limit: BodyLimits::default().bytes,
+            model_limits: None,
             pace: sse::Pace::default(),
             metrics: None,
         }
+    }
+}
+
+impl Options {
+    fn limits(&self) -> ModelLimits {
+        let (most, of_model) = (self.body_limit, self.model_limits.clone());
+        Arc::new(move || {
+            let limits = of_model.as_ref().map_or_else(BodyLimits::default, |limits| limits());
+            BodyLimits { bytes: limits.bytes.min(most), ..limits }
+        })
     }
 }
 
@@ -78,7 +95,7 @@ impl From<&ServerSettings> for Options {
 
 /// The direct OpenAI server; with `endpoints` a local RunPod endpoint beside it (`serve`).
 pub fn direct(door: Door, readiness: Arc<Readiness>, endpoints: Option<&Endpoints>, options: &Options) -> Router {
-    let router = openai::router(door, readiness.clone(), options.body_limit, options.pace);
+    let router = openai::router(door, readiness.clone(), options.limits(), options.pace);
     let router = match endpoints {
         Some(endpoints) => router.merge(endpoints.router(options.pace)),
         None => router,
@@ -110,40 +127,27 @@ fn finish(router: Router, options: &Options) -> Router {
     router.method_not_allowed_fallback(wrong_method).layer(middleware::from_fn_with_state(Arc::new(gate), wire::gate))
 }
 
-async fn not_found(uri: Uri) -> wire::Refusal {
-    Failure::new(Kind::NotFound, format!("There is nothing at {}.", uri.path())).into()
+async fn not_found(request: Request) -> wire::Refusal {
+    let (parts, body) = request.into_parts();
+    wire::throw_away(&parts.headers, body).await;
+    Failure::new(Kind::NotFound, format!("There is nothing at {}.", parts.uri.path())).into()
 }
 
 /// The `allow` header is added by the router, which knows the methods.
 async fn wrong_method(request: Request) -> wire::Refusal {
-    Failure::new(Kind::MethodNotAllowed, format!("{} is not allowed on {}.", request.method(), request.uri().path())).into()
+    let (parts, body) = request.into_parts();
+    wire::throw_away(&parts.headers, body).await;
+    let message = format!("{} is not allowed on {}.", parts.method, parts.uri.path());
+    Failure::new(Kind::MethodNotAllowed, message).code("method_not_allowed").into()
 }
 
-/// Serves until `shutdown` completes, then stops accepting and lets running responses end, for at most `limit`.
+/// Serves until `shutdown` completes, then stops accepting and lets running responses end, for at most `limit`. Connections are limited as
+/// by default; [`connections::serve`] takes other limits.
 pub async fn run(
     listener: TcpListener,
     router: Router,
     shutdown: impl Future<Output = ()> + Send + 'static,
     limit: Duration,
 ) -> io::Result<()> {
-    // Tokens are small packets: none of them waits for the next.
-    let listener = listener.tap_io(|stream| {
-        let _ = stream.set_nodelay(true);
-    });
-    let (tell, told) = tokio::sync::oneshot::channel::<()>();
-    let server = axum::serve(listener, router).with_graceful_shutdown(async move {
-        shutdown.await;
-        let _ = tell.send(());
-    });
-    let overtime = async {
-        if told.await.is_ok() {
-            tokio::time::sleep(limit).await;
-        } else {
-            std::future::pending::<()>().await;
-        }
-    };
-    tokio::select! {
-        result = server => result,
-        () = overtime => Ok(()),
-    }
+    connections::serve(listener, router, ConnectionLimits::default(), shutdown, limit).await
 }

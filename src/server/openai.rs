@@ -1,11 +1,12 @@
 //! The direct door: `/v1/…` and its aliases, straight into the service.
 //!
-//! Which paths and methods there are is the service's business: everything that is not a route of the server itself goes there, and an
-//! unknown path comes back as its 404.
+//! Which paths and methods there are is the service's business, and it is asked before a body is read: a request for a path that is not
+//! there costs no memory, however large it is.
 
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
+use axum::http::request::Parts;
 use axum::http::{Method, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
@@ -14,10 +15,11 @@ use futures::StreamExt;
 use futures::future::BoxFuture;
 use serde_json::{Value, json};
 
+use super::ModelLimits;
 use super::health::Readiness;
 use super::sse::{self, Pace};
 use super::wire::{self, Refusal, RequestId};
-use crate::api::{Answer, Call, Pieces};
+use crate::api::{self, Answer, Call, Pieces};
 use crate::error::{Failure, Kind};
 
 /// Whatever answers calls: the service in production, a script in tests.
@@ -26,13 +28,13 @@ pub type Door = Arc<dyn Fn(Call) -> BoxFuture<'static, Result<Answer, Failure>> 
 struct Front {
     door: Door,
     readiness: Arc<Readiness>,
-    body_limit: usize,
+    limits: ModelLimits,
     pace: Pace,
 }
 
 /// Everything but the health routes. It has the fallback: merge it into a router that has none.
-pub fn router(door: Door, readiness: Arc<Readiness>, body_limit: usize, pace: Pace) -> Router {
-    let front = Arc::new(Front { door, readiness, body_limit, pace });
+pub fn router(door: Door, readiness: Arc<Readiness>, limits: ModelLimits, pace: Pace) -> Router {
+    let front = Arc::new(Front { door, readiness, limits, pace });
     Router::new().route("/version", get(version)).fallback(call).with_state(front)
 }
 
@@ -49,18 +51,19 @@ impl Front {
         let (parts, body) = request.into_parts();
         let path = parts.uri.path().to_owned();
         // A HEAD is a GET whose body the HTTP layer leaves out.
-        let post = match parts.method {
-            Method::GET | Method::HEAD => false,
-            Method::POST => true,
-            ref other => return Err(wire::method_not_allowed(other, &path, "GET, POST")),
+        let post = match self.admit(&parts, &path) {
+            Ok(Admitted::About) => return Ok(Json(about()).into_response()),
+            Ok(Admitted::Get) => false,
+            Ok(Admitted::Post) => true,
+            Err(refusal) => {
+                wire::throw_away(&parts.headers, body).await;
+                return Err(refusal);
+            }
         };
-        if path == "/" && !post {
-            return Ok(Json(about()).into_response());
-        }
-        self.readiness.check()?;
         let body = if post {
-            let bytes = wire::read_body(&parts.headers, body, self.body_limit).await?;
-            wire::parse_object(&parts.headers, &bytes)?
+            let limits = (self.limits)();
+            let bytes = wire::read_body(&parts.headers, body, limits.bytes).await?;
+            wire::parse_object(&parts.headers, &bytes, &limits)?
         } else {
             Value::Null
         };
@@ -70,14 +73,35 @@ impl Front {
         match (self.door)(call).await {
             Ok(Answer::Whole(value)) => Ok((StatusCode::OK, Json(value)).into_response()),
             Ok(Answer::Stream(pieces)) => Ok(sse::respond(frames(pieces), self.pace).await),
-            Err(failure) if failure.kind == Kind::MethodNotAllowed => {
-                let mut refusal = Refusal::from(failure);
-                refusal.headers.push(("allow", if post { "GET" } else { "POST" }.to_owned()));
-                Err(refusal)
-            }
             Err(failure) => Err(failure.into()),
         }
     }
+
+    /// By path, method and readiness alone.
+    fn admit(&self, parts: &Parts, path: &str) -> Result<Admitted, Refusal> {
+        let Some(allowed) = api::openai::allow(path) else {
+            let message = format!("There is no route {} {path}.", parts.method);
+            return Err(Failure::new(Kind::NotFound, message).code("unknown_route").into());
+        };
+        let is_get = matches!(parts.method, Method::GET | Method::HEAD);
+        let admitted = match (allowed, is_get) {
+            _ if path == "/" && is_get => return Ok(Admitted::About),
+            ("GET", true) => Admitted::Get,
+            ("POST", false) if parts.method == Method::POST => Admitted::Post,
+            ("GET", _) => return Err(wire::method_not_allowed(&parts.method, path, "GET, HEAD")),
+            _ if path == "/" => return Err(wire::method_not_allowed(&parts.method, path, "GET, HEAD, POST")),
+            _ => return Err(wire::method_not_allowed(&parts.method, path, allowed)),
+        };
+        self.readiness.check()?;
+        Ok(admitted)
+    }
+}
+
+/// What a request is, when its path is there for its method.
+enum Admitted {
+    About,
+    Get,
+    Post,
 }
 
 /// What a browser sees at the root.

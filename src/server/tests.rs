@@ -57,8 +57,6 @@ fn echo() -> Door {
                     ])
                     .boxed(),
                 )),
-                _ if call.path == "/v1/nowhere" => Err(Failure::new(Kind::NotFound, "no such route")),
-                _ if call.path == "/v1/post-only" && call.method == "GET" => Err(Failure::new(Kind::MethodNotAllowed, "use POST")),
                 _ => Ok(Answer::Whole(json!({ "method": call.method, "path": call.path, "body": call.body, "id": call.request_id }))),
             }
         }
@@ -160,19 +158,82 @@ async fn failures_of_the_service_keep_status_code_and_hints() {
     let response = client.post(&url).json(&json!({"model": "busy"})).send().await.unwrap();
     assert_eq!(response.headers()["retry-after"], "7");
     refused(response, 429).await;
-    refused(client.get(format!("{}/v1/nowhere", server.base)).send().await.unwrap(), 404).await;
+}
+
+#[tokio::test]
+async fn a_path_that_is_not_there_is_a_404_whatever_is_sent_to_it() {
+    let (server, _) = serve(&Options { body_limit: 1000, ..Options::default() }).await;
+    let client = reqwest::Client::new();
+    for path in ["/nope", "/v1/nowhere", "/v2/ep/run", "/v1"] {
+        let url = format!("{}{path}", server.base);
+        for method in ["GET", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"] {
+            let response = client.request(method.parse().unwrap(), &url).send().await.unwrap();
+            assert!(!response.headers().contains_key("allow"), "{method} {path}");
+            assert_eq!(refused(response, 404).await["error"]["code"], "unknown_route", "{method} {path}");
+        }
+        // Larger than any body may be, no JSON, or a form: nobody looks.
+        refused(client.post(&url).body("x".repeat(1 << 20)).send().await.unwrap(), 404).await;
+        refused(client.post(&url).header("content-type", "multipart/form-data; boundary=x").body("--x--").send().await.unwrap(), 404).await;
+    }
+}
+
+#[tokio::test]
+async fn a_gzip_body_is_read_and_other_forms_are_a_415() {
+    use std::io::Write;
+    let (server, _) = serve(&Options { body_limit: 1000, ..Options::default() }).await;
+    let client = reqwest::Client::new();
+    let url = format!("{}/v1/chat/completions", server.base);
+    let gzip = |plain: &[u8]| {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+        encoder.write_all(plain).unwrap();
+        encoder.finish().unwrap()
+    };
+    let post = |encoding: &str, body: Vec<u8>| client.post(&url).header("content-encoding", encoding.to_owned()).body(body).send();
+    let body: Value = post("gzip", gzip(b"{\"a\":1}")).await.unwrap().json().await.unwrap();
+    assert_eq!(body["body"], json!({"a": 1}));
+    // A small body that unfolds to a large one.
+    refused(post("gzip", gzip(format!("{{\"a\":\"{}\"}}", "x".repeat(1 << 20)).as_bytes())).await.unwrap(), 413).await;
+    refused(post("gzip", b"{\"a\":1}".to_vec()).await.unwrap(), 400).await;
+    let body = refused(post("br", vec![1, 2, 3]).await.unwrap(), 415).await;
+    assert_eq!(body["error"]["code"], "unsupported_media_type");
+    assert!(body["message"].as_str().unwrap().contains("gzip"));
+    let form = client.post(&url).header("content-type", "multipart/form-data; boundary=x").body("--x--");
+    let body = refused(form.send().await.unwrap(), 415).await;
+    assert!(body["message"].as_str().unwrap().contains("application/json"));
+}
+
+#[tokio::test]
+async fn a_body_of_too_many_values_is_a_413() {
+    let limits = crate::api::body::BodyLimits { bytes: 1 << 20, tree: 1 << 20 };
+    let (server, _) = serve(&Options { model_limits: Some(Arc::new(move || limits)), ..Options::default() }).await;
+    let client = reqwest::Client::new();
+    let url = format!("{}/v1/chat/completions", server.base);
+    let objects = format!("{{\"a\":[{}0]}}", "{\"b\":1},".repeat(10_000));
+    let body = refused(client.post(&url).body(objects).send().await.unwrap(), 413).await;
+    assert!(body["message"].as_str().unwrap().contains("too many values"));
+    let text = format!("{{\"a\":\"{}\"}}", "x".repeat(500_000));
+    assert_eq!(client.post(&url).body(text).send().await.unwrap().status(), 200);
+    refused(client.post(&url).body("x".repeat((1 << 20) + 1)).send().await.unwrap(), 413).await;
 }
 
 #[tokio::test]
 async fn a_wrong_method_is_a_405_that_names_the_right_one() {
     let (server, _) = serve(&Options::default()).await;
     let client = reqwest::Client::new();
-    let response = client.delete(format!("{}/v1/models", server.base)).send().await.unwrap();
-    assert_eq!(response.headers()["allow"], "GET, POST");
-    refused(response, 405).await;
-    let response = client.get(format!("{}/v1/post-only", server.base)).send().await.unwrap();
-    assert_eq!(response.headers()["allow"], "POST");
-    refused(response, 405).await;
+    let table = [
+        ("DELETE", "/v1/models", "GET, HEAD"),
+        // What is in the body of a request that is not for this path is nobody's business.
+        ("POST", "/v1/models", "GET, HEAD"),
+        ("GET", "/v1/completions", "POST"),
+        ("PUT", "/v1/chat/completions", "POST"),
+        ("OPTIONS", "/v1/chat/completions", "POST"),
+        ("PUT", "/", "GET, HEAD, POST"),
+    ];
+    for (method, path, allow) in table {
+        let response = client.request(method.parse().unwrap(), format!("{}{path}", server.base)).body("no JSON").send().await.unwrap();
+        assert_eq!(response.headers()["allow"], allow, "{method} {path}");
+        assert_eq!(refused(response, 405).await["error"]["code"], "method_not_allowed");
+    }
     let response = client.post(format!("{}/health", server.base)).send().await.unwrap();
     assert!(response.headers()["allow"].to_str().unwrap().contains("GET"));
     refused(response, 405).await;
@@ -290,7 +351,7 @@ async fn keys_guard_everything_but_health() {
     let options = Options { api_keys: vec![Secret::new("k1"), Secret::new("k2")], ..Options::default() };
     let (server, _) = serve(&options).await;
     let client = reqwest::Client::new();
-    for path in ["/health", "/ping", "/"] {
+    for path in ["/health", "/ping", "/health/", "/ping/", "/"] {
         assert_eq!(client.get(format!("{}{path}", server.base)).send().await.unwrap().status(), 200, "{path}");
     }
     let url = format!("{}/v1/models", server.base);
@@ -351,6 +412,9 @@ async fn readiness_follows_the_model() {
             assert_eq!(client.post(format!("{base}/ping")).send().await.unwrap().status(), ping);
             assert_eq!(client.get(format!("{base}/healthz")).send().await.unwrap().status(), ping);
             assert_eq!(client.get(format!("{base}/health")).send().await.unwrap().status(), health);
+            for (path, status) in [("/ping/", ping), ("/healthz/", ping), ("/health/", health)] {
+                assert_eq!(client.get(format!("{base}{path}")).send().await.unwrap().status(), status, "{path}");
+            }
         }
         let response = client.get(format!("{}/v1/models", server.base)).send().await.unwrap();
         assert_eq!(response.status(), call);

@@ -1,5 +1,6 @@
 //! What every route shares: reading a JSON body, rendering a refusal, and the gate in front (request ids, CORS, keys).
 
+use std::io::Read;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,11 +13,14 @@ use futures::StreamExt;
 use serde_json::{Value, json};
 
 use super::auth::Keys;
+use crate::api::body::{self, BodyLimits};
 use crate::api::failure;
 use crate::error::{Failure, Kind};
 
 /// How long a client may take to send its body.
 const BODY_TIMEOUT: Duration = Duration::from_secs(60);
+/// Most bytes of a refused request's body that are read and thrown away.
+const THROWN_AWAY: usize = 64 * 1024 * 1024;
 
 /// A refusal, ready for the wire.
 #[derive(Debug)]
@@ -70,23 +74,94 @@ impl IntoResponse for Refusal {
 
 /// The 405 of a route that is there for another method.
 pub fn method_not_allowed(method: &Method, path: &str, allow: &'static str) -> Refusal {
-    let failure = Failure::new(Kind::MethodNotAllowed, format!("{method} is not allowed on {path}; use {allow}."));
+    let failure =
+        Failure::new(Kind::MethodNotAllowed, format!("{method} is not allowed on {path}; use {allow}.")).code("method_not_allowed");
     let mut refusal = Refusal::from(failure);
     refusal.headers.push(("allow", allow.to_owned()));
     refusal
 }
 
-/// Reads a body of at most `limit` bytes.
+/// Throws away the body of a request that is refused whatever it says. A client still busy sending would see a reset connection instead of
+/// the answer; one that waits to be asked for its body is not asked, and one with an enormous body is cut off.
+pub async fn throw_away(headers: &HeaderMap, body: Body) {
+    if headers.contains_key(header::EXPECT) || announced(headers).is_some_and(|length| length > THROWN_AWAY) {
+        return;
+    }
+    let read = async {
+        let mut seen = 0usize;
+        let mut stream = body.into_data_stream();
+        while let Some(Ok(chunk)) = stream.next().await {
+            seen = seen.saturating_add(chunk.len());
+            if seen > THROWN_AWAY {
+                return;
+            }
+        }
+    };
+    let _ = tokio::time::timeout(BODY_TIMEOUT, read).await;
+}
+
+/// How long the body will be, if its sender says so.
+fn announced(headers: &HeaderMap) -> Option<usize> {
+    headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
+/// How a body is compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Encoding {
+    Identity,
+    Gzip,
+}
+
+/// What the headers say the body is; refused when it is nothing that is read here.
+fn encoding(headers: &HeaderMap) -> Result<Encoding, Failure> {
+    let text = |name| headers.get(name).map(|value| String::from_utf8_lossy(value.as_bytes()).trim().to_ascii_lowercase());
+    if let Some(kind) = text(header::CONTENT_TYPE).filter(|kind| kind.starts_with("multipart/")) {
+        let kind = kind.split(';').next().unwrap_or_default();
+        let message = format!("A body of type {kind} is not read here; send a JSON object as `application/json`.");
+        return Err(Failure::new(Kind::UnsupportedMedia, message));
+    }
+    match text(header::CONTENT_ENCODING).as_deref() {
+        None | Some("" | "identity") => Ok(Encoding::Identity),
+        Some("gzip" | "x-gzip") => Ok(Encoding::Gzip),
+        Some(other) => {
+            let message = format!("A body compressed as `content-encoding: {other}` is not read here; send it plain or as gzip.");
+            Err(Failure::new(Kind::UnsupportedMedia, message))
+        }
+    }
+}
+
+/// Uncompressed, at most `limit` bytes of it.
+fn gunzip(body: &[u8], limit: usize) -> Result<Vec<u8>, Failure> {
+    let mut plain = Vec::new();
+    let read = flate2::read::MultiGzDecoder::new(body).take(limit as u64 + 1).read_to_end(&mut plain);
+    match read {
+        Ok(_) if plain.len() > limit => Err(too_large(limit)),
+        Ok(_) => Ok(plain),
+        Err(error) => Err(Failure::new(Kind::BadRequest, format!("The request body is not valid gzip: {error}."))),
+    }
+}
+
+fn too_large(limit: usize) -> Failure {
+    Failure::new(Kind::TooLarge, format!("The request body is larger than the limit of {limit} bytes."))
+}
+
+/// Reads a body of at most `limit` bytes, and uncompresses it.
 ///
 /// A larger one is read to its end and thrown away before it is refused: a client still busy sending would see a reset connection instead
 /// of the answer.
 pub async fn read_body(headers: &HeaderMap, body: Body, limit: usize) -> Result<Bytes, Failure> {
-    let too_large = || Failure::new(Kind::TooLarge, format!("The request body is larger than the limit of {limit} bytes."));
-    let announced = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()).and_then(|text| text.parse::<usize>().ok());
+    let encoding = match encoding(headers) {
+        Ok(encoding) => encoding,
+        Err(failure) => {
+            throw_away(headers, body).await;
+            return Err(failure);
+        }
+    };
+    let announced = announced(headers);
     let waits_for_us = headers.get(header::EXPECT).is_some();
-    let most = limit.saturating_mul(16);
+    let most = limit.saturating_mul(16).max(THROWN_AWAY);
     if announced.is_some_and(|length| length > limit && (waits_for_us || length > most)) {
-        return Err(too_large());
+        return Err(too_large(limit));
     }
     let read = async {
         let mut stream = body.into_data_stream();
@@ -103,26 +178,35 @@ pub async fn read_body(headers: &HeaderMap, body: Body, limit: usize) -> Result<
                 gathered.extend_from_slice(&chunk);
             }
         }
-        if seen > limit { Err(too_large()) } else { Ok(Bytes::from(gathered)) }
+        if seen > limit { Err(too_large(limit)) } else { Ok(gathered) }
     };
-    match tokio::time::timeout(BODY_TIMEOUT, read).await {
-        Ok(result) => result,
-        Err(_) => Err(Failure::new(Kind::BadRequest, "The request body did not arrive within 60 seconds.")),
+    let body = match tokio::time::timeout(BODY_TIMEOUT, read).await {
+        Ok(result) => result?,
+        Err(_) => return Err(Failure::new(Kind::BadRequest, "The request body did not arrive within 60 seconds.")),
+    };
+    match encoding {
+        Encoding::Identity => Ok(Bytes::from(body)),
+        Encoding::Gzip => gunzip(&body, limit).map(Bytes::from),
     }
 }
 
-/// Parses a JSON object. Any content type will do, except from a web page: browsers send other types without a preflight, and any page
-/// could then post to an open server.
-pub fn parse_object(headers: &HeaderMap, body: &[u8]) -> Result<Value, Failure> {
+/// Parses a JSON object.
+pub fn parse_object(headers: &HeaderMap, body: &[u8], limits: &BodyLimits) -> Result<Value, Failure> {
+    check_object(headers, body)?;
+    let value = body::read(body, limits)?;
+    if value.is_object() { Ok(value) } else { Err(Failure::new(Kind::BadRequest, "The request body must be a JSON object.")) }
+}
+
+/// Looks whether there is a body at all. Any content type will do, except from a web page: browsers send other types without a preflight,
+/// and any page could then post to an open server.
+pub fn check_object(headers: &HeaderMap, body: &[u8]) -> Result<(), Failure> {
     if headers.contains_key(header::ORIGIN) && !is_json(headers) {
         return Err(Failure::new(Kind::BadRequest, "Requests from web pages need the header `content-type: application/json`."));
     }
     if body.iter().all(u8::is_ascii_whitespace) {
         return Err(Failure::new(Kind::BadRequest, "The request has no body; send a JSON object."));
     }
-    let value: Value = serde_json::from_slice(body)
-        .map_err(|error| Failure::new(Kind::BadRequest, format!("The request body is not valid JSON: {error}.")))?;
-    if value.is_object() { Ok(value) } else { Err(Failure::new(Kind::BadRequest, "The request body must be a JSON object.")) }
+    Ok(())
 }
 
 fn is_json(headers: &HeaderMap) -> bool {
@@ -153,7 +237,9 @@ pub async fn gate(State(gate): State<Arc<Gate>>, mut request: Request, next: Nex
     let mut response = if preflight {
         answer_preflight(request.headers())
     } else if gate.guards(&request) && !gate.keys.admit(request.headers()) {
-        Refusal::from(unauthorized(request.headers())).into_response()
+        let (parts, body) = request.into_parts();
+        throw_away(&parts.headers, body).await;
+        Refusal::from(unauthorized(&parts.headers)).into_response()
     } else {
         next.run(request).await
     };
@@ -169,8 +255,10 @@ pub async fn gate(State(gate): State<Arc<Gate>>, mut request: Request, next: Nex
 impl Gate {
     fn guards(&self, request: &Request) -> bool {
         let path = request.uri().path();
-        let open = matches!(path, "/health" | "/ping" | "/metrics" | "/load")
+        let route = path.strip_suffix('/').unwrap_or(path);
+        let open = matches!(route, "/health" | "/ping" | "/metrics" | "/load")
             || path == self.health_path
+            || route == self.health_path
             || (path == "/" && request.method() != Method::POST);
         !open && request.method() != Method::OPTIONS
     }

@@ -22,6 +22,9 @@ pub fn prepare(service: &Service, body: &Value, native: bool) -> Result<Prepared
     let ids = match (fields.token_ids("prompt_token_ids", service.engine.limits().vocab_size)?, fields.get("messages")) {
         (Some(ids), _) => ids,
         (None, Some(field)) => {
+            if options.truncate.is_none() {
+                service.fit_users_text(field.value)?;
+            }
             let messages = messages::read(&field)?;
             echo = options.echo.then(|| last_text(&messages, &role)).flatten();
             encode(service, &fields, messages, &options)?
@@ -30,6 +33,26 @@ pub fn prepare(service: &Service, body: &Value, native: bool) -> Result<Prepared
     };
     let prompts = vec![service.fit(ids, &options, "messages")?];
     Prepared::new(service, Surface::Chat { role }, prompts, echo.into_iter().map(Echo::of_text).collect(), options)
+}
+
+impl Service {
+    /// Refuses messages of which what users wrote is alone too long, before anything is done with them. White space around a text is left
+    /// out: templates strip it. What others wrote does not count: templates leave out earlier thoughts.
+    fn fit_users_text(&self, messages: &Value) -> Result<(), Failure> {
+        let context = self.engine.limits().max_model_len;
+        let by_users = |message: &&Value| message.get("role").and_then(Value::as_str) == Some("user");
+        let least = |text: &str| if text.len() < context { 0 } else { self.tokenizer.least_tokens(text.trim()) };
+        let texts = messages.as_array().into_iter().flatten().filter(by_users).filter_map(|message| message.get("content"));
+        let least: usize = texts
+            .map(|content| match content {
+                Value::Array(parts) => {
+                    parts.iter().filter_map(|part| part.as_str().or_else(|| part.get("text")?.as_str())).map(least).sum()
+                }
+                content => content.as_str().map_or(0, least),
+            })
+            .sum();
+        if least < context { Ok(()) } else { Err(self.too_long("messages", &format!("at least {least} tokens"))) }
+    }
 }
 
 /// The text of the last message when it is by the one who answers: what a continued message begins with.
@@ -49,30 +72,54 @@ pub fn encode(service: &Service, fields: &Fields<'_>, mut messages: Vec<Value>, 
     let mut variables = Variables::read(service, fields, messages)?;
     let marks = Guard::marks(&[&variables.messages, &variables.user])?;
     if !service.settings.allow_special_tokens {
-        service.guard.break_in_messages(&mut variables.messages, marks.break_mark);
+        // What ends a turn is never markup, whatever a template looks for.
+        let ends_a_turn = |name: &str| {
+            let id = service.tokenizer.token_id(name);
+            id.is_some_and(|id| service.eos_token_ids.contains(&id)) || service.model.special_tokens.values().any(|token| token == name)
+        };
+        let is_markup = |name: &str| template.looks_for(name) && !ends_a_turn(name);
+        service.guard.break_in_messages(&mut variables.messages, marks.break_mark, &is_markup);
         service.guard.break_in(&mut variables.user, marks.break_mark);
     }
-    if variables.continue_final_message {
-        variables.open_final_message(marks)?;
-    }
-    let continued = variables.continue_final_message;
+    let continued = if variables.continue_final_message { Some(variables.open_final_message(marks)) } else { None };
     let mut rendered = template.render(&variables.into_map(service))?;
-    if continued {
-        let Some(end) = rendered.rfind(marks.place_mark) else {
-            let message = "The model's chat template leaves out the final message, so it cannot be continued.";
-            return Err(Failure::bad_request("continue_final_message", message).code("invalid_value"));
-        };
-        rendered.truncate(end);
+    if let Some(text) = continued {
+        cut_after(&mut rendered, &text, marks)?;
     }
     let mut ids = match service.settings.allow_special_tokens {
-        true => service.tokenizer.encode(&rendered, Special::Control)?,
-        false => service.guard.encode(&service.tokenizer, &rendered, marks.break_mark)?,
+        true => service.tokenizer.encode(service.fit_text(&rendered, options, "messages")?, Special::Control)?,
+        false => {
+            service.guard.encode(&service.tokenizer, &rendered, marks.break_mark, |text| service.fit_text(text, options, "messages"))?
+        }
     };
     // Templates write the beginning-of-sequence token themselves: only when asked, and never twice.
     if options.add_special_tokens == Some(true) && service.bos_token_id.is_some() && ids.first() != service.bos_token_id.as_ref() {
         ids.splice(0..0, service.bos_token_id);
     }
     Ok(ids)
+}
+
+/// Marks the end of a text, which is given back without the mark.
+fn mark(text: &mut String, marks: Marks) -> String {
+    let whole = text.clone();
+    text.push(marks.place_mark);
+    text.push(' ');
+    whole
+}
+
+/// Cuts off what follows the final message, as transformers does: with the spaces at the message's end where the template trims messages.
+fn cut_after(rendered: &mut String, text: &str, marks: Marks) -> Result<(), Failure> {
+    let end = rendered.rfind(marks.place_mark).filter(|_| rendered.contains(text.trim()));
+    let Some(end) = end else {
+        let message = "The model's chat template leaves out the final message, or a part of it, so it cannot be continued.";
+        return Err(Failure::bad_request("continue_final_message", message).code("invalid_value"));
+    };
+    let keeps_spaces = rendered[end + marks.place_mark.len_utf8()..].starts_with(' ');
+    rendered.truncate(end);
+    if !keeps_spaces {
+        rendered.truncate(rendered.trim_end().len());
+    }
+    Ok(())
 }
 
 /// The request's own template, for those who may bring one.
@@ -123,18 +170,22 @@ impl Variables {
         })
     }
 
-    /// Marks the end of the last message's text: what the template writes after it is cut off.
-    fn open_final_message(&mut self, marks: Marks) -> Result<(), Failure> {
+    /// Marks the end of the last message's text, which is given back: what the template writes after it is cut off. The space after the mark
+    /// tells whether the template trims.
+    fn open_final_message(&mut self, marks: Marks) -> String {
         let last = self.messages.as_array_mut().and_then(|messages| messages.last_mut());
-        match last.and_then(|message| message.get_mut("content")) {
-            Some(Value::String(text)) => text.push(marks.place_mark),
-            Some(Value::Array(parts)) => match parts.last_mut().and_then(|part| part.get_mut("text")) {
-                Some(Value::String(text)) => text.push(marks.place_mark),
-                _ => parts.push(json!({"type": "text", "text": marks.place_mark})),
-            },
-            _ => {}
+        let parts = match last.and_then(|message| message.get_mut("content")) {
+            Some(Value::String(text)) => return mark(text, marks),
+            Some(Value::Array(parts)) => parts,
+            _ => return String::new(),
+        };
+        if !parts.last().is_some_and(|part| part.get("text").is_some_and(Value::is_string)) {
+            parts.push(json!({"type": "text", "text": ""}));
         }
-        Ok(())
+        match parts.last_mut().and_then(|part| part.get_mut("text")) {
+            Some(Value::String(text)) => mark(text, marks),
+            _ => String::new(),
+        }
     }
 
     fn into_map(self, service: &Service) -> Map<String, Value> {

@@ -34,12 +34,16 @@ pub fn finish(
     options: Options,
     render: impl Fn(&str, &Options) -> Result<Vec<u32>, Failure>,
 ) -> Result<Prepared, Failure> {
+    // Before work is done for prompts that are too many.
+    options.check_number(prompts.len(), true, service.engine.limits())?;
     let (mut fitted, mut echoes) = (Vec::with_capacity(prompts.len()), Vec::new());
     for prompt in prompts {
         let (given, ids) = match prompt {
             Prompt::Text(text) => {
-                let ids = render(&text, &options)?;
-                (Some(text), ids)
+                let read = service.fit_text(&text, &options, "prompt")?;
+                let ids = render(read, &options)?;
+                let whole = read.len() == text.len();
+                (Some(text).filter(|_| whole), ids)
             }
             Prompt::Tokens(ids) => (None, ids),
         };
@@ -94,10 +98,24 @@ fn element(field: &Field<'_>, first: &Value, i: usize, value: &Value, vocab_size
 pub fn encode(service: &Service, text: &str, options: &Options) -> Result<Vec<u32>, Failure> {
     let special = if service.settings.allow_special_tokens { Special::Control } else { Special::Text };
     let mut ids = service.tokenizer.encode(text, special)?;
-    if options.add_special_tokens.unwrap_or(true) && service.model.add_bos_token && ids.first() != service.bos_token_id.as_ref() {
-        ids.splice(0..0, service.bos_token_id);
+    if options.add_special_tokens.unwrap_or(true) {
+        add_around(service, &mut ids);
     }
     Ok(ids)
+}
+
+/// Adds what the tokenizer wants around a text: what its post-processor says, else the beginning-of-sequence token where its configuration
+/// asks for it. Never twice.
+fn add_around(service: &Service, ids: &mut Vec<u32>) {
+    let (before, after) = service.tokenizer.added_around();
+    let of_config = service.bos_token_id.filter(|_| service.model.add_bos_token && before.is_empty());
+    let before = of_config.as_ref().map_or(before, std::slice::from_ref);
+    if !ids.starts_with(before) {
+        ids.splice(0..0, before.iter().copied());
+    }
+    if !ids.ends_with(after) {
+        ids.extend(after);
+    }
 }
 
 #[cfg(test)]

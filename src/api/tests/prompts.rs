@@ -56,6 +56,42 @@ async fn an_assistants_markup_stays_markup() {
     assert_eq!(ids, world.ids("a<think>b;c;", Special::Text), "templates cut thinking out of earlier answers");
 }
 
+/// A world whose `<think>` and `</think>` are special tokens, and a template that leaves out earlier thoughts as Qwen3's does.
+async fn thinking_world() -> World {
+    let mut tokenizer: Value = serde_json::from_str(&tokenizer_json()).unwrap();
+    let added = tokenizer["added_tokens"].as_array_mut().unwrap();
+    let think = added.iter_mut().find(|token| token["content"] == "<think>").unwrap();
+    think["special"] = json!(true);
+    let mut end = think.clone();
+    (end["content"], end["id"]) = (json!("</think>"), json!(think["id"].as_u64().unwrap() + 1));
+    added.push(end);
+    let template = r"
+        {%- for m in messages %}
+            {%- set content = m.content %}
+            {%- if m.role == 'assistant' and '</think>' in content %}
+                {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+            {%- endif %}
+            {{- m.role + ':' + content + '<|end_of_sentence|>' }}
+        {%- endfor %}";
+    let tokenizer = tokenizer.to_string();
+    let files = files(&[("tokenizer.json", &tokenizer), ("chat_template.jinja", template)]);
+    world_with(&[vec![Say::Text("A")]], ApiSettings::default(), files, Duration::ZERO).await.unwrap()
+}
+
+#[tokio::test]
+async fn earlier_thoughts_are_left_out_where_their_marks_are_special_tokens() {
+    let world = thinking_world().await;
+    let messages = json!([
+        {"role": "user", "content": "a</think>b<think>"},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\nc<|end_of_sentence|>d</s>"},
+    ]);
+    let end = world.ids("<|end_of_sentence|>", Special::Control);
+    let user = world.ids("user:a</think>b<think>", Special::Text);
+    // The assistant's text cannot end its turn either.
+    let assistant = world.ids("assistant:c<|end_of_sentence|>d</s>", Special::Text);
+    assert_eq!(prompt_ids(&world, json!({"messages": messages})).await, [user, end.clone(), assistant, end].concat());
+}
+
 #[tokio::test]
 async fn raw_prompts_and_the_switch_that_allows_special_tokens() {
     let text = "a<|end_of_sentence|>b";
@@ -81,6 +117,27 @@ async fn generation_prompt_and_continuation() {
     assert_eq!((both.status(), both.param.as_deref()), (400, Some("continue_final_message")));
 }
 
+/// As transformers does it: spaces at the end of what is continued stay, unless the template trims it.
+#[tokio::test]
+async fn spaces_at_the_end_of_a_continued_message() {
+    for (template, prompt) in [
+        ("{% for m in messages %}{{ m.content }};{% endfor %}", "Hi ;Hello \n"),
+        ("{% for m in messages %}{{ m.content | trim }};{% endfor %}", "Hi;Hello"),
+        ("{% for m in messages %}{{ m.content.strip() + ';' }}{% endfor %}", "Hi;Hello"),
+    ] {
+        let files = files(&[("chat_template.jinja", template)]);
+        let world = world_with(&[vec![Say::Text("A")]], ApiSettings::default(), files, Duration::ZERO).await.unwrap();
+        let messages = json!([{"role": "user", "content": "Hi "}, {"role": "assistant", "content": "Hello \n"}]);
+        let ids = prompt_ids(&world, json!({"messages": messages, "continue_final_message": true})).await;
+        assert_eq!(ids, world.ids(prompt, Special::Control), "{template}");
+    }
+    let files = files(&[("chat_template.jinja", "{% for m in messages %}{{ m.content.split('</a>')[-1] }}{% endfor %}")]);
+    let world = world_with(&[vec![Say::Text("A")]], ApiSettings::default(), files, Duration::ZERO).await.unwrap();
+    let cut = json!({"messages": [{"role": "assistant", "content": "x</a>y"}], "continue_final_message": true});
+    let failure = world.chat(cut).await.unwrap_err();
+    assert_eq!((failure.status(), failure.param.as_deref()), (400, Some("continue_final_message")));
+}
+
 #[tokio::test]
 async fn beginning_of_sequence() {
     let config = json!({"bos_token": "<s>", "add_bos_token": true}).to_string();
@@ -94,6 +151,58 @@ async fn beginning_of_sequence() {
     assert_eq!(ids(world.complete(with(raw, json!({"add_special_tokens": false}))).await.unwrap()), json!(hi));
     assert_ne!(prompt_ids(&world, json!({})).await[0], 1, "templates write it themselves");
     assert_eq!(prompt_ids(&world, json!({"add_special_tokens": true})).await[0], 1);
+}
+
+#[tokio::test]
+async fn what_a_post_processor_adds_comes_to_raw_prompts_only() {
+    let mut tokenizer: Value = serde_json::from_str(&tokenizer_json()).unwrap();
+    tokenizer["post_processor"] = json!({"type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}});
+    let tokenizer = tokenizer.to_string();
+    let files = files(&[("tokenizer.json", &tokenizer), ("chat_template.jinja", "<s>{{ messages[0].content }}")]);
+    let settings = ApiSettings { allow_special_tokens: true, ..ApiSettings::default() };
+    let world = world_with(&[vec![Say::Text("A")]], settings, files, Duration::ZERO).await.unwrap();
+    let ids = |answer: Value| answer["choices"][0]["prompt_token_ids"].clone();
+    let raw = json!({"return_token_ids": true});
+    let hi = world.ids("Hi", Special::Text);
+    let with_bos = json!([vec![1], hi.clone()].concat());
+    assert_eq!(ids(world.complete(raw.clone()).await.unwrap()), with_bos);
+    assert_eq!(ids(world.complete(with(raw.clone(), json!({"add_special_tokens": true}))).await.unwrap()), with_bos);
+    assert_eq!(ids(world.complete(with(raw.clone(), json!({"prompt": "<s>Hi"}))).await.unwrap()), with_bos, "never twice");
+    assert_eq!(ids(world.complete(with(raw, json!({"add_special_tokens": false}))).await.unwrap()), json!(hi));
+    assert_eq!(json!(prompt_ids(&world, json!({})).await), with_bos, "the template has written it");
+    assert_eq!(json!(prompt_ids(&world, json!({"add_special_tokens": true})).await), with_bos);
+}
+
+#[tokio::test]
+async fn a_token_beyond_the_embedding_is_refused_by_name() {
+    let size = Tokenizer::load(&files(&[])).unwrap().vocab_size();
+    let config = json!({"model_type": "ernie4_5", "eos_token_id": 2, "vocab_size": size - 1}).to_string();
+    let settings = ApiSettings { allow_special_tokens: true, ..ApiSettings::default() };
+    let template = "{{ messages[0].content }}{% if enable_thinking %}<think>{% endif %}";
+    let files = files(&[("config.json", &config), ("chat_template.jinja", template)]);
+    let world = world_with(&[vec![Say::Text("A")]], settings, files, Duration::ZERO).await.unwrap();
+    let by_template = world.chat(json!({"enable_thinking": true})).await.unwrap_err();
+    let by_user = world.complete(json!({"prompt": "a<think>b"})).await.unwrap_err();
+    let by_job = world.job(json!({"prompt": ["a", "a<think>b"]})).await.unwrap_err();
+    for (failure, param) in [(by_template, "messages"), (by_user, "prompt"), (by_job, "prompt")] {
+        assert_eq!((failure.status(), failure.param.as_deref(), failure.code), (400, Some(param), Some("invalid_value")));
+        assert!(failure.message.contains("\"<think>\"") && failure.message.contains(&format!("id {}", size - 1)), "{failure}");
+    }
+    assert_eq!(world.chat(json!({})).await.unwrap()["choices"][0]["message"]["content"], "A");
+}
+
+#[tokio::test]
+async fn the_tokenizers_own_end_of_sequence_ends_an_answer() {
+    let config = json!({"model_type": "llama", "eos_token_id": 2}).to_string();
+    let tokenizer = json!({"eos_token": "<|end_of_sentence|>"}).to_string();
+    let files = files(&[("config.json", &config), ("tokenizer_config.json", &tokenizer)]);
+    let says = vec![Say::Text("A<|end_of_sentence|>B")];
+    let world = world_with(&[says], ApiSettings::default(), files, Duration::ZERO).await.unwrap();
+    let answer = world.complete(json!({})).await.unwrap();
+    assert_eq!((&answer["choices"][0]["text"], &answer["choices"][0]["finish_reason"]), (&json!("A"), &json!("stop")));
 }
 
 #[tokio::test]
@@ -213,5 +322,44 @@ async fn a_wish_not_to_think_reaches_the_template() {
     let world = with_template("{{ enable_thinking }}", ApiSettings::default()).await;
     for more in [json!({"thinking": false}), json!({"thinking": {"type": "disabled"}}), json!({"reasoning": {"enabled": false}})] {
         assert_eq!(prompt_ids(&world, more).await, world.ids("False", Special::Text));
+    }
+}
+
+#[tokio::test]
+async fn a_text_far_beyond_the_context_is_refused_from_its_bytes() {
+    let world = saying("A").await;
+    let text = "Hello world ".repeat(2_000_000);
+    let user = json!({"messages": [{"role": "user", "content": text}]});
+    let parts = json!({"messages": [{"role": "user", "content": [{"type": "text", "text": text}]}]});
+    let system = json!({"messages": [{"role": "system", "content": text}, {"role": "user", "content": "Hello"}]});
+    for (path, body, noun) in [
+        ("/v1/completions", json!({"prompt": text}), "prompt"),
+        ("/v1/completions", json!({"prompt": ["Hello", text]}), "prompt"),
+        ("/v1/chat/completions", user, "messages"),
+        ("/v1/chat/completions", parts, "messages"),
+        ("/v1/chat/completions", system, "messages"),
+    ] {
+        let call = Call { method: "POST".to_owned(), path: path.to_owned(), body, request_id: "r".to_owned() };
+        let begin = std::time::Instant::now();
+        let Err(failure) = world.service.call(call).await else { panic!("{path} takes it") };
+        // Tokenized whole it would take ten times as long.
+        assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+        assert_eq!((failure.code, failure.param.as_deref(), failure.status()), (Some("context_length_exceeded"), Some(noun), 400));
+        assert!(failure.message.contains("resulted in at least "), "{failure}");
+    }
+}
+
+#[tokio::test]
+async fn of_a_long_text_that_is_to_be_cut_the_end_is_read() {
+    let world = saying("A").await;
+    let text = format!("{}the end", "Hello world ".repeat(300_000));
+    for truncate in [json!({"truncate_prompt_tokens": 10}), json!({"truncate_prompt_tokens": -1})] {
+        let body = with(json!({"prompt": text, "return_token_ids": true, "max_tokens": 1}), truncate);
+        let call = Call { method: "POST".to_owned(), path: "/v1/completions".to_owned(), body, request_id: "r".to_owned() };
+        let Ok(Answer::Whole(answer)) = world.service.call(call).await else { panic!("refused") };
+        let ids: Vec<u32> = serde_json::from_value(answer["choices"][0]["prompt_token_ids"].clone()).unwrap();
+        let whole = world.ids(&text, Special::Text);
+        assert!(ids.len() >= 10);
+        assert_eq!(ids, whole[whole.len() - ids.len()..]);
     }
 }

@@ -39,13 +39,7 @@ pub struct Group {
 
 impl Group {
     /// `rows` have one length each; of their queries those in `queries` belong to the group.
-    fn new(
-        rows: &[BatchRow],
-        queries: std::ops::Range<usize>,
-        block_size: usize,
-        window: Option<usize>,
-        device: &Device,
-    ) -> Result<Self> {
+    fn new(rows: &[BatchRow], queries: std::ops::Range<usize>, block_size: usize, window: Option<usize>, device: &Device) -> Result<Self> {
         let len = queries.len();
         // How many keys each query sees: all up to its own.
         let seen = |row: &BatchRow| {

@@ -244,10 +244,7 @@ impl Backend for Cpu {
             // SAFETY: a row of both, of this task alone.
             let (out, normed) = unsafe {
                 let at = row * width;
-                (
-                    std::slice::from_raw_parts_mut(target.ptr().add(at), width),
-                    std::slice::from_raw_parts_mut(normed.ptr().add(at), width),
-                )
+                (std::slice::from_raw_parts_mut(target.ptr().add(at), width), std::slice::from_raw_parts_mut(normed.ptr().add(at), width))
             };
             norm_row(&x.values[row * width..(row + 1) * width], norm, normed);
             out.iter_mut().zip(normed).for_each(|(out, normed)| *out += *normed * factor);
@@ -523,8 +520,7 @@ mod tests {
             experts,
         };
         let routed = Some(ExpertLimits { hidden: 64, intermediate: 96, experts: 8, top_k: 3 });
-        for (max_tokens, block_size, threads, experts) in
-            [(1, 16, 1, None), (37, 48, 2, None), (256, 32, 4, routed), (2048, 64, 3, routed)]
+        for (max_tokens, block_size, threads, experts) in [(1, 16, 1, None), (37, 48, 2, None), (256, 32, 4, routed), (2048, 64, 3, routed)]
         {
             let limits = limits(max_tokens, block_size, experts);
             let mut cpu = Cpu::new(&limits, threads, ComputeDtype::F32).unwrap();

@@ -11,6 +11,7 @@ use crate::kernels::{
     AttentionSpec, AttentionWeights, Backend, Columns, Epilogue, Expert, Experts, Footprint, Linear, Norm, NormExtent, StepLimits,
     WeightFormat,
 };
+use crate::models::device::without_backtrace;
 use crate::models::spec::{DenseSpec, ExpertsSpec, FeedForward as FeedForwardSpec, LayerSpec, ModelSpec, Residual};
 use crate::models::tensors::{Part, Tensors};
 
@@ -132,7 +133,8 @@ impl<T> Buffers<T> {
 pub fn finer_formats(quantization: Quantization, spec: &ModelSpec) -> Option<String> {
     let wanted = if quantization == Quantization::Wint4 { WeightFormat::Int4 } else { WeightFormat::Int8 };
     let inner = [spec.hidden_size, spec.widest_intermediate()].into_iter().chain(spec.expert_limits().map(|experts| experts.intermediate));
-    let widths: BTreeSet<usize> = spec.layers.iter().map(|layer| layer.attention.spec.q_width()).chain(inner).filter(|width| *width > 0).collect();
+    let widths: BTreeSet<usize> =
+        spec.layers.iter().map(|layer| layer.attention.spec.q_width()).chain(inner).filter(|width| *width > 0).collect();
     let odd = widths.into_iter().filter(|width| format_of(quantization, Place::Layer, *width) != Some(wanted));
     let odd: Vec<String> = odd.map(|width| width.to_string()).collect();
     (quantization != Quantization::AsStored && !odd.is_empty()).then(|| {
@@ -143,7 +145,7 @@ pub fn finer_formats(quantization: Quantization, spec: &ModelSpec) -> Option<Str
 
 /// What a backend said while it loaded. Its own words name tensor and cause.
 fn failure(error: candle_core::Error) -> Failure {
-    Failure::internal(error.to_string())
+    Failure::internal(without_backtrace(&error))
 }
 
 struct Loader<'a, 'c, B> {
@@ -173,8 +175,13 @@ impl<B: Backend> Loader<'_, '_, B> {
             columns: Columns::Plain,
             bias: layer.attention.qkv_bias,
         };
-        let output =
-            Projection { fused: &[], parts: &[(names.output, hidden)], input: q, columns: Columns::Plain, bias: layer.attention.output_bias };
+        let output = Projection {
+            fused: &[],
+            parts: &[(names.output, hidden)],
+            input: q,
+            columns: Columns::Plain,
+            bias: layer.attention.output_bias,
+        };
         let in_layer = |name: &str| format!("layers.{index}.{name}");
         let norm = |name: &str| self.norm(&in_layer(name));
         let (before, after) = match layer.residual {
@@ -225,11 +232,8 @@ impl<B: Backend> Loader<'_, '_, B> {
             }
             FeedForwardSpec::Experts(experts) => experts,
         };
-        let router = self.tensors.matrix(
-            &[],
-            &[(&format!("layers.{index}.{}", names.router), experts.routing.experts)],
-            self.spec.hidden_size,
-        )?;
+        let router =
+            self.tensors.matrix(&[], &[(&format!("layers.{index}.{}", names.router), experts.routing.experts)], self.spec.hidden_size)?;
         let shared = experts.shared.as_ref().map(|dense| {
             let under = |name: &str| name.replacen("mlp", names.shared, 1);
             self.dense(index, dense, &[], [&under(names.gate), &under(names.up), &under(names.down)])
@@ -241,13 +245,7 @@ impl<B: Backend> Loader<'_, '_, B> {
         })
     }
 
-    fn dense(
-        &self,
-        index: usize,
-        dense: &DenseSpec,
-        fused: &[&'static str],
-        [gate, up, down]: [&str; 3],
-    ) -> Result<Dense<B>, Failure> {
+    fn dense(&self, index: usize, dense: &DenseSpec, fused: &[&'static str], [gate, up, down]: [&str; 3]) -> Result<Dense<B>, Failure> {
         let (hidden, inner, bias) = (self.spec.hidden_size, dense.intermediate, dense.bias);
         let parts = [(gate, inner), (up, inner)];
         let (fused, parts, columns, epilogue) = match dense.gated {
@@ -257,7 +255,8 @@ impl<B: Backend> Loader<'_, '_, B> {
         Ok(Dense {
             up: self.projection(index, &Projection { fused, parts, input: hidden, columns, bias })?,
             epilogue,
-            down: self.projection(index, &Projection { fused: &[], parts: &[(down, hidden)], input: inner, columns: Columns::Plain, bias })?,
+            down: self
+                .projection(index, &Projection { fused: &[], parts: &[(down, hidden)], input: inner, columns: Columns::Plain, bias })?,
         })
     }
 

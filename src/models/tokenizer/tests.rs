@@ -238,6 +238,54 @@ fn demo_as_json() -> String {
     .to_string()
 }
 
+proptest! {
+    /// Whatever the text: as the file of a library has it, and as the pieces of a SentencePiece model.
+    #[test]
+    fn no_text_has_fewer_tokens_than_promised(text in "(\\PC|[ -~]|  +|▁+|\n+|the |</s>|<think>|[\u{0}-\u{20}]|[\u{4e00}-\u{4e20}]){0,80}") {
+        let json = embedded(&[("tokenizer.json", demo_as_json())]).unwrap();
+        for tokenizer in [&demo(), &json] {
+            prop_assert!(tokenizer.longest_token().is_some());
+            let least = tokenizer.least_tokens(&text);
+            for special in [Special::Text, Special::Control] {
+                let ids = tokenizer.encode(&text, special).unwrap();
+                prop_assert!(least <= ids.len(), "{least} > {} for {text:?}", ids.len());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_long_text_is_known_to_be_long_without_cutting_it() {
+    let tokenizer = demo();
+    let text = "word ".repeat(1 << 20);
+    let begin = std::time::Instant::now();
+    let least = tokenizer.least_tokens(&text);
+    let took = begin.elapsed();
+    assert!(least > text.len() / 50, "{least}");
+    assert!(took.as_millis() < 200, "{took:?}");
+}
+
+#[test]
+fn where_text_may_be_dropped_nothing_is_promised() {
+    let of = |key: &str, value: serde_json::Value| {
+        let mut json: serde_json::Value = serde_json::from_str(&demo_as_json()).unwrap();
+        json[key] = value;
+        embedded(&[("tokenizer.json", json.to_string())]).unwrap().longest_token()
+    };
+    let replace = json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
+    let plain = of("normalizer", replace.clone()).unwrap();
+    assert_eq!(of("normalizer", json!({"type": "Sequence", "normalizers": [{"type": "NFC"}, replace]})), Some(3 * plain));
+    for normalizer in
+        [json!({"type": "NFKC"}), json!({"type": "Strip", "strip_left": true, "strip_right": true}), json!({"type": "Lowercase"})]
+    {
+        assert_eq!(of("normalizer", normalizer.clone()), None, "{normalizer}");
+    }
+    for (behavior, promised) in [("Isolated", true), ("Removed", false)] {
+        let split = json!({"type": "Split", "pattern": {"Regex": "\\s+"}, "behavior": behavior, "invert": false});
+        assert_eq!(of("pre_tokenizer", split).is_some(), promised, "{behavior}");
+    }
+}
+
 #[test]
 fn tokenizer_json_and_tokenizer_model_give_the_same_ids() {
     let (model, json) = (demo(), embedded(&[("tokenizer.json", demo_as_json())]).unwrap());
@@ -276,6 +324,77 @@ fn small_json(end: u32, vocab: serde_json::Value, model: serde_json::Value, deco
         "pre_tokenizer": pre_tokenizer, "post_processor": null, "decoder": decoder, "model": model})
         .to_string(),
     )])
+}
+
+/// A Unigram model with a space before the first word (`first`) or before every part of a text (`always`), and tokens with rules of their own.
+fn unigram(scheme: &str) -> Tokenizer {
+    let pieces =
+        ["<unk>", "<s>", "</s>", "<left>", "<right>", "word", "▁", "▁a", "a", "▁b", "b", "<", ">", "/", "s", "u", "n", "k", "w", "o"];
+    let vocab: Vec<_> = pieces.iter().enumerate().map(|(id, piece)| json!([piece, if id < 6 { 0.0 } else { -3.0 }])).collect();
+    let added: Vec<_> = (0..6)
+        .map(|id| {
+            json!({"id": id, "content": pieces[id], "single_word": id == 5, "lstrip": id == 3, "rstrip": id == 4, "normalized": false, "special": true})
+        })
+        .collect();
+    let file = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": null,
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": true}, "post_processor": null,
+        "decoder": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": true},
+        "model": {"type": "Unigram", "unk_id": 0, "vocab": vocab, "byte_fallback": false},
+    });
+    embedded(&[("tokenizer.json", file.to_string())]).unwrap()
+}
+
+#[test]
+fn a_rendered_template_is_cut_as_the_library_cuts_it() {
+    for scheme in ["first", "always", "never"] {
+        let tokenizer = unigram(scheme);
+        for text in
+            ["a<unk>b", "<s>a b</s>a", "a </s> b", "a <left> b", "a <right> b<right>", "a word b", "?<s>??", "", "<s>", " <left><right> "]
+        {
+            let expected = tokenizer.encode(text, Special::Control).unwrap();
+            assert_eq!(tokenizer.encode_except(text, &[]).unwrap(), expected, "{scheme} {text:?}");
+        }
+        assert!(!tokenizer.encode_except("awordb", &[]).unwrap().contains(&5), "no token inside a word");
+    }
+}
+
+#[test]
+fn plain_text_that_spells_a_piece_is_cut_inside_it_alone() {
+    let names = |ids: Vec<u32>, tokenizer: &Tokenizer| {
+        ids.iter().map(|id| String::from_utf8_lossy(tokenizer.token_bytes(*id).unwrap()).into_owned()).collect::<Vec<_>>().join("|")
+    };
+    for scheme in ["first", "always"] {
+        let tokenizer = unigram(scheme);
+        let ids = tokenizer.encode("a<unk>b</s>", Special::Text).unwrap();
+        assert_eq!(names(ids, &tokenizer), " a|<|u|n|k|>|b|<|/|s|>", "{scheme}: no space is made inside the text");
+        assert_eq!(tokenizer.encode("a?", Special::Text).unwrap(), [7, 0], "what has no piece is unknown");
+    }
+}
+
+#[test]
+fn what_a_post_processor_adds_is_known() {
+    let mut file: serde_json::Value = serde_json::from_str(&demo_as_json()).unwrap();
+    assert_eq!(demo().added_around(), (&[][..], &[][..]));
+    let special = |id: u32| json!({"id": format!("<{id}>"), "ids": [id], "tokens": [format!("<{id}>")]});
+    let template = |single: serde_json::Value| {
+        json!({"type": "TemplateProcessing", "single": single, "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {"<1>": special(1), "<2>": special(2)}})
+    };
+    let (text, token) =
+        (json!({"Sequence": {"id": "A", "type_id": 0}}), |id: u32| json!({"SpecialToken": {"id": format!("<{id}>"), "type_id": 0}}));
+    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true});
+    for (post_processor, before, after) in [
+        (json!(null), &[][..], &[][..]),
+        (byte_level.clone(), &[], &[]),
+        (template(json!([token(1), text])), &[1], &[]),
+        (template(json!([token(1), text, token(2)])), &[1], &[2]),
+        (json!({"type": "Sequence", "processors": [byte_level, template(json!([token(1), text]))]}), &[1], &[]),
+    ] {
+        file["post_processor"] = post_processor.clone();
+        let tokenizer = embedded(&[("tokenizer.json", file.to_string())]).unwrap();
+        assert_eq!(tokenizer.added_around(), (before, after), "{post_processor}");
+    }
 }
 
 #[test]

@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 use std::time::Instant;
 
+use axum::body::{Body, Bytes};
 use axum::extract::{Path, Query, Request, State};
-use axum::http::StatusCode;
+use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
@@ -54,14 +55,20 @@ fn segment(text: &str) -> &str {
     text.split('&').next().unwrap_or_default()
 }
 
+/// Whether a poll says that its worker has no job. Where the SDK appends `&…` to a URL without `?`, it says so in the path.
+fn holds_nothing(worker: &str, params: &Params) -> bool {
+    let in_path = worker.split('&').skip(1).find_map(|pair| pair.strip_prefix("job_in_progress="));
+    params.get("job_in_progress").map(String::as_str).or(in_path) == Some("0")
+}
+
 fn plain(failure: Failure) -> Refusal {
     Refusal::plain(&failure)
 }
 
-async fn take(State(endpoints): State<Endpoints>, Path((id, worker)): Path<(String, String)>) -> Result<Response, Refusal> {
+async fn take(State(endpoints): State<Endpoints>, Path((id, worker)): Path<(String, String)>, params: Params) -> Result<Response, Refusal> {
     let queue = endpoints.queue(&id).map_err(plain)?;
-    let job = queue.take(segment(&worker), 1).await.map_err(plain)?.pop();
-    Ok(job.map_or_else(nothing, |job| Json(job).into_response()))
+    let jobs = queue.take(segment(&worker), 1, holds_nothing(&worker, &params)).await.map_err(plain)?;
+    Ok(if jobs.is_empty() { nothing() } else { json_of(jobs.into_iter().flat_map(|job| job.parts).collect()) })
 }
 
 async fn take_batch(
@@ -75,8 +82,24 @@ async fn take_batch(
         Some(Ok(want)) if want > 0 => want.min(BATCH_MOST),
         Some(_) => return Err(plain(Failure::bad_request("batch_size", "`batch_size` must be a whole number above 0."))),
     };
-    let jobs = queue.take(segment(&worker), want).await.map_err(plain)?;
-    Ok(if jobs.is_empty() { nothing() } else { Json(jobs).into_response() })
+    let jobs = queue.take(segment(&worker), want, holds_nothing(&worker, &params)).await.map_err(plain)?;
+    if jobs.is_empty() {
+        return Ok(nothing());
+    }
+    let mut parts = Vec::with_capacity(4 * jobs.len() + 1);
+    for job in jobs {
+        parts.push(Bytes::from_static(if parts.is_empty() { b"[" } else { b"," }));
+        parts.extend(job.parts);
+    }
+    parts.push(Bytes::from_static(b"]"));
+    Ok(json_of(parts))
+}
+
+/// JSON in parts, sent one after another as they are: inputs are not copied.
+fn json_of(parts: Vec<Bytes>) -> Response {
+    let length: usize = parts.iter().map(Bytes::len).sum();
+    let body = Body::from_stream(futures::stream::iter(parts.into_iter().map(Ok::<_, std::convert::Infallible>)));
+    ([(header::CONTENT_TYPE, "application/json".to_owned()), (header::CONTENT_LENGTH, length.to_string())], body).into_response()
 }
 
 async fn stop(State(endpoints): State<Endpoints>, Path((id, worker)): Path<(String, String)>) -> Result<Response, Refusal> {

@@ -70,8 +70,8 @@ async fn submit(queue: &Queue, origin: Origin, request: Request) -> Result<Strin
         Err(failure) if failure.kind == Kind::TooLarge => return Err(Failure { kind: Kind::BadRequest, ..failure }),
         other => other?,
     };
-    let order = Order::parse(origin, wire::parse_object(&parts.headers, &bytes)?, bytes.len())?;
-    queue.submit(order)
+    wire::check_object(&parts.headers, &bytes)?;
+    queue.submit(Order::parse(origin, &bytes)?)
 }
 
 async fn status(State(endpoints): State<Endpoints>, Path((id, job)): Path<(String, String)>, params: Params) -> Answer {

@@ -5,9 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use axum::body::Bytes;
+use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 use tokio::sync::Notify;
 
+use crate::api::body;
 use crate::error::{Failure, Kind};
 
 /// The states of the public API.
@@ -54,9 +57,10 @@ const TTL_RANGE: (u64, u64) = (10_000, 7 * 86_400_000);
 #[derive(Debug, Clone)]
 pub struct Order {
     pub origin: Origin,
-    pub input: Value,
+    /// JSON as its client wrote it: only a worker reads it, and as text it takes least memory.
+    pub input: Bytes,
     pub webhook: Option<String>,
-    pub s3_config: Option<Value>,
+    pub s3_config: Option<Bytes>,
     /// From the moment a worker takes the job; `None` = the endpoint's.
     pub execution_timeout: Option<Duration>,
     /// From submission, whatever the job's state.
@@ -66,31 +70,55 @@ pub struct Order {
 }
 
 impl Order {
-    pub fn new(origin: Origin, input: Value, bytes: usize) -> Self {
+    pub fn new(origin: Origin, input: Bytes, bytes: usize) -> Self {
         Self { origin, input, webhook: None, s3_config: None, execution_timeout: None, ttl: Duration::from_millis(TTL_DEFAULT), bytes }
     }
 
     /// Reads the body of `/run` or `/runsync`. Policy times outside RunPod's limits are moved to the nearest limit;
     /// `policy.lowPriority` concerns scaling, and nothing scales here.
-    pub fn parse(origin: Origin, mut body: Value, bytes: usize) -> Result<Self, Failure> {
-        let input = match body.get_mut("input").map(Value::take) {
-            None | Some(Value::Null) => return Err(Failure::bad_request("input", "The request needs an `input`.")),
-            Some(input) => input,
+    pub fn parse(origin: Origin, body: &Bytes) -> Result<Self, Failure> {
+        let [input, webhook, s3_config, policy] = body::members(body, ["input", "webhook", "s3Config", "policy"])?;
+        let text = |member: &RawValue| Some(body.slice_ref(member.get().as_bytes())).filter(|text| text.as_ref() != b"null");
+        let Some(input) = input.and_then(text) else {
+            return Err(Failure::bad_request("input", "The request needs an `input`."));
         };
-        let mut order = Self::new(origin, input, bytes);
-        order.webhook = webhook(&body["webhook"])?;
-        order.s3_config = Some(body["s3Config"].take()).filter(|value| !value.is_null());
-        let policy = &body["policy"];
+        let mut order = Self::new(origin, input, body.len());
+        order.webhook = self::webhook(&small("webhook", webhook)?)?;
+        order.s3_config = s3_config.and_then(text);
+        let policy = small("policy", policy)?;
         if !policy.is_null() && !policy.is_object() {
             return Err(Failure::bad_request("policy", "`policy` must be an object."));
         }
-        order.execution_timeout = milliseconds(policy, "executionTimeout", EXECUTION_RANGE)?;
-        if let Some(time) = milliseconds(policy, "ttl", TTL_RANGE)? {
+        order.execution_timeout = milliseconds(&policy, "executionTimeout", EXECUTION_RANGE)?;
+        if let Some(time) = milliseconds(&policy, "ttl", TTL_RANGE)? {
             order.ttl = time;
         }
         Ok(order)
     }
 }
+
+/// Most bytes of a member that this endpoint reads itself.
+const SMALL: usize = 64 * 1024;
+
+/// A member that this endpoint reads itself; null when it is not there.
+fn small(name: &str, member: Option<&RawValue>) -> Result<Value, Failure> {
+    let Some(member) = member else { return Ok(Value::Null) };
+    if member.get().len() > SMALL {
+        return Err(Failure::bad_request(name, format!("`{name}` is longer than {SMALL} bytes.")));
+    }
+    serde_json::from_str(member.get()).map_err(|error| Failure::bad_request(name, format!("`{name}` is not valid JSON: {error}.")))
+}
+
+/// What a worker is given of a job: JSON in parts, of which the input is shared with the job.
+#[derive(Debug)]
+pub struct Offer {
+    #[cfg(test)]
+    pub id: String,
+    pub parts: [Bytes; 3],
+}
+
+/// The longest input that is kept of a job that has ended, for `/retry`.
+const KEPT: usize = 10 * 1024 * 1024;
 
 fn webhook(value: &Value) -> Result<Option<String>, Failure> {
     match value {
@@ -129,6 +157,12 @@ impl Charge {
     pub fn add(&mut self, bytes: usize) {
         self.total.fetch_add(bytes, Ordering::Relaxed);
         self.result += bytes;
+    }
+
+    /// What the client ordered is gone, but for `left` bytes.
+    pub fn forget_order(&mut self, left: usize) {
+        self.total.fetch_sub(self.order.saturating_sub(left), Ordering::Relaxed);
+        self.order = self.order.min(left);
     }
 
     /// What came from the worker is gone.
@@ -225,15 +259,41 @@ impl Job {
     }
 
     /// What a worker is given.
-    pub fn offer(&self) -> Value {
-        let mut offer = json!({ "id": self.id, "input": self.order.input });
+    pub fn offer(&self) -> Offer {
+        let head = format!("{{\"id\":{},\"input\":", json!(self.id));
+        let mut tail = Vec::new();
         if let Some(webhook) = &self.order.webhook {
-            offer["webhook"] = json!(webhook);
+            tail.extend_from_slice(format!(",\"webhook\":{}", json!(webhook)).as_bytes());
         }
         if let Some(s3_config) = &self.order.s3_config {
-            offer["s3Config"] = s3_config.clone();
+            tail.extend_from_slice(b",\"s3Config\":");
+            tail.extend_from_slice(s3_config);
         }
-        offer
+        tail.push(b'}');
+        Offer {
+            #[cfg(test)]
+            id: self.id.clone(),
+            parts: [head.into(), self.order.input.clone(), tail.into()],
+        }
+    }
+
+    /// The body of a webhook: the whole status object, with what was ordered.
+    pub fn notice(&self, url: &str) -> Vec<u8> {
+        let mut notice = Value::Object(self.report()).to_string().into_bytes();
+        notice.pop();
+        notice.extend_from_slice(b",\"input\":");
+        notice.extend_from_slice(&self.order.input);
+        notice.extend_from_slice(format!(",\"webhook\":{}}}", json!(url)).as_bytes());
+        notice
+    }
+
+    /// Lets go of the input of a job that has ended, unless a client may send it into the queue again.
+    pub fn forget_input(&mut self) {
+        let retried = matches!(self.status, Status::Failed | Status::TimedOut) && self.order.origin != Origin::OpenAi;
+        if !retried || self.order.input.len() > KEPT {
+            self.order.input = Bytes::new();
+            self.charge.forget_order(Self::OVERHEAD);
+        }
     }
 
     /// The status object, without output and error: `id`, `status`, times, worker.

@@ -43,6 +43,8 @@ pub struct Options {
     pub lost_after: Duration,
     /// The same for a worker that neither pings nor polls its stop channel, and so cannot be heard while it works.
     pub silent_after: Duration,
+    /// A worker that says it holds no job has lost the jobs that it was given longer ago than this.
+    pub arrival: Duration,
     /// Workers that may be lost over one job before it fails.
     pub max_losses: u32,
     /// How long a job may run when its client names no `policy.executionTimeout`.
@@ -76,6 +78,7 @@ impl Default for Options {
             hold: Duration::from_secs(10),
             stream_hold: Duration::from_secs(1),
             lost_after: Duration::from_secs(60),
+            arrival: Duration::from_secs(3),
             silent_after: Duration::from_secs(600),
             max_losses: 3,
             execution_timeout: Duration::from_secs(600),

@@ -19,7 +19,7 @@ use super::openai::{self, Incoming};
 use super::queue::{CancelOnDrop, Queue};
 use crate::error::{Failure, Kind};
 use crate::server::sse::Pace;
-use crate::server::wire::Refusal;
+use crate::server::wire::{self, Refusal};
 
 /// How long an answer is believed.
 const FRESH: Duration = Duration::from_secs(60);
@@ -49,15 +49,17 @@ async fn handle(State((endpoints, pace)): State<(Endpoints, Pace)>, request: Req
     }
     let route = path.strip_prefix("/openai").unwrap_or(&path).trim_end_matches('/').to_owned();
     if !route.starts_with("/v1/") {
+        let (parts, body) = request.into_parts();
+        wire::throw_away(&parts.headers, body).await;
         return Err(Failure::new(Kind::NotFound, format!("There is nothing at {path}.")).into());
     }
-    let call = Incoming::read(request, endpoints.shared.options.sync_limit).await?;
+    let call = Incoming::read(request, &route, endpoints.shared.options.sync_limit).await?;
     let served = endpoints.served();
     if route == "/v1/models" && call.body.is_none() && served.len() > 1 {
         return Ok(Json(json!({ "object": "list", "data": all(&served).await })).into_response());
     }
     let model = match (&call.body, route.strip_prefix("/v1/models/")) {
-        (Some(body), _) => body["model"].as_str().unwrap_or_default().to_owned(),
+        (Some(body), _) => body.model.clone(),
         (None, Some(name)) => name.replace("%2F", "/").replace("%2f", "/"),
         (None, None) => String::new(),
     };
@@ -121,7 +123,7 @@ async fn list(queue: &Arc<Queue>, age: Duration) -> Vec<Value> {
 }
 
 async fn ask(queue: &Arc<Queue>) -> Option<Vec<Value>> {
-    let id = queue.submit(Order::new(Origin::OpenAi, json!({ "openai_route": "/v1/models" }), 0)).ok()?;
+    let id = queue.submit(Order::new(Origin::OpenAi, r#"{"openai_route":"/v1/models"}"#.into(), 0)).ok()?;
     let mut ticket = CancelOnDrop::new(queue.clone(), id);
     let (status, mut report) = queue.wait_end(ticket.id(), Instant::now() + PATIENCE).await.ok()?;
     if status != Status::Completed {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use axum::body::Body;
+use axum::body::{Body, Bytes};
 use axum::extract::{Path, Request, State};
 use axum::http::{HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -15,6 +15,7 @@ use super::Endpoints;
 use super::job::{Order, Origin, Status};
 use super::queue::{CancelOnDrop, Queue};
 use super::state::Progress;
+use crate::api::{self, body};
 use crate::error::{Failure, Kind};
 use crate::server::sse::{self, Pace};
 use crate::server::wire::{self, Refusal};
@@ -35,40 +36,57 @@ async fn handle(
     // From the path as written: a model's name may hold an encoded slash.
     let route = request.uri().path().splitn(5, '/').nth(4).unwrap_or_default();
     let route = format!("/{route}");
-    let call = Incoming::read(request, queue.options.sync_limit).await?;
+    let call = Incoming::read(request, &route, queue.options.sync_limit).await?;
     relay(queue, &route, call, pace).await
 }
 
 /// An OpenAI call as it came in.
 pub struct Incoming {
     /// `None` for a GET.
-    pub body: Option<Value>,
-    bytes: usize,
+    pub body: Option<Posted>,
+}
+
+/// The body of a call: its text, and what is to be known of it here.
+pub struct Posted {
+    /// A JSON object.
+    text: Bytes,
+    streams: bool,
+    /// Empty when it names none.
+    pub model: String,
 }
 
 impl Incoming {
-    pub async fn read(request: Request, limit: usize) -> Result<Self, Refusal> {
+    /// `route`: what the call is for, as its worker will read it.
+    pub async fn read(request: Request, route: &str, limit: usize) -> Result<Self, Refusal> {
         let (parts, body) = request.into_parts();
-        match parts.method {
-            Method::GET | Method::HEAD => Ok(Self { body: None, bytes: 0 }),
-            Method::POST => {
-                let bytes = wire::read_body(&parts.headers, body, limit).await?;
-                Ok(Self { body: Some(wire::parse_object(&parts.headers, &bytes)?), bytes: bytes.len() })
-            }
-            other => Err(wire::method_not_allowed(&other, parts.uri.path(), "GET, POST")),
+        // Workers of other makes have routes of their own.
+        let allowed = match api::openai::allow(route) {
+            Some("GET") => "GET, HEAD",
+            Some(other) => other,
+            None => "GET, HEAD, POST",
+        };
+        let method = if parts.method == Method::HEAD { Method::GET } else { parts.method.clone() };
+        if !allowed.split(", ").any(|allowed| allowed == method.as_str()) {
+            wire::throw_away(&parts.headers, body).await;
+            return Err(wire::method_not_allowed(&parts.method, parts.uri.path(), allowed));
         }
+        if method == Method::GET {
+            return Ok(Self { body: None });
+        }
+        let text = wire::read_body(&parts.headers, body, limit).await?;
+        wire::check_object(&parts.headers, &text)?;
+        let [stream, model] = body::members(&text, ["stream", "model"])?;
+        let streams = stream.is_some_and(|stream| stream.get() == "true");
+        let model = model.and_then(|model| serde_json::from_str::<String>(model.get()).ok()).unwrap_or_default();
+        Ok(Self { body: Some(Posted { text, streams, model }) })
     }
 }
 
 /// Queues the call as a job and answers with what comes of it. When the client goes away, this future or the response's body is dropped,
 /// and the job is cancelled.
 pub async fn relay(queue: Arc<Queue>, route: &str, call: Incoming, pace: Pace) -> Result<Response, Refusal> {
-    let streams = call.body.as_ref().is_some_and(|body| body["stream"] == true);
-    let mut input = json!({ "openai_route": route });
-    if let Some(body) = call.body {
-        input["openai_input"] = body;
-    }
-    let id = queue.submit(Order::new(Origin::OpenAi, input, call.bytes))?;
+    let streams = call.body.as_ref().is_some_and(|body| body.streams);
+    let id = queue.submit(order(route, call.body))?;
     let mut ticket = CancelOnDrop::new(queue.clone(), id);
     if !streams {
         queue.wait_end(ticket.id(), Instant::now() + FOREVER).await?;
@@ -83,6 +101,19 @@ pub async fn relay(queue: Arc<Queue>, route: &str, call: Incoming, pace: Pace) -
     }
     // The patience is spent: what is there now goes out, or a comment.
     Ok(sse::respond(frames(ticket, first), Pace { patience: Duration::ZERO, ..pace }).await)
+}
+
+/// The call as a job.
+fn order(route: &str, body: Option<Posted>) -> Order {
+    let mut input = format!("{{\"openai_route\":{}", json!(route)).into_bytes();
+    let bytes = body.as_ref().map_or(0, |body| body.text.len());
+    if let Some(body) = body {
+        input.reserve_exact(bytes + 20);
+        input.extend_from_slice(b",\"openai_input\":");
+        input.extend_from_slice(&body.text);
+    }
+    input.push(b'}');
+    Order::new(Origin::OpenAi, input.into(), bytes)
 }
 
 /// The answer of a job that has ended without a stream.

@@ -8,8 +8,8 @@ use serde_json::Value;
 use tokio::sync::{Notify, watch};
 
 use super::Options;
-use super::job::{Order, Status};
-use super::state::{Progress, State};
+use super::job::{Offer, Order, Status};
+use super::state::{Notice, Progress, State};
 use super::webhook::Webhooks;
 use super::workers::Sign;
 use crate::error::{Failure, Kind};
@@ -47,8 +47,8 @@ impl Queue {
             let result = f(&mut state, Instant::now());
             (result, std::mem::take(&mut state.notices))
         };
-        for (url, body) in notices {
-            self.webhooks.send(url, body);
+        for Notice { job, url, body } in notices {
+            self.webhooks.send(job, url, body);
         }
         self.work.notify_waiters();
         result
@@ -99,8 +99,16 @@ impl Queue {
     ///
     /// Cancel-safe: jobs leave the queue in the same poll of this future that returns them. A worker that hangs up while it waits
     /// drops the future, and no job with it.
-    pub async fn take(&self, worker: &str, want: usize) -> Result<Vec<Value>, Failure> {
-        self.change_quietly(|state| state.workers.seen(worker, Sign::Take, Instant::now()))?;
+    ///
+    /// `holds_nothing`: the worker says that it has no job.
+    pub async fn take(&self, worker: &str, want: usize, holds_nothing: bool) -> Result<Vec<Offer>, Failure> {
+        self.change(|state, now| {
+            state.workers.seen(worker, Sign::Take, now)?;
+            if holds_nothing {
+                state.holds_nothing(worker, now);
+            }
+            Ok::<(), Failure>(())
+        })?;
         Ok(self.poll(worker, |state, now| state.take(worker, want, now)).await)
     }
 

@@ -11,9 +11,12 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::Options;
-use super::job::{Job, Order, Origin, Status, unknown};
+use super::job::{Job, Offer, Order, Origin, Status, unknown};
 use super::workers::{Worker, Workers};
 use crate::error::{Failure, Kind};
+
+/// Bytes of ids up to which a ping names all the jobs of its worker.
+const WHOLE_LIST: usize = 1024;
 
 /// Everything about one endpoint.
 pub struct State {
@@ -26,8 +29,15 @@ pub struct State {
     completed: u64,
     failed: u64,
     retried: u64,
-    /// Webhooks to call, with their bodies.
-    pub notices: Vec<(String, Value)>,
+    /// Webhooks to call.
+    pub notices: Vec<Notice>,
+}
+
+/// A webhook to call.
+pub struct Notice {
+    pub job: String,
+    pub url: String,
+    pub body: Vec<u8>,
 }
 
 /// What became of something a worker posted.
@@ -102,7 +112,7 @@ impl State {
     }
 
     /// Gives up to `want` jobs to `worker`, oldest first.
-    pub fn take(&mut self, worker: &str, want: usize, now: Instant) -> Vec<Value> {
+    pub fn take(&mut self, worker: &str, want: usize, now: Instant) -> Vec<Offer> {
         let mut offers = Vec::new();
         while offers.len() < want
             && let Some(id) = self.waiting.pop_front()
@@ -179,11 +189,9 @@ impl State {
             _ => {}
         }
         if let Some(url) = &job.order.webhook {
-            let mut notice = job.report();
-            notice.insert("input".into(), job.order.input.clone());
-            notice.insert("webhook".into(), json!(url));
-            self.notices.push((url.clone(), Value::Object(notice)));
+            self.notices.push(Notice { job: id.to_owned(), url: url.clone(), body: job.notice(url) });
         }
+        job.forget_input();
     }
 
     /// Cancels a job that has not ended; one that has stays as it is. Returns the status object.
@@ -198,6 +206,10 @@ impl State {
         let job = self.jobs.get_mut(id).ok_or_else(|| unknown(id))?;
         if !matches!(job.status, Status::Failed | Status::TimedOut) {
             let text = format!("Only a FAILED or TIMED_OUT job can be retried; job `{id}` is {}.", job.status.name());
+            return Err(Failure::new(Kind::BadRequest, text));
+        }
+        if job.order.input.is_empty() {
+            let text = format!("The input of job `{id}` was too large to be kept for a retry. Submit it again.");
             return Err(Failure::new(Kind::BadRequest, text));
         }
         job.requeue(now);
@@ -240,9 +252,11 @@ impl State {
         })
     }
 
-    /// A heartbeat, with the ids of the jobs the worker holds.
+    /// A heartbeat, with the ids of the jobs the worker holds. A worker with many of them may name some in each ping, in turn: what a long list
+    /// leaves out is not lost.
     pub fn ping(&mut self, worker: &str, ids: &[&str], now: Instant) {
-        let lists = self.workers.listed(worker, !ids.is_empty());
+        let is_whole = ids.iter().map(|id| id.len() + 1).sum::<usize>() < WHOLE_LIST;
+        let lists = self.workers.listed(worker, !ids.is_empty()) && is_whole;
         for id in ids {
             // A worker that was thought lost, or missed a stop, still works on what is no longer its own.
             let stale = self.jobs.get(*id).is_none_or(|job| match job.status {
@@ -260,6 +274,21 @@ impl State {
             } else {
                 job.unlisted.get_or_insert(now);
             }
+        }
+    }
+
+    /// A worker asks for jobs and says that it holds none. It may not know yet of what it was given just now; what it was given before that
+    /// is lost: its process ended, and this is another under the same name, or the answer to its poll never arrived.
+    pub fn holds_nothing(&mut self, worker: &str, now: Instant) {
+        let arrival = self.options.arrival;
+        let held = self.jobs.values().filter(|job| job.status == Status::InProgress && job.worker.as_deref() == Some(worker));
+        let mut lost: Vec<_> = held
+            .filter(|job| job.started.is_some_and(|started| started + arrival <= now))
+            .map(|job| (job.created, job.id.clone()))
+            .collect();
+        lost.sort_by(|left, right| right.cmp(left));
+        for (_, id) in lost {
+            self.lose(&id, now);
         }
     }
 
@@ -319,7 +348,7 @@ impl State {
                 format!("The job was given up: {} workers in a row were lost while they held it, the last one `{worker}`.", job.losses);
             return self.end(id, Status::Failed, None, Some(json!(text)), now);
         }
-        tracing::warn!("worker {worker} is lost; job {id} goes back to the head of the queue");
+        tracing::warn!("worker {worker} has lost job {id}, which goes back to the head of the queue");
         job.requeue(now);
         self.retried += 1;
         self.waiting.push_front(id.to_owned());
@@ -451,12 +480,12 @@ mod tests {
             let pick = |ids: &[String], n: u8| ids.get(n as usize % ids.len().max(1)).cloned().unwrap_or_default();
             for step in steps {
                 match step {
-                    Step::Submit => ids.push(state.submit(Order::new(Origin::Run, json!(1), 10), now).unwrap()),
+                    Step::Submit => ids.push(state.submit(Order::new(Origin::Run, "1".into(), 10), now).unwrap()),
                     Step::Take(worker, want) => {
                         let name = format!("w{worker}");
                         state.workers.seen(&name, super::super::workers::Sign::Take, now).unwrap();
                         let before: Vec<String> = state.waiting.iter().take(want).cloned().collect();
-                        let offers: Vec<String> = state.take(&name, want, now).iter().map(|job| job["id"].as_str().unwrap().to_owned()).collect();
+                        let offers: Vec<String> = state.take(&name, want, now).into_iter().map(|job| job.id).collect();
                         prop_assert_eq!(before, offers);
                     }
                     Step::Done(worker, job) => {

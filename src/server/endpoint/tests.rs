@@ -493,6 +493,50 @@ async fn a_job_that_never_reached_its_worker_is_given_out_again() {
 }
 
 #[tokio::test]
+async fn a_worker_that_was_killed_and_comes_back_under_its_name_gets_its_job_again() {
+    let bench = bench(Options { arrival: Duration::from_millis(100), ..quick() }).await;
+    let job = bench.run(json!(1)).await;
+    bench.take("w").await.unwrap();
+    bench.get("ping/w").await;
+    // It may ask again before it knows what it was given, and a worker that runs several jobs asks while it holds some.
+    assert_eq!(bench.take("w").await, None);
+    tokio::time::sleep(Duration::from_millis(150)).await;
+    for path in [
+        "job-take/w?job_in_progress=1",
+        "job-take-batch/w?batch_size=2&job_in_progress=1",
+        "job-take/w",
+        "job-take/other?job_in_progress=0",
+    ] {
+        assert_eq!(bench.get(path).await.status(), 204, "{path}");
+    }
+    assert_eq!(bench.status(&job).await["status"], "IN_PROGRESS");
+    // The new process holds nothing.
+    assert_eq!(id(&bench.take("w").await.unwrap()), job);
+    assert_eq!(bench.status(&job).await["retries"], 1);
+    assert_eq!(bench.done("w", &job, json!({"output": "second"})).await.status(), 200);
+    assert_eq!(bench.status(&job).await["output"], "second");
+}
+
+#[tokio::test]
+async fn inputs_reach_workers_as_they_were_written_and_large_ones_are_not_kept() {
+    let bench = bench(quick()).await;
+    let body =
+        r#"{"policy": {"ttl": 100000}, "input": {"n": 1.50, "text": "\u00e9", "deep": [[1e2]]}, "s3Config": {"a": [1]}, "webhook": ""}"#;
+    let answer = value(bench.client.post(bench.url("run")).body(body).send().await.unwrap()).await;
+    let text = bench.get("job-take/w?job_in_progress=0").await.text().await.unwrap();
+    let expected = r#""input":{"n": 1.50, "text": "\u00e9", "deep": [[1e2]]},"s3Config":{"a": [1]}}"#;
+    assert_eq!(text, format!(r#"{{"id":"{}",{expected}"#, answer["id"].as_str().unwrap()));
+
+    let job = value(bench.post("runsync?wait=1000", json!({"input": "x".repeat(11 << 20)})).await).await;
+    let job = id(&job).to_owned();
+    assert_eq!(id(&bench.take("w").await.unwrap()), job);
+    bench.done("w", &job, json!({"error": "no"})).await;
+    let refused = bench.post(&format!("retry/{job}"), json!({})).await;
+    assert_eq!(refused.status(), 400);
+    assert!(refused.text().await.unwrap().contains("too large to be kept"));
+}
+
+#[tokio::test]
 async fn a_job_that_costs_worker_after_worker_is_given_up() {
     let bench = bench(Options { lost_after: Duration::from_millis(80), max_losses: 1, ..quick() }).await;
     let job = bench.run(json!(1)).await;
