@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use worker_candle::api::model::ModelInfo;
 use worker_candle::api::{Answer, Call, Service};
+use worker_candle::checkpoint::files::{ModelFiles, Source};
 use worker_candle::config::{ApiSettings, DeviceChoice, EngineSettings, Quantization};
-use worker_candle::models::files::{ModelFiles, Source};
 use worker_candle::models::quality::{Comparison, logits_of};
 use worker_candle::models::runner::ModelRunner;
-use worker_candle::models::tokenizer::Tokenizer;
 use worker_candle::models::{Draw, Plan, Row, Runner};
+use worker_candle::text::tokenizer::Tokenizer;
 
 use crate::report::Part;
 use crate::{Fail, Options};

@@ -14,7 +14,7 @@ use crate::api::openai::{Prepared, Surface};
 use crate::api::{Pieces, Service, clock, failure};
 use crate::config::NativeFormat;
 use crate::error::Failure;
-use crate::models::tokenizer::Tokenizer;
+use crate::text::tokenizer::Tokenizer;
 
 /// The form of an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

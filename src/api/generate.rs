@@ -17,11 +17,11 @@ use crate::api::Service;
 use crate::api::logprobs::Reported;
 use crate::api::openai::Prepared;
 use crate::api::tally::Tally;
-use crate::engine::detokenize::Detokenizer;
 use crate::engine::{Event, Finish, Generation, Request, Token};
 use crate::error::Failure;
 use crate::models::Logprobs;
-use crate::models::tokenizer::Tokenizer;
+use crate::text::detokenize::Detokenizer;
+use crate::text::tokenizer::Tokenizer;
 
 /// Why a choice ended, in the words of the API.
 #[derive(Debug, Clone, PartialEq)]

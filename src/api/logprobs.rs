@@ -4,10 +4,10 @@ use serde_json::{Map, Value, json};
 
 use crate::api::fields::{Field, Fields, invalid, wrong_type};
 use crate::config::ApiSettings;
-use crate::engine::detokenize::Detokenizer;
 use crate::error::Failure;
-use crate::models::tokenizer::Tokenizer;
 use crate::models::{Logprobs, LogprobsSpec};
+use crate::text::detokenize::Detokenizer;
+use crate::text::tokenizer::Tokenizer;
 
 /// JSON has no −∞: this stands for it, as in vLLM.
 const LEAST: f32 = -9999.0;

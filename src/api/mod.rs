@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::config::ApiSettings;
 use crate::engine::Handle;
 use crate::error::{Failure, Kind};
-use crate::models::tokenizer::{Special, Tokenizer};
+use crate::text::tokenizer::{Special, Tokenizer};
 
 mod answer;
 pub mod body;

@@ -7,7 +7,7 @@ use aho_corasick::AhoCorasick;
 use serde_json::Value;
 
 use crate::error::Failure;
-use crate::models::tokenizer::{Special, Tokenizer};
+use crate::text::tokenizer::{Special, Tokenizer};
 
 /// Two noncharacters that a request does not contain: one breaks special-token strings, the other marks a place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -13,11 +13,11 @@ use futures::future::try_join_all;
 use serde_json::{Value, json};
 
 use super::{model, say};
+use crate::checkpoint::hub;
 use crate::config::{BenchArgs, Settings};
 use crate::engine::{Event, Handle, Request, SamplingParams};
 use crate::error::Failure;
 use crate::kernels;
-use crate::models::hub;
 use crate::models::memory;
 use crate::models::runner::About;
 

@@ -4,15 +4,15 @@ use std::process::ExitCode;
 
 use super::say;
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::files::{ModelFiles, Source};
+use crate::checkpoint::hub;
 use crate::config::{self, Settings};
 use crate::error::Failure;
 use crate::models::families::Model;
-use crate::models::files::{ModelFiles, Source};
-use crate::models::hub;
 use crate::models::runner::Planned;
 use crate::models::spec::ModelSpec;
 use crate::models::tensors::Tensors;
-use crate::models::tokenizer::Tokenizer;
+use crate::text::tokenizer::Tokenizer;
 
 /// Prints everything it finds out; exit 1 when something would stop a start.
 pub async fn run(settings: &Settings) -> Result<ExitCode, Failure> {

@@ -186,7 +186,7 @@ fn run(mode: Mode, settings: Settings) -> Result<ExitCode, Failure> {
 }
 
 async fn pull_model(settings: Settings, pull: crate::config::PullArgs) -> Result<ExitCode, Failure> {
-    let files = crate::models::hub::pull(&pull.target, &settings.hub, pull.to.as_deref()).await?;
+    let files = crate::checkpoint::hub::pull(&pull.target, &settings.hub, pull.to.as_deref()).await?;
     say(&files.origin);
     Ok(ExitCode::SUCCESS)
 }

@@ -4,14 +4,14 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::api::{ModelInfo, Service};
+use crate::checkpoint::files::ModelFiles;
+use crate::checkpoint::hub;
 use crate::config::Settings;
 use crate::engine::{self, Handle};
 use crate::error::Failure;
 use crate::models::Vocabulary;
-use crate::models::files::ModelFiles;
-use crate::models::hub;
 use crate::models::runner::{About, ModelRunner};
-use crate::models::tokenizer::Tokenizer;
+use crate::text::tokenizer::Tokenizer;
 
 /// A model that is ready to answer.
 pub struct Loaded {

@@ -347,11 +347,12 @@ fn welcome(base: &str, loaded: &Loaded) {
 mod tests {
     use super::*;
     use crate::api::ModelInfo;
+    use crate::checkpoint::demo;
     use crate::config::ApiSettings;
     use crate::engine;
-    use crate::models::tokenizer::Tokenizer;
-    use crate::models::{Fault, Output, Plan, Runner, Shape, StepError, demo};
+    use crate::models::{Fault, Output, Plan, Runner, Shape, StepError};
     use crate::runpod::tests::queue::{Queue, Reply, Route};
+    use crate::text::tokenizer::Tokenizer;
     use serde_json::json;
 
     /// Panics when a prompt has more than ten tokens, loses its device when it has exactly one, and says the same token otherwise.

@@ -9,7 +9,9 @@ use std::sync::Mutex;
 
 use crate::error::Failure;
 
+pub mod demo;
 pub mod files;
+pub mod hub;
 mod stored;
 
 use files::{ModelFiles, Source};

@@ -12,7 +12,6 @@ use crate::error::Failure;
 use crate::models::{Logprobs, LogprobsSpec};
 
 pub mod blocks;
-pub mod detokenize;
 pub mod lookup;
 pub mod metrics;
 mod residency;

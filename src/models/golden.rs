@@ -7,11 +7,11 @@ use half::bf16;
 use serde_json::json;
 
 use super::families::Model;
-use super::files::{ModelFiles, Source};
 use super::runner::ModelRunner;
 use super::tensors::Tensors;
 use super::{Draw, Plan, Row, Runner};
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::files::{ModelFiles, Source};
 use crate::config::{DeviceChoice, EngineSettings};
 use crate::kernels::candle::Candle;
 use crate::kernels::cpu::Cpu;

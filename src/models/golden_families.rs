@@ -6,11 +6,11 @@ use std::sync::Arc;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::files::{ModelFiles, Source};
 use super::golden::greedy;
 use super::quality::{Comparison, logits_of};
 use super::runner::ModelRunner;
 use super::{Plan, Row};
+use crate::checkpoint::files::{ModelFiles, Source};
 use crate::config::{DeviceChoice, EngineSettings, Quantization};
 
 const TOLERANCE: f32 = 1e-4;

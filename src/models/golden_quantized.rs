@@ -7,20 +7,21 @@ use std::sync::OnceLock;
 use half::bf16;
 use safetensors::tensor::{Dtype, TensorView};
 
+use super::Runner;
 use super::decoder::{Decoder, Place, format_of};
 use super::families::Model;
-use super::files::{ModelFiles, Source};
 use super::quality::{Comparison, logits_of};
 use super::runner::{self, ModelRunner};
 use super::tensors::Tensors;
-use super::tokenizer::{Special, Tokenizer};
-use super::{Runner, demo};
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::demo;
+use crate::checkpoint::files::{ModelFiles, Source};
 use crate::config::{DeviceChoice, EngineSettings, Quantization};
 use crate::kernels::cpu::Cpu;
 use crate::kernels::cpu::matmul::has_bf16;
 use crate::kernels::quantize::{row4, row8};
 use crate::kernels::{ComputeDtype, WeightFormat};
+use crate::text::tokenizer::{Special, Tokenizer};
 
 const STRATEGIES: [Quantization; 3] = [Quantization::AsStored, Quantization::Wint8, Quantization::Wint4];
 

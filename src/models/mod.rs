@@ -5,26 +5,20 @@
 use std::fmt;
 use std::sync::Arc;
 
-pub use crate::checkpoint::files;
 pub use crate::config::LogprobsMode;
 use crate::error::Failure;
 
 mod config;
 pub mod decoder;
-pub mod demo;
 pub mod device;
 pub mod families;
-pub mod hub;
 pub mod memory;
-mod protobuf;
 pub mod quality;
 mod rope;
 pub mod runner;
 pub mod sample;
-pub mod sentencepiece;
 pub mod spec;
 pub mod tensors;
-pub mod tokenizer;
 
 /// One step for the device: which tokens to run, where their keys and values go, and which rows to sample.
 ///

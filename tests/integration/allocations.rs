@@ -9,10 +9,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::alone;
+use worker_candle::checkpoint::demo;
 use worker_candle::config::{DeviceChoice, EngineSettings, Quantization};
 use worker_candle::engine::{self, Event, Generation, Lookup, Request, SamplingParams};
 use worker_candle::models::runner::ModelRunner;
-use worker_candle::models::{Draw, LogprobsMode, LogprobsSpec, Plan, Row, Runner, Seen, demo};
+use worker_candle::models::{Draw, LogprobsMode, LogprobsSpec, Plan, Row, Runner, Seen};
 
 /// Counts what all threads allocate.
 struct Counting;

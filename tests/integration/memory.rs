@@ -1,9 +1,10 @@
 //! The memory of the plan is taken after the load, not during it, and then the process has it.
 
 use super::alone;
+use worker_candle::checkpoint::demo;
 use worker_candle::config::{DeviceChoice, EngineSettings};
+use worker_candle::models::Runner;
 use worker_candle::models::runner::ModelRunner;
-use worker_candle::models::{Runner, demo};
 
 const MIB: usize = 1 << 20;
 

@@ -9,7 +9,7 @@ use crate::api::options::Options;
 use crate::api::prompt::{Guard, Marks};
 use crate::api::{Service, chat_template::ChatTemplate, contents, contents::Contents, messages};
 use crate::error::Failure;
-use crate::models::tokenizer::Special;
+use crate::text::tokenizer::Special;
 
 /// Reads and checks a whole request. `native`: it came as a job's own input.
 pub fn prepare(service: &Service, body: &Value, native: bool) -> Result<Prepared, Failure> {

@@ -8,7 +8,7 @@ use crate::api::logprobs::{Echo, Form};
 use crate::api::openai::{Prepared, Surface};
 use crate::api::options::Options;
 use crate::error::Failure;
-use crate::models::tokenizer::Special;
+use crate::text::tokenizer::Special;
 
 /// OpenAI's default on this route.
 const DEFAULT_MAX_TOKENS: usize = 16;

@@ -7,12 +7,12 @@ use futures::StreamExt;
 use serde_json::{Value, json};
 
 use crate::api::{Answer, Call, ModelInfo, Service};
+use crate::checkpoint::files::{ModelFiles, Source};
 use crate::config::ApiSettings;
 use crate::engine;
 use crate::error::Failure;
-use crate::models::files::{ModelFiles, Source};
-use crate::models::tokenizer::{Special, Tokenizer};
 use crate::models::{Logprobs, LogprobsMode, LogprobsSpec, Output, Plan, Runner, Shape, StepError};
+use crate::text::tokenizer::{Special, Tokenizer};
 
 mod errors;
 mod logprobs;

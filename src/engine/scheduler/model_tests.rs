@@ -4,10 +4,11 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::*;
+use crate::checkpoint::demo;
 use crate::config::{DeviceChoice, EngineSettings};
 use crate::engine::{Request, SamplingParams};
 use crate::models::runner::ModelRunner;
-use crate::models::{LogprobsMode, LogprobsSpec, Runner, Vocabulary, demo, sample};
+use crate::models::{LogprobsMode, LogprobsSpec, Runner, Vocabulary, sample};
 
 /// Logits of every token drawn, and the tokens, by sequence.
 type Drawn = HashMap<SequenceId, Vec<(u32, Vec<f32>)>>;

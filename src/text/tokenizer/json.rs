@@ -10,11 +10,11 @@ use tokenizers::{
 };
 
 use crate::error::Failure;
-use crate::models::sentencepiece::byte_piece;
-use crate::models::tokenizer::Part;
-use crate::models::tokenizer::added::Added;
-use crate::models::tokenizer::least::Spelling;
-use crate::models::tokenizer::token_bytes::TokenBytes;
+use crate::text::sentencepiece::byte_piece;
+use crate::text::tokenizer::Part;
+use crate::text::tokenizer::added::Added;
+use crate::text::tokenizer::least::Spelling;
+use crate::text::tokenizer::token_bytes::TokenBytes;
 
 pub struct Json {
     inner: tokenizers::Tokenizer,

@@ -5,12 +5,12 @@
 
 use std::path::Path;
 
+use crate::checkpoint::demo;
+use crate::checkpoint::files::ModelFiles;
+#[cfg(test)]
+use crate::checkpoint::files::Source;
 use crate::config::HubSettings;
 use crate::error::{Failure, Kind};
-use crate::models::demo;
-use crate::models::files::ModelFiles;
-#[cfg(test)]
-use crate::models::files::Source;
 
 mod cache;
 mod download;

@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use super::unavailable;
+use crate::checkpoint::files::{INDEX, ModelFiles, SENTENCEPIECE_FILES, Source, weight_files};
 use crate::error::Failure;
-use crate::models::files::{INDEX, ModelFiles, SENTENCEPIECE_FILES, Source, weight_files};
 
 /// Which part of a repository is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

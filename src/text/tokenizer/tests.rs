@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::*;
-use crate::models::files::Source;
+use crate::checkpoint::files::Source;
 
 fn demo_folder() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("handler-tests/fixtures/demo-model")

@@ -13,7 +13,7 @@ use std::hash::{BuildHasher, RandomState};
 use aho_corasick::{AhoCorasick, MatchKind};
 use hashbrown::HashTable;
 
-use crate::models::protobuf::{Fields, Value};
+use crate::text::protobuf::{Fields, Value};
 
 /// What SentencePiece writes for a space.
 pub const SPACE: &str = "\u{2581}";

@@ -1,16 +1,16 @@
 //! Text to token ids and back.
 //!
 //! Two ways lead to a [`Tokenizer`]: a `tokenizer.json`, run by the `tokenizers` crate ([`json`]), else a SentencePiece
-//! `tokenizer.model` with the special tokens that the files beside it name ([`crate::models::sentencepiece`], [`added`]).
+//! `tokenizer.model` with the special tokens that the files beside it name ([`crate::text::sentencepiece`], [`added`]).
 
 use std::ops::Range;
 
 use aho_corasick::{AhoCorasick, Input, MatchKind};
 
+use crate::checkpoint::files::{ModelFiles, SENTENCEPIECE_FILES};
 use crate::error::Failure;
 use crate::models::Vocabulary;
-use crate::models::files::{ModelFiles, SENTENCEPIECE_FILES};
-use crate::models::sentencepiece::{self, Bpe};
+use crate::text::sentencepiece::{self, Bpe};
 
 mod added;
 mod json;

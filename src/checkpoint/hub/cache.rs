@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 use super::folder::{self, Need};
 use super::unavailable;
+use crate::checkpoint::files::ModelFiles;
 use crate::config::HubSettings;
 use crate::error::Failure;
-use crate::models::files::ModelFiles;
 
 /// What a search gave: the model, or the places it is not, each with its reason.
 pub struct Search {

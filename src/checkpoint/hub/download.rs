@@ -15,9 +15,9 @@ use indicatif::ProgressBar;
 
 use super::folder::{self, Need};
 use super::unavailable;
+use crate::checkpoint::files::{INDEX, ModelFiles, Source, weight_files};
 use crate::config::HubSettings;
 use crate::error::Failure;
-use crate::models::files::{INDEX, ModelFiles, Source, weight_files};
 
 const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
 /// Tries per file and per question, the first included.

@@ -2,7 +2,7 @@
 //!
 //! What it is and how it was trained: `handler-tests/fixtures/demo-model/README.md`.
 
-use crate::models::files::{ModelFiles, Source};
+use crate::checkpoint::files::{ModelFiles, Source};
 
 /// The name users ask for it by.
 pub const NAME: &str = "demo";
@@ -31,7 +31,7 @@ pub fn files() -> ModelFiles {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::models::tokenizer::Tokenizer;
+    use crate::text::tokenizer::Tokenizer;
 
     #[test]
     fn is_complete_and_small() {

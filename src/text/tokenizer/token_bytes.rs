@@ -1,7 +1,7 @@
 //! Which bytes each token stands for in running text.
 
-use crate::models::sentencepiece::{Kind, Model, SPACE};
-use crate::models::tokenizer::added::Added;
+use crate::text::sentencepiece::{Kind, Model, SPACE};
+use crate::text::tokenizer::added::Added;
 
 /// The bytes of all tokens, one after another.
 #[derive(Default)]

@@ -4,9 +4,9 @@ use std::collections::{HashMap, HashSet};
 
 use serde_json::Value;
 
+use crate::checkpoint::files::ModelFiles;
 use crate::error::Failure;
-use crate::models::files::ModelFiles;
-use crate::models::sentencepiece::{Kind, Model};
+use crate::text::sentencepiece::{Kind, Model};
 
 /// The keys of `tokenizer_config.json` and `special_tokens_map.json` that name special tokens.
 const ROLES: [&str; 7] = ["bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token"];
