@@ -280,8 +280,8 @@ fn rows_on<B: Backend>(
         }
     }
     let gated = gate_up.linear(backend, Columns::Gated, None);
+    backend.linear(&x, &gated, Epilogue::Gated(Activation::Silu), &mut inner).unwrap();
     for (bias, factor) in [(None, 1.0), (Some(down_bias.as_slice()), 0.25)] {
-        backend.linear(&x, &gated, Epilogue::Gated(Activation::Silu), &mut inner).unwrap();
         let down = down.linear(backend, Columns::Plain, bias);
         backend.linear(&inner, &down, Epilogue::Add(factor), &mut x).unwrap();
         results.push(("down", 5e-5, read(backend, &mut x)));
