@@ -6,7 +6,7 @@
 use std::cell::Cell;
 use std::fmt;
 
-use serde::de::{Deserialize, DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 use serde_json::{Map, Number, Value};
 
@@ -173,18 +173,71 @@ impl<'de> Visitor<'de> for &Budget {
     }
 }
 
-/// Members of a JSON object as they are written, and nothing else of it: no tree is built. Of a name that comes twice the last counts.
+/// Members of a JSON object as they are written: no tree is built. The whole text is checked as if it were. Of a name that comes twice the
+/// last counts.
 pub fn members<'a, const N: usize>(text: &'a [u8], names: [&str; N]) -> Result<[Option<&'a RawValue>; N], Failure> {
-    let first = text.iter().find(|byte| !byte.is_ascii_whitespace());
     let mut deserializer = serde_json::Deserializer::from_slice(text);
-    let found = match first {
-        Some(b'{') => Members(names).deserialize(&mut deserializer),
-        _ => IgnoredAny::deserialize(&mut deserializer).map(|_| [None; N]),
-    };
-    let found = found.and_then(|found| deserializer.end().map(|()| found)).map_err(Unread::Invalid)?;
-    match first {
-        Some(b'{') => Ok(found),
-        _ => Err(Failure::new(Kind::BadRequest, "The request body must be a JSON object.")),
+    Checked.deserialize(&mut deserializer).and_then(|()| deserializer.end()).map_err(Unread::Invalid)?;
+    if text.iter().find(|byte| !byte.is_ascii_whitespace()) != Some(&b'{') {
+        return Err(Failure::new(Kind::BadRequest, "The request body must be a JSON object."));
+    }
+    let found = Members(names).deserialize(&mut serde_json::Deserializer::from_slice(text));
+    Ok(found.map_err(Unread::Invalid)?)
+}
+
+/// Reads a value and keeps nothing. Other than serde's `IgnoredAny` it is as strict as a reader that keeps it: about nesting, halves of
+/// surrogate pairs, and numbers too large.
+struct Checked;
+
+impl<'de> DeserializeSeed<'de> for Checked {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Checked {
+    type Value = ();
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("any JSON value")
+    }
+
+    fn visit_unit<E: Error>(self) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_bool<E: Error>(self, _: bool) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_i64<E: Error>(self, _: i64) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_u64<E: Error>(self, _: u64) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_f64<E: Error>(self, _: f64) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_str<E: Error>(self, _: &str) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut access: A) -> Result<(), A::Error> {
+        while access.next_element_seed(Checked)?.is_some() {}
+        Ok(())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<(), A::Error> {
+        while access.next_key_seed(Checked)?.is_some() {
+            access.next_value_seed(Checked)?;
+        }
+        Ok(())
     }
 }
 
@@ -310,6 +363,8 @@ mod tests {
                 (Err(Unread::Invalid(ours)), Err(plain)) => prop_assert_eq!(ours.to_string(), plain.to_string()),
                 (ours, plain) => prop_assert!(false, "{ours:?} and {plain:?}"),
             }
+            let text = format!("{{\"a\":{text}}}");
+            prop_assert_eq!(members(text.as_bytes(), ["a"]).is_ok(), serde_json::from_str::<Value>(&text).is_ok());
         }
     }
 
@@ -317,6 +372,10 @@ mod tests {
     fn nesting_is_bounded() {
         let deep = format!("{}1{}", "[".repeat(5000), "]".repeat(5000));
         assert!(matches!(read(deep.as_bytes(), &BodyLimits::default()), Err(Unread::Invalid(_))));
+        for value in [deep.as_str(), r#""half \ud83d""#, "1e999"] {
+            let text = format!(r#"{{"input":{value}}}"#);
+            assert_eq!(members(text.as_bytes(), ["input"]).unwrap_err().status(), 400, "{value:.20}");
+        }
         let value = json!({"a": [1.5, -2, "x", null, true]});
         assert_eq!(read(value.to_string().as_bytes(), &BodyLimits::default()).unwrap(), value);
     }

@@ -14,14 +14,16 @@ const PAUSES: [u64; 5] = [100, 300, 600, 2000, 5000];
 static AGAIN: AtomicBool = AtomicBool::new(false);
 static WATCHED: AtomicBool = AtomicBool::new(false);
 
-/// Lets every large piece of memory go back to the system when it is freed. By itself glibc keeps pieces of up to 32 MiB once it has seen
-/// one freed. To be called once, at the start.
+/// To be called once, at the start. Lets every large piece of memory go back to the system when it is freed: by itself glibc keeps pieces of
+/// up to 32 MiB once it has seen one freed. And small pieces are joined as they are freed: those it would set aside for quick reuse keep
+/// the end of a thread's memory from being given back, then or later.
 pub fn configure() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: a call without pointers. It sets a number of the allocator.
+    // SAFETY: calls without pointers. They set numbers of the allocator.
     #[allow(unsafe_code)]
     unsafe {
         libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE as libc::c_int);
+        libc::mallopt(libc::M_MXFAST, 0);
     }
 }
 

@@ -143,7 +143,10 @@ impl Jobs {
                 Entry::Job(job) => self.start(&job.id.clone(), job.batch_id.clone(), Ok(job)),
                 Entry::Faulty { id, failure } => {
                     tracing::error!(request_id = %id, "a job was taken that cannot be run: {failure}");
-                    fault = Some("a job that cannot be run");
+                    // One that is too large is its client's mistake: no reason to ask the platform less often.
+                    if failure.kind != Kind::TooLarge {
+                        fault = Some("a job that cannot be run");
+                    }
                     self.start(&id, None, Err(failure))
                 }
                 Entry::NoId => {
