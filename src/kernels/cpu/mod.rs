@@ -21,11 +21,12 @@ pub mod matmul;
 pub mod packed;
 pub mod pool;
 pub mod prefault;
-pub mod simd;
+pub(crate) mod simd;
 pub mod softmax;
 pub(crate) mod vectorize;
 
 pub use attention::KvCache;
+pub use simd::{Level, level};
 use packed::Packed;
 use pool::Pool;
 
