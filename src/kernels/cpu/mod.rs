@@ -26,9 +26,9 @@ pub mod softmax;
 pub(crate) mod vectorize;
 
 pub use attention::KvCache;
-pub use simd::{Level, level};
 use packed::Packed;
 use pool::Pool;
+pub use simd::{Level, level};
 
 /// A pointer that tasks of one kernel share; each reads or writes a part of its own.
 #[derive(Clone, Copy)]
