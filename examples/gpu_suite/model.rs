@@ -238,7 +238,12 @@ pub fn steps(part: &mut Part, options: &Options) -> Result<(), Fail> {
     for (name, path) in [("demo", Some(&demo)), ("checkpoint", options.checkpoint.as_ref())] {
         let Some(path) = path else { continue };
         let rows: &[usize] = if options.device == DeviceChoice::Cpu { &[1, 4] } else { &[1, 8, 64] };
-        let settings = EngineSettings { max_num_seqs: Some(64), kv_cache_gb: Some(4.0), ..settings(options.device) };
+        let settings = EngineSettings {
+            max_num_seqs: Some(64),
+            max_num_batched_tokens: Some(512),
+            kv_cache_gb: Some(4.0),
+            ..settings(options.device)
+        };
         let figures = with_runner(path, &settings, |runner, load| {
             let mut figures = vec![("load".to_owned(), load.as_secs_f64() * 1e3, "ms")];
             time_steps(runner, rows, &mut figures).map_err(|failure| failure.to_string())?;

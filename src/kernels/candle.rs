@@ -81,6 +81,11 @@ impl Candle {
         Self { device: device.clone(), dtype, bounds: Bounds::default(), step: None }
     }
 
+    /// The token ids of the step at hand, `[t]` in u32, on the device: a captured graph reads them there, so others can be written in place.
+    pub fn tokens(&self) -> Result<&Tensor> {
+        Ok(&self.step()?.tokens)
+    }
+
     fn step(&self) -> Result<&Step> {
         self.step.as_ref().ok_or_else(|| Error::Msg("no step has begun".into()))
     }
@@ -341,8 +346,8 @@ fn normalized(x: &Tensor, norm: &Norm<Tensor>) -> Result<Tensor> {
 fn activated(x: &Tensor, activation: Activation) -> Result<Tensor> {
     match activation {
         Activation::Silu => candle_nn::ops::silu(x),
-        // candle's `gelu` is the approximation by tanh.
-        Activation::GeluTanh => x.gelu(),
+        // candle's `gelu` is the approximation by tanh. In bf16 it rounds every step of it, and `1 + tanh` loses most of its bits.
+        Activation::GeluTanh => x.to_dtype(DType::F32)?.gelu()?.to_dtype(x.dtype()),
         Activation::Relu2 => x.relu()?.sqr(),
     }
 }
