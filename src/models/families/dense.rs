@@ -107,6 +107,11 @@ pub(super) const FAMILIES: &[Family] = &[
         },
     },
     Family {
+        model_type: "phi3",
+        defaults: Defaults { eps: 1e-5, max_positions: 4_096, sliding: Some(Sliding::All(None)), ..LLAMA },
+        adapt: |_, _| Ok(()),
+    },
+    Family {
         model_type: "smollm3",
         defaults: Defaults { rope_theta: 2_000_000.0, tied: true, max_positions: 32_768, sliding: Some(Sliding::AfterFirst), ..LLAMA },
         adapt: |config, model| {
