@@ -118,7 +118,7 @@ pub fn describe(device: &Device, settings: &EngineSettings) -> String {
         return cuda::describe(device);
     }
     let rounded = if settings.bf16_activations && cpu::matmul::has_bf16() { ", bf16 activations" } else { "" };
-    format!("cpu ({:?}{rounded})", cpu::simd::level())
+    format!("cpu ({:?}{rounded})", cpu::level())
 }
 
 pub fn device_memory(device: &Device) -> Memory {

@@ -21,13 +21,14 @@ pub mod matmul;
 pub mod packed;
 pub mod pool;
 pub mod prefault;
-pub mod simd;
+mod simd;
 pub mod softmax;
 pub(crate) mod vectorize;
 
 pub use attention::KvCache;
 use packed::Packed;
 use pool::Pool;
+pub use simd::{Level, level, levels};
 
 /// A pointer that tasks of one kernel share; each reads or writes a part of its own.
 #[derive(Clone, Copy)]
