@@ -9,6 +9,8 @@
 //! Shapes: `t` tokens of a step, `h` query heads, `kv` key/value heads, `d` components of a head.
 
 #![allow(unsafe_code)]
+// Kernels are generic for `dispatch!`, also where the compiler alone vectorises them.
+#![allow(clippy::extra_unused_type_parameters)]
 
 use candle_core::Result;
 

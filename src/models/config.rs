@@ -12,6 +12,11 @@ impl<'a> Config<'a> {
         !self.0[key].is_null()
     }
 
+    /// The key is not there at all: a null may mean something else.
+    pub fn is_absent(self, key: &str) -> bool {
+        self.0.get(key).is_none()
+    }
+
     /// A number above zero; `None` where the key is absent or null.
     pub fn number(self, key: &str) -> Result<Option<f64>, String> {
         match &self.0[key] {

@@ -1,20 +1,20 @@
 //! The table of families: `config.json` → what the model computes ([`ModelSpec`]) and what its tensors are called ([`TensorNames`]).
 //!
-//! A family is an entry of [`FAMILIES`]: its defaults for keys that config.json may leave out, and a function that says in what it
-//! differs from Llama. What decoders can differ in is a field of the spec, so an entry holds no arithmetic of a forward pass.
+//! A family is a row of [`dense::FAMILIES`] or [`routed::FAMILIES`]: its defaults for keys that config.json may leave out, and a function that says in what it
+//! differs from Llama. What decoders can differ in is a field of the spec, so a row holds no arithmetic of a forward pass.
 
 use serde_json::Value;
 
 use crate::checkpoint::files::ModelFiles;
 use crate::error::Failure;
-use crate::kernels::{
-    Activation, AttentionSpec, NormExtent, NormKind, Normalize, Pairing, QkNorm, Rope, RopeTable, RouterScore, RoutingSpec,
-};
+use crate::kernels::{Activation, AttentionSpec, NormExtent, NormKind, Pairing, QkNorm, Rope, RopeTable, RoutingSpec};
 use crate::models::config::Config;
 use crate::models::rope;
 use crate::models::spec::{AttentionLayer, DenseSpec, ExpertsSpec, FeedForward, LayerSpec, ModelSpec, NormSpec, Residual};
 
+mod dense;
 mod names;
+mod routed;
 
 pub use names::TensorNames;
 
@@ -41,16 +41,21 @@ struct Defaults {
     /// `hidden_act` or `hidden_activation`.
     activation_key: &'static str,
     eps: f64,
+    eps_key: &'static str,
     rope_theta: f64,
+    /// The share of a head's components that is rotated.
+    rotary_share: f64,
     tied: bool,
     max_positions: u64,
-    /// Layers of the type `sliding_attention`; `None`: the family has none.
+    /// Which layers see a window only; `None`: the family has no such layers.
     sliding: Option<Sliding>,
 }
 
 /// Which layers see a window only, where `layer_types` does not say so.
 #[derive(Clone, Copy)]
 enum Sliding {
+    /// All, if there is a `sliding_window`; so many positions where that key is absent.
+    All(Option<usize>),
     /// With `use_sliding_window`, those from `max_window_layers` on (Qwen).
     AfterFirst,
     /// All but every n-th (Gemma), and how many positions they see, where no key says so.
@@ -62,100 +67,23 @@ const LLAMA: Defaults = Defaults {
     activation: "silu",
     activation_key: "hidden_act",
     eps: 1e-6,
+    eps_key: "rms_norm_eps",
     rope_theta: 10_000.0,
+    rotary_share: 1.0,
     tied: false,
     max_positions: 2_048,
     sliding: None,
 };
 
-const FAMILIES: &[Family] = &[
-    Family {
-        model_type: "ernie4_5",
-        defaults: Defaults { pairing: Pairing::Interleaved, eps: 1e-5, rope_theta: 500_000.0, tied: true, max_positions: 131_072, ..LLAMA },
-        adapt: |config, model| {
-            refuse_experts(config, "moe_num_experts")?;
-            let bias = config.flag("use_bias")?.unwrap_or(false);
-            model.biases(bias, bias, bias);
-            Ok(())
-        },
-    },
-    Family {
-        model_type: "llama",
-        defaults: LLAMA,
-        adapt: |config, model| {
-            let attention = config.flag("attention_bias")?.unwrap_or(false);
-            model.biases(attention, attention, config.flag("mlp_bias")?.unwrap_or(false));
-            Ok(())
-        },
-    },
-    Family {
-        model_type: "qwen2",
-        defaults: Defaults { max_positions: 32_768, sliding: Some(Sliding::AfterFirst), ..LLAMA },
-        adapt: |_, model| {
-            model.biases(true, false, false);
-            Ok(())
-        },
-    },
-    Family {
-        model_type: "qwen3",
-        defaults: Defaults { max_positions: 32_768, sliding: Some(Sliding::AfterFirst), ..LLAMA },
-        adapt: |config, model| {
-            let bias = config.flag("attention_bias")?.unwrap_or(false);
-            model.biases(bias, bias, false);
-            model.head_norms();
-            Ok(())
-        },
-    },
-    Family {
-        model_type: "qwen3_moe",
-        defaults: Defaults { max_positions: 32_768, ..LLAMA },
-        adapt: |config, model| {
-            let bias = config.flag("attention_bias")?.unwrap_or(false);
-            model.biases(bias, bias, false);
-            model.head_norms();
-            if config.flag("use_sliding_window")?.unwrap_or(false) {
-                return Err("\"use_sliding_window\": true is not supported for qwen3_moe".into());
-            }
-            // transformers 5 writes the newer name.
-            let experts = if config.has("num_experts") { "num_experts" } else { "num_local_experts" };
-            let routing = RoutingSpec {
-                experts: config.size(experts, None)?,
-                top_k: config.size("num_experts_per_tok", Some(8))?,
-                score: RouterScore::Softmax,
-                normalize: config.flag("norm_topk_prob")?.unwrap_or(false).then_some(Normalize { epsilon: 0.0, least: 0.0 }),
-                scale: 1.0,
-            };
-            let intermediate = config.size("moe_intermediate_size", None)?;
-            let (step, dense) = (config.size("decoder_sparse_step", Some(1))?, config.integers("mlp_only_layers")?);
-            model.experts(intermediate, routing, |layer| !dense.contains(&(layer as u64)) && (layer + 1) % step == 0)
-        },
-    },
-    Family {
-        model_type: "gemma3_text",
-        defaults: Defaults {
-            activation: "gelu_pytorch_tanh",
-            activation_key: "hidden_activation",
-            rope_theta: 1_000_000.0,
-            tied: true,
-            max_positions: 131_072,
-            sliding: Some(Sliding::AllBut { nth: 6, window: 4_096 }),
-            ..LLAMA
-        },
-        adapt: |config, model| {
-            let bias = config.flag("attention_bias")?.unwrap_or(false);
-            model.biases(bias, bias, false);
-            model.head_norms();
-            model.sandwich_norms();
-            model.spec.norm.plus_one = true;
-            model.spec.embedding_scale = (model.spec.hidden_size as f32).sqrt();
-            let scale = config.number("query_pre_attn_scalar")?.unwrap_or(256.0).powf(-0.5) as f32;
-            let soft_cap = config.number("attn_logit_softcapping")?.map(|cap| cap as f32);
-            model.attention(|spec| (spec.scale, spec.soft_cap) = (scale, soft_cap));
-            model.spec.logit_cap = config.number("final_logit_softcapping")?.map(|cap| cap as f32);
-            Ok(())
-        },
-    },
-];
+/// Every family that is served.
+fn families() -> impl Iterator<Item = &'static Family> {
+    dense::FAMILIES.iter().chain(routed::FAMILIES)
+}
+
+/// The `model_type`s that are served.
+pub fn model_types() -> impl Iterator<Item = &'static str> {
+    families().map(|family| family.model_type)
+}
 
 impl Model {
     /// Reads config.json. An unsupported model is refused by name; a key that would change the numbers and that we do not know is refused too.
@@ -172,8 +100,8 @@ impl Model {
     pub fn from_config(config: &Value) -> Result<Self, String> {
         let config = Config(config);
         let model_type = config.text("model_type")?.unwrap_or_default();
-        let family = FAMILIES.iter().find(|family| family.model_type == model_type).ok_or_else(|| {
-            let known: Vec<_> = FAMILIES.iter().map(|family| family.model_type).collect();
+        let family = families().find(|family| family.model_type == model_type).ok_or_else(|| {
+            let known: Vec<_> = model_types().collect();
             format!("model_type \"{model_type}\" is not supported; this version serves {}", known.join(", "))
         })?;
         let mut model = llama_like(config, family)?;
@@ -197,28 +125,97 @@ impl Model {
 
     /// Each head of queries and keys is normalized before the rotation.
     fn head_norms(&mut self) {
-        let eps = self.spec.norm.eps;
-        self.attention(|spec| spec.qk_norm = Some(QkNorm { extent: NormExtent::Head, after_rope: false, eps }));
+        self.qk_norms(NormExtent::Head, false);
     }
 
-    /// Norms before and after each branch, under Gemma's names.
-    fn sandwich_norms(&mut self) {
-        self.spec.layers.iter_mut().for_each(|layer| layer.residual = Residual::Sandwich);
-        self.names = TensorNames::SANDWICH;
+    fn qk_norms(&mut self, extent: NormExtent, after_rope: bool) {
+        let eps = self.spec.norm.eps;
+        self.attention(|spec| spec.qk_norm = Some(QkNorm { extent, after_rope, eps }));
+    }
+
+    /// Where every layer's norms are, and what they are called.
+    fn residual(&mut self, residual: Residual, names: TensorNames) {
+        self.spec.layers.iter_mut().for_each(|layer| layer.residual = residual);
+        self.names = names;
+    }
+
+    /// LayerNorm instead of RMS norm.
+    fn layer_norms(&mut self, bias: bool) {
+        (self.spec.norm.kind, self.spec.norm.bias) = (NormKind::Layer, bias);
+    }
+
+    /// Feed-forward networks without gates.
+    fn without_gates(&mut self) {
+        for layer in &mut self.spec.layers {
+            if let FeedForward::Dense(dense) = &mut layer.feed_forward {
+                dense.gated = false;
+            }
+        }
+    }
+
+    /// Layers without a rotation.
+    fn without_rope(&mut self, is_without: impl Fn(usize, &AttentionSpec) -> bool) {
+        for (index, layer) in self.spec.layers.iter_mut().enumerate() {
+            if is_without(index, &layer.attention.spec) {
+                layer.attention.spec.rope = None;
+            }
+        }
+    }
+
+    /// Norm weights stored around zero and a scaled embedding.
+    fn like_gemma(&mut self) {
+        self.spec.norm.plus_one = true;
+        self.spec.embedding_scale = (self.spec.hidden_size as f32).sqrt();
+    }
+
+    /// Gemma's scale of scores and its caps; defaults are those of the family.
+    fn gemma_scores(&mut self, config: Config<'_>, soft_cap: Option<f64>, logit_cap: Option<f64>) -> Result<(), String> {
+        let cap = |key: &str, default: Option<f64>| -> Result<Option<f32>, String> {
+            let default = default.filter(|_| config.is_absent(key));
+            Ok(config.number(key)?.or(default).map(|cap| cap as f32))
+        };
+        let scale = config.number("query_pre_attn_scalar")?.unwrap_or(256.0).powf(-0.5) as f32;
+        let soft_cap = cap("attn_logit_softcapping", soft_cap)?;
+        self.attention(|spec| (spec.scale, spec.soft_cap) = (scale, soft_cap));
+        self.spec.logit_cap = cap("final_logit_softcapping", logit_cap)?;
+        Ok(())
+    }
+
+    /// Granite's multipliers.
+    fn granite_scales(&mut self, config: Config<'_>) -> Result<(), String> {
+        let number = |key: &str| Ok::<_, String>(config.number(key)?.unwrap_or(1.0) as f32);
+        let (attention, residual) = (number("attention_multiplier")?, number("residual_multiplier")?);
+        self.attention(|spec| spec.scale = attention);
+        self.spec.layers.iter_mut().for_each(|layer| layer.residual_scale = residual);
+        self.spec.embedding_scale = number("embedding_multiplier")?;
+        self.spec.logit_scale = 1.0 / number("logits_scaling")?;
+        Ok(())
     }
 
     /// Replaces the dense networks of some layers by routed experts.
-    fn experts(&mut self, intermediate: usize, routing: RoutingSpec, is_routed: impl Fn(usize) -> bool) -> Result<(), String> {
+    fn experts(&mut self, routed: Routed, is_routed: impl Fn(usize) -> bool) -> Result<(), String> {
+        let Routed { routing, intermediate, choice_bias, shared } = routed;
         if routing.top_k > routing.experts {
             return Err(format!("\"num_experts_per_tok\": {} of {} experts cannot be picked", routing.top_k, routing.experts));
         }
         for (index, layer) in self.spec.layers.iter_mut().enumerate().filter(|(index, _)| is_routed(*index)) {
             let FeedForward::Dense(dense) = &layer.feed_forward else { return Err(format!("layer {index} has experts already")) };
-            let spec = ExpertsSpec { routing, choice_bias: false, intermediate, activation: dense.activation, shared: None };
+            let shared = shared.map(|intermediate| DenseSpec { intermediate, ..dense.clone() });
+            let spec = ExpertsSpec { routing, choice_bias, intermediate, activation: dense.activation, shared };
             layer.feed_forward = FeedForward::Experts(spec);
         }
         Ok(())
     }
+}
+
+/// The experts of a family.
+struct Routed {
+    routing: RoutingSpec,
+    /// Of each expert.
+    intermediate: usize,
+    choice_bias: bool,
+    /// The inner width of a network that every token goes through besides.
+    shared: Option<usize>,
 }
 
 /// A decoder with RMS norms before attention and a gated network, full attention, one rope table for each type of layer.
@@ -268,7 +265,7 @@ fn llama_like<'a>(config: Config<'a>, family: &'a Family) -> Result<Model, Strin
         ropes: ropes.tables,
         norm: NormSpec {
             kind: NormKind::Rms,
-            eps: config.number("rms_norm_eps")?.unwrap_or(defaults.eps) as f32,
+            eps: config.number(defaults.eps_key)?.unwrap_or(defaults.eps) as f32,
             plus_one: false,
             bias: false,
         },
@@ -294,6 +291,7 @@ fn layer_types<'a>(config: Config<'a>, sliding: Option<Sliding>) -> Result<Vec<L
     let full = |_| LayerType { name: FULL, window: None };
     let Some(sliding) = sliding else { return Ok((0..layers).map(full).collect()) };
     let window = match sliding {
+        Sliding::All(absent) => config.count("sliding_window")?.or(absent.filter(|_| config.is_absent("sliding_window"))),
         Sliding::AfterFirst if !config.flag("use_sliding_window")?.unwrap_or(false) => None,
         Sliding::AfterFirst => config.count("sliding_window")?,
         Sliding::AllBut { window, .. } => Some(config.count("sliding_window")?.unwrap_or(window)),
@@ -304,13 +302,14 @@ fn layer_types<'a>(config: Config<'a>, sliding: Option<Sliding>) -> Result<Vec<L
         SLIDING => Ok(LayerType { name, window: Some(window) }),
         other => Err(format!("\"layer_types\": layers of type \"{other}\" are not supported")),
     };
-    if let Some(names) = config.texts("layer_types")? {
+    if let Some(names) = config.texts("layer_types")?.filter(|_| !matches!(sliding, Sliding::All(_))) {
         if names.len() != layers {
             return Err(format!("\"layer_types\" names {} layers, and num_hidden_layers is {layers}", names.len()));
         }
         return names.into_iter().map(of).collect();
     }
     let is_sliding: Box<dyn Fn(usize) -> bool> = match sliding {
+        Sliding::All(_) => Box::new(|_| true),
         Sliding::AfterFirst => {
             let first = config.count("max_window_layers")?.unwrap_or(28);
             Box::new(move |layer| layer >= first)
@@ -349,22 +348,44 @@ impl<'a> Ropes<'a> {
 
     fn table(&self, layer_type: &str) -> Result<RopeTable, String> {
         let config = self.config;
+        let is_sliding = layer_type == "sliding_attention";
         // Before transformers 5, Gemma 3 gave the base of layers with a window a key of its own, which nothing stretches.
-        if layer_type == "sliding_attention"
-            && let Some(theta) = config.number("rope_local_base_freq")?
-        {
+        if let Some(theta) = config.number("rope_local_base_freq")?.filter(|_| is_sliding) {
             return rope::table(Config(&Value::Null), self.head_dim, theta);
         }
-        let parameters = config.rope_parameters(layer_type)?;
+        let mut parameters = config.rope_parameters(layer_type)?;
         // transformers 5 writes rope_parameters {rope_theta}, and lets it win; everybody else writes the plain key.
         let theta = match parameters.number("rope_theta")? {
             Some(theta) => Some(theta),
             None => config.number("rope_theta")?,
         };
-        if let Some(part) = parameters.number("partial_rotary_factor")?.filter(|part| *part != 1.0) {
-            return Err(format!("partial_rotary_factor {part} is not supported (1 is)"));
+        // Olmo 3 stretches its layers without a window alone.
+        if is_sliding && self.config.text("model_type")? == Some("olmo3") && !parameters.has("rope_theta") {
+            parameters = Config(&Value::Null);
         }
-        rope::table(parameters, self.head_dim, theta.unwrap_or(self.defaults.rope_theta))
+        rope::table(parameters, self.rotated(parameters)?, theta.unwrap_or(self.defaults.rope_theta))
+    }
+
+    /// How many components of a head are rotated.
+    fn rotated(&self, parameters: Config<'_>) -> Result<usize, String> {
+        if let Some(width) = self.config.count("rotary_dim")? {
+            return Ok(width.min(self.head_dim) / 2 * 2);
+        }
+        if parameters.text("rope_type")? == Some("proportional") {
+            return Ok(self.head_dim);
+        }
+        let share = match parameters.number("partial_rotary_factor")? {
+            Some(share) => Some(share),
+            None => self.config.number("partial_rotary_factor")?,
+        };
+        let width = (share.unwrap_or(self.defaults.rotary_share) * self.head_dim as f64) as usize;
+        if width > self.head_dim || width % 2 != 0 {
+            return Err(format!(
+                "\"partial_rotary_factor\" rotates {width} of {} components of a head, which is no even part",
+                self.head_dim
+            ));
+        }
+        Ok(width)
     }
 }
 
@@ -373,6 +394,8 @@ fn activation(config: Config<'_>, defaults: &Defaults) -> Result<Activation, Str
     match config.text(key)?.unwrap_or(defaults.activation) {
         "silu" | "swish" => Ok(Activation::Silu),
         "gelu_pytorch_tanh" | "gelu_new" => Ok(Activation::GeluTanh),
+        // The first releases of Gemma wrote this and meant the other.
+        "gelu" if defaults.activation == "gelu_pytorch_tanh" => Ok(Activation::GeluTanh),
         "relu2" => Ok(Activation::Relu2),
         other => Err(format!("{key} \"{other}\" is not supported (silu, gelu_pytorch_tanh and relu2 are)")),
     }
@@ -383,6 +406,14 @@ fn quantized(config: Config<'_>) -> Result<Option<String>, String> {
     let quantization = config.object("quantization_config")?;
     let named = ["quant_method", "quantization", "quant_algo"].iter().find_map(|key| quantization.0[*key].as_str());
     Ok((!quantization.is_empty()).then(|| named.unwrap_or("of an unnamed method").to_owned()))
+}
+
+/// Expert groups, of which only the best would be looked at.
+fn refuse_groups(config: Config<'_>) -> Result<(), String> {
+    match config.count("n_group")? {
+        None | Some(0 | 1) => Ok(()),
+        Some(groups) => Err(format!("\"n_group\": {groups} groups of experts are not supported (1 is)")),
+    }
 }
 
 /// A family without experts whose configuration has some.
@@ -476,7 +507,7 @@ mod tests {
             ("vocab_size", json!("many"), "vocab_size"),
             ("rope_parameters", json!({"full_attention": {"rope_type": "dynamic"}}), "dynamic"),
             ("rope_parameters", json!({"a": {"rope_theta": 1}, "b": {"rope_theta": 2}}), "full_attention"),
-            ("rope_parameters", json!({"rope_theta": 1, "partial_rotary_factor": 0.5}), "partial_rotary_factor 0.5"),
+            ("rope_parameters", json!({"rope_theta": 1, "partial_rotary_factor": 1.5}), "\"partial_rotary_factor\" rotates 192 of 128"),
             // A value of the wrong type is named, and no default takes its place.
             ("model_type", json!(["ernie4_5"]), "[\"ernie4_5\"]"),
             ("rms_norm_eps", json!("0.1"), "\"rms_norm_eps\" must be a positive number, found \"0.1\""),

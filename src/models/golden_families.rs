@@ -194,39 +194,41 @@ fn family(name: &str) {
         assert!(runner.about.weights.starts_with("8-bit"), "{}", runner.about.weights);
         logits_of(&mut runner, &golden.sequences[0].ids).unwrap()
     });
+    let spec = super::families::Model::from_config(&golden.config).unwrap().spec;
     let mut comparison = Comparison::default();
     golden.sequences[0].rows(golden.vocab()).iter().zip(&quantized).for_each(|(want, got)| comparison.add(want, got));
     println!("{name}, 8-bit: KL {:.1e}", comparison.mean());
-    assert!(comparison.mean() > 0.0 && comparison.mean() < 5e-3, "{name}: KL {}", comparison.mean());
+    // Measured: up to 5.4e-4. Where rounding sends a token to another expert, up to 7.7e-3.
+    let most = if spec.expert_limits().is_some() { 2e-2 } else { 2e-3 };
+    assert!(comparison.mean() > 0.0 && comparison.mean() < most, "{name}: KL {}", comparison.mean());
 }
 
-#[test]
-fn ernie4_5() {
-    family("ernie4_5");
+/// A test for each family.
+macro_rules! families {
+    ($($name:ident)*) => {
+        $(#[test]
+        fn $name() {
+            family(stringify!($name));
+        })*
+
+        /// Every golden file is looked at, and every family that is served has one.
+        #[test]
+        fn every_family_has_a_golden() {
+            let tested = [$(stringify!($name)),*];
+            let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("handler-tests/fixtures/families");
+            let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+            for family in files.filter_map(|file| file.strip_suffix(".json").map(str::to_owned)) {
+                assert!(tested.contains(&family.as_str()), "{family}.json is not tested");
+            }
+            for family in super::families::model_types() {
+                assert!(tested.contains(&family), "{family} has no golden");
+            }
+        }
+    };
 }
 
-#[test]
-fn llama() {
-    family("llama");
-    family("llama_biases");
-}
-
-#[test]
-fn qwen2() {
-    family("qwen2");
-}
-
-#[test]
-fn qwen3() {
-    family("qwen3");
-}
-
-#[test]
-fn gemma3_text() {
-    family("gemma3_text");
-}
-
-#[test]
-fn qwen3_moe() {
-    family("qwen3_moe");
+families! {
+    ernie4_5 llama llama_biases llama_yarn mistral ministral3 qwen2 qwen3 gemma gemma2 gemma3_text granite smollm3 seed_oss olmo2 olmo3 exaone4
+    hunyuan_v1_dense arcee nemotron cohere2 starcoder2 glm glm4
+    ernie4_5_moe qwen3_moe mellum olmoe mixtral minimax_m2 glm4_moe solar_open
 }

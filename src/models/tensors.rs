@@ -19,6 +19,7 @@ pub struct Tensors<'a> {
     checkpoint: &'a Checkpoint,
     pub names: TensorNames,
     prefix: &'static str,
+    layers: usize,
     /// Linear weights are stored as `[in, out]`, as Paddle does.
     transposed: bool,
     /// The LM head is the embedding: the configuration says so, and no other head is stored.
@@ -36,7 +37,15 @@ impl<'a> Tensors<'a> {
             let tried = "tried the prefixes \"model.\", \"ernie.\" and none";
             Failure::internal(format!("{}: no tensor embed_tokens.weight ({tried})", checkpoint.name()))
         })?;
-        let mut tensors = Self { checkpoint, names: model.names, prefix, transposed: false, tied: spec.tied, warnings: Vec::new() };
+        let mut tensors = Self {
+            checkpoint,
+            names: model.names,
+            prefix,
+            layers: spec.layers.len(),
+            transposed: false,
+            tied: spec.tied,
+            warnings: Vec::new(),
+        };
         tensors.transposed = tensors.is_transposed(spec);
         if spec.tied && checkpoint.contains(&tensors.head_name()) {
             tensors.tied = tensors.head(spec)?.equals(&tensors.embedding(spec)?);
@@ -142,9 +151,15 @@ impl<'a> Tensors<'a> {
         self.checkpoint.name()
     }
 
-    /// Tensors of the files that nothing asked for, multi-token-prediction heads left out.
+    /// Tensors of the files that nothing asked for. Heads that predict several tokens are left out: some families call them so, others store
+    /// them as layers after the last.
     pub fn unused(&self) -> Vec<String> {
-        self.checkpoint.unused().into_iter().filter(|name| !name.contains("mtp_")).collect()
+        let layers = format!("{}layers.", self.prefix);
+        let is_beyond = |name: &str| {
+            let index = name.strip_prefix(&layers).and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
+            index.is_some_and(|index| index >= self.layers)
+        };
+        self.checkpoint.unused().into_iter().filter(|name| !name.contains("mtp_") && !is_beyond(name)).collect()
     }
 
     /// A line for the log.

@@ -110,8 +110,6 @@ pub fn layer_norm(x: &[f32], w: &[f32], bias: Option<&[f32]>, eps: f32, out: &mu
     dispatch!(layer_norm_row::<>(x: &[f32], w: &[f32], bias: Option<&[f32]>, eps: f32, out: &mut [f32]));
 }
 
-// Generic for `dispatch!` alone: the compiler vectorises it.
-#[allow(clippy::extra_unused_type_parameters)]
 #[inline(always)]
 unsafe fn layer_norm_row<S: Simd>(x: &[f32], w: &[f32], bias: Option<&[f32]>, eps: f32, out: &mut [f32]) {
     let width = x.len() as f64;
@@ -147,8 +145,6 @@ pub fn rope_row(heads: &mut [f32], d: usize, pairing: Pairing, cos: &[f32], sin:
     dispatch!(rope_heads::<>(heads: &mut [f32], d: usize, pairing: Pairing, cos: &[f32], sin: &[f32]));
 }
 
-// Generic for `dispatch!` alone: the compiler vectorises it.
-#[allow(clippy::extra_unused_type_parameters)]
 #[inline(always)]
 unsafe fn rope_heads<S: Simd>(heads: &mut [f32], d: usize, pairing: Pairing, cos: &[f32], sin: &[f32]) {
     heads.chunks_exact_mut(d).for_each(|head| rope_head(&mut head[..2 * cos.len()], pairing, cos, sin));

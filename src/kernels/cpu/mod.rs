@@ -21,14 +21,14 @@ pub mod matmul;
 pub mod packed;
 pub mod pool;
 pub mod prefault;
-mod simd;
+pub(crate) mod simd;
 pub mod softmax;
 pub(crate) mod vectorize;
 
 pub use attention::KvCache;
 use packed::Packed;
 use pool::Pool;
-pub use simd::{Level, level, levels};
+pub use simd::{Level, level};
 
 /// A pointer that tasks of one kernel share; each reads or writes a part of its own.
 #[derive(Clone, Copy)]

@@ -228,16 +228,15 @@ impl<B: Backend> Loader<'_, '_, B> {
         let names = &self.tensors.names;
         let experts = match &layer.feed_forward {
             FeedForwardSpec::Dense(dense) => {
-                return self.dense(index, dense, names.gate_up, [names.gate, names.up, names.down]).map(FeedForward::Dense);
+                let names = (names.gate_up, [names.gate, names.up, names.down].map(str::to_owned));
+                return self.dense(index, dense, names.0, names.1).map(FeedForward::Dense);
             }
             FeedForwardSpec::Experts(experts) => experts,
         };
         let router =
             self.tensors.matrix(&[], &[(&format!("layers.{index}.{}", names.router), experts.routing.experts)], self.spec.hidden_size)?;
-        let shared = experts.shared.as_ref().map(|dense| {
-            let under = |name: &str| name.replacen("mlp", names.shared, 1);
-            self.dense(index, dense, &[], [&under(names.gate), &under(names.up), &under(names.down)])
-        });
+        let shared =
+            experts.shared.as_ref().map(|dense| self.dense(index, dense, &[], names.expert.map(|part| format!("{}.{part}", names.shared))));
         Ok(FeedForward::Experts {
             router: self.linear(&router, Columns::Plain, Place::Router, None)?,
             experts: self.experts(index, experts)?,
@@ -245,9 +244,9 @@ impl<B: Backend> Loader<'_, '_, B> {
         })
     }
 
-    fn dense(&self, index: usize, dense: &DenseSpec, fused: &[&'static str], [gate, up, down]: [&str; 3]) -> Result<Dense<B>, Failure> {
+    fn dense(&self, index: usize, dense: &DenseSpec, fused: &[&'static str], [gate, up, down]: [String; 3]) -> Result<Dense<B>, Failure> {
         let (hidden, inner, bias) = (self.spec.hidden_size, dense.intermediate, dense.bias);
-        let parts = [(gate, inner), (up, inner)];
+        let parts = [(gate.as_str(), inner), (up.as_str(), inner)];
         let (fused, parts, columns, epilogue) = match dense.gated {
             true => (fused, &parts[..], Columns::Gated, Epilogue::Gated(dense.activation)),
             false => (&[][..], &parts[1..], Columns::Plain, Epilogue::Activate(dense.activation)),
@@ -256,18 +255,16 @@ impl<B: Backend> Loader<'_, '_, B> {
             up: self.projection(index, &Projection { fused, parts, input: hidden, columns, bias })?,
             epilogue,
             down: self
-                .projection(index, &Projection { fused: &[], parts: &[(down, hidden)], input: inner, columns: Columns::Plain, bias })?,
+                .projection(index, &Projection { fused: &[], parts: &[(&down, hidden)], input: inner, columns: Columns::Plain, bias })?,
         })
     }
 
     fn experts(&self, index: usize, spec: &ExpertsSpec) -> Result<Experts<B::Weight, B::Vector>, Failure> {
         let names = &self.tensors.names;
-        let last = |name: &'static str| name.rsplit('.').next().unwrap_or(name);
         let expert = |number: usize| -> Result<Expert<B::Weight, B::Vector>, Failure> {
-            let name = |part: &'static str| format!("{}.{number}.{}", names.experts, last(part));
-            let (gate, up, down) = (name(names.gate), name(names.up), name(names.down));
+            let parts = names.expert.map(|part| format!("{}.{number}.{part}", names.experts));
             let dense = DenseSpec { intermediate: spec.intermediate, activation: spec.activation, gated: true, bias: false };
-            let Dense { up, down, .. } = self.dense(index, &dense, &[], [&gate, &up, &down])?;
+            let Dense { up, down, .. } = self.dense(index, &dense, &[], parts)?;
             Ok(Expert { gate_up: up, down })
         };
         let choice_bias = spec.choice_bias.then(|| self.vector(&format!("layers.{index}.{}", names.choice_bias), spec.routing.experts));

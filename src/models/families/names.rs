@@ -27,9 +27,10 @@ pub struct TensorNames {
     pub router: &'static str,
     /// A vector without a suffix that shifts the choice of experts.
     pub choice_bias: &'static str,
-    /// Each expert has its number below it, and the last parts of `gate`, `up` and `down` below that.
+    /// Each expert has its number below it, and below that the names of its gate, of what that gates, and of its output.
     pub experts: &'static str,
-    /// In the place of `mlp` in the names of a network that every token goes through beside its experts.
+    pub expert: [&'static str; 3],
+    /// A network that every token goes through beside its experts; below it the same names.
     pub shared: &'static str,
 }
 
@@ -55,9 +56,32 @@ impl TensorNames {
         router: "mlp.gate",
         choice_bias: "mlp.gate.e_score_correction_bias",
         experts: "mlp.experts",
+        expert: ["gate_proj", "up_proj", "down_proj"],
         shared: "mlp.shared_experts",
     };
 
     /// With norms before and after each branch, as Gemma calls them.
     pub const SANDWICH: Self = Self { feed_forward_norm: "pre_feedforward_layernorm", ..Self::LLAMA };
+
+    /// The same as GLM 4 calls them.
+    pub const GLM4: Self = Self {
+        attention_end_norm: "post_self_attn_layernorm",
+        feed_forward_norm: "post_attention_layernorm",
+        feed_forward_end_norm: "post_mlp_layernorm",
+        ..Self::LLAMA
+    };
+
+    pub const HUNYUAN: Self = Self { q_norm: "self_attn.query_layernorm", k_norm: "self_attn.key_layernorm", ..Self::LLAMA };
+
+    pub const STARCODER: Self = Self { up: "mlp.c_fc", down: "mlp.c_proj", ..Self::LLAMA };
+
+    pub const ERNIE_MOE: Self = Self { choice_bias: "mlp.moe_statics.e_score_correction_bias", ..Self::LLAMA };
+
+    pub const MIXTRAL: Self = Self {
+        router: "block_sparse_moe.gate",
+        choice_bias: "block_sparse_moe.e_score_correction_bias",
+        experts: "block_sparse_moe.experts",
+        expert: ["w1", "w3", "w2"],
+        ..Self::LLAMA
+    };
 }
