@@ -9,7 +9,7 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use super::policy::{self, Verdict};
 use super::{Env, parse};
 
-/// A RunPod serverless worker that serves open language models (so far dense ERNIE 4.5), with an OpenAI-compatible API.
+/// A RunPod serverless worker that serves open language models (docs/models.md names the families), with an OpenAI-compatible API.
 ///
 /// Without a command: a queue worker when the platform's RUNPOD_WEBHOOK_GET_JOB is set; else one test job (--test_input, or the file
 /// test_input.json); else `http` when PORT is set.

@@ -211,7 +211,7 @@ macro_rules! families {
             family(stringify!($name));
         })*
 
-        /// Every golden file is looked at, and every family that is served has one.
+        /// Every golden file is looked at, and every family that is served has one, and a line in the docs.
         #[test]
         fn every_family_has_a_golden() {
             let tested = [$(stringify!($name)),*];
@@ -220,8 +220,10 @@ macro_rules! families {
             for family in files.filter_map(|file| file.strip_suffix(".json").map(str::to_owned)) {
                 assert!(tested.contains(&family.as_str()), "{family}.json is not tested");
             }
+            let docs = std::fs::read_to_string(std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/models.md")).unwrap();
             for family in super::families::model_types() {
                 assert!(tested.contains(&family), "{family} has no golden");
+                assert!(docs.lines().any(|line| line.starts_with('|') && line.contains(&format!("`{family}`"))), "{family} is not in docs/models.md");
             }
         }
     };
