@@ -1,6 +1,7 @@
-//! Settings: the environment as typed ([`Env`], read by envy) and flags ([`Args`], by clap) become [`Settings`], as meant.
+//! Settings: one table ([`table`]) says what there is. Flags, the environment and files are laid over each other ([`sources`]), read by
+//! their rows ([`Given`](given::Given)), and become [`Settings`], as meant.
 //!
-//! A bad value stops the start and names the variable; all mistakes are reported at once. Flags beat the environment, which beats
+//! A bad value stops the start and names the variable; all errors are reported at once. Flags beat the environment, which beats
 //! the configuration file; [`policy`] decides each name.
 
 use std::fmt;
@@ -8,38 +9,37 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 mod cli;
-mod env;
+pub mod defaults;
+mod given;
 mod parse;
 pub mod policy;
 mod report;
 mod resolve;
+pub mod setting;
 mod sources;
+pub mod table;
 
-pub use cli::{Args, BenchArgs, Command, ModelArgument, PullArgs};
-pub use env::Env;
+pub use cli::{Args, BenchArgs, Command, Flags, ModelArgument, PullArgs};
 pub use parse::quantization;
 pub use report::report;
-pub use sources::{Origin, Surroundings, flags};
-
-/// The model when none is named.
-pub const DEFAULT_MODEL: &str = "baidu/ERNIE-4.5-0.3B-Paddle";
+pub use sources::{ConfigSources, Origin, flags};
 
 /// One thing wrong with the settings.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Mistake {
+pub struct ConfigError {
     /// The setting as the user wrote it: a variable, a flag, a key in a file.
     pub name: String,
     /// What is wrong, and what to do.
     pub message: String,
 }
 
-impl Mistake {
+impl ConfigError {
     fn new(name: impl Into<String>, message: impl Into<String>) -> Self {
         Self { name: name.into(), message: message.into() }
     }
 }
 
-impl fmt::Display for Mistake {
+impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.name, self.message)
     }
@@ -335,6 +335,8 @@ pub enum LogLevel {
     Off,
 }
 
+#[cfg(test)]
+mod docs;
 #[cfg(test)]
 mod hub_form;
 #[cfg(test)]
