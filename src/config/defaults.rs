@@ -58,3 +58,6 @@ pub const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// From a response to the next request.
 pub const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(75);
 pub const METRICS_PREFIX: &str = "worker_candle_";
+
+/// Read when VLLM_CONFIG_FILE names no other.
+pub const CONFIG_FILE: &str = "/vllm_config.yaml";

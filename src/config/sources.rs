@@ -10,7 +10,7 @@ use yaml_rust2::{Yaml, YamlLoader};
 
 use super::given::Given;
 use super::policy::{self, Verdict};
-use super::{Args, ConfigError, cli, parse};
+use super::{Args, ConfigError, cli, defaults, parse, table};
 
 /// Where settings come from beside the command line; tests bring their own.
 #[derive(Clone)]
@@ -26,7 +26,7 @@ impl ConfigSources {
     pub fn of_process() -> Self {
         // Variables that are not UTF-8 cannot be settings of ours: skipped, where `std::env::vars` would panic.
         let variables = std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
-        Self { variables: variables.collect(), baked: "/local_model_args.json".into(), config_file: "/vllm_config.yaml".into() }
+        Self { variables: variables.collect(), baked: "/local_model_args.json".into(), config_file: defaults::CONFIG_FILE.into() }
     }
 
     /// These variables and no files.
@@ -130,21 +130,23 @@ impl Merged {
             let flag = flags.iter().rev().find(|(known, value)| known == name && !parse::unset(value));
             flag.map(|(_, value)| value.clone()).or_else(|| sources.variable(name).map(str::to_owned))
         };
-        let extra = find("VLLM_EXTRA_ARGS");
+        let extra = find(table::VLLM_EXTRA_ARGS.name);
         let mut layers = Vec::new();
-        if let Some((path, pairs)) = self.config_file(find("VLLM_CONFIG_FILE"), sources) {
+        if let Some((path, pairs)) = self.config_file(find(table::VLLM_CONFIG_FILE.name), sources) {
             layers.push(file_layer(path, pairs));
         }
         layers.push(Layer { origin: Box::new(|name| Origin::Environment(name.to_owned())), pairs: sources.variables.clone(), open: true });
         if let Some(mut pairs) = self.baked(&sources.baked) {
             // A baked image brings its model: looking on the network would only cost time.
-            pairs.push(("HF_HUB_OFFLINE".to_owned(), "true".to_owned()));
+            pairs.push((table::HF_HUB_OFFLINE.name.to_owned(), "true".to_owned()));
             layers.push(file_layer(sources.baked.clone(), pairs));
         }
         if let Some(extra) = extra {
             match shlex::split(&extra).ok_or_else(|| "a quote is not closed".to_owned()).and_then(|words| cli::pairs(&words)) {
                 Ok(pairs) => layers.push(Layer { origin: Box::new(|_| Origin::ExtraArgs), pairs, open: false }),
-                Err(why) => self.errors.push(ConfigError::new("VLLM_EXTRA_ARGS", format!("{why}; write flags as for `vllm serve`"))),
+                Err(why) => {
+                    self.errors.push(ConfigError::new(table::VLLM_EXTRA_ARGS.name, format!("{why}; write flags as for `vllm serve`")))
+                }
             }
         }
         layers.push(Layer { origin: Box::new(|_| Origin::Flag), pairs: flags, open: false });
@@ -160,7 +162,7 @@ impl Merged {
         match std::fs::read_to_string(&path).map_err(|error| error.to_string()).and_then(|text| yaml_pairs(&text)) {
             Ok(pairs) => Some((path, pairs)),
             Err(why) => {
-                self.errors.push(ConfigError::new("VLLM_CONFIG_FILE", format!("{}: {why}", path.display())));
+                self.errors.push(ConfigError::new(table::VLLM_CONFIG_FILE.name, format!("{}: {why}", path.display())));
                 None
             }
         }

@@ -205,7 +205,7 @@ settings! {
         MAX_CONCURRENCY = Setting::new(COUNT,
             Computed(|| format!("auto: MAX_NUM_SEQS and 1/{} more", defaults::SEQS_PER_WAITING_JOB)))
             .form(Form::new("Jobs at once",
-                "Jobs that one worker takes at once; auto = the sequences per step and an eighth more",
+                "Jobs that one worker takes at once; auto = the sequences per step and a few more",
                 Input::Text));
         /// Seconds that SIGTERM waits for running requests.
         DRAIN_TIMEOUT = Setting::new(SECONDS, Seconds(defaults::DRAIN_TIMEOUT))
@@ -304,7 +304,7 @@ settings! {
                 "How much is logged",
                 Input::Options(&[("debug", "debug"), ("info", "info"), ("warn", "warn"), ("error", "error")])).advanced());
         /// YAML file with settings: keys are flag names.
-        VLLM_CONFIG_FILE = Setting::new(Kind::Text, Prose("/vllm_config.yaml, if it is there")).also(&["CONFIG"]);
+        VLLM_CONFIG_FILE = Setting::new(Kind::Text, Computed(|| format!("{}, if it is there", defaults::CONFIG_FILE))).also(&["CONFIG"]);
         /// Flags, split as a shell would; stronger than the environment.
         VLLM_EXTRA_ARGS = Setting::text().with_hyphen().hidden();
     }

@@ -340,11 +340,20 @@ fn every_working_name_is_read_from_the_environment_and_most_from_flags() {
     }
 }
 
+/// A row that nothing reads would be accepted without effect.
+#[test]
+fn every_row_is_read() {
+    let readers = concat!(include_str!("resolve.rs"), include_str!("sources.rs"));
+    let words: BTreeSet<_> = readers.split(|c: char| !c.is_ascii_alphanumeric() && c != '_' && c != ':').collect();
+    let unread: Vec<_> = table::SETTINGS.iter().filter(|row| !words.contains(format!("table::{}", row.name).as_str())).collect();
+    assert!(unread.is_empty(), "not read: {unread:?}");
+}
+
 #[test]
 fn the_references_names_are_all_decided() {
     let names = include_str!("reference_names.txt").lines().filter(|line| !line.starts_with('#')).flat_map(str::split_whitespace);
     let missing: BTreeSet<_> = names.filter(|name| policy::find(name).is_none()).collect();
-    assert!(missing.is_empty(), "not in the policy table: {missing:?}");
+    assert!(missing.is_empty(), "without a verdict: {missing:?}");
 }
 
 proptest! {
