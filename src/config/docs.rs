@@ -23,9 +23,10 @@ fn page() -> String {
     let mut text = String::from(
         "# Settings\n\n\
          <!-- Made from src/config/table.rs and src/config/policy.yaml: UPDATE_DOCS=1 cargo test --lib config::docs -->\n\n\
-         Each setting is an environment variable and a flag. Flags beat `VLLM_EXTRA_ARGS`, which beats the environment, which beats the YAML\n\
-         file of `VLLM_CONFIG_FILE`. Empty or `None` means not given. A value that cannot be read stops the start and names the variable; all\n\
-         such errors are told at once. `worker-candle check` shows what was resolved, and from where.\n",
+         Each setting is an environment variable and a flag. Flags beat `VLLM_EXTRA_ARGS`, which beats the file that an image brings\n\
+         (`/local_model_args.json`), which beats the environment, which beats the YAML file of `VLLM_CONFIG_FILE`. Empty or `None` means\n\
+         not given. A value that cannot be read stops the start and names the variable; all such errors are told at once.\n\
+         `worker-candle check` shows what was resolved, and from where.\n",
     );
     let mut section = None;
     for setting in table::SETTINGS.iter().filter(|setting| setting.section != Section::System) {
