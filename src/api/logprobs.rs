@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use crate::api::fields::{Field, Fields, invalid, wrong_type};
-use crate::config::ApiSettings;
+use crate::config::{ApiSettings, defaults};
 use crate::error::Failure;
 use crate::models::{Logprobs, LogprobsSpec};
 use crate::text::detokenize::Detokenizer;
@@ -11,8 +11,6 @@ use crate::text::tokenizer::Tokenizer;
 
 /// JSON has no −∞: this stands for it, as in vLLM.
 const LEAST: f32 = -9999.0;
-/// Most alternatives when no other limit is set.
-const MAX_LOGPROBS: u32 = 20;
 
 /// How a route writes `logprobs`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,7 +88,7 @@ impl Asked {
 /// A number of alternatives; −1 = the whole vocabulary, where that is allowed.
 fn alternatives(field: Option<Field<'_>>, settings: &ApiSettings) -> Result<Option<u32>, Failure> {
     let Some(field) = field else { return Ok(None) };
-    let most = settings.max_logprobs.unwrap_or(MAX_LOGPROBS);
+    let most = settings.max_logprobs.unwrap_or(defaults::MAX_LOGPROBS);
     let number = field.value.as_f64().filter(|number| number.fract() == 0.0).ok_or_else(|| wrong_type(&field, "an integer"))?;
     let name = &field.name;
     if number == -1.0 && most == u32::MAX {

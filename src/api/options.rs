@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 
 use crate::api::fields::{Fields, invalid, refuse_unsupported, unsupported, wrong_type};
 use crate::api::logprobs::{Asked, Form};
-use crate::config::ApiSettings;
+use crate::config::{ApiSettings, defaults};
 use crate::engine::{Limits, SamplingParams};
 use crate::error::Failure;
 use crate::models::LogprobsSpec;
@@ -126,14 +126,11 @@ pub struct Context<'a> {
     pub encode: &'a dyn Fn(&str) -> Result<Vec<u32>, Failure>,
 }
 
-/// Most choices when no other limit is set.
-const MAX_N: usize = 128;
-
 impl Options {
     /// Reads and checks all of them.
     pub fn read(fields: &Fields<'_>, form: Form, context: &Context<'_>) -> Result<Self, Failure> {
         let n = fields.count("n", 1)?.unwrap_or(1);
-        let max_n = context.settings.max_n.unwrap_or(MAX_N);
+        let max_n = context.settings.max_n.unwrap_or(defaults::MAX_N);
         if let (true, Some(field)) = (n > max_n, fields.get("n")) {
             return Err(invalid(&field, format!("{n} is greater than the maximum of {max_n} - '{}'", field.name)));
         }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
 
+use crate::config::defaults;
 use crate::error::Failure;
 use crate::models::{Logprobs, LogprobsSpec};
 
@@ -88,7 +89,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { max_waiting: 512, prefix_caching: true, lookup: None, log_stats: true }
+        Self { max_waiting: defaults::MAX_WAITING, prefix_caching: true, lookup: None, log_stats: true }
     }
 }
 

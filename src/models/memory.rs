@@ -1,6 +1,6 @@
 //! What the machine has, and what the model will take of it: planned before anything is allocated.
 
-use crate::config::EngineSettings;
+use crate::config::{EngineSettings, defaults};
 use crate::error::Failure;
 use crate::kernels::Footprint;
 use crate::models::decoder::buffer_bytes;
@@ -13,15 +13,6 @@ mod tests;
 
 pub use host::{host_memory, peak_rss_mb, threads};
 
-/// Defaults where a setting says nothing.
-const CPU_SEQS: usize = 16;
-const GPU_SEQS: usize = 256;
-const CPU_BATCHED_TOKENS: usize = 256;
-const GPU_BATCHED_TOKENS: usize = 2_048;
-const BLOCK_SIZE: usize = 32;
-/// Share of the memory left after the weights that the KV cache takes on a CPU, where others live too.
-const CPU_KV_SHARE: f64 = 0.25;
-const GPU_UTILIZATION: f64 = 0.9;
 /// Rows of logits made at a time: bounds their memory when many tokens are drawn or scored in one step.
 pub const LOGITS_ROWS: usize = 16;
 
@@ -151,7 +142,10 @@ struct Batch {
 impl Batch {
     /// Each sequence takes at least a token of a step, so the limit that was not given follows the one that was.
     fn new(gpu: bool, settings: &EngineSettings) -> Result<Self, Failure> {
-        let (seqs, tokens) = if gpu { (GPU_SEQS, GPU_BATCHED_TOKENS) } else { (CPU_SEQS, CPU_BATCHED_TOKENS) };
+        let (seqs, tokens) = match gpu {
+            true => (defaults::GPU_SEQS, defaults::GPU_BATCHED_TOKENS),
+            false => (defaults::CPU_SEQS, defaults::CPU_BATCHED_TOKENS),
+        };
         if let Some(message) = settings.contradicting_batch() {
             return Err(Failure::internal(format!("MAX_NUM_BATCHED_TOKENS: {message}")));
         }
@@ -184,7 +178,7 @@ struct Need<'a> {
 
 impl<'a> Need<'a> {
     fn new<F: Footprint>(model: &ModelSpec, weights: usize, memory: Memory, settings: &'a EngineSettings) -> Result<Self, Failure> {
-        let block_size = settings.block_size.unwrap_or(BLOCK_SIZE);
+        let block_size = settings.block_size.unwrap_or(defaults::BLOCK_SIZE);
         let batch = Batch::new(memory.gpu, settings)?;
         let usual = Batch::new(memory.gpu, &EngineSettings::default())?;
         let block_bytes = model.layers.iter().map(|layer| F::kv_block_bytes(layer.attention.spec.kv_shape(1, block_size))).sum();
@@ -212,11 +206,11 @@ impl<'a> Need<'a> {
             return (gb * (1u64 << 30) as f64) as usize;
         }
         if gpu {
-            let share = self.settings.gpu_memory_utilization.unwrap_or(GPU_UTILIZATION);
+            let share = self.settings.gpu_memory_utilization.unwrap_or(defaults::GPU_UTILIZATION);
             let used = total - free.min(total);
             return ((total as f64 * share) as usize).saturating_sub(used.saturating_add(self.weights));
         }
-        (free.saturating_sub(self.weights.saturating_add(step_bytes)) as f64 * CPU_KV_SHARE) as usize
+        (free.saturating_sub(self.weights.saturating_add(step_bytes)) as f64 * defaults::CPU_KV_SHARE) as usize
     }
 
     /// The setting that makes step buffers larger than usual, as it was given.

@@ -10,9 +10,8 @@ use tokio::time::MissedTickBehavior;
 use super::client::{describe, http_client};
 use super::held::Held;
 use super::urls::{self, encode, with_query};
-use crate::config::RunpodSettings;
+use crate::config::{RunpodSettings, defaults};
 
-const PING_INTERVAL: Duration = Duration::from_secs(10);
 const PING_RETRIES: u32 = 3;
 /// Most bytes of job ids in one ping, as they stand in its address: long ones are refused on the way.
 const IDS_BYTES: usize = 2048;
@@ -47,7 +46,7 @@ pub(crate) fn start(settings: &RunpodSettings, held: Arc<Held>, retry: Duration)
         .enable_all()
         .build()
         .map_err(|error| format!("cannot set up the heartbeat's runtime: {error}"))?;
-    let interval = settings.ping_interval.filter(|interval| !interval.is_zero()).unwrap_or(PING_INTERVAL);
+    let interval = settings.ping_interval.filter(|interval| !interval.is_zero()).unwrap_or(defaults::PING_INTERVAL);
     let pinger = Pinger { http: http_client(settings)?, url, version: version(settings), held, told: None, interval, retry };
     let (alive, ended) = oneshot::channel();
     std::thread::Builder::new()

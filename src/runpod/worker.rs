@@ -16,11 +16,8 @@ use super::pacing::Pacing;
 use super::{Handler, heartbeat, poll, stop};
 use crate::api::Answer;
 use crate::api::tally::{End, Tally};
-use crate::config::RunpodSettings;
+use crate::config::{RunpodSettings, defaults};
 use crate::error::{Failure, Kind};
-
-const STREAM_INTERVAL: Duration = Duration::from_millis(50);
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// A queue worker, ready to [`run`](Worker::run).
 pub struct Worker {
@@ -88,7 +85,7 @@ impl Worker {
             held: Arc::clone(&held),
             handler: self.handler,
             faults: self.faults.clone(),
-            rules: Rules { interval: settings.stream_interval.unwrap_or(STREAM_INTERVAL), batch: settings.batch },
+            rules: Rules { interval: settings.stream_interval.unwrap_or(defaults::STREAM_INTERVAL), batch: settings.batch },
             expired: watch::Sender::new(false),
         });
         let faults = self.faults;
@@ -97,7 +94,7 @@ impl Worker {
             async move { heartbeat::report_unhealthy(&settings, "engine", &fault(&faults).await.message).await }
         });
         let stops = tokio::spawn(stop::listen(client, held));
-        let drain_timeout = settings.drain_timeout.unwrap_or(DRAIN_TIMEOUT);
+        let drain_timeout = settings.drain_timeout.unwrap_or(defaults::DRAIN_TIMEOUT);
         let ended = poll::run(&jobs, self.concurrency, drain_timeout, shutdown).await;
         stops.abort();
         drop(heartbeat);

@@ -8,6 +8,7 @@ use crate::api::openai::{Prepared, Surface};
 use crate::api::options::Options;
 use crate::api::prompt::{Guard, Marks};
 use crate::api::{Service, chat_template::ChatTemplate, contents, contents::Contents, messages};
+use crate::config::defaults;
 use crate::error::Failure;
 use crate::text::tokenizer::Special;
 
@@ -17,7 +18,7 @@ pub fn prepare(service: &Service, body: &Value, native: bool) -> Result<Prepared
     service.check_model(&fields)?;
     let mut options = service.options(&fields, if native { Form::NativeChat } else { Form::Chat })?;
     options.max_tokens = options.max_tokens.or(service.settings.default_max_tokens);
-    let role = service.settings.response_role.clone().unwrap_or_else(|| "assistant".to_owned());
+    let role = service.settings.response_role.clone().unwrap_or_else(|| defaults::RESPONSE_ROLE.to_owned());
     let mut echo = None;
     let ids = match (fields.token_ids("prompt_token_ids", service.engine.limits().vocab_size)?, fields.get("messages")) {
         (Some(ids), _) => ids,

@@ -7,11 +7,10 @@ use crate::api::fields::{Field, Fields, invalid, kind, missing, token_ids, wrong
 use crate::api::logprobs::{Echo, Form};
 use crate::api::openai::{Prepared, Surface};
 use crate::api::options::Options;
+use crate::config::defaults;
 use crate::error::Failure;
 use crate::text::tokenizer::Special;
 
-/// OpenAI's default on this route.
-const DEFAULT_MAX_TOKENS: usize = 16;
 /// Most prompts in one request.
 const MAX_PROMPTS: usize = 1024;
 
@@ -20,7 +19,7 @@ pub fn prepare(service: &Service, body: &Value) -> Result<Prepared, Failure> {
     let fields = Fields::new(body)?;
     service.check_model(&fields)?;
     let mut options = service.options(&fields, Form::Text)?;
-    options.max_tokens = options.max_tokens.or(service.settings.default_max_tokens).or(Some(DEFAULT_MAX_TOKENS));
+    options.max_tokens = options.max_tokens.or(service.settings.default_max_tokens).or(Some(defaults::COMPLETION_MAX_TOKENS));
     let field = fields.get("prompt").or_else(|| fields.get("prompt_token_ids"));
     let field = field.ok_or_else(|| missing("prompt", "'prompt' is missing. It is a string, a list of strings, or token ids."))?;
     let prompts = read(&field, service.engine.limits().vocab_size)?;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::folder::{self, Need};
 use super::unavailable;
 use crate::checkpoint::files::ModelFiles;
-use crate::config::HubSettings;
+use crate::config::{HubSettings, defaults};
 use crate::error::Failure;
 
 /// What a search gave: the model, or the places it is not, each with its reason.
@@ -54,7 +54,7 @@ fn origin(place: &Path, folder: &Path) -> String {
 fn snapshot(cache: &Path, model: &str, revision: Option<&str>) -> Result<PathBuf, String> {
     let repository = repository(cache, model).ok_or("not there")?;
     let snapshots = repository.join("snapshots");
-    let name = revision.unwrap_or("main");
+    let name = revision.unwrap_or(defaults::REVISION);
     if let Ok(commit) = std::fs::read_to_string(repository.join("refs").join(name))
         && folder::is_revision(commit.trim())
     {

@@ -16,10 +16,9 @@ use indicatif::ProgressBar;
 use super::folder::{self, Need};
 use super::unavailable;
 use crate::checkpoint::files::{INDEX, ModelFiles, Source, weight_files};
-use crate::config::HubSettings;
+use crate::config::{HubSettings, defaults};
 use crate::error::Failure;
 
-const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
 /// Tries per file and per question, the first included.
 const TRIES: u32 = 5;
 /// A download that brings nothing for so long is begun anew.
@@ -77,7 +76,7 @@ struct Download<'a> {
 
 impl<'a> Download<'a> {
     fn new(model: &'a str, settings: &'a HubSettings, cache: &Path, bars: bool) -> Result<Self, Failure> {
-        let endpoint = settings.endpoint.clone().unwrap_or_else(|| DEFAULT_ENDPOINT.to_owned());
+        let endpoint = settings.endpoint.clone().unwrap_or_else(|| defaults::HF_ENDPOINT.to_owned());
         let token = settings.token.as_ref().map(|token| token.reveal().to_owned());
         let has_token = token.is_some();
         let shown = endpoint.rsplit_once('@').map_or(endpoint.clone(), |(_, host)| host.to_owned());
@@ -88,7 +87,7 @@ impl<'a> Download<'a> {
             .with_user_agent("worker-candle", env!("CARGO_PKG_VERSION"))
             .build()
             .map_err(|_| unavailable("the hub's client cannot be made: HF_TOKEN holds characters that no token has".to_owned()))?;
-        let revision = settings.revision.as_deref().unwrap_or("main");
+        let revision = settings.revision.as_deref().unwrap_or(defaults::REVISION);
         let bars = bars && std::io::stderr().is_terminal();
         Ok(Self { model, revision, cache: cache.to_owned(), endpoint: shown, has_token, bars, api })
     }
