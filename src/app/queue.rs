@@ -71,7 +71,7 @@ pub fn worker(settings: &RunpodSettings, loaded: &Loaded) -> Worker {
         async move { service.job(job.input, &job.id).await }.boxed()
     });
     let pacing = Pacing { job_limits: loaded.service.body_limits(), ..Pacing::default() };
-    Worker::new(settings, concurrency, handler).pacing(pacing).faults(engine.failures())
+    Worker::new(settings, concurrency, handler).pacing(pacing).health(engine.health())
 }
 
 #[cfg(test)]

@@ -152,6 +152,13 @@ impl Metrics {
 }
 
 impl Stats {
+    /// A step of so many tokens has taken so long.
+    pub fn step(&mut self, tokens: usize, time: Duration) {
+        self.steps += 1;
+        self.metrics.step_tokens.record(tokens as f64);
+        self.metrics.step_time.record_time(time);
+    }
+
     /// Share of the KV cache that running sequences hold.
     pub fn kv_usage(&self) -> f64 {
         share((self.blocks_total - self.blocks_free.min(self.blocks_total)) as u64, self.blocks_total as u64)
@@ -236,16 +243,11 @@ impl Log {
         }
     }
 
-    /// After a step. `computed_prompt`: prompt tokens computed so far.
-    pub fn step(&mut self, stats: &Stats, computed_prompt: u64, now: Instant) {
-        if let Some(line) = self.line(stats, computed_prompt, now)
-            && self.enabled
-        {
-            tracing::info!("{line}");
+    /// After a step: the line, when one is due. `computed_prompt`: prompt tokens computed so far.
+    pub fn line(&mut self, stats: &Stats, computed_prompt: u64, now: Instant) -> Option<String> {
+        if !self.enabled {
+            return None;
         }
-    }
-
-    fn line(&mut self, stats: &Stats, computed_prompt: u64, now: Instant) -> Option<String> {
         let metrics = &stats.metrics;
         let counts = Counts {
             computed_prompt,

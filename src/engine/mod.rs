@@ -2,24 +2,26 @@
 //!
 //! [`Handle`] is the only door. Everything behind it runs on one OS thread.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 
 use crate::error::Failure;
 use crate::models::{Logprobs, LogprobsSpec};
 
-pub mod blocks;
-pub mod lookup;
-pub mod metrics;
+mod blocks;
+mod health;
+mod lookup;
+mod metrics;
 mod residency;
-pub mod run;
-pub mod sampling;
-pub mod scheduler;
-pub mod sequence;
+mod run;
+mod sampling;
+mod scheduler;
+mod sequence;
 
+pub use health::Health;
 pub use lookup::Lookup;
 pub use metrics::Metrics;
 pub use run::start;
@@ -117,7 +119,7 @@ impl Limits {
     }
 }
 
-/// A moment's figures.
+/// The engine's figures. The engine's thread keeps them, and [`Handle::stats`] copies them when somebody asks.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Stats {
     pub running: usize,
@@ -137,7 +139,7 @@ pub struct Stats {
     pub prompt_tokens: u64,
     pub output_tokens: u64,
     pub steps: u64,
-    /// `false` after a fault that only a restart mends.
+    /// `false` after a fault that only a restart mends. In a copy only: what is asked for it is [`Health`].
     pub healthy: bool,
     /// The KV cache and the step buffers have all their memory: from here on the process does not grow by them.
     pub memory_resident: bool,
@@ -153,11 +155,21 @@ pub struct Handle {
 pub(crate) struct Shared {
     pub(crate) limits: Limits,
     pub(crate) commands: std::sync::mpsc::Sender<Command>,
-    pub(crate) stats: std::sync::Mutex<Stats>,
-    /// Submitted and not yet counted in `stats.waiting`.
-    pub(crate) submitted: AtomicUsize,
-    /// What broke the engine; set with `stats.healthy = false`.
-    pub(crate) failed: watch::Sender<Option<Failure>>,
+    pub(crate) figures: Arc<Figures>,
+    /// Sequences that were submitted and have not ended.
+    pub(crate) load: AtomicUsize,
+    pub(crate) health: health::Reporter,
+}
+
+/// The figures where they are kept. The engine's thread alone writes them; it waits for nobody but a reader that is copying them.
+#[derive(Debug, Default)]
+pub(crate) struct Figures(Mutex<Stats>);
+
+impl Figures {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Stats> {
+        // Numbers that a panic has left half updated are still numbers.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 pub(crate) enum Command {
@@ -210,16 +222,17 @@ impl Handle {
         self.check(&request)?;
         let (events, receiver) = mpsc::unbounded_channel();
         let complete = Arc::new(AtomicBool::new(false));
-        self.shared.submitted.fetch_add(1, Ordering::Relaxed);
-        self.shared
-            .commands
-            .send(Command::Submit(Submitted { request, events, at: Instant::now(), complete: complete.clone() }))
-            .map_err(|_| Failure::internal("the engine has stopped"))?;
+        self.shared.load.fetch_add(1, Ordering::Relaxed);
+        let submitted = Submitted { request, events, at: Instant::now(), complete: complete.clone() };
+        if self.shared.commands.send(Command::Submit(submitted)).is_err() {
+            self.shared.load.fetch_sub(1, Ordering::Relaxed);
+            return Err(Failure::internal("the engine has stopped"));
+        }
         Ok(Generation { events: receiver, complete })
     }
 
     fn check(&self, request: &Request) -> Result<(), Failure> {
-        let (limits, stats) = (self.limits(), self.stats());
+        let limits = self.limits();
         if let Some(failure) = self.failure() {
             return Err(failure);
         }
@@ -231,45 +244,39 @@ impl Handle {
             let message = format!("The prompt has {given} tokens, and the context holds {most} with the answer.{hint}");
             return Err(Failure::bad_request("prompt", message).code("context_length_exceeded"));
         }
-        // Free rows are no waiting places, but who finds one does not wait.
-        let free_rows = limits.max_num_seqs.saturating_sub(stats.running);
-        let waiting = stats.waiting + self.shared.submitted.load(Ordering::Relaxed);
-        if waiting >= limits.max_waiting + free_rows {
+        // A request that finds a free row does not wait.
+        let load = self.load();
+        if load >= limits.max_waiting.saturating_add(limits.max_num_seqs) {
+            let waiting = load - self.shared.figures.lock().running.min(load);
             let message = format!("{waiting} requests are waiting already (MAX_WAITING={}); try again later", limits.max_waiting);
             return Err(Failure::new(crate::error::Kind::Overloaded, message).code("engine_overloaded").retry_after(1));
         }
         Ok(())
     }
 
+    /// A copy of the figures as they are now.
     pub fn stats(&self) -> Stats {
-        self.shared.stats.lock().map(|stats| stats.clone()).unwrap_or_default()
+        Stats { healthy: self.failure().is_none(), ..self.shared.figures.lock().clone() }
     }
 
     /// Sequences that run or wait.
     pub fn load(&self) -> usize {
-        let submitted = self.shared.submitted.load(Ordering::Relaxed);
-        let stats = self.stats();
-        submitted + stats.running + stats.waiting
+        self.shared.load.load(Ordering::Acquire)
     }
 
-    /// The fault that broke the engine and that only a restart mends, from the moment it is found.
-    pub fn failures(&self) -> watch::Receiver<Option<Failure>> {
-        self.shared.failed.subscribe()
+    /// Tells whether the engine can still compute, for as long as anybody wants to know.
+    pub fn health(&self) -> Health {
+        self.shared.health.health()
     }
 
-    /// The same as far as it is known now.
+    /// See [`Health::failure`].
     pub fn failure(&self) -> Option<Failure> {
-        self.shared.failed.borrow().clone()
+        self.shared.health.failure()
     }
 
-    /// Waits for such a fault.
+    /// See [`Health::failed`].
     pub async fn failed(&self) -> Failure {
-        let mut failures = self.failures();
-        match failures.wait_for(Option::is_some).await.map(|failure| failure.clone()) {
-            Ok(Some(failure)) => failure,
-            // The sender lives as long as this handle does.
-            _ => std::future::pending().await,
-        }
+        self.health().failed().await
     }
 
     /// Waits until nothing runs or waits, or until `limit` has passed; true when idle.

@@ -48,15 +48,16 @@ impl Residency {
         self.due
     }
 
-    /// Takes a slice if one is due.
-    pub fn take(&mut self, runner: &mut impl Runner, while_: While) {
+    /// Takes a slice if one is due; true when it was the last.
+    pub fn take(&mut self, runner: &mut impl Runner, while_: While) -> bool {
         let begin = Instant::now();
         if self.due.is_none_or(|due| begin < due) {
-            return;
+            return false;
         }
         let more = runner.take_memory(SLICE);
         let end = Instant::now();
         self.due = more.then(|| end + (end - begin) * while_.pause());
+        !more
     }
 }
 

@@ -2,9 +2,9 @@
 
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
-use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use tokio::sync::{mpsc, oneshot};
@@ -13,7 +13,7 @@ use super::metrics::{Ended, Log, Moments};
 use super::residency::{Residency, While};
 use super::scheduler::{Outcome, Scheduler};
 use super::sequence::{Sequence, SequenceId};
-use super::{Command, Event, Finish, Handle, Limits, Options, Shared, Stats, Submitted};
+use super::{Command, Event, Figures, Finish, Handle, Limits, Options, Shared, Submitted, health};
 use crate::error::{Failure, Kind};
 use crate::models::{Fault, Output, Plan, Runner, StepError};
 
@@ -44,10 +44,11 @@ where
             max_waiting: options.max_waiting,
             memory_bound: shape.memory_bound.then_some((shape.blocks, shape.block_size)),
         };
-        let stats = Stats { blocks_total: shape.blocks, blocks_free: shape.blocks, healthy: true, ..Default::default() };
-        let failed = tokio::sync::watch::Sender::new(None);
-        let shared = Arc::new(Shared { limits, commands, stats: Mutex::new(stats), submitted: 0.into(), failed });
-        let worker = Worker::new(runner, Arc::downgrade(&shared), &options);
+        let figures = Arc::new(Figures::default());
+        let health = health::Reporter::default();
+        let shared = Arc::new(Shared { limits, commands, figures: figures.clone(), load: 0.into(), health });
+        let mut worker = Worker::new(runner, Arc::downgrade(&shared), figures, &options);
+        worker.publish();
         if ready.send(Ok(Handle { shared })).is_ok()
             && let Err(panic) = std::panic::catch_unwind(AssertUnwindSafe(|| worker.run(&receiver)))
         {
@@ -78,9 +79,9 @@ struct Worker<R> {
     /// Weak, so that dropping the last handle ends the thread.
     shared: std::sync::Weak<Shared>,
     next_id: SequenceId,
-    stats: Stats,
-    /// Commands taken since the last `publish`.
-    taken: usize,
+    figures: Arc<Figures>,
+    /// Sequences that have ended since the last `publish`.
+    ended: usize,
     /// Kept between steps for their memory.
     plan: Plan,
     outcomes: Vec<Outcome>,
@@ -92,40 +93,29 @@ struct Worker<R> {
     failing: u32,
 }
 
-impl Shared {
-    /// From here on only a restart helps.
-    fn fail(&self, failure: Failure) {
-        if let Ok(mut stats) = self.stats.lock() {
-            stats.healthy = false;
-        }
-        self.failed.send_replace(Some(failure));
-    }
-}
-
 /// A panic outside of a step. Whoever sees its channel close (the clients are dropped after this) must see the state too.
 impl<R> Drop for Worker<R> {
     fn drop(&mut self) {
         if std::thread::panicking()
             && let Some(shared) = self.shared.upgrade()
-            && shared.failed.borrow().is_none()
+            && shared.health.failure().is_none()
         {
-            shared.fail(beyond_repair("it panicked"));
+            shared.health.fail(beyond_repair("it panicked"));
         }
     }
 }
 
 impl<R: Runner> Worker<R> {
-    fn new(runner: R, shared: std::sync::Weak<Shared>, options: &Options) -> Self {
+    fn new(runner: R, shared: std::sync::Weak<Shared>, figures: Arc<Figures>, options: &Options) -> Self {
         let shape = runner.shape().clone();
-        let stats = Stats { blocks_total: shape.blocks, healthy: true, ..Default::default() };
         Self {
             scheduler: Scheduler::new(shape, options.prefix_caching, options.lookup),
             runner,
             clients: HashMap::new(),
             shared,
             next_id: 0,
-            stats,
-            taken: 0,
+            figures,
+            ended: 0,
             plan: Plan::default(),
             outcomes: Vec::new(),
             log: Log::new(options.log_stats),
@@ -151,7 +141,10 @@ impl<R: Runner> Worker<R> {
             self.step();
             self.take_memory(While::Running);
             self.publish();
-            self.log.step(&self.stats, self.computed_prompt, Instant::now());
+            let line = self.log.line(&self.figures.lock(), self.computed_prompt, Instant::now());
+            if let Some(line) = line {
+                tracing::info!("{line}");
+            }
         }
     }
 
@@ -173,9 +166,8 @@ impl<R: Runner> Worker<R> {
 
     /// Lets the runner take some of its memory, if it is time for that.
     fn take_memory(&mut self, while_: While) {
-        self.residency.take(&mut self.runner, while_);
-        if self.residency.due().is_none() && !std::mem::replace(&mut self.stats.memory_resident, true) {
-            self.publish();
+        if self.residency.take(&mut self.runner, while_) {
+            self.figures.lock().memory_resident = true;
         }
     }
 
@@ -192,15 +184,15 @@ impl<R: Runner> Worker<R> {
 
     fn submit(&mut self, submitted: Submitted) {
         let Submitted { request, events, at, complete } = submitted;
-        self.taken += 1;
         // It was on its way here when the engine broke.
-        if let Some(failure) = self.shared.upgrade().and_then(|shared| shared.failed.borrow().clone()) {
+        if let Some(failure) = self.shared.upgrade().and_then(|shared| shared.health.failure()) {
+            self.ended += 1;
             let _ = events.send(Event::Failed(failure));
             return;
         }
         let id = self.next_id;
         self.next_id += 1;
-        self.stats.prompt_tokens += request.prompt.len() as u64;
+        self.figures.lock().prompt_tokens += request.prompt.len() as u64;
         let moments = Moments::new(at, &request);
         self.clients.insert(id, Client { events, deadline: request.deadline, request: request.id.clone(), moments, complete });
         self.scheduler.add(Sequence::new(id, &request, self.runner.shape().max_model_len));
@@ -224,7 +216,8 @@ impl<R: Runner> Worker<R> {
                 true => Ended::Cancelled,
                 false => Ended::Failed,
             };
-            self.stats.metrics.ended(&client.moments, ended, now);
+            self.ended += 1;
+            self.figures.lock().metrics.ended(&client.moments, ended, now);
             if !closed {
                 let failure = Failure::new(Kind::Timeout, "the request's time limit passed (REQUEST_TIMEOUT)").code("request_timeout");
                 let _ = client.events.send(Event::Failed(failure));
@@ -239,19 +232,17 @@ impl<R: Runner> Worker<R> {
         let begin = Instant::now();
         for (id, cached_tokens) in self.scheduler.started() {
             if let Some(client) = self.clients.get_mut(id) {
-                self.stats.metrics.started(&mut client.moments, begin);
+                self.figures.lock().metrics.started(&mut client.moments, begin);
                 let _ = client.events.send(Event::Started { cached_tokens: *cached_tokens });
             }
         }
-        self.stats.steps += 1;
-        self.stats.metrics.step_tokens.record(self.plan.tokens.len() as f64);
         let prompts = self.plan.rows.iter().map(|row| row.len - row.proposed).filter(|len| *len > 1);
         self.computed_prompt += prompts.sum::<usize>() as u64;
-        let (runner, plan) = (&mut self.runner, &self.plan);
+        let (runner, plan, tokens) = (&mut self.runner, &self.plan, self.plan.tokens.len());
         let result = std::panic::catch_unwind(AssertUnwindSafe(|| runner.step(plan)));
         self.plan.clear();
         let now = Instant::now();
-        self.stats.metrics.step_time.record_time(now - begin);
+        self.figures.lock().step(tokens, now - begin);
         match result {
             Ok(Ok(output)) => {
                 self.failing = 0;
@@ -296,9 +287,8 @@ impl<R: Runner> Worker<R> {
     /// request: whoever sees the failure must see the state too.
     fn announce(&mut self, reason: Failure) {
         tracing::error!("{reason}");
-        self.stats.healthy = false;
         if let Some(shared) = self.shared.upgrade() {
-            shared.fail(reason);
+            shared.health.fail(reason);
         }
     }
 
@@ -312,17 +302,10 @@ impl<R: Runner> Worker<R> {
     fn settle(&mut self, output: Output, now: Instant) {
         let output = self.scheduler.settle(output, &mut self.outcomes);
         self.runner.recycle(output);
-        for outcomes in self.outcomes.chunk_by(|one, next| one.id == next.id) {
-            if let Some(client) = self.clients.get_mut(&outcomes[0].id) {
-                self.stats.metrics.tokens(&mut client.moments, outcomes.len(), now);
-                if let Some(finish) = outcomes.last().and_then(|outcome| outcome.finish) {
-                    self.stats.metrics.ended(&client.moments, if finish == Finish::Length { Ended::Length } else { Ended::Stop }, now);
-                }
-            }
-        }
-        self.stats.output_tokens += self.outcomes.len() as u64;
+        let before = self.ended;
+        self.count_outcomes(now);
         // Whoever sees the end of an answer must see it in the figures too.
-        if self.outcomes.iter().any(|outcome| outcome.finish.is_some()) {
+        if self.ended > before {
             self.publish();
         }
         for outcome in self.outcomes.drain(..) {
@@ -345,35 +328,50 @@ impl<R: Runner> Worker<R> {
         }
     }
 
+    /// Counts the tokens of a step, and the sequences that ended with it.
+    fn count_outcomes(&mut self, now: Instant) {
+        let mut stats = self.figures.lock();
+        stats.output_tokens += self.outcomes.len() as u64;
+        for outcomes in self.outcomes.chunk_by(|one, next| one.id == next.id) {
+            let Some(client) = self.clients.get_mut(&outcomes[0].id) else { continue };
+            stats.metrics.tokens(&mut client.moments, outcomes.len(), now);
+            if let Some(finish) = outcomes.last().and_then(|outcome| outcome.finish) {
+                self.ended += 1;
+                stats.metrics.ended(&client.moments, if finish == Finish::Length { Ended::Length } else { Ended::Stop }, now);
+            }
+        }
+    }
+
     /// Their sequences have left the scheduler.
     fn fail(&mut self, ids: &[SequenceId], failure: &Failure, now: Instant) {
         for id in ids {
             if let Some(client) = self.clients.remove(id) {
                 tracing::error!(request_id = &*client.request, "request failed: {failure}");
                 let _ = client.events.send(Event::Failed(failure.clone()));
-                self.stats.metrics.ended(&client.moments, Ended::Failed, now);
+                self.ended += 1;
+                self.figures.lock().metrics.ended(&client.moments, Ended::Failed, now);
             }
         }
     }
 
-    /// Tells the figures to whoever asks.
+    /// Brings the figures up to what the scheduler holds.
     fn publish(&mut self) {
-        self.stats.running = self.scheduler.running();
-        self.stats.waiting = self.scheduler.waiting();
-        self.stats.blocks_free = self.scheduler.pool().available();
-        self.stats.blocks_cached = self.scheduler.pool().idle();
-        let totals = self.scheduler.totals();
-        self.stats.preempted = totals.preempted;
-        self.stats.prefix_queried = totals.prefix_queried;
-        self.stats.prefix_hits = totals.prefix_hits;
-        self.stats.guessed = totals.guessed;
-        self.stats.accepted = totals.accepted;
+        let (pool, totals) = (self.scheduler.pool(), self.scheduler.totals());
+        let mut stats = self.figures.lock();
+        stats.running = self.scheduler.running();
+        stats.waiting = self.scheduler.waiting();
+        stats.blocks_total = pool.total();
+        stats.blocks_free = pool.available();
+        stats.blocks_cached = pool.idle();
+        stats.preempted = totals.preempted;
+        stats.prefix_queried = totals.prefix_queried;
+        stats.prefix_hits = totals.prefix_hits;
+        stats.guessed = totals.guessed;
+        stats.accepted = totals.accepted;
+        drop(stats);
         if let Some(shared) = self.shared.upgrade() {
-            if let Ok(mut stats) = shared.stats.lock() {
-                *stats = self.stats.clone();
-            }
-            // Only now, so that no request is missing from both counts.
-            shared.submitted.fetch_sub(std::mem::take(&mut self.taken), Ordering::Relaxed);
+            // NOTE: last, so that whoever finds the engine idle finds its figures idle too.
+            shared.load.fetch_sub(std::mem::take(&mut self.ended), Ordering::Release);
         }
     }
 }

@@ -4,7 +4,8 @@
 //! and its result off in order (`outbox`), listens for cancellations (`stop`), and tells the platform that it lives (`heartbeat`, a
 //! thread of its own). Every job taken is answered exactly once: a result, an error, or, when the platform stopped it, silence.
 //!
-//! The worker does not know the engine. It drives a [`Handler`], which the assembly makes from the service that also answers HTTP.
+//! The worker drives a [`Handler`], which the assembly makes from the service that also answers HTTP. Of the engine it knows only
+//! whether it is sound ([`Health`](crate::engine::Health)).
 
 use std::sync::Arc;
 

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::client::Taken;
 use super::pacing::{jittered, sleep_awake};
-use super::worker::{Ended, Jobs, fault};
+use super::worker::{Ended, Jobs};
 
 /// A take under way, which outlives the loop that began it.
 type Take<'a> = Pin<Box<dyn Future<Output = Taken> + Send + 'a>>;
@@ -20,7 +20,7 @@ pub(crate) async fn run(jobs: &Arc<Jobs>, concurrency: usize, drain_timeout: Dur
     let ended = tokio::select! {
         biased;
         () = shutdown => Ended::Drained,
-        _ = fault(&jobs.faults) => Ended::Unhealthy,
+        _ = jobs.health.failed() => Ended::Unhealthy,
         () = poll.forever() => Ended::Drained,
     };
     let limit = match ended {
@@ -36,7 +36,7 @@ pub(crate) async fn run(jobs: &Arc<Jobs>, concurrency: usize, drain_timeout: Dur
     let hold = poll.longest_hold();
     drain(jobs, poll.pending, hold, limit).await;
     // The engine may have broken meanwhile.
-    if jobs.fault().is_some() { Ended::Unhealthy } else { ended }
+    if jobs.health.failure().is_some() { Ended::Unhealthy } else { ended }
 }
 
 /// The last thing said about takes, so that each change is said once.

@@ -17,6 +17,7 @@ use super::{Handler, heartbeat, poll, stop};
 use crate::api::Answer;
 use crate::api::tally::{End, Tally};
 use crate::config::RunpodSettings;
+use crate::engine::Health;
 use crate::error::{Failure, Kind};
 
 const STREAM_INTERVAL: Duration = Duration::from_millis(50);
@@ -27,12 +28,9 @@ pub struct Worker {
     settings: RunpodSettings,
     concurrency: usize,
     handler: Handler,
-    faults: Faults,
+    health: Health,
     pacing: Pacing,
 }
-
-/// Tells what broke the engine, once something has.
-pub(crate) type Faults = watch::Receiver<Option<Failure>>;
 
 /// Why a worker ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,19 +44,13 @@ pub enum Ended {
 impl Worker {
     /// A worker that runs up to `concurrency` jobs at once.
     pub fn new(settings: &RunpodSettings, concurrency: usize, handler: Handler) -> Self {
-        Self {
-            settings: settings.clone(),
-            concurrency: concurrency.max(1),
-            handler,
-            faults: watch::channel(None).1,
-            pacing: Pacing::default(),
-        }
+        Self { settings: settings.clone(), concurrency: concurrency.max(1), handler, health: Health::default(), pacing: Pacing::default() }
     }
 
     /// Where the worker hears that its engine is beyond repair. It then takes no more jobs, answers those it holds with the reason, asks the
     /// platform to be replaced (`stopPod`, an unhealthy ping), and ends: better than failing one job after the other at full speed.
-    pub fn faults(mut self, faults: watch::Receiver<Option<Failure>>) -> Self {
-        self.faults = faults;
+    pub fn health(mut self, health: Health) -> Self {
+        self.health = health;
         self
     }
 
@@ -87,14 +79,14 @@ impl Worker {
             client: Arc::clone(&client),
             held: Arc::clone(&held),
             handler: self.handler,
-            faults: self.faults.clone(),
+            health: self.health.clone(),
             rules: Rules { interval: settings.stream_interval.unwrap_or(STREAM_INTERVAL), batch: settings.batch },
             expired: watch::Sender::new(false),
         });
-        let faults = self.faults;
+        let health = self.health;
         let report = tokio::spawn({
             let settings = settings.clone();
-            async move { heartbeat::report_unhealthy(&settings, "engine", &fault(&faults).await.message).await }
+            async move { heartbeat::report_unhealthy(&settings, "engine", &health.failed().await.message).await }
         });
         let stops = tokio::spawn(stop::listen(client, held));
         let drain_timeout = settings.drain_timeout.unwrap_or(DRAIN_TIMEOUT);
@@ -110,22 +102,12 @@ impl Worker {
     }
 }
 
-/// Waits until the engine is beyond repair.
-pub(crate) async fn fault(faults: &Faults) -> Failure {
-    let known = faults.clone().wait_for(Option::is_some).await.map(|failure| failure.clone());
-    match known {
-        Ok(Some(failure)) => failure,
-        // Nobody is left who could tell of one.
-        _ => std::future::pending().await,
-    }
-}
-
 /// What all jobs of a worker share.
 pub(crate) struct Jobs {
     pub client: Arc<Client>,
     pub held: Arc<Held>,
     handler: Handler,
-    pub faults: Faults,
+    pub health: Health,
     rules: Rules,
     /// Becomes true when the drain's deadline has passed.
     pub expired: watch::Sender<bool>,
@@ -178,7 +160,7 @@ impl Jobs {
     /// Runs one job and posts its result: once, or never if the platform stops it.
     async fn answer(self: Arc<Self>, id: String, job: Result<Job, Failure>, holding: Holding, mut stopped: oneshot::Receiver<()>) {
         let tally = Tally::begin();
-        let outcome = match (job, self.fault()) {
+        let outcome = match (job, self.health.failure()) {
             (Ok(job), None) => self.outcome(job, &tally, &mut stopped).await,
             // A broken engine runs nothing.
             (Err(failure), _) | (Ok(_), Some(failure)) => Some(Outcome::Failed { failure, streamed: false }),
@@ -229,7 +211,7 @@ impl Jobs {
             Ok(()) = &mut *stopped => None,
             result = &mut work => return Some(result.unwrap_or_else(|error| panicked(&error, streamed.load(Ordering::Relaxed)))),
             _ = expired.wait_for(|&expired| expired) => {
-                Some(self.fault().unwrap_or_else(|| {
+                Some(self.health.failure().unwrap_or_else(|| {
                     Failure::new(Kind::Draining, "The worker was shut down before this job ended. Try again.").code("worker_shutdown")
                 }))
             }
@@ -240,14 +222,9 @@ impl Jobs {
         failure.map(|failure| Outcome::Failed { failure, streamed: streamed.load(Ordering::Relaxed) })
     }
 
-    /// What broke the engine, if anything has.
-    pub fn fault(&self) -> Option<Failure> {
-        self.faults.borrow().clone()
-    }
-
     fn beyond_repair(&self, outcome: &Outcome) -> bool {
         let internal = matches!(outcome, Outcome::Failed { failure, .. } if failure.kind == Kind::Internal);
-        internal && self.fault().is_some()
+        internal && self.health.failure().is_some()
     }
 }
 

@@ -226,7 +226,7 @@ async fn a_broken_engine_ends_the_worker_and_asks_for_another() {
             }
         }
     });
-    let worker = Worker::new(&settings, 1, failing).pacing(pacing()).faults(faults);
+    let worker = Worker::new(&settings, 1, failing).pacing(pacing()).health(faults.into());
     let mut running = Running::worker(&queue, worker);
     running.give("client", json!({}));
     running.give("device", json!({}));
@@ -252,7 +252,7 @@ async fn a_job_that_comes_to_a_broken_engine_fails_with_the_reason() {
         async { Ok(Answer::Whole(json!(1))) }
     });
     let pacing = Pacing { unknown_hold: Duration::from_secs(10), ..pacing() };
-    let worker = Worker::new(&settings(&queue.base), 4, counting).pacing(pacing).faults(faults);
+    let worker = Worker::new(&settings(&queue.base), 4, counting).pacing(pacing).health(faults.into());
     let mut running = Running::worker(&queue, worker);
     queue.wait(Route::Take, 1).await;
     // Nobody holds a job: the worker hears of it all the same.
@@ -272,7 +272,7 @@ async fn a_broken_engine_whose_poll_and_job_never_end_ends_all_the_same() {
     let queue = Queue::start().await;
     let (broken, faults) = tokio::sync::watch::channel(None);
     let pacing = Pacing { unknown_hold: Duration::from_secs(60), broken_drain: Duration::from_millis(100), ..pacing() };
-    let worker = Worker::new(&settings(&queue.base), 4, handler(|_| std::future::pending())).pacing(pacing).faults(faults);
+    let worker = Worker::new(&settings(&queue.base), 4, handler(|_| std::future::pending())).pacing(pacing).health(faults.into());
     let mut running = Running::worker(&queue, worker);
     running.give("stuck", json!(1));
     queue.wait(Route::Take, 2).await;
