@@ -10,17 +10,17 @@ use std::time::Instant;
 use tokio::sync::{mpsc, oneshot};
 
 use super::metrics::{Ended, Log, Moments};
-use super::residency::{Residency, While};
+use super::prefault::{Activity, Prefault};
 use super::scheduler::{Outcome, Scheduler};
 use super::sequence::{Sequence, SequenceId};
 use super::{Command, Event, Figures, Finish, Handle, Limits, Options, Shared, Submitted, health};
 use crate::error::{Failure, Kind};
 use crate::models::{Fault, Output, Plan, Runner, StepError};
 
-/// So many steps that fail one after the other, none of them by its requests' fault, are taken for a broken engine.
+/// The engine is taken to be broken when this many steps in a row fail, none of them through its requests' fault.
 const FAILING_STEPS: u32 = 3;
 
-/// Starts the engine's thread, loads the model on it by `load`, and returns the door once it is ready to run.
+/// Starts the engine's thread, calls `load` on it, and returns a handle once the model is ready to run.
 ///
 /// The model is made, used and dropped on that thread alone.
 pub async fn start<R, F>(load: F, options: Options) -> Result<Handle, Failure>
@@ -62,13 +62,13 @@ where
     loaded.await.unwrap_or_else(|_| Err(Failure::internal("the engine's thread ended while loading the model")))
 }
 
-/// A sequence's other end.
+/// Where the events of one sequence go, and what its figures need.
 struct Client {
     events: mpsc::UnboundedSender<Event>,
     deadline: Option<Instant>,
     request: Arc<str>,
     moments: Moments,
-    /// It left because its text was complete.
+    /// See [`Generation::complete`](super::Generation::complete).
     complete: Arc<AtomicBool>,
 }
 
@@ -88,12 +88,13 @@ struct Worker<R> {
     log: Log,
     /// Prompt tokens computed so far.
     computed_prompt: u64,
-    residency: Residency,
+    prefault: Prefault,
     /// Steps that have failed since the last good one.
     failing: u32,
 }
 
-/// A panic outside of a step. Whoever sees its channel close (the clients are dropped after this) must see the state too.
+/// After a panic outside of a step the engine is broken. This runs before the clients are dropped, so whoever sees its channel close can
+/// already see that.
 impl<R> Drop for Worker<R> {
     fn drop(&mut self) {
         if std::thread::panicking()
@@ -109,7 +110,7 @@ impl<R: Runner> Worker<R> {
     fn new(runner: R, shared: std::sync::Weak<Shared>, figures: Arc<Figures>, options: &Options) -> Self {
         let shape = runner.shape().clone();
         Self {
-            scheduler: Scheduler::new(shape, options.prefix_caching, options.lookup),
+            scheduler: Scheduler::new(shape, options.prefix_caching, options.proposer),
             runner,
             clients: HashMap::new(),
             shared,
@@ -120,14 +121,14 @@ impl<R: Runner> Worker<R> {
             outcomes: Vec::new(),
             log: Log::new(options.log_stats),
             computed_prompt: 0,
-            residency: Residency::default(),
+            prefault: Prefault::default(),
             failing: 0,
         }
     }
 
     fn run(mut self, commands: &Receiver<Command>) {
         loop {
-            // Idle: sleep until somebody comes. Busy: take what is there.
+            // When idle, sleep until a command comes. When busy, take the commands that are there.
             let mut next = if self.clients.is_empty() { self.idle(commands) } else { commands.try_recv() };
             loop {
                 match next {
@@ -139,7 +140,7 @@ impl<R: Runner> Worker<R> {
             }
             self.drop_gone();
             self.step();
-            self.take_memory(While::Running);
+            self.prefault(Activity::Running);
             self.publish();
             let line = self.log.line(&self.figures.lock(), self.computed_prompt, Instant::now());
             if let Some(line) = line {
@@ -148,11 +149,11 @@ impl<R: Runner> Worker<R> {
         }
     }
 
-    /// Sleeps until somebody comes. As long as the runner has not all its memory, naps are short.
+    /// Sleeps until a command comes, and prefaults meanwhile.
     fn wait(&mut self, commands: &Receiver<Command>) -> Result<Command, TryRecvError> {
         loop {
-            self.take_memory(While::Idle);
-            let next = match self.residency.due() {
+            self.prefault(Activity::Idle);
+            let next = match self.prefault.due() {
                 None => commands.recv().map_err(|_| RecvTimeoutError::Disconnected),
                 Some(due) => commands.recv_timeout(due.saturating_duration_since(Instant::now())),
             };
@@ -164,15 +165,15 @@ impl<R: Runner> Worker<R> {
         }
     }
 
-    /// Lets the runner take some of its memory, if it is time for that.
-    fn take_memory(&mut self, while_: While) {
-        if self.residency.take(&mut self.runner, while_) {
+    /// Prefaults a slice of memory, if one is due.
+    fn prefault(&mut self, activity: Activity) {
+        if self.prefault.advance(&mut self.runner, activity) {
             self.figures.lock().memory_resident = true;
         }
     }
 
     fn idle(&mut self, commands: &Receiver<Command>) -> Result<Command, TryRecvError> {
-        // It looks at every block: not where somebody may be about to come.
+        // The check looks at every block, so a release build leaves it out.
         if cfg!(debug_assertions) {
             self.scheduler.check_invariants();
         }
@@ -184,7 +185,7 @@ impl<R: Runner> Worker<R> {
 
     fn submit(&mut self, submitted: Submitted) {
         let Submitted { request, events, at, complete } = submitted;
-        // It was on its way here when the engine broke.
+        // The engine broke while this was on its way.
         if let Some(failure) = self.shared.upgrade().and_then(|shared| shared.health.failure()) {
             self.ended += 1;
             let _ = events.send(Event::Failed(failure));
@@ -198,7 +199,7 @@ impl<R: Runner> Worker<R> {
         self.scheduler.add(Sequence::new(id, &request, self.runner.shape().max_model_len));
     }
 
-    /// Sequences whose receiver is gone leave, cancelled or with all the text that was wanted, and those whose time is up fail.
+    /// Removes the sequences whose receiver is gone, and fails those whose deadline has passed.
     fn drop_gone(&mut self) {
         let now = Instant::now();
         let gone: Vec<SequenceId> = self
@@ -236,7 +237,7 @@ impl<R: Runner> Worker<R> {
                 let _ = client.events.send(Event::Started { cached_tokens: *cached_tokens });
             }
         }
-        let prompts = self.plan.rows.iter().map(|row| row.len - row.proposed).filter(|len| *len > 1);
+        let prompts = self.plan.rows.iter().map(|row| row.len - row.draft_len).filter(|len| *len > 1);
         self.computed_prompt += prompts.sum::<usize>() as u64;
         let (runner, plan, tokens) = (&mut self.runner, &self.plan, self.plan.tokens.len());
         let result = std::panic::catch_unwind(AssertUnwindSafe(|| runner.step(plan)));
@@ -283,8 +284,8 @@ impl<R: Runner> Worker<R> {
         }
     }
 
-    /// The device's state is unknown from here on: nothing more is computed, and readiness says so. To be said before anybody hears of a failed
-    /// request: whoever sees the failure must see the state too.
+    /// Reports that the engine is broken: from here on nothing is computed. Called before any request is failed, so that whoever sees the failure
+    /// can already see that.
     fn announce(&mut self, reason: Failure) {
         tracing::error!("{reason}");
         if let Some(shared) = self.shared.upgrade() {
@@ -292,7 +293,7 @@ impl<R: Runner> Worker<R> {
         }
     }
 
-    /// What was not part of the step that broke the engine fails with it.
+    /// Fails the sequences that were not part of the step that broke the engine.
     fn fail_waiting(&mut self, reason: &Failure, now: Instant) {
         let waiting: Vec<SequenceId> = self.clients.keys().copied().collect();
         waiting.iter().for_each(|id| self.scheduler.remove(*id));
@@ -304,13 +305,13 @@ impl<R: Runner> Worker<R> {
         self.runner.recycle(output);
         let before = self.ended;
         self.count_outcomes(now);
-        // Whoever sees the end of an answer must see it in the figures too.
+        // The figures come before the event, so that whoever sees the end of an answer sees it in them too.
         if self.ended > before {
             self.publish();
         }
         for outcome in self.outcomes.drain(..) {
             let Some(client) = self.clients.get(&outcome.id) else { continue };
-            // A closed channel is a cancelled sequence: the next round removes it.
+            // When the channel is closed, the sequence was cancelled: the next round removes it.
             if let Some(prompt) = outcome.prompt {
                 let _ = client.events.send(Event::Prompt(prompt));
             }
@@ -342,7 +343,7 @@ impl<R: Runner> Worker<R> {
         }
     }
 
-    /// Their sequences have left the scheduler.
+    /// Reports the failure of sequences that have left the scheduler.
     fn fail(&mut self, ids: &[SequenceId], failure: &Failure, now: Instant) {
         for id in ids {
             if let Some(client) = self.clients.remove(id) {
@@ -366,7 +367,7 @@ impl<R: Runner> Worker<R> {
         stats.preempted = totals.preempted;
         stats.prefix_queried = totals.prefix_queried;
         stats.prefix_hits = totals.prefix_hits;
-        stats.guessed = totals.guessed;
+        stats.drafted = totals.drafted;
         stats.accepted = totals.accepted;
         drop(stats);
         if let Some(shared) = self.shared.upgrade() {
@@ -376,7 +377,7 @@ impl<R: Runner> Worker<R> {
     }
 }
 
-/// What all requests of a broken engine are told.
+/// The failure of all requests of a broken engine.
 fn beyond_repair(what: &str) -> Failure {
     Failure::internal(format!("the engine has failed, and this worker must be restarted: {what}"))
 }
