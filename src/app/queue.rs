@@ -9,7 +9,7 @@ use super::model::{self, Loaded};
 use super::signals::Shutdown;
 use crate::config::{RunpodSettings, Settings};
 use crate::error::Failure;
-use crate::runpod::{self, Ended, Handler, Pacing, Worker};
+use crate::runpod::{self, Ended, Handler, RetryPolicy, Worker};
 
 /// For each so many rows, one more job is taken than can run when MAX_CONCURRENCY says nothing: it is at hand when a row becomes free. More
 /// would wait here while a worker elsewhere is idle, and their time limit runs.
@@ -70,8 +70,8 @@ pub fn worker(settings: &RunpodSettings, loaded: &Loaded) -> Worker {
         let service = service.clone();
         async move { service.job(job.input, &job.id).await }.boxed()
     });
-    let pacing = Pacing { job_limits: loaded.service.body_limits(), ..Pacing::default() };
-    Worker::new(settings, concurrency, handler).pacing(pacing).health(engine.health())
+    let policy = RetryPolicy { job_limits: loaded.service.body_limits(), ..RetryPolicy::default() };
+    Worker::new(settings, concurrency, handler).retry_policy(policy).health(engine.health())
 }
 
 #[cfg(test)]

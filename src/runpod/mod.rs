@@ -17,11 +17,11 @@ use crate::error::Failure;
 
 mod client;
 mod heartbeat;
-mod held;
+mod in_flight;
 mod job;
 mod outbox;
-mod pacing;
 mod poll;
+mod retry;
 mod stop;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -30,7 +30,7 @@ mod worker;
 
 pub use heartbeat::report_unhealthy;
 pub use job::Job;
-pub use pacing::Pacing;
+pub use retry::RetryPolicy;
 pub use worker::{Ended, Worker};
 
 /// Whether a worker can run with these settings: the platform's URL templates and key. The error names the variable.
