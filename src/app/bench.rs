@@ -83,7 +83,7 @@ impl Target {
             )));
         }
         // Measured is what a worker does that has been up for a while.
-        while !engine.stats().memory_resident && engine.stats().healthy {
+        while !engine.stats().memory_resident && engine.failure().is_none() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         let on_cpu = about.threads > 0;

@@ -9,7 +9,7 @@ use super::model::{self, Loaded};
 use super::signals::Shutdown;
 use crate::config::{RunpodSettings, Settings, defaults};
 use crate::error::Failure;
-use crate::runpod::{self, Ended, Handler, Pacing, Worker};
+use crate::runpod::{self, Ended, Handler, RetryPolicy, Worker};
 
 /// Queue mode.
 pub async fn run(settings: Settings) -> Result<ExitCode, Failure> {
@@ -66,8 +66,8 @@ pub fn worker(settings: &RunpodSettings, loaded: &Loaded) -> Worker {
         let service = service.clone();
         async move { service.job(job.input, &job.id).await }.boxed()
     });
-    let pacing = Pacing { job_limits: loaded.service.body_limits(), ..Pacing::default() };
-    Worker::new(settings, concurrency, handler).pacing(pacing).faults(engine.failures())
+    let policy = RetryPolicy { job_limits: loaded.service.body_limits(), ..RetryPolicy::default() };
+    Worker::new(settings, concurrency, handler).retry_policy(policy).health(engine.health())
 }
 
 #[cfg(test)]

@@ -180,12 +180,7 @@ impl Direct {
     /// Opens the door, for as long as the engine is sound.
     fn ready(&self, service: &Arc<Service>) {
         let _ = self.service.set(service.clone());
-        self.readiness.set(Phase::Ready);
-        let (engine, readiness) = (service.engine.clone(), self.readiness.clone());
-        tokio::spawn(async move {
-            engine.failed().await;
-            readiness.set(Phase::Failed);
-        });
+        self.readiness.ready(service.engine.health());
     }
 
     /// Serves until it is told to stop or the engine breaks, and then until what the engine holds is answered.
@@ -196,7 +191,6 @@ impl Direct {
                 Ended::Drained
             }
             failure = engine.failed() => {
-                self.readiness.set(Phase::Failed);
                 tracing::error!("no more requests are taken: {failure}");
                 Ended::Unhealthy
             }

@@ -9,7 +9,7 @@ use serde_json::json;
 use super::families::Model;
 use super::runner::ModelRunner;
 use super::tensors::Tensors;
-use super::{Draw, Plan, Row, Runner};
+use super::{Plan, Row, Runner, SamplingMetadata, SamplingParams};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::files::{ModelFiles, Source};
 use crate::config::{DeviceChoice, EngineSettings};
@@ -151,8 +151,8 @@ fn load(files: &ModelFiles) -> Result<ModelRunner, crate::error::Failure> {
     ModelRunner::load(files, || Ok(usize::MAX), &settings)
 }
 
-pub(crate) fn greedy() -> Draw {
-    Draw { temperature: 0.0, ..Default::default() }
+pub(crate) fn greedy() -> SamplingMetadata {
+    SamplingParams { temperature: 0.0, ..Default::default() }.into()
 }
 
 /// A plan that runs `ids[from..to]` of one sequence whose blocks are scattered over the pool.
@@ -163,7 +163,15 @@ pub(crate) fn chunk(ids: &[u32], from: usize, to: usize, block_size: usize) -> P
         tokens: ids[from..to].to_vec(),
         positions: (from as u32..to as u32).collect(),
         slots: (from..to).map(slot).collect(),
-        rows: vec![Row { start: 0, len: to - from, context: to, blocks: Arc::new(blocks), draw: Some(greedy()), proposed: 0, score: None }],
+        rows: vec![Row {
+            start: 0,
+            len: to - from,
+            context: to,
+            blocks: Arc::new(blocks),
+            sampling: Some(greedy()),
+            draft_len: 0,
+            score: None,
+        }],
     }
 }
 

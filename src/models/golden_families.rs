@@ -131,8 +131,8 @@ fn add(plan: &mut Plan, ids: &[u32], from: usize, to: usize, place: usize) {
     plan.tokens.extend(&ids[from..to]);
     plan.positions.extend(from as u32..to as u32);
     plan.slots.extend((from..to).map(|p| blocks[p / BLOCK] * BLOCK as u32 + (p % BLOCK) as u32));
-    let (len, proposed) = (to - from, to - from - 1);
-    plan.rows.push(Row { start, len, context: to, blocks: Arc::new(blocks), draw: Some(greedy()), proposed, score: None });
+    let (len, draft_len) = (to - from, to - from - 1);
+    plan.rows.push(Row { start, len, context: to, blocks: Arc::new(blocks), sampling: Some(greedy()), draft_len, score: None });
 }
 
 #[track_caller]

@@ -21,7 +21,7 @@ use crate::models::families::Model;
 use crate::models::memory::{self, LOGITS_ROWS, MemoryPlan};
 use crate::models::sample;
 use crate::models::tensors::Tensors;
-use crate::models::{Draw, Logprobs, LogprobsSpec, Output, Plan, Runner, Shape, StepError, Vocabulary};
+use crate::models::{Logprobs, LogprobsSpec, Output, Plan, Runner, SamplingMetadata, Shape, StepError, Vocabulary};
 
 /// One model on the device that was asked for.
 pub struct ModelRunner {
@@ -30,7 +30,7 @@ pub struct ModelRunner {
     pub about: About,
 }
 
-/// A runner whose logits can be looked at.
+/// A runner that can also return its logits, for comparisons.
 trait LogitsRunner: Runner {
     fn logits(&mut self, plan: &Plan) -> Result<Vec<Vec<f32>>, Failure>;
 }
@@ -49,7 +49,7 @@ pub struct About {
 
 impl ModelRunner {
     /// Loads the model on the calling thread, which from then on is the only one to use it (and one of the computing threads).
-    /// `vocabulary`: ids without a token are never drawn; asked when the weights are in, so that a tokenizer can be loaded beside them.
+    /// `vocabulary` tells which ids may be sampled. It is called when the weights are loaded, so that a tokenizer can be loaded meanwhile.
     pub fn load<V: Into<Vocabulary>>(
         files: &ModelFiles,
         vocabulary: impl FnOnce() -> Result<V, Failure>,
@@ -104,7 +104,7 @@ impl ModelRunner {
         Ok(Self { model, about })
     }
 
-    /// Logits `[draws, vocab]` of a plan, as the sampler would see them.
+    /// The logits `[samples, vocab]` of a plan, as the sampler would get them.
     pub fn logits(&mut self, plan: &Plan) -> Result<Vec<Vec<f32>>, Failure> {
         self.model.logits(plan)
     }
@@ -123,8 +123,8 @@ impl Runner for ModelRunner {
         self.model.recycle(output);
     }
 
-    fn take_memory(&mut self, most: usize) -> bool {
-        self.model.take_memory(most)
+    fn prefault(&mut self, most: usize) -> bool {
+        self.model.prefault(most)
     }
 }
 
@@ -145,7 +145,7 @@ impl Planned {
         Self::on(&device_of(settings)?, model, tensors, vocab_size, settings)
     }
 
-    /// Planned before anything is loaded: what cannot fit is said at once, and not by the system ending the process.
+    /// Plans before anything is loaded, so that a model which cannot fit is refused at once, instead of the system ending the process later.
     fn on(device: &Device, model: &Model, tensors: &Tensors<'_>, vocab_size: usize, settings: &EngineSettings) -> Result<Self, Failure> {
         let device_name = describe(device, settings);
         let memory = device_memory(device);
@@ -167,7 +167,7 @@ impl Planned {
     }
 }
 
-/// What a model's weights will take.
+/// The size of a model's weights.
 pub(super) struct Sized {
     parameters: usize,
     pub weight_bytes: usize,
@@ -210,7 +210,7 @@ fn compute_dtype(settings: &EngineSettings) -> ComputeDtype {
     ComputeDtype::Bf16
 }
 
-/// Threads that pack weights; they end with the loading.
+/// The threads that pack weights; they end when everything is loaded.
 fn loading_threads(threads: usize) -> Result<rayon::ThreadPool, Failure> {
     rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
@@ -219,7 +219,7 @@ fn loading_threads(threads: usize) -> Result<rayon::ThreadPool, Failure> {
         .map_err(|error| Failure::internal(format!("cannot start {threads} loading threads: {error}")))
 }
 
-/// A model on its way to a device.
+/// Everything that is needed to load a model onto a device.
 struct Loading<'a, V> {
     model: Model,
     tensors: Tensors<'a>,
@@ -233,26 +233,29 @@ struct DeviceRunner<B: Backend> {
     backend: B,
     decoder: Decoder<B>,
     caches: Vec<B::KvCache>,
-    /// The rows of the step at hand.
+    /// The rows of the current step.
     rows: Vec<BatchRow>,
-    /// Tokens whose logits are made next.
+    /// The tokens whose logits are computed next, as indices into the step.
     positions: Vec<usize>,
-    /// What rows of logits gave, until all threads are done.
-    answers: [Mutex<Option<Answer>>; LOGITS_ROWS],
-    /// An output that was used up.
+    /// The result of each row of logits. The computing threads write them, and they are read when all of them are done.
+    results: [Mutex<Option<RowResult>>; LOGITS_ROWS],
+    /// An output that was read, kept for its memory.
     spare: Output,
     /// Ids below the vocabulary's size that have no token.
-    holes: Vec<u32>,
-    taken: Taken,
+    unassigned: Vec<u32>,
+    prefaulted: Prefaulted,
     plan: MemoryPlan,
-    /// Tensors are its thread's alone.
+    /// Tensors must stay on their thread, so this type is not `Send`.
     not_send: PhantomData<*const ()>,
 }
 
-/// How much of the plan's memory has been made resident: all areas before the one at hand, and so many bytes of that.
-struct Taken {
-    area: usize,
+/// How much of the planned memory is resident by now.
+struct Prefaulted {
+    /// This many buffers are resident as a whole.
+    buffers: usize,
+    /// Of the next buffer this many bytes are.
     bytes: usize,
+    /// When the model was loaded.
     since: Instant,
 }
 
@@ -274,9 +277,9 @@ impl<B: Backend> DeviceRunner<B> {
         for name in tensors.unused() {
             tracing::warn!("tensor {name} of {} is not used by this architecture", tensors.model_name());
         }
-        let Vocabulary { size, mut holes } = vocabulary()?;
+        let Vocabulary { size, mut unassigned } = vocabulary()?;
         plan.shape.vocab_size = size.min(plan.shape.vocab_size);
-        holes.retain(|id| (*id as usize) < plan.shape.vocab_size);
+        unassigned.retain(|id| (*id as usize) < plan.shape.vocab_size);
         let caches = decoder.kv_caches(&backend, plan.shape.blocks, plan.shape.block_size);
         let caches = caches.map_err(|error| {
             Failure::internal(format!("no memory for the KV cache: {}; lower {}", without_backtrace(&error), plan.kv_setting))
@@ -287,10 +290,10 @@ impl<B: Backend> DeviceRunner<B> {
             caches,
             rows: Vec::new(),
             positions: Vec::new(),
-            answers: Default::default(),
+            results: Default::default(),
             spare: Output::default(),
-            holes,
-            taken: Taken { area: 0, bytes: 0, since: Instant::now() },
+            unassigned,
+            prefaulted: Prefaulted { buffers: 0, bytes: 0, since: Instant::now() },
             plan,
             not_send: PhantomData,
         })
@@ -313,33 +316,33 @@ impl<B: Backend> DeviceRunner<B> {
         let (tokens, positions, slots) = (&plan.tokens, &plan.positions, &plan.slots);
         self.backend.begin(&Batch { tokens, positions, slots, rows: &self.rows, ropes: &self.decoder.spec.ropes })?;
         let done = self.decoder.forward(&mut self.backend, &mut self.caches);
-        // NOTE: the plan's block tables are its own again: a sequence that grows would have to copy what is shared.
+        // NOTE: lets go of the plan's block tables. As long as one is shared, a sequence that grows would have to copy it.
         self.rows.clear();
         self.backend.end();
         done
     }
 
-    /// Draws and scores from the logits at hand: those of `count` wanted tokens from the `first` on.
-    fn answer(&mut self, plan: &Plan, first: usize, count: usize, output: &mut Output) -> TensorResult<()> {
+    /// Samples and scores from the current logits: those of `count` wanted tokens, beginning with the `first`.
+    fn read_logits(&mut self, plan: &Plan, first: usize, count: usize, output: &mut Output) -> TensorResult<()> {
         let vocab = self.plan.shape.vocab_size;
         let these = || wanted(plan).skip(first).take(count);
-        let holes = self.holes.as_slice();
-        let plain = |wanted: &Wanted<'_>| matches!(wanted, Wanted::Draw(draw, _) if draw.is_plain_greedy() && draw.logprobs.is_none());
+        let unassigned = self.unassigned.as_slice();
+        let plain = |wanted: &Wanted<'_>| matches!(wanted, Wanted::Sample(sampling, _) if sampling.is_plain_greedy() && sampling.params.logprobs.is_none());
         if these().all(|(_, wanted)| plain(&wanted))
-            && let Some(tokens) = self.backend.argmax(self.decoder.logits(), vocab, holes)?
+            && let Some(tokens) = self.backend.argmax(self.decoder.logits(), vocab, unassigned)?
         {
-            tokens.into_iter().for_each(|token| Answer::Drawn(token.map(|token| (token, None))).put(output));
+            tokens.into_iter().for_each(|token| RowResult::Sampled(token.map(|token| (token, None))).put(output));
             return Ok(());
         }
-        let answers = &self.answers;
+        let results = &self.results;
         self.backend.each_row(self.decoder.logits(), &|row, logits| {
-            if let (Some((_, wanted)), Some(Ok(mut answer))) = (these().nth(row), answers.get(row).map(Mutex::lock)) {
-                *answer = Some(wanted.answer(&mut logits[..vocab], holes));
+            if let (Some((_, wanted)), Some(Ok(mut result))) = (these().nth(row), results.get(row).map(Mutex::lock)) {
+                *result = Some(wanted.compute(&mut logits[..vocab], unassigned));
             }
         })?;
-        for answer in &self.answers[..count] {
-            match answer.lock().ok().and_then(|mut answer| answer.take()) {
-                Some(answer) => answer.put(output),
+        for result in &self.results[..count] {
+            match result.lock().ok().and_then(|mut result| result.take()) {
+                Some(result) => result.put(output),
                 None => candle_core::bail!("a row of logits was not sampled"),
             }
         }
@@ -364,25 +367,25 @@ impl<B: Backend> LogitsRunner for DeviceRunner<B> {
             read.map_err(device_failure)?;
             all.extend(rows.into_iter().filter_map(|row| row.into_inner().ok()));
         }
-        all.iter_mut().for_each(|row| sample::cover(row, &self.holes));
+        all.iter_mut().for_each(|row| sample::mask(row, &self.unassigned));
         Ok(all)
     }
 }
 
-/// What one row of logits gave; nothing where they are not finite.
-enum Answer {
-    Drawn(Option<(u32, Option<Logprobs>)>),
+/// The result of one row of logits; `None` inside when nothing could be sampled or scored.
+enum RowResult {
+    Sampled(Option<(u32, Option<Logprobs>)>),
     Scored(Option<Logprobs>),
 }
 
-impl Answer {
+impl RowResult {
     fn put(self, output: &mut Output) {
         match self {
-            Self::Drawn(drawn) => {
-                if drawn.is_none() {
+            Self::Sampled(sampled) => {
+                if sampled.is_none() {
                     output.failed.push(output.tokens.len());
                 }
-                let (token, logprobs) = drawn.unwrap_or_default();
+                let (token, logprobs) = sampled.unwrap_or_default();
                 output.tokens.push(token);
                 output.logprobs.push(logprobs);
             }
@@ -397,33 +400,34 @@ impl Answer {
 }
 
 impl Wanted<'_> {
-    fn answer(&self, logits: &mut [f32], holes: &[u32]) -> Answer {
+    fn compute(&self, logits: &mut [f32], unassigned: &[u32]) -> RowResult {
         match self {
-            Self::Draw(draw, nth) => Answer::Drawn(sample::sample(logits, holes, draw, *nth)),
-            Self::Score(target, spec) => Answer::Scored(sample::score(logits, holes, *target, *spec)),
+            Self::Sample(sampling, nth) => RowResult::Sampled(sample::sample(logits, unassigned, sampling, *nth)),
+            Self::Score(target, spec) => RowResult::Scored(sample::score(logits, unassigned, *target, *spec)),
         }
     }
 }
 
 /// What is wanted of one token's logits.
 enum Wanted<'a> {
-    /// A draw, the nth of its row.
-    Draw(&'a Draw, u64),
+    /// The nth sample of its row, counted from 0.
+    Sample(&'a SamplingMetadata, u64),
+    /// How probable this token is.
     Score(u32, LogprobsSpec),
 }
 
-/// The tokens of a plan whose logits are wanted, by index, in the order of [`Output`]: first every draw, then every score.
+/// The tokens of a plan whose logits are wanted, by index, in the order of [`Output`]: first every sample, then every score.
 fn wanted(plan: &Plan) -> impl Iterator<Item = (usize, Wanted<'_>)> {
-    let draws = plan.rows.iter().filter_map(|row| row.draw.as_ref().map(|draw| (row, draw)));
-    let draws = draws.flat_map(|(row, draw)| {
-        let first = row.start + row.len - 1 - row.proposed;
-        (0..=row.proposed).map(move |nth| (first + nth, Wanted::Draw(draw, nth as u64)))
+    let samples = plan.rows.iter().filter_map(|row| row.sampling.as_ref().map(|sampling| (row, sampling)));
+    let samples = samples.flat_map(|(row, sampling)| {
+        let first = row.start + row.len - 1 - row.draft_len;
+        (0..=row.draft_len).map(move |nth| (first + nth, Wanted::Sample(sampling, nth as u64)))
     });
     let scores = plan.rows.iter().filter_map(|row| row.score.as_ref().map(|score| (row, score)));
     let scores = scores.flat_map(|(row, score)| {
         score.targets.iter().enumerate().map(move |(i, target)| (row.start + i, Wanted::Score(*target, score.logprobs)))
     });
-    draws.chain(scores)
+    samples.chain(scores)
 }
 
 impl<B: Backend> Runner for DeviceRunner<B> {
@@ -442,7 +446,7 @@ impl<B: Backend> Runner for DeviceRunner<B> {
             self.positions.clear();
             self.positions.extend(wanted(plan).skip(first).take(count).map(|(token, _)| token));
             self.decoder.head(&mut self.backend, &self.positions).map_err(step_error)?;
-            self.answer(plan, first, count, &mut output).map_err(step_error)?;
+            self.read_logits(plan, first, count, &mut output).map_err(step_error)?;
         }
         if output.logprobs.iter().all(Option::is_none) {
             output.logprobs.clear();
@@ -454,13 +458,13 @@ impl<B: Backend> Runner for DeviceRunner<B> {
         self.spare = output;
     }
 
-    /// Step buffers first, then layer by layer.
-    fn take_memory(&mut self, most: usize) -> bool {
+    /// The step buffers come first, then the KV cache layer by layer.
+    fn prefault(&mut self, most: usize) -> bool {
         let caches = self.caches.iter_mut().flat_map(B::cache_memory);
         let buffers = self.decoder.memory().into_iter().chain(self.backend.own_memory());
-        let Taken { area, bytes, since } = &mut self.taken;
+        let Prefaulted { buffers: done, bytes, since } = &mut self.prefaulted;
         let mut left = most;
-        for memory in buffers.chain(caches).skip(*area) {
+        for memory in buffers.chain(caches).skip(*done) {
             let end = memory.len().min(bytes.saturating_add(left));
             cpu::prefault::touch(&mut memory[*bytes..end]);
             left -= end - *bytes;
@@ -468,7 +472,7 @@ impl<B: Backend> Runner for DeviceRunner<B> {
             if end < memory.len() {
                 return true;
             }
-            (*area, *bytes) = (*area + 1, 0);
+            (*done, *bytes) = (*done + 1, 0);
         }
         if self.plan.step_bytes == 0 {
             return false; // On a GPU memory is there when it is allocated.

@@ -49,12 +49,12 @@ impl Outbox {
     async fn deliver_stream(&self, pieces: Pieces) -> Outcome {
         let mut source = Source { pieces, next: None, failure: None, ended: false };
         let mut pace = Pace::new(self.rules);
-        let mut posted = Posted { limit: self.client.pacing.result_limit, ..Default::default() };
+        let mut posted = Posted { limit: self.client.policy.result_limit, ..Default::default() };
         loop {
             tokio::time::sleep_until(pace.next).await;
-            let Some(piece) = source.gather(pace.wanted(), self.client.pacing.chunk_limit).await else { break };
+            let Some(piece) = source.gather(pace.wanted(), self.client.policy.chunk_limit).await else { break };
             pace.flush(piece.is_string());
-            for part in split_piece(piece, self.client.pacing.chunk_limit) {
+            for part in split_piece(piece, self.client.policy.chunk_limit) {
                 self.post(part, &mut posted).await;
             }
         }
@@ -72,7 +72,7 @@ impl Outbox {
         posted.posts += 1;
         posted.bytes += body.len();
         // When the last one failed in all its attempts, more attempts would only add to the delay of what follows.
-        let attempts = if posted.last_failed { 1 } else { self.client.pacing.stream_attempts };
+        let attempts = if posted.last_failed { 1 } else { self.client.policy.stream_attempts };
         posted.last_failed = !self.client.stream(&self.job_id, body, attempts).await;
         posted.skipped += usize::from(posted.last_failed);
         posted.keep(piece);

@@ -241,7 +241,7 @@ impl Tokenizer {
 fn vocabulary(bytes: &TokenBytes, added: &Added, pieces: usize) -> Vocabulary {
     let has_token = |id: usize| bytes.get(id as u32).is_some() && (id < pieces || !added.is_placeholder(id as u32));
     let size = (0..bytes.len()).rfind(|id| has_token(*id)).map_or(0, |last| last + 1).max(pieces);
-    Vocabulary { size, holes: (0..size).filter(|id| !has_token(*id)).map(|id| id as u32).collect() }
+    Vocabulary { size, unassigned: (0..size).filter(|id| !has_token(*id)).map(|id| id as u32).collect() }
 }
 
 /// ERNIE 4.5's own vocabulary, which no test of ours can have: checked whenever it is loaded.

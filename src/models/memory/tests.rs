@@ -165,6 +165,6 @@ fn every_thread_has_room_to_draw_and_to_attend() {
     let step = |threads| plan(&EngineSettings { threads: Some(threads), ..settings() }, 16 * GIB).unwrap().step_bytes;
     let more = step(3) - step(2);
     // Twelve bytes of a token of the vocabulary, and 32 rows of queries, sums and scores of a segment.
-    let (draw, attend) = (103_424 * 12, 32 * (2 * 128 + 256) * 4);
-    assert!(more > draw + attend && more < (draw + attend) * 11 / 10, "{more}");
+    let (sampling, attend) = (103_424 * 12, 32 * (2 * 128 + 256) * 4);
+    assert!(more > sampling + attend && more < (sampling + attend) * 11 / 10, "{more}");
 }

@@ -156,7 +156,7 @@ fn models_that_cannot_be_honoured_are_refused_by_name() {
 
 #[test]
 fn ids_without_a_token_are_holes_of_the_vocabulary() {
-    assert_eq!(demo().vocabulary().holes, [0; 0]);
+    assert_eq!(demo().vocabulary().unassigned, [0; 0]);
     let token = |id: usize, content: &str| json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true});
     // 4, 7 and 8 have no token; 6 and 11 are placeholders, of which the second and what follows it lies above the vocabulary.
     let added = [token(5, "<a>"), token(6, "<|LOC_7|>"), token(9, "<b>"), token(11, "<|IMAGE_PLACEHOLDER|>")];
@@ -167,8 +167,8 @@ fn ids_without_a_token_are_holes_of_the_vocabulary() {
             "vocab": {"x": 0, "y": 1, "z": 2, "xy": 3, "<a>": 5, "<|LOC_7|>": 6, "<b>": 9, "<|IMAGE_PLACEHOLDER|>": 11}, "merges": [["x", "y"]]},
     });
     let tokenizer = embedded(&[("tokenizer.json", file.to_string())]).unwrap();
-    assert_eq!(*tokenizer.vocabulary(), Vocabulary { size: 10, holes: vec![4, 6, 7, 8] });
-    assert_eq!(Vocabulary::from(7), Vocabulary { size: 7, holes: Vec::new() });
+    assert_eq!(*tokenizer.vocabulary(), Vocabulary { size: 10, unassigned: vec![4, 6, 7, 8] });
+    assert_eq!(Vocabulary::from(7), Vocabulary { size: 7, unassigned: Vec::new() });
 }
 
 #[test]

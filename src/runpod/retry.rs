@@ -1,4 +1,4 @@
-//! Every wait and limit of the job protocol in one place, so that tests can shorten them.
+//! Every wait and limit of the job protocol in one place, so that tests can shorten them, and the one loop that retries.
 
 use std::time::Duration;
 
@@ -6,10 +6,10 @@ use crate::api::body::BodyLimits;
 
 /// Waits, deadlines and size limits towards the platform. The default is what the platform's own SDK does, or its documentation says.
 #[derive(Debug, Clone)]
-pub struct Pacing {
+pub struct RetryPolicy {
     /// Deadline of one take or stop poll. The server holds it open until there is something to say.
     pub poll_timeout: Duration,
-    /// An empty answer that came sooner than this was not held by the server: pause so long before the next poll.
+    /// An empty answer that came sooner than this was not held by the server: the next poll waits until this time has passed.
     pub shortest_poll: Duration,
     /// Least time between two polls while the platform answers 400, as it does to a parked worker.
     pub parked: Duration,
@@ -23,10 +23,9 @@ pub struct Pacing {
     pub stop_pause: Duration,
     /// Pause after the stop route was not found.
     pub stop_missing: Duration,
-    /// How long at least a take that was pending when the shutdown began may still bring a job, where it is known how long the server holds
-    /// polls.
+    /// A take that was pending when the shutdown began may bring a job for at least this long, when it is known how long the server holds polls.
     pub least_hold: Duration,
-    /// The same where no poll has come back empty yet, so that nothing is known.
+    /// The same when no poll has come back empty yet, so that nothing is known of how long the server holds them.
     pub unknown_hold: Duration,
     /// The most that the drain of a broken engine takes, results not counted.
     pub broken_drain: Duration,
@@ -45,7 +44,7 @@ pub struct Pacing {
     pub stream_attempts: u32,
     /// Pause before the second retry of a ping; it doubles. The first retry is at once.
     pub ping_retry: Duration,
-    /// What a job may be in size: a larger one is answered with an error.
+    /// The size limits of a job. A larger one is answered with an error.
     pub job_limits: BodyLimits,
     /// Largest body of a final result, in bytes.
     pub result_limit: usize,
@@ -53,7 +52,7 @@ pub struct Pacing {
     pub chunk_limit: usize,
 }
 
-impl Default for Pacing {
+impl Default for RetryPolicy {
     fn default() -> Self {
         Self {
             poll_timeout: Duration::from_secs(90),
@@ -92,6 +91,25 @@ impl Backoff {
     /// The pause after failure number `failures` (from 1), before jitter.
     pub fn pause(self, failures: u32) -> Duration {
         self.first.saturating_mul(2_u32.saturating_pow(failures.saturating_sub(1))).min(self.cap)
+    }
+}
+
+/// Calls `attempt` until it succeeds, or until `pause` gives no pause after a failure. `pause` gets the error and how many attempts have failed.
+pub(crate) async fn retry<T, E, F: Future<Output = Result<T, E>>>(
+    attempt: impl Fn() -> F,
+    mut pause: impl FnMut(&E, u32) -> Option<Duration>,
+) -> Result<T, E> {
+    let mut failures = 0;
+    loop {
+        let error = match attempt().await {
+            Ok(value) => return Ok(value),
+            Err(error) => error,
+        };
+        failures += 1;
+        match pause(&error, failures) {
+            Some(pause) => tokio::time::sleep(pause).await,
+            None => return Err(error),
+        }
     }
 }
 

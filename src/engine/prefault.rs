@@ -1,27 +1,27 @@
-//! When the runner takes the memory it was promised: after the start, in slices of some milliseconds, between steps.
+//! When the KV cache and the step buffers are prefaulted: after the start, between steps, in slices of some milliseconds.
 //!
-//! A slice and a step are never at work together, so nothing races; a request that comes waits for one slice at most.
+//! A slice and a step never run at the same time, so they cannot race. A request that arrives waits for one slice at most.
 
 use std::time::{Duration, Instant};
 
 use crate::models::Runner;
 
-/// Bytes of a slice.
+/// Bytes in a slice.
 const SLICE: usize = 4 << 20;
-/// The first request after the start goes before all of it.
+/// How long after the start the first slice may run, so that a request which comes at once does not wait for one.
 const DELAY: Duration = Duration::from_millis(200);
 
-/// What else there is to do.
+/// What the engine does between slices.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum While {
-    /// Nothing: a quarter of the time may go into slices. (All of it would leave the machine's other threads less.)
+pub enum Activity {
+    /// It is idle: slices may take a quarter of the time. (The machine's other threads need some too.)
     Idle,
-    /// Steps: a 25th may.
+    /// It runs steps: slices may take a 25th of the time.
     Running,
 }
 
-impl While {
-    /// How much longer than a slice the pause after it is.
+impl Activity {
+    /// The pause after a slice is so many times as long as the slice.
     fn pause(self) -> u32 {
         match self {
             Self::Idle => 3,
@@ -30,33 +30,34 @@ impl While {
     }
 }
 
-/// How far it has come.
+/// Decides when the next slice runs.
 #[derive(Debug)]
-pub struct Residency {
+pub struct Prefault {
     due: Option<Instant>,
 }
 
-impl Default for Residency {
+impl Default for Prefault {
     fn default() -> Self {
         Self { due: Some(Instant::now() + DELAY) }
     }
 }
 
-impl Residency {
-    /// When the next slice is; `None` = all is taken.
+impl Prefault {
+    /// When the next slice is due; `None` when all memory is resident.
     pub fn due(&self) -> Option<Instant> {
         self.due
     }
 
-    /// Takes a slice if one is due.
-    pub fn take(&mut self, runner: &mut impl Runner, while_: While) {
+    /// Runs a slice if one is due; true when it was the last.
+    pub fn advance(&mut self, runner: &mut impl Runner, activity: Activity) -> bool {
         let begin = Instant::now();
         if self.due.is_none_or(|due| begin < due) {
-            return;
+            return false;
         }
-        let more = runner.take_memory(SLICE);
+        let more = runner.prefault(SLICE);
         let end = Instant::now();
-        self.due = more.then(|| end + (end - begin) * while_.pause());
+        self.due = more.then(|| end + (end - begin) * activity.pause());
+        !more
     }
 }
 
@@ -69,7 +70,7 @@ mod tests {
     use crate::engine::{Event, Options, Request, SamplingParams, start};
     use crate::models::{Output, Plan, Shape, StepError};
 
-    /// Has slices to take, each of which lasts a while.
+    /// Needs several slices, each of which takes a while.
     struct Slow {
         shape: Shape,
         left: usize,
@@ -90,10 +91,10 @@ mod tests {
 
         fn step(&mut self, plan: &Plan) -> Result<Output, StepError> {
             std::thread::sleep(Duration::from_millis(1));
-            Ok(Output { tokens: vec![1; plan.rows.iter().filter(|row| row.draw.is_some()).count()], ..Default::default() })
+            Ok(Output { tokens: vec![1; plan.rows.iter().filter(|row| row.sampling.is_some()).count()], ..Default::default() })
         }
 
-        fn take_memory(&mut self, most: usize) -> bool {
+        fn prefault(&mut self, most: usize) -> bool {
             assert_eq!(most, SLICE);
             std::thread::sleep(self.lasts);
             self.taken.fetch_add(1, Ordering::SeqCst);
@@ -124,26 +125,26 @@ mod tests {
     #[test]
     fn pauses_follow_what_slices_take() {
         let (mut runner, taken) = slow(3, 10);
-        let mut residency = Residency::default();
-        residency.take(&mut runner, While::Idle);
+        let mut prefault = Prefault::default();
+        prefault.advance(&mut runner, Activity::Idle);
         assert_eq!(taken.load(Ordering::SeqCst), 0, "not at once");
-        for (number, while_, least) in [(1, While::Idle, 30), (2, While::Running, 240)] {
-            residency.due = Some(Instant::now());
-            residency.take(&mut runner, while_);
-            let pause = residency.due().unwrap().saturating_duration_since(Instant::now());
-            assert!(pause > Duration::from_millis(least - 5), "{while_:?}: {pause:?}");
-            residency.take(&mut runner, while_);
+        for (number, activity, least) in [(1, Activity::Idle, 30), (2, Activity::Running, 240)] {
+            prefault.due = Some(Instant::now());
+            prefault.advance(&mut runner, activity);
+            let pause = prefault.due().unwrap().saturating_duration_since(Instant::now());
+            assert!(pause > Duration::from_millis(least - 5), "{activity:?}: {pause:?}");
+            prefault.advance(&mut runner, activity);
             assert_eq!(taken.load(Ordering::SeqCst), number, "one, and the next is not due");
         }
-        residency.due = Some(Instant::now());
-        residency.take(&mut runner, While::Idle);
-        assert_eq!(residency.due(), None);
-        residency.take(&mut runner, While::Idle);
+        prefault.due = Some(Instant::now());
+        prefault.advance(&mut runner, Activity::Idle);
+        assert_eq!(prefault.due(), None);
+        prefault.advance(&mut runner, Activity::Idle);
         assert_eq!(taken.load(Ordering::SeqCst), 3, "no more than there are");
     }
 
     #[tokio::test]
-    async fn an_idle_engine_takes_all_and_says_so() {
+    async fn an_idle_engine_prefaults_all_and_says_so() {
         let (runner, taken) = slow(5, 1);
         let engine = start(move || Ok(runner), Options::default()).await.unwrap();
         assert!(!engine.stats().memory_resident, "readiness does not wait for it");
@@ -154,7 +155,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_busy_engine_takes_it_between_steps() {
+    async fn a_busy_engine_prefaults_between_steps() {
         let (runner, taken) = slow(3, 1);
         let engine = start(move || Ok(runner), Options::default()).await.unwrap();
         let mut generation = engine.submit(request(100_000 - 8)).unwrap();

@@ -1,4 +1,4 @@
-//! The jobs that this worker holds: taken, and not yet answered.
+//! The jobs in flight: taken by this worker, and not yet answered.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -7,19 +7,20 @@ use tokio::sync::{oneshot, watch};
 
 /// Shared by the poll (free slots), the heartbeat (ids) and the stop channel.
 #[derive(Debug)]
-pub(crate) struct Held {
-    /// By id: the sender that stops the job.
+pub(crate) struct InFlight {
+    /// By the job's id, the sender that stops it.
     jobs: Mutex<BTreeMap<String, oneshot::Sender<()>>>,
     count: watch::Sender<usize>,
 }
 
-impl Held {
+impl InFlight {
     pub fn new() -> Arc<Self> {
         Arc::new(Self { jobs: Mutex::default(), count: watch::Sender::new(0) })
     }
 
-    /// Holds `id` until the returned guard is dropped. `None`: it is held already.
-    pub fn hold(self: &Arc<Self>, id: &str) -> Option<(Holding, oneshot::Receiver<()>)> {
+    /// Counts `id` as in flight until the returned guard is dropped, and gives the receiver that hears of its stop. `None` when it is in flight
+    /// already.
+    pub fn begin(self: &Arc<Self>, id: &str) -> Option<(InFlightJob, oneshot::Receiver<()>)> {
         let (stop, stopped) = oneshot::channel();
         let mut jobs = self.lock();
         if jobs.contains_key(id) {
@@ -27,10 +28,10 @@ impl Held {
         }
         jobs.insert(id.to_owned(), stop);
         self.count.send_replace(jobs.len());
-        Some((Holding { held: Arc::clone(self), id: id.to_owned() }, stopped))
+        Some((InFlightJob { in_flight: Arc::clone(self), id: id.to_owned() }, stopped))
     }
 
-    /// Stops `id`; false when it is not held.
+    /// Stops `id`; false when it is not in flight.
     pub fn stop(&self, id: &str) -> bool {
         let mut jobs = self.lock();
         let Some(stop) = jobs.get_mut(id) else { return false };
@@ -39,7 +40,7 @@ impl Held {
         std::mem::replace(stop, spent).send(()).is_ok()
     }
 
-    /// In order of id.
+    /// All ids, in order.
     pub fn ids(&self) -> Vec<String> {
         self.lock().keys().cloned().collect()
     }
@@ -48,30 +49,30 @@ impl Held {
         *self.count.borrow()
     }
 
-    /// Waits until fewer than `limit` jobs are held.
+    /// Waits until fewer than `limit` jobs are in flight.
     pub async fn below(&self, limit: usize) {
         // The sender lives in `self`, so the channel cannot close.
         let _ = self.count.subscribe().wait_for(|&count| count < limit).await;
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, oneshot::Sender<()>>> {
-        // Nothing panics while it holds the lock; and a job list that was poisoned is still the job list.
+        // Nothing panics while it holds the lock, and the list would be right even then.
         self.jobs.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }
 
-/// Keeps one job held. Dropped when the job was answered, or when its task ends in whatever way.
+/// One job in flight. Dropped when the job is answered, or when its task ends in any other way.
 #[derive(Debug)]
-pub(crate) struct Holding {
-    held: Arc<Held>,
+pub(crate) struct InFlightJob {
+    in_flight: Arc<InFlight>,
     id: String,
 }
 
-impl Drop for Holding {
+impl Drop for InFlightJob {
     fn drop(&mut self) {
-        let mut jobs = self.held.lock();
+        let mut jobs = self.in_flight.lock();
         jobs.remove(&self.id);
-        self.held.count.send_replace(jobs.len());
+        self.in_flight.count.send_replace(jobs.len());
     }
 }
 
@@ -81,19 +82,19 @@ mod tests {
 
     #[tokio::test]
     async fn holds_once_counts_and_stops() {
-        let held = Held::new();
-        let (first, mut stopped) = held.hold("b").unwrap();
-        assert!(held.hold("b").is_none());
-        let (second, _keep) = held.hold("a").unwrap();
-        assert_eq!((held.ids(), held.len()), (vec!["a".to_owned(), "b".to_owned()], 2));
-        assert!(!held.stop("c"));
-        assert!(held.stop("b"));
-        assert!(!held.stop("b"));
+        let in_flight = InFlight::new();
+        let (first, mut stopped) = in_flight.begin("b").unwrap();
+        assert!(in_flight.begin("b").is_none());
+        let (second, _keep) = in_flight.begin("a").unwrap();
+        assert_eq!((in_flight.ids(), in_flight.len()), (vec!["a".to_owned(), "b".to_owned()], 2));
+        assert!(!in_flight.stop("c"));
+        assert!(in_flight.stop("b"));
+        assert!(!in_flight.stop("b"));
         assert_eq!(stopped.try_recv(), Ok(()));
         drop(first);
-        held.below(2).await;
-        assert!(held.hold("b").is_some(), "an id may come again once it has ended");
+        in_flight.below(2).await;
+        assert!(in_flight.begin("b").is_some(), "an id may come again once it has ended");
         drop(second);
-        held.below(1).await;
+        in_flight.below(1).await;
     }
 }
