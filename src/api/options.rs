@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-use crate::api::fields::{Fields, invalid, refuse_unsupported, unsupported, wrong_type};
-use crate::api::logprobs::{Asked, Form};
+use crate::api::fields::{Field, Fields, invalid, refuse_unsupported, unsupported, wrong_type};
+use crate::api::length;
+use crate::api::logprobs::{LogprobsForm, LogprobsRequest};
 use crate::config::ApiSettings;
 use crate::engine::{Limits, SamplingParams};
 use crate::error::Failure;
@@ -13,7 +14,7 @@ use crate::models::LogprobsSpec;
 
 /// Sampling defaults: `generation_config.json`, unless switched off, with the overrides of the settings laid over it.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Defaults {
+pub struct SamplingDefaults {
     temperature: f64,
     top_p: f64,
     top_k: i64,
@@ -23,7 +24,7 @@ pub struct Defaults {
     repetition_penalty: f64,
 }
 
-impl Defaults {
+impl SamplingDefaults {
     /// Values of the model that make no sense are left out; those of `OVERRIDE_GENERATION_CONFIG` stop the start.
     pub fn new(generation_config: &Value, settings: &ApiSettings) -> Result<Self, Failure> {
         let mut defaults = Self {
@@ -89,13 +90,13 @@ pub enum Truncate {
 
 /// The parameters of one request.
 #[derive(Debug, Clone)]
-pub struct Options {
+pub struct GenerationOptions {
     /// Choices for each prompt.
     pub n: usize,
     pub stream: bool,
     pub include_usage: bool,
     pub continuous_usage: bool,
-    /// As asked; the context's rest bounds it later. 0: only the prompt is wanted, scored.
+    /// The request's or the default; the context's rest bounds it for each prompt. 0: only the prompt is wanted, scored.
     pub max_tokens: Option<usize>,
     pub stops: Vec<String>,
     pub include_stop: bool,
@@ -105,7 +106,7 @@ pub struct Options {
     pub add_special_tokens: Option<bool>,
     /// Sequences drawn for each prompt, of which the most probable `n` are given (`best_of`). At least `n`.
     pub candidates: usize,
-    pub logprobs: Asked,
+    pub logprobs: LogprobsRequest,
     /// What the prompt is scored with.
     pub prompt_logprobs: Option<LogprobsSpec>,
     /// The answer begins with the prompt.
@@ -116,10 +117,10 @@ pub struct Options {
     pub sampling: SamplingParams,
 }
 
-/// What [`Options::read`] needs of the service.
+/// What [`GenerationOptions::read`] needs of the service.
 pub struct Context<'a> {
     pub settings: &'a ApiSettings,
-    pub defaults: &'a Defaults,
+    pub defaults: &'a SamplingDefaults,
     pub limits: &'a Limits,
     pub eos_token_ids: &'a Arc<Vec<u32>>,
     /// Token ids of plain text.
@@ -129,9 +130,9 @@ pub struct Context<'a> {
 /// Most choices when no other limit is set.
 const MAX_N: usize = 128;
 
-impl Options {
+impl GenerationOptions {
     /// Reads and checks all of them.
-    pub fn read(fields: &Fields<'_>, form: Form, context: &Context<'_>) -> Result<Self, Failure> {
+    pub fn read(fields: &Fields<'_>, form: LogprobsForm, context: &Context<'_>) -> Result<Self, Failure> {
         let n = fields.count("n", 1)?.unwrap_or(1);
         let max_n = context.settings.max_n.unwrap_or(MAX_N);
         if let (true, Some(field)) = (n > max_n, fields.get("n")) {
@@ -140,12 +141,12 @@ impl Options {
         refuse_unsupported(fields)?;
         let stream = fields.bool("stream")?.unwrap_or(false);
         let candidates = candidates(fields, n, max_n, stream)?;
-        let logprobs = Asked::read(fields, form, stream, context.settings)?;
+        let logprobs = LogprobsRequest::read(fields, form, stream, context.settings)?;
         let echo = fields.bool("echo")?.unwrap_or(false);
         // A prompt may be scored alone, but then it must be given back.
-        let max_tokens = max_tokens(fields, if echo && !form.is_chat() { 0 } else { 1 })?;
+        let asked = length::asked(fields, if echo && !form.is_chat() { 0 } else { 1 })?;
         let min_tokens = fields.count("min_tokens", 0)?.unwrap_or(0);
-        if let (Some(max_tokens), Some(field)) = (max_tokens.filter(|max| min_tokens > *max), fields.get("min_tokens")) {
+        if let (Some(max_tokens), Some(field)) = (asked.filter(|max| min_tokens > *max), fields.get("min_tokens")) {
             return Err(invalid(
                 &field,
                 format!("{min_tokens} is greater than the maximum of {max_tokens}, which is max_tokens - '{}'", field.name),
@@ -186,7 +187,7 @@ impl Options {
             stream,
             include_usage: include_usage || context.settings.force_include_usage,
             continuous_usage,
-            max_tokens,
+            max_tokens: asked.or_else(|| length::default(form, context.settings)),
             stops: fields.stop()?,
             include_stop: fields.bool("include_stop_str_in_output")?.unwrap_or(false),
             skip_special_tokens: fields.bool("skip_special_tokens")?.unwrap_or(true),
@@ -203,7 +204,7 @@ impl Options {
     }
 }
 
-impl Options {
+impl GenerationOptions {
     /// Whether all sequences of so many prompts can be taken at once. `listed`: the prompts may be a list.
     pub fn check_number(&self, prompts: usize, listed: bool, limits: &Limits) -> Result<(), Failure> {
         let each = if self.sampling.is_greedy() { 1 } else { self.candidates };
@@ -224,37 +225,6 @@ impl Options {
         );
         Err(Failure::bad_request(param, message).code("invalid_value"))
     }
-
-    /// Whether `min_tokens` may come after a prompt of so many.
-    pub fn check_room(&self, prompt: usize, limits: &Limits) -> Result<(), Failure> {
-        let (least, room) = (self.sampling.min_tokens, limits.max_model_len.saturating_sub(prompt));
-        let most = self.max_tokens.unwrap_or(room).min(room);
-        if least <= most {
-            return Ok(());
-        }
-        let message = if most < room {
-            format!("{least} is greater than the maximum of {most}, which is max_tokens when the request does not say - 'min_tokens'")
-        } else {
-            format!(
-                "{least} is greater than the maximum of {room}, which is what the prompt's {prompt} tokens leave of the context of {} - \
-                 'min_tokens'.{}",
-                limits.max_model_len,
-                limits.memory_hint()
-            )
-        };
-        Err(Failure::bad_request("min_tokens", message).code("invalid_value"))
-    }
-}
-
-/// `max_completion_tokens` wins over the older `max_tokens`, and that over the names of other servers; all are checked.
-fn max_tokens(fields: &Fields<'_>, least: u32) -> Result<Option<usize>, Failure> {
-    let newest = fields.count("max_completion_tokens", least)?;
-    let older = fields.count("max_tokens", least)?;
-    let other = fields.count("max_new_tokens", least)?;
-    // llama.cpp's, where -1 is no limit.
-    let unlimited = fields.get("n_predict").is_some_and(|field| field.value.as_f64() == Some(-1.0));
-    let predicted = if unlimited { Some(usize::MAX) } else { fields.count("n_predict", least)? };
-    Ok(newest.or(older).or(other).or(predicted))
 }
 
 /// llama.cpp's `repeat_last_n`: here a repetition penalty counts all tokens, which is that server's -1.
@@ -274,7 +244,7 @@ fn stream_options(fields: &Fields<'_>) -> Result<(bool, bool), Failure> {
     let flag = |name: &str| match field.value.get(name) {
         None | Some(Value::Null) => Ok(false),
         Some(Value::Bool(flag)) => Ok(*flag),
-        Some(value) => Err(wrong_type(&crate::api::fields::Field { name: format!("{}.{name}", field.name), value }, "true or false")),
+        Some(value) => Err(wrong_type(&Field { name: format!("{}.{name}", field.name), value }, "true or false")),
     };
     Ok((flag("include_usage")?, flag("continuous_usage_stats")?))
 }
@@ -315,15 +285,15 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn read(body: Value) -> Result<Options, Failure> {
+    fn read(body: Value) -> Result<GenerationOptions, Failure> {
         let settings = ApiSettings { max_n: Some(4), ..ApiSettings::default() };
-        let defaults = Defaults::new(&json!({"temperature": 0.8, "top_p": 0.7, "top_k": 50}), &settings).unwrap();
+        let defaults = SamplingDefaults::new(&json!({"temperature": 0.8, "top_p": 0.7, "top_k": 50}), &settings).unwrap();
         let limits = Limits { max_model_len: 64, vocab_size: 10, max_num_seqs: 4, max_waiting: 4, memory_bound: None };
         // One token a letter.
         let encode = |text: &str| Ok(text.bytes().map(|byte| u32::from(byte % 10)).collect());
         let eos_token_ids = Arc::new(vec![2]);
         let context = Context { settings: &settings, defaults: &defaults, limits: &limits, eos_token_ids: &eos_token_ids, encode: &encode };
-        Options::read(&Fields::new(&body).unwrap(), Form::NativeText, &context)
+        GenerationOptions::read(&Fields::new(&body).unwrap(), LogprobsForm::NativeText, &context)
     }
 
     #[test]
@@ -340,14 +310,14 @@ mod tests {
     fn the_two_switches_of_the_generation_config() {
         let config = json!({"temperature": 0.8, "top_p": 7, "max_new_tokens": 5});
         let mut settings = ApiSettings::default();
-        assert_eq!(Defaults::new(&config, &settings).unwrap().temperature, 0.8);
-        assert_eq!(Defaults::new(&config, &settings).unwrap().top_p, 1.0, "a value that makes no sense is left out");
+        assert_eq!(SamplingDefaults::new(&config, &settings).unwrap().temperature, 0.8);
+        assert_eq!(SamplingDefaults::new(&config, &settings).unwrap().top_p, 1.0, "a value that makes no sense is left out");
         settings.ignore_generation_config = true;
-        assert_eq!(Defaults::new(&config, &settings).unwrap().temperature, 1.0);
+        assert_eq!(SamplingDefaults::new(&config, &settings).unwrap().temperature, 1.0);
         settings.override_generation_config = json!({"temperature": 0.1}).as_object().cloned();
-        assert_eq!(Defaults::new(&config, &settings).unwrap().temperature, 0.1);
+        assert_eq!(SamplingDefaults::new(&config, &settings).unwrap().temperature, 0.1);
         settings.override_generation_config = json!({"temperature": "hot"}).as_object().cloned();
-        assert!(Defaults::new(&config, &settings).unwrap_err().message.starts_with("OVERRIDE_GENERATION_CONFIG: 'temperature'"));
+        assert!(SamplingDefaults::new(&config, &settings).unwrap_err().message.starts_with("OVERRIDE_GENERATION_CONFIG: 'temperature'"));
     }
 
     #[test]
@@ -453,26 +423,6 @@ mod tests {
         let small = Limits { max_num_seqs: 1, max_waiting: 1, ..limits.clone() };
         let failure = read(json!({"n": 4})).unwrap().check_number(1, false, &small).unwrap_err();
         assert!(failure.param.as_deref() == Some("n") && failure.message.contains("4 sequences (4 by 'n')"), "{failure}");
-    }
-
-    #[test]
-    fn min_tokens_must_have_room() {
-        let limits = Limits { max_model_len: 64, vocab_size: 10, max_num_seqs: 4, max_waiting: 4, memory_bound: None };
-        let check = |body: Value, prompt: usize| read(body).unwrap().check_room(prompt, &limits);
-        assert!(check(json!({"min_tokens": 4}), 60).is_ok());
-        assert!(check(json!({"max_tokens": 60}), 60).is_ok(), "max_tokens is an upper bound, and no promise");
-        for body in [json!({"min_tokens": 5}), json!({"min_tokens": 5, "max_tokens": 60})] {
-            let failure = check(body, 60).unwrap_err();
-            assert_eq!((failure.param.as_deref(), failure.code), (Some("min_tokens"), Some("invalid_value")));
-            assert!(
-                failure.message.starts_with("5 is greater than the maximum of 4, which is what the prompt's 60 tokens leave"),
-                "{failure}"
-            );
-        }
-        let mut options = read(json!({"min_tokens": 20})).unwrap();
-        options.max_tokens = Some(16);
-        let failure = options.check_room(10, &limits).unwrap_err();
-        assert!(failure.message.starts_with("20 is greater than the maximum of 16, which is max_tokens"), "{failure}");
     }
 
     #[test]

@@ -1,72 +1,59 @@
-//! Text completions: prompts as they are, without a template.
+//! Prompts as they are given: texts and token ids, without a template unless one is asked for.
 
 use serde_json::Value;
 
-use crate::api::Service;
-use crate::api::fields::{Field, Fields, invalid, kind, missing, token_ids, wrong_type};
-use crate::api::logprobs::{Echo, Form};
-use crate::api::openai::{Prepared, Surface};
-use crate::api::options::Options;
+use crate::api::fields::{Field, invalid, kind, token_ids, wrong_type};
+use crate::api::logprobs::Echo;
+use crate::api::options::GenerationOptions;
+use crate::api::prompt::fit::Fit;
+use crate::api::request::{self, GenerationRequest};
+use crate::api::served::ServedModel;
 use crate::error::Failure;
 use crate::text::tokenizer::Special;
 
-/// OpenAI's default on this route.
-const DEFAULT_MAX_TOKENS: usize = 16;
 /// Most prompts in one request.
 const MAX_PROMPTS: usize = 1024;
 
-/// `POST /v1/completions`.
-pub fn prepare(service: &Service, body: &Value) -> Result<Prepared, Failure> {
-    let fields = Fields::new(body)?;
-    service.check_model(&fields)?;
-    let mut options = service.options(&fields, Form::Text)?;
-    options.max_tokens = options.max_tokens.or(service.settings.default_max_tokens).or(Some(DEFAULT_MAX_TOKENS));
-    let field = fields.get("prompt").or_else(|| fields.get("prompt_token_ids"));
-    let field = field.ok_or_else(|| missing("prompt", "'prompt' is missing. It is a string, a list of strings, or token ids."))?;
-    let prompts = read(&field, service.engine.limits().vocab_size)?;
-    finish(service, prompts, options, |text, options| encode(service, text, options))
-}
-
-/// Encodes, fits and packs up. `render` turns a text into token ids.
-pub fn finish(
-    service: &Service,
-    prompts: Vec<Prompt>,
-    options: Options,
-    render: impl Fn(&str, &Options) -> Result<Vec<u32>, Failure>,
-) -> Result<Prepared, Failure> {
+/// The request of the prompts in `field`. `encode` turns a text into token ids.
+pub fn request(
+    served: &ServedModel,
+    field: &Field<'_>,
+    options: GenerationOptions,
+    encode: impl Fn(&str, &GenerationOptions) -> Result<Vec<u32>, Failure>,
+) -> Result<GenerationRequest, Failure> {
+    let given = read(field, served.limits.vocab_size)?;
     // Before work is done for prompts that are too many.
-    options.check_number(prompts.len(), true, service.engine.limits())?;
-    let (mut fitted, mut echoes) = (Vec::with_capacity(prompts.len()), Vec::new());
-    for prompt in prompts {
-        let (given, ids) = match prompt {
+    options.check_number(given.len(), true, &served.limits)?;
+    let fit = Fit { served, options: &options, noun: "prompt" };
+    let mut prompts = Vec::with_capacity(given.len());
+    for prompt in given {
+        let (text, ids) = match prompt {
             Prompt::Text(text) => {
-                let read = service.fit_text(&text, &options, "prompt")?;
-                let ids = render(read, &options)?;
+                let read = fit.text(&text)?;
+                let ids = encode(read, &options)?;
                 let whole = read.len() == text.len();
                 (Some(text).filter(|_| whole), ids)
             }
             Prompt::Tokens(ids) => (None, ids),
         };
         let whole = ids.len();
-        let ids = service.fit(ids, &options, "prompt")?;
-        if options.echo {
-            let given = given.as_deref().filter(|_| ids.len() == whole);
-            echoes.push(Echo::of_prompt(&service.tokenizer, given, &ids, options.skip_special_tokens));
-        }
-        fitted.push(ids);
+        let ids = fit.ids(ids)?;
+        let text = text.as_deref().filter(|_| ids.len() == whole);
+        let echo = options.echo.then(|| Echo::of_prompt(&served.tokenizer, text, &ids, options.skip_special_tokens));
+        prompts.push(request::Prompt::new(ids, echo));
     }
-    Prepared::new(service, Surface::Text, fitted, echoes, options)
+    GenerationRequest::new(prompts, options, true, &served.limits)
 }
 
 /// One prompt as the caller gave it.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Prompt {
+enum Prompt {
     Text(String),
     Tokens(Vec<u32>),
 }
 
 /// A string, a list of strings, token ids, or lists of token ids.
-pub fn read(field: &Field<'_>, vocab_size: usize) -> Result<Vec<Prompt>, Failure> {
+fn read(field: &Field<'_>, vocab_size: usize) -> Result<Vec<Prompt>, Failure> {
     let list = match field.value {
         Value::String(text) => return Ok(vec![Prompt::Text(text.clone())]),
         Value::Array(list) => list,
@@ -95,20 +82,20 @@ fn element(field: &Field<'_>, first: &Value, i: usize, value: &Value, vocab_size
 }
 
 /// Token ids of a raw prompt.
-pub fn encode(service: &Service, text: &str, options: &Options) -> Result<Vec<u32>, Failure> {
-    let special = if service.settings.allow_special_tokens { Special::Control } else { Special::Text };
-    let mut ids = service.tokenizer.encode(text, special)?;
+pub fn encode(served: &ServedModel, text: &str, options: &GenerationOptions) -> Result<Vec<u32>, Failure> {
+    let special = if served.settings.allow_special_tokens { Special::Control } else { Special::Text };
+    let mut ids = served.tokenizer.encode(text, special)?;
     if options.add_special_tokens.unwrap_or(true) {
-        add_around(service, &mut ids);
+        add_around(served, &mut ids);
     }
     Ok(ids)
 }
 
 /// Adds what the tokenizer wants around a text: what its post-processor says, else the beginning-of-sequence token where its configuration
 /// asks for it. Never twice.
-fn add_around(service: &Service, ids: &mut Vec<u32>) {
-    let (before, after) = service.tokenizer.added_around();
-    let of_config = service.bos_token_id.filter(|_| service.model.add_bos_token && before.is_empty());
+fn add_around(served: &ServedModel, ids: &mut Vec<u32>) {
+    let (before, after) = served.tokenizer.added_around();
+    let of_config = served.bos_token_id.filter(|_| served.model.add_bos_token && before.is_empty());
     let before = of_config.as_ref().map_or(before, std::slice::from_ref);
     if !ids.starts_with(before) {
         ids.splice(0..0, before.iter().copied());
