@@ -1,6 +1,6 @@
 //! How long an answer may be: the one place that decides it, before a request is submitted.
 
-use crate::api::fields::Fields;
+use crate::api::fields::{Fields, invalid};
 use crate::api::logprobs::LogprobsForm;
 use crate::config::ApiSettings;
 use crate::engine::Limits;
@@ -9,21 +9,29 @@ use crate::error::Failure;
 /// OpenAI's default on `/v1/completions`. Everywhere else an answer may fill the rest of the context.
 const COMPLETIONS_DEFAULT: usize = 16;
 
-/// What the request asks for. `max_completion_tokens` wins over the older `max_tokens`, and that over the names of other servers; all are
-/// checked. `least`: the smallest value that makes sense.
-pub fn asked(fields: &Fields<'_>, least: u32) -> Result<Option<usize>, Failure> {
-    let newest = fields.count("max_completion_tokens", least)?;
-    let older = fields.count("max_tokens", least)?;
-    let other = fields.count("max_new_tokens", least)?;
-    // llama.cpp's, where -1 is no limit.
-    let unlimited = fields.get("n_predict").is_some_and(|field| field.value.as_f64() == Some(-1.0));
-    let predicted = if unlimited { Some(usize::MAX) } else { fields.count("n_predict", least)? };
-    Ok(newest.or(older).or(other).or(predicted))
+/// Most and fewest tokens of an answer, as the request asks or by default; no most = the rest of the context.
+pub fn read(fields: &Fields<'_>, form: LogprobsForm, echo: bool, settings: &ApiSettings) -> Result<(Option<usize>, usize), Failure> {
+    // A prompt may be scored alone, but then it must be given back.
+    let asked = asked(fields, if echo && !form.is_chat() { 0 } else { 1 })?;
+    let min_tokens = fields.count_or_default("min_tokens")?;
+    if let (Some(max_tokens), Some(field)) = (asked.filter(|max| min_tokens > *max), fields.get("min_tokens")) {
+        let message = format!("{min_tokens} is greater than the maximum of {max_tokens}, which is max_tokens - '{}'", field.name);
+        return Err(invalid(&field, message));
+    }
+    let default = settings.default_max_tokens.or((form == LogprobsForm::Text).then_some(COMPLETIONS_DEFAULT));
+    Ok((asked.or(default), min_tokens))
 }
 
-/// What holds when the request does not say; `None` = the rest of the context.
-pub fn default(form: LogprobsForm, settings: &ApiSettings) -> Option<usize> {
-    settings.default_max_tokens.or((form == LogprobsForm::Text).then_some(COMPLETIONS_DEFAULT))
+/// What the request asks for. `max_completion_tokens` wins over the older `max_tokens`, and that over the names of other servers; all are
+/// checked. `least`: the smallest value that makes sense.
+fn asked(fields: &Fields<'_>, least: u32) -> Result<Option<usize>, Failure> {
+    let newest = fields.count_from("max_completion_tokens", least)?;
+    let older = fields.count_from("max_tokens", least)?;
+    let other = fields.count_from("max_new_tokens", least)?;
+    // llama.cpp's, where -1 is no limit.
+    let unlimited = fields.get("n_predict").is_some_and(|field| field.value.as_f64() == Some(-1.0));
+    let predicted = if unlimited { Some(usize::MAX) } else { fields.count_from("n_predict", least)? };
+    Ok(newest.or(older).or(other).or(predicted))
 }
 
 /// Most tokens of an answer to a prompt of so many tokens, at least 1. Fails when `min_tokens` is more than that.

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-use crate::api::fields::{Field, Fields, invalid, refuse_unsupported, unsupported, wrong_type};
+use crate::api::fields::refuse::{refuse_unsupported, unsupported};
+use crate::api::fields::{self, Field, Fields, invalid, wrong_type};
 use crate::api::length;
 use crate::api::logprobs::{LogprobsForm, LogprobsRequest};
 use crate::config::ApiSettings;
@@ -28,13 +29,13 @@ impl SamplingDefaults {
     /// Values of the model that make no sense are left out; those of `OVERRIDE_GENERATION_CONFIG` stop the start.
     pub fn new(generation_config: &Value, settings: &ApiSettings) -> Result<Self, Failure> {
         let mut defaults = Self {
-            temperature: 1.0,
-            top_p: 1.0,
-            top_k: 0,
-            min_p: 0.0,
-            presence_penalty: 0.0,
-            frequency_penalty: 0.0,
-            repetition_penalty: 1.0,
+            temperature: fields::default_of("temperature"),
+            top_p: fields::default_of("top_p"),
+            top_k: fields::default_integer("top_k"),
+            min_p: fields::default_of("min_p"),
+            presence_penalty: fields::default_of("presence_penalty"),
+            frequency_penalty: fields::default_of("frequency_penalty"),
+            repetition_penalty: fields::default_of("repetition_penalty"),
         };
         if let (false, Value::Object(config)) = (settings.ignore_generation_config, generation_config) {
             for (name, value) in config {
@@ -61,21 +62,21 @@ impl SamplingDefaults {
 
     /// These, with whatever the request says itself.
     fn with(&self, fields: &Fields<'_>) -> Result<Self, Failure> {
-        let top_k = fields.integer("top_k", i64::MIN)?;
+        let top_k = fields.integer_from("top_k", i64::MIN)?;
         if let (Some(top_k), Some(field)) = (top_k.filter(|top_k| *top_k < -1), fields.get("top_k")) {
             return Err(invalid(&field, format!("{top_k} is out of Range. Either set top_k to -1 or >=1. - '{}'", field.name)));
         }
-        let repetition_penalty = fields.number("repetition_penalty", 0.0, 1e3)?;
+        let repetition_penalty = fields.number_from("repetition_penalty", 0.0)?;
         if let (Some(_), Some(field)) = (repetition_penalty.filter(|penalty| *penalty < 1e-3), fields.get("repetition_penalty")) {
             return Err(invalid(&field, format!("{} is less than the minimum of 0.001 - '{}'", field.value, field.name)));
         }
         Ok(Self {
-            temperature: fields.number("temperature", 0.0, 2.0)?.unwrap_or(self.temperature),
-            top_p: fields.number("top_p", 0.0, 1.0)?.unwrap_or(self.top_p),
+            temperature: fields.number("temperature")?.unwrap_or(self.temperature),
+            top_p: fields.number("top_p")?.unwrap_or(self.top_p),
             top_k: top_k.unwrap_or(self.top_k),
-            min_p: fields.number("min_p", 0.0, 1.0)?.unwrap_or(self.min_p),
-            presence_penalty: fields.number("presence_penalty", -2.0, 2.0)?.unwrap_or(self.presence_penalty),
-            frequency_penalty: fields.number("frequency_penalty", -2.0, 2.0)?.unwrap_or(self.frequency_penalty),
+            min_p: fields.number("min_p")?.unwrap_or(self.min_p),
+            presence_penalty: fields.number("presence_penalty")?.unwrap_or(self.presence_penalty),
+            frequency_penalty: fields.number("frequency_penalty")?.unwrap_or(self.frequency_penalty),
             repetition_penalty: repetition_penalty.unwrap_or(self.repetition_penalty),
         })
     }
@@ -133,66 +134,32 @@ const MAX_N: usize = 128;
 impl GenerationOptions {
     /// Reads and checks all of them.
     pub fn read(fields: &Fields<'_>, form: LogprobsForm, context: &Context<'_>) -> Result<Self, Failure> {
-        let n = fields.count("n", 1)?.unwrap_or(1);
+        let n = fields.count_or_default("n")?;
         let max_n = context.settings.max_n.unwrap_or(MAX_N);
         if let (true, Some(field)) = (n > max_n, fields.get("n")) {
             return Err(invalid(&field, format!("{n} is greater than the maximum of {max_n} - '{}'", field.name)));
         }
         refuse_unsupported(fields)?;
-        let stream = fields.bool("stream")?.unwrap_or(false);
+        let stream = fields.flag("stream")?;
         let candidates = candidates(fields, n, max_n, stream)?;
         let logprobs = LogprobsRequest::read(fields, form, stream, context.settings)?;
-        let echo = fields.bool("echo")?.unwrap_or(false);
-        // A prompt may be scored alone, but then it must be given back.
-        let asked = length::asked(fields, if echo && !form.is_chat() { 0 } else { 1 })?;
-        let min_tokens = fields.count("min_tokens", 0)?.unwrap_or(0);
-        if let (Some(max_tokens), Some(field)) = (asked.filter(|max| min_tokens > *max), fields.get("min_tokens")) {
-            return Err(invalid(
-                &field,
-                format!("{min_tokens} is greater than the maximum of {max_tokens}, which is max_tokens - '{}'", field.name),
-            ));
-        }
+        let echo = fields.flag("echo")?;
+        let (max_tokens, min_tokens) = length::read(fields, form, echo, context.settings)?;
         let (include_usage, continuous_usage) = stream_options(fields)?;
-        let vocab_size = context.limits.vocab_size;
-        let stop_token_ids = fields.token_ids("stop_token_ids", vocab_size)?.unwrap_or_default();
-        let drawn = context.defaults.with(fields)?;
-        refuse_penalty_window(fields, drawn.repetition_penalty)?;
-        // A nucleus of nothing is its most likely token.
-        let greedy = drawn.top_p < 1e-5 || fields.bool("do_sample")? == Some(false);
-        let sampling = SamplingParams {
-            temperature: if greedy { 0.0 } else { drawn.temperature as f32 },
-            top_p: if greedy { 1.0 } else { drawn.top_p as f32 },
-            top_k: u32::try_from(drawn.top_k.max(0)).unwrap_or(u32::MAX),
-            min_p: drawn.min_p as f32,
-            presence_penalty: drawn.presence_penalty as f32,
-            frequency_penalty: drawn.frequency_penalty as f32,
-            repetition_penalty: drawn.repetition_penalty as f32,
-            logit_bias: Arc::new(fields.logit_bias(vocab_size)?),
-            bad_words: Arc::new(fields.bad_words(vocab_size, context.encode)?),
-            // Candidates are compared by them.
-            logprobs: logprobs
-                .output
-                .or((candidates > n).then_some(0))
-                .map(|top| LogprobsSpec { top, mode: context.settings.logprobs_mode }),
-            seed: 0,
-            max_tokens: 0,
-            min_tokens,
-            eos_token_ids: context.eos_token_ids.clone(),
-            stop_token_ids: Arc::new(stop_token_ids),
-            ignore_eos: fields.bool("ignore_eos")?.unwrap_or(false),
-            choices: n,
-        };
+        // Candidates are compared by log probabilities.
+        let report = logprobs.output.or((candidates > n).then_some(0));
+        let sampling = SamplingParams { min_tokens, choices: n, ..sampling(fields, report, context)? };
         Ok(Self {
             n,
             stream,
             include_usage: include_usage || context.settings.force_include_usage,
             continuous_usage,
-            max_tokens: asked.or_else(|| length::default(form, context.settings)),
+            max_tokens,
             stops: fields.stop()?,
-            include_stop: fields.bool("include_stop_str_in_output")?.unwrap_or(false),
-            skip_special_tokens: fields.bool("skip_special_tokens")?.unwrap_or(true),
+            include_stop: fields.flag("include_stop_str_in_output")?,
+            skip_special_tokens: fields.flag("skip_special_tokens")?,
             truncate: truncate(fields)?,
-            return_token_ids: fields.bool("return_token_ids")?.unwrap_or(false),
+            return_token_ids: fields.flag("return_token_ids")?,
             add_special_tokens: fields.bool("add_special_tokens")?,
             candidates,
             logprobs,
@@ -227,6 +194,32 @@ impl GenerationOptions {
     }
 }
 
+/// What decides which tokens come. `report`: how many alternatives to report with each. The seed and the lengths are not set here.
+fn sampling(fields: &Fields<'_>, report: Option<u32>, context: &Context<'_>) -> Result<SamplingParams, Failure> {
+    let vocab_size = context.limits.vocab_size;
+    let stop_token_ids = fields.token_ids("stop_token_ids", vocab_size)?.unwrap_or_default();
+    let drawn = context.defaults.with(fields)?;
+    refuse_penalty_window(fields, drawn.repetition_penalty)?;
+    // A nucleus of nothing is its most likely token.
+    let greedy = drawn.top_p < 1e-5 || fields.bool("do_sample")? == Some(false);
+    Ok(SamplingParams {
+        temperature: if greedy { 0.0 } else { drawn.temperature as f32 },
+        top_p: if greedy { 1.0 } else { drawn.top_p as f32 },
+        top_k: u32::try_from(drawn.top_k.max(0)).unwrap_or(u32::MAX),
+        min_p: drawn.min_p as f32,
+        presence_penalty: drawn.presence_penalty as f32,
+        frequency_penalty: drawn.frequency_penalty as f32,
+        repetition_penalty: drawn.repetition_penalty as f32,
+        logit_bias: Arc::new(fields.logit_bias(vocab_size)?),
+        bad_words: Arc::new(fields.bad_words(vocab_size, context.encode)?),
+        logprobs: report.map(|top| LogprobsSpec { top, mode: context.settings.logprobs_mode }),
+        eos_token_ids: context.eos_token_ids.clone(),
+        stop_token_ids: Arc::new(stop_token_ids),
+        ignore_eos: fields.flag("ignore_eos")?,
+        ..SamplingParams::default()
+    })
+}
+
 /// llama.cpp's `repeat_last_n`: here a repetition penalty counts all tokens, which is that server's -1.
 fn refuse_penalty_window(fields: &Fields<'_>, penalty: f64) -> Result<(), Failure> {
     match fields.get("repeat_last_n").filter(|field| penalty != 1.0 && field.value.as_f64() != Some(-1.0)) {
@@ -251,7 +244,7 @@ fn stream_options(fields: &Fields<'_>) -> Result<(bool, bool), Failure> {
 
 /// `best_of`: at least `n`, and no stream of what may yet be discarded.
 fn candidates(fields: &Fields<'_>, n: usize, most: usize, stream: bool) -> Result<usize, Failure> {
-    let (Some(best_of), Some(field)) = (fields.count("best_of", 0)?, fields.get("best_of")) else { return Ok(n) };
+    let (Some(best_of), Some(field)) = (fields.count("best_of")?, fields.get("best_of")) else { return Ok(n) };
     // OpenAI's 0 is no wish at all.
     let best_of = if best_of == 0 { n } else { best_of };
     if best_of < n {
@@ -270,8 +263,8 @@ fn candidates(fields: &Fields<'_>, n: usize, most: usize, stream: bool) -> Resul
 }
 
 fn truncate(fields: &Fields<'_>) -> Result<Option<Truncate>, Failure> {
-    let tokens = fields.integer("truncate_prompt_tokens", -1)?;
-    let flag = fields.bool("truncate_sequence")?.unwrap_or(false);
+    let tokens = fields.integer("truncate_prompt_tokens")?;
+    let flag = fields.flag("truncate_sequence")?;
     match (tokens, fields.get("truncate_prompt_tokens")) {
         (Some(0), Some(field)) => Err(invalid(&field, format!("0 is less than the minimum of 1 (or -1, the context) - '{}'", field.name))),
         (Some(-1), _) => Ok(Some(Truncate::ToContext)),

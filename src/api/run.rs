@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::api::delta::{self, ChoiceUpdate, Delta, DeltaKind, Usage};
+use crate::api::options::GenerationOptions;
 use crate::api::parse::PlainText;
 use crate::api::request::GenerationRequest;
 use crate::api::sequence_task::{Opening, Progress, SequenceTask, TextOptions};
@@ -59,6 +60,20 @@ fn splitmix(seed: u64) -> u64 {
     z ^ (z >> 31)
 }
 
+/// How the text of a request's sequences is made.
+fn text_options(runs: &Runs, options: &GenerationOptions) -> TextOptions {
+    TextOptions {
+        tokenizer: runs.tokenizer.clone(),
+        stops: options.stops.clone(),
+        include_stop: options.include_stop,
+        skip_special_tokens: options.skip_special_tokens,
+        min_tokens: options.sampling.min_tokens,
+        score_only: options.max_tokens == Some(0),
+        report: options.logprobs.output.is_some(),
+        report_hidden: options.return_token_ids,
+    }
+}
+
 /// A running request.
 pub struct RequestStream {
     progress: mpsc::UnboundedReceiver<Result<Progress, Failure>>,
@@ -92,16 +107,7 @@ impl RequestStream {
         let options = &request.options;
         let id: Arc<str> = id.into();
         let deadline = runs.timeout.and_then(|limit| Instant::now().checked_add(limit));
-        let text = Arc::new(TextOptions {
-            tokenizer: runs.tokenizer.clone(),
-            stops: options.stops.clone(),
-            include_stop: options.include_stop,
-            skip_special_tokens: options.skip_special_tokens,
-            min_tokens: options.sampling.min_tokens,
-            score_only: options.max_tokens == Some(0),
-            report: options.logprobs.output.is_some(),
-            report_hidden: options.return_token_ids,
-        });
+        let text = Arc::new(text_options(runs, options));
         let (sender, progress) = mpsc::unbounded_channel();
         let open = request.prompts.len() * options.candidates;
         let mut tasks = Vec::with_capacity(open);

@@ -17,7 +17,8 @@ pub fn read(served: &ServedModel, id: &str, body: &Value) -> Result<Prepared, Fa
     let options = served.options(&fields, LogprobsForm::Text)?;
     let field = fields.get("prompt").or_else(|| fields.get("prompt_token_ids"));
     let field = field.ok_or_else(|| missing("prompt", "'prompt' is missing. It is a string, a list of strings, or token ids."))?;
-    let request = text::request(served, &field, options, |text, options| text::encode(served, text, options))?;
+    let prompts = text::read(&field, served.limits.vocab_size)?;
+    let request = text::request(served, prompts, options, |text, options| text::encode(served, text, options))?;
     let objects = Objects::new(served, id, Surface::Text, &request);
     Ok(Prepared { dialect: Box::new(Sse::new(objects, &request.options)), request })
 }

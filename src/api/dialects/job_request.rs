@@ -34,8 +34,9 @@ pub fn read(served: &ServedModel, body: &Value) -> Result<(GenerationRequest, Su
     }
     served.check_model(&fields)?;
     let options = served.options(&fields, LogprobsForm::NativeText)?;
-    let with_template = fields.bool("apply_chat_template")?.unwrap_or(false);
-    let request = text::request(served, &field, options, |text, options| match with_template {
+    let prompts = text::read(&field, served.limits.vocab_size)?;
+    let with_template = fields.flag("apply_chat_template")?;
+    let request = text::request(served, prompts, options, |text, options| match with_template {
         true => chat::encode(served, &fields, vec![json!({"role": "user", "content": text})], options),
         false => text::encode(served, text, options),
     })?;

@@ -2,7 +2,8 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::api::fields::{Field, Fields, invalid, is_thinking_off, missing, wrong_type};
+use crate::api::fields::refuse::is_thinking_off;
+use crate::api::fields::{Field, Fields, invalid, missing, wrong_type};
 use crate::api::logprobs::Echo;
 use crate::api::options::GenerationOptions;
 use crate::api::prompt::contents::{self, Contents};
@@ -131,7 +132,7 @@ struct Variables {
 
 impl Variables {
     fn read(served: &ServedModel, fields: &Fields<'_>, messages: Vec<Value>) -> Result<Self, Failure> {
-        let continue_final_message = fields.bool("continue_final_message")?.unwrap_or(false);
+        let continue_final_message = fields.flag("continue_final_message")?;
         let add_generation_prompt = fields.bool("add_generation_prompt")?;
         if continue_final_message && add_generation_prompt == Some(true) {
             let message = "'continue_final_message' and 'add_generation_prompt' exclude each other: set one of them to false.";

@@ -6,7 +6,7 @@ use crate::api::fields::{Field, invalid, kind, token_ids, wrong_type};
 use crate::api::logprobs::Echo;
 use crate::api::options::GenerationOptions;
 use crate::api::prompt::fit::Fit;
-use crate::api::request::{self, GenerationRequest};
+use crate::api::request::{GenerationRequest, Prompt};
 use crate::api::served::ServedModel;
 use crate::error::Failure;
 use crate::text::tokenizer::Special;
@@ -14,54 +14,53 @@ use crate::text::tokenizer::Special;
 /// Most prompts in one request.
 const MAX_PROMPTS: usize = 1024;
 
-/// The request of the prompts in `field`. `encode` turns a text into token ids.
+/// The request of these prompts. `encode` turns a text into token ids.
 pub fn request(
     served: &ServedModel,
-    field: &Field<'_>,
+    given: Vec<GivenPrompt>,
     options: GenerationOptions,
     encode: impl Fn(&str, &GenerationOptions) -> Result<Vec<u32>, Failure>,
 ) -> Result<GenerationRequest, Failure> {
-    let given = read(field, served.limits.vocab_size)?;
     // Before work is done for prompts that are too many.
     options.check_number(given.len(), true, &served.limits)?;
     let fit = Fit { served, options: &options, noun: "prompt" };
     let mut prompts = Vec::with_capacity(given.len());
     for prompt in given {
         let (text, ids) = match prompt {
-            Prompt::Text(text) => {
+            GivenPrompt::Text(text) => {
                 let read = fit.text(&text)?;
                 let ids = encode(read, &options)?;
                 let whole = read.len() == text.len();
                 (Some(text).filter(|_| whole), ids)
             }
-            Prompt::Tokens(ids) => (None, ids),
+            GivenPrompt::Tokens(ids) => (None, ids),
         };
         let whole = ids.len();
         let ids = fit.ids(ids)?;
         let text = text.as_deref().filter(|_| ids.len() == whole);
         let echo = options.echo.then(|| Echo::of_prompt(&served.tokenizer, text, &ids, options.skip_special_tokens));
-        prompts.push(request::Prompt::new(ids, echo));
+        prompts.push(Prompt::new(ids, echo));
     }
     GenerationRequest::new(prompts, options, true, &served.limits)
 }
 
 /// One prompt as the caller gave it.
 #[derive(Debug, Clone, PartialEq)]
-enum Prompt {
+pub enum GivenPrompt {
     Text(String),
     Tokens(Vec<u32>),
 }
 
 /// A string, a list of strings, token ids, or lists of token ids.
-fn read(field: &Field<'_>, vocab_size: usize) -> Result<Vec<Prompt>, Failure> {
+pub fn read(field: &Field<'_>, vocab_size: usize) -> Result<Vec<GivenPrompt>, Failure> {
     let list = match field.value {
-        Value::String(text) => return Ok(vec![Prompt::Text(text.clone())]),
+        Value::String(text) => return Ok(vec![GivenPrompt::Text(text.clone())]),
         Value::Array(list) => list,
         _ => return Err(wrong_type(field, "a string, a list of strings, or token ids")),
     };
-    let prompts: Vec<Prompt> = match list.first() {
+    let prompts: Vec<GivenPrompt> = match list.first() {
         None => return Err(invalid(field, format!("'{}' is an empty list.", field.name))),
-        Some(Value::Number(_)) => vec![Prompt::Tokens(token_ids(field, vocab_size)?)],
+        Some(Value::Number(_)) => vec![GivenPrompt::Tokens(token_ids(field, vocab_size)?)],
         Some(first) => list.iter().enumerate().map(|(i, value)| element(field, first, i, value, vocab_size)).collect::<Result<_, _>>()?,
     };
     if prompts.len() > MAX_PROMPTS {
@@ -71,11 +70,11 @@ fn read(field: &Field<'_>, vocab_size: usize) -> Result<Vec<Prompt>, Failure> {
 }
 
 /// All prompts of a list are of the first one's kind.
-fn element(field: &Field<'_>, first: &Value, i: usize, value: &Value, vocab_size: usize) -> Result<Prompt, Failure> {
+fn element(field: &Field<'_>, first: &Value, i: usize, value: &Value, vocab_size: usize) -> Result<GivenPrompt, Failure> {
     let entry = Field { name: format!("{}[{i}]", field.name), value };
     match (first, value) {
-        (Value::String(_), Value::String(text)) => Ok(Prompt::Text(text.clone())),
-        (Value::Array(_), Value::Array(_)) => Ok(Prompt::Tokens(token_ids(&entry, vocab_size)?)),
+        (Value::String(_), Value::String(text)) => Ok(GivenPrompt::Text(text.clone())),
+        (Value::Array(_), Value::Array(_)) => Ok(GivenPrompt::Tokens(token_ids(&entry, vocab_size)?)),
         (Value::String(_) | Value::Array(_), _) => Err(wrong_type(&entry, &format!("{} like the first one", kind(first)))),
         _ => Err(wrong_type(&entry, "a string or a list of token ids")),
     }
@@ -110,17 +109,17 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn parse(value: Value) -> Result<Vec<Prompt>, Failure> {
+    fn parse(value: Value) -> Result<Vec<GivenPrompt>, Failure> {
         read(&Field { name: "prompt".to_owned(), value: &value }, 10)
     }
 
     #[test]
     fn all_four_forms() {
-        let text = |text: &str| Prompt::Text(text.to_owned());
+        let text = |text: &str| GivenPrompt::Text(text.to_owned());
         assert_eq!(parse(json!("a")).unwrap(), [text("a")]);
         assert_eq!(parse(json!(["a", "b"])).unwrap(), [text("a"), text("b")]);
-        assert_eq!(parse(json!([1, 2])).unwrap(), [Prompt::Tokens(vec![1, 2])]);
-        assert_eq!(parse(json!([[1], [2, 9]])).unwrap(), [Prompt::Tokens(vec![1]), Prompt::Tokens(vec![2, 9])]);
+        assert_eq!(parse(json!([1, 2])).unwrap(), [GivenPrompt::Tokens(vec![1, 2])]);
+        assert_eq!(parse(json!([[1], [2, 9]])).unwrap(), [GivenPrompt::Tokens(vec![1]), GivenPrompt::Tokens(vec![2, 9])]);
     }
 
     #[test]
