@@ -3,12 +3,14 @@
 //! # The life of one request
 //!
 //! 1. [`runpod::poll`] takes a job from the queue, or [`server::openai`] reads a body.
-//! 2. [`api`] turns it into a [`engine::Request`]: validated, template rendered, tokenized by [`text`]. Bad input ends here, with its status.
+//! 2. A dialect of [`api`] reads it into one neutral request: validated, template rendered, tokenized by [`text`]. Bad input ends here, with
+//!    its status. Each of its sequences is an [`engine::Request`].
 //! 3. [`engine`] admits it when blocks of the KV cache allow, and names rows, slots and blocks in a [`models::Plan`].
 //! 4. [`models`] computes one step for all rows with the [`kernels`] of its device, samples, and returns token ids.
 //! 5. [`engine`] settles: events out, blocks freed.
-//! 6. The request's own task turns ids into text: whole characters, and never a piece of a stop string.
-//! 7. [`api`] gives the text the caller's dialect; `runpod::outbox` or server-sent events carry it off.
+//! 6. The request's own task turns ids into text: whole characters, and never a piece of a stop string. A parser turns the text into typed
+//!    deltas.
+//! 7. The dialect writes the deltas as its own objects; `runpod::outbox` or server-sent events carry them off.
 //!
 //! Dropping the receiving end cancels: the row and its blocks are free within one step.
 //!

@@ -2,8 +2,8 @@
 
 use serde_json::{Map, Value};
 
-use crate::api::chat_template::ERNIE;
 use crate::api::clock;
+use crate::api::prompt::template::ERNIE;
 use crate::checkpoint::files::ModelFiles;
 use crate::error::Failure;
 

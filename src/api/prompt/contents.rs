@@ -5,7 +5,7 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::api::chat_template::ChatTemplate;
+use crate::api::prompt::template::ChatTemplate;
 use crate::config::ContentFormat;
 
 /// What a template takes, by the role of the message.

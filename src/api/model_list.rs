@@ -2,14 +2,15 @@
 
 use serde_json::{Value, json};
 
-use crate::api::{Service, clock};
+use crate::api::clock;
+use crate::api::served::ServedModel;
 use crate::error::Failure;
 
-pub fn list(service: &Service) -> Value {
-    let names = service.names();
+pub fn list(served: &ServedModel) -> Value {
+    let names = served.names();
     json!({
         "object": "list",
-        "data": names.iter().map(|name| card(service, name)).collect::<Vec<_>>(),
+        "data": names.iter().map(|name| card(served, name)).collect::<Vec<_>>(),
         "has_more": false,
         "first_id": names.first(),
         "last_id": names.last(),
@@ -17,31 +18,31 @@ pub fn list(service: &Service) -> Value {
 }
 
 /// `id`: any name that requests may use.
-pub fn retrieve(service: &Service, id: &str) -> Result<Value, Failure> {
-    service.check_model_name(id)?;
-    let listed = service.names().iter().any(|name| name == id);
-    Ok(card(service, if listed { id } else { service.name() }))
+pub fn retrieve(served: &ServedModel, id: &str) -> Result<Value, Failure> {
+    served.check_model_name(id)?;
+    let listed = served.names().iter().any(|name| name == id);
+    Ok(card(served, if listed { id } else { served.name() }))
 }
 
-fn card(service: &Service, name: &str) -> Value {
-    let created = service.model.created;
+fn card(served: &ServedModel, name: &str) -> Value {
+    let created = served.model.created;
     json!({
         "id": name,
         "object": "model",
         "created": created,
         "owned_by": "worker-candle",
-        "root": service.model.public_name(),
+        "root": served.model.public_name(),
         "parent": null,
-        "max_model_len": service.engine.limits().max_model_len,
-        "quantization": service.model.quantization,
-        "weights": service.model.weights,
+        "max_model_len": served.limits.max_model_len,
+        "quantization": served.model.quantization,
+        "weights": served.model.weights,
         "permission": [{
             "id": format!("modelperm-{:016x}", fingerprint(name)),
             "object": "model_permission",
             "created": created,
             "allow_create_engine": false,
             "allow_sampling": true,
-            "allow_logprobs": !service.settings.refuse_logprobs,
+            "allow_logprobs": !served.settings.refuse_logprobs,
             "allow_search_indices": false,
             "allow_view": true,
             "allow_fine_tuning": false,

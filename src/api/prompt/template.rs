@@ -289,7 +289,7 @@ mod tests {
     /// What Jinja2 renders, recorded by scripts/reference_templates.py.
     #[test]
     fn templates_render_as_in_jinja2() {
-        let file: Value = serde_json::from_str(include_str!("chat_template/reference.json")).unwrap();
+        let file: Value = serde_json::from_str(include_str!("template/reference.json")).unwrap();
         let rows = file["rows"].as_array().unwrap();
         assert!(rows.len() > 700);
         for row in rows {

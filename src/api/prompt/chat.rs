@@ -1,59 +1,40 @@
-//! Chat completions: messages → one prompt.
+//! Messages → one prompt, through the chat template.
 
 use serde_json::{Map, Value, json};
 
-use crate::api::fields::{Field, Fields, invalid, is_thinking_off, missing, wrong_type};
-use crate::api::logprobs::{Echo, Form};
-use crate::api::openai::{Prepared, Surface};
-use crate::api::options::Options;
-use crate::api::prompt::{Guard, Marks};
-use crate::api::{Service, chat_template::ChatTemplate, contents, contents::Contents, messages};
-use crate::config::defaults;
+use crate::api::fields::refuse::is_thinking_off;
+use crate::api::fields::{Field, Fields, invalid, missing, wrong_type};
+use crate::api::logprobs::Echo;
+use crate::api::options::GenerationOptions;
+use crate::api::prompt::contents::{self, Contents};
+use crate::api::prompt::fit::Fit;
+use crate::api::prompt::guard::{Guard, Marks};
+use crate::api::prompt::messages;
+use crate::api::prompt::template::ChatTemplate;
+use crate::api::request::{GenerationRequest, Prompt};
+use crate::api::served::ServedModel;
 use crate::error::Failure;
 use crate::text::tokenizer::Special;
 
-/// Reads and checks a whole request. `native`: it came as a job's own input.
-pub fn prepare(service: &Service, body: &Value, native: bool) -> Result<Prepared, Failure> {
-    let fields = Fields::new(body)?;
-    service.check_model(&fields)?;
-    let mut options = service.options(&fields, if native { Form::NativeChat } else { Form::Chat })?;
-    options.max_tokens = options.max_tokens.or(service.settings.default_max_tokens);
-    let role = service.settings.response_role.clone().unwrap_or_else(|| defaults::RESPONSE_ROLE.to_owned());
+/// What requests with messages call their prompt.
+const NOUN: &str = "messages";
+
+/// The request of `messages`, or of `prompt_token_ids` in their place.
+pub fn request(served: &ServedModel, fields: &Fields<'_>, options: GenerationOptions) -> Result<GenerationRequest, Failure> {
+    let fit = Fit { served, options: &options, noun: NOUN };
     let mut echo = None;
-    let ids = match (fields.token_ids("prompt_token_ids", service.engine.limits().vocab_size)?, fields.get("messages")) {
+    let ids = match (fields.token_ids("prompt_token_ids", served.limits.vocab_size)?, fields.get("messages")) {
         (Some(ids), _) => ids,
         (None, Some(field)) => {
-            if options.truncate.is_none() {
-                service.fit_users_text(field.value)?;
-            }
+            fit.users_text(field.value)?;
             let messages = messages::read(&field)?;
-            echo = options.echo.then(|| last_text(&messages, &role)).flatten();
-            encode(service, &fields, messages, &options)?
+            echo = options.echo.then(|| last_text(&messages, served.response_role())).flatten();
+            encode(served, fields, messages, &options)?
         }
         (None, None) => return Err(missing("messages", "'messages' is missing. It is a list of at least one message.")),
     };
-    let prompts = vec![service.fit(ids, &options, "messages")?];
-    Prepared::new(service, Surface::Chat { role }, prompts, echo.into_iter().map(Echo::of_text).collect(), options)
-}
-
-impl Service {
-    /// Refuses messages of which what users wrote is alone too long, before anything is done with them. White space around a text is left
-    /// out: templates strip it. What others wrote does not count: templates leave out earlier thoughts.
-    fn fit_users_text(&self, messages: &Value) -> Result<(), Failure> {
-        let context = self.engine.limits().max_model_len;
-        let by_users = |message: &&Value| message.get("role").and_then(Value::as_str) == Some("user");
-        let least = |text: &str| if text.len() < context { 0 } else { self.tokenizer.least_tokens(text.trim()) };
-        let texts = messages.as_array().into_iter().flatten().filter(by_users).filter_map(|message| message.get("content"));
-        let least: usize = texts
-            .map(|content| match content {
-                Value::Array(parts) => {
-                    parts.iter().filter_map(|part| part.as_str().or_else(|| part.get("text")?.as_str())).map(least).sum()
-                }
-                content => content.as_str().map_or(0, least),
-            })
-            .sum();
-        if least < context { Ok(()) } else { Err(self.too_long("messages", &format!("at least {least} tokens"))) }
-    }
+    let prompts = vec![Prompt::new(fit.ids(ids)?, echo.map(Echo::of_text))];
+    GenerationRequest::new(prompts, options, false, &served.limits)
 }
 
 /// The text of the last message when it is by the one who answers: what a continued message begins with.
@@ -63,39 +44,43 @@ fn last_text(messages: &[Value], role: &str) -> Option<String> {
 }
 
 /// Renders and tokenizes.
-pub fn encode(service: &Service, fields: &Fields<'_>, mut messages: Vec<Value>, options: &Options) -> Result<Vec<u32>, Failure> {
-    let of_request = request_template(service, fields)?;
+pub fn encode(
+    served: &ServedModel,
+    fields: &Fields<'_>,
+    mut messages: Vec<Value>,
+    options: &GenerationOptions,
+) -> Result<Vec<u32>, Failure> {
+    let of_request = request_template(served, fields)?;
     let (template, contents) = match &of_request {
         Some(template) => template,
-        None => service.chat_template()?,
+        None => served.chat_template()?,
     };
     contents.shape(&mut messages);
-    let mut variables = Variables::read(service, fields, messages)?;
+    let mut variables = Variables::read(served, fields, messages)?;
     let marks = Guard::marks(&[&variables.messages, &variables.user])?;
-    if !service.settings.allow_special_tokens {
+    if !served.settings.allow_special_tokens {
         // What ends a turn is never markup, whatever a template looks for.
         let ends_a_turn = |name: &str| {
-            let id = service.tokenizer.token_id(name);
-            id.is_some_and(|id| service.eos_token_ids.contains(&id)) || service.model.special_tokens.values().any(|token| token == name)
+            let id = served.tokenizer.token_id(name);
+            id.is_some_and(|id| served.eos_token_ids.contains(&id)) || served.model.special_tokens.values().any(|token| token == name)
         };
         let is_markup = |name: &str| template.looks_for(name) && !ends_a_turn(name);
-        service.guard.break_in_messages(&mut variables.messages, marks.break_mark, &is_markup);
-        service.guard.break_in(&mut variables.user, marks.break_mark);
+        served.guard.break_in_messages(&mut variables.messages, marks.break_mark, &is_markup);
+        served.guard.break_in(&mut variables.user, marks.break_mark);
     }
     let continued = if variables.continue_final_message { Some(variables.open_final_message(marks)) } else { None };
-    let mut rendered = template.render(&variables.into_map(service))?;
+    let mut rendered = template.render(&variables.into_map(served))?;
     if let Some(text) = continued {
         cut_after(&mut rendered, &text, marks)?;
     }
-    let mut ids = match service.settings.allow_special_tokens {
-        true => service.tokenizer.encode(service.fit_text(&rendered, options, "messages")?, Special::Control)?,
-        false => {
-            service.guard.encode(&service.tokenizer, &rendered, marks.break_mark, |text| service.fit_text(text, options, "messages"))?
-        }
+    let fit = Fit { served, options, noun: NOUN };
+    let mut ids = match served.settings.allow_special_tokens {
+        true => served.tokenizer.encode(fit.text(&rendered)?, Special::Control)?,
+        false => served.guard.encode(&served.tokenizer, &rendered, marks.break_mark, |text| fit.text(text))?,
     };
     // Templates write the beginning-of-sequence token themselves: only when asked, and never twice.
-    if options.add_special_tokens == Some(true) && service.bos_token_id.is_some() && ids.first() != service.bos_token_id.as_ref() {
-        ids.splice(0..0, service.bos_token_id);
+    if options.add_special_tokens == Some(true) && served.bos_token_id.is_some() && ids.first() != served.bos_token_id.as_ref() {
+        ids.splice(0..0, served.bos_token_id);
     }
     Ok(ids)
 }
@@ -124,15 +109,15 @@ fn cut_after(rendered: &mut String, text: &str, marks: Marks) -> Result<(), Fail
 }
 
 /// The request's own template, for those who may bring one.
-fn request_template(service: &Service, fields: &Fields<'_>) -> Result<Option<(ChatTemplate, Contents)>, Failure> {
+fn request_template(served: &ServedModel, fields: &Fields<'_>) -> Result<Option<(ChatTemplate, Contents)>, Failure> {
     let Some(source) = fields.string("chat_template")? else { return Ok(None) };
-    if !service.settings.trust_request_chat_template {
+    if !served.settings.trust_request_chat_template {
         let message = "Chat templates of requests are not accepted here. Remove 'chat_template', or start the server with TRUST_REQUEST_CHAT_TEMPLATE=true.";
         return Err(Failure::bad_request("chat_template", message).code("unsupported_parameter"));
     }
     let broken = |error| Failure::bad_request("chat_template", format!("'chat_template' is not a valid template: {error}"));
     let template = ChatTemplate::compile(source).map_err(broken)?;
-    let contents = Contents::of(&template, &service.model.special_tokens, service.settings.content_format);
+    let contents = Contents::of(&template, &served.model.special_tokens, served.settings.content_format);
     Ok(Some((template, contents)))
 }
 
@@ -146,8 +131,8 @@ struct Variables {
 }
 
 impl Variables {
-    fn read(service: &Service, fields: &Fields<'_>, messages: Vec<Value>) -> Result<Self, Failure> {
-        let continue_final_message = fields.bool("continue_final_message")?.unwrap_or(false);
+    fn read(served: &ServedModel, fields: &Fields<'_>, messages: Vec<Value>) -> Result<Self, Failure> {
+        let continue_final_message = fields.flag("continue_final_message")?;
         let add_generation_prompt = fields.bool("add_generation_prompt")?;
         if continue_final_message && add_generation_prompt == Some(true) {
             let message = "'continue_final_message' and 'add_generation_prompt' exclude each other: set one of them to false.";
@@ -161,7 +146,7 @@ impl Variables {
         if let Some(documents) = fields.get("documents") {
             user.entry("documents").or_insert_with(|| documents.value.clone());
         }
-        tools(fields, &mut user, service.settings.exclude_unused_tools)?;
+        tools(fields, &mut user, served.settings.exclude_unused_tools)?;
         thinking(fields, &mut user)?;
         Ok(Self {
             messages: Value::Array(messages),
@@ -189,8 +174,8 @@ impl Variables {
         }
     }
 
-    fn into_map(self, service: &Service) -> Map<String, Value> {
-        let mut map = service.model.special_tokens.clone();
+    fn into_map(self, served: &ServedModel) -> Map<String, Value> {
+        let mut map = served.model.special_tokens.clone();
         map.insert("tools".to_owned(), Value::Null);
         map.insert("documents".to_owned(), Value::Null);
         map.insert("add_generation_prompt".to_owned(), json!(self.add_generation_prompt));
