@@ -11,7 +11,7 @@ use worker_candle::checkpoint::files::{ModelFiles, Source};
 use worker_candle::config::{ApiSettings, DeviceChoice, EngineSettings, Quantization};
 use worker_candle::models::quality::{Comparison, logits_of};
 use worker_candle::models::runner::ModelRunner;
-use worker_candle::models::{Draw, Plan, Row, Runner};
+use worker_candle::models::{Plan, Row, Runner, SamplingMetadata, SamplingParams};
 use worker_candle::text::tokenizer::Tokenizer;
 
 use crate::report::Part;
@@ -52,8 +52,8 @@ fn with_runner<T: Send>(
     Ok(result.map_err(|_| "panic, see the log")??)
 }
 
-fn greedy() -> Draw {
-    Draw { temperature: 0.0, ..Default::default() }
+fn greedy() -> SamplingMetadata {
+    SamplingParams { temperature: 0.0, ..Default::default() }.into()
 }
 
 /// Adds `ids[from..to]` of the sequence in place `place` to a plan; places are so many tokens apart that they share no block.
@@ -65,7 +65,15 @@ fn add_row(plan: &mut Plan, ids: &[u32], from: usize, to: usize, place: usize) {
     plan.tokens.extend(&ids[from..to]);
     plan.positions.extend(from as u32..to as u32);
     plan.slots.extend((from..to).map(|p| blocks[p / BLOCK_SIZE] * BLOCK_SIZE as u32 + (p % BLOCK_SIZE) as u32));
-    plan.rows.push(Row { start, len: to - from, context: to, blocks: Arc::new(blocks), draw: Some(greedy()), proposed: 0, score: None });
+    plan.rows.push(Row {
+        start,
+        len: to - from,
+        context: to,
+        blocks: Arc::new(blocks),
+        sampling: Some(greedy()),
+        draft_len: 0,
+        score: None,
+    });
 }
 
 fn chunk(ids: &[u32], from: usize, to: usize) -> Plan {

@@ -7,7 +7,9 @@ use crate::models::spec::ModelSpec;
 
 mod load;
 
-pub use load::{Place, buffer_bytes, finer_formats, format_of};
+#[cfg(test)]
+pub use load::{Place, format_of};
+pub use load::{buffer_bytes, finer_formats};
 
 /// A backend's matrix product with its bias.
 type LinearOf<B> = Linear<<B as Backend>::Weight, <B as Backend>::Vector>;

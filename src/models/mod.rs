@@ -11,14 +11,14 @@ use crate::error::Failure;
 pub use sample::{SamplingMetadata, SamplingParams, TokenCounts};
 
 mod config;
-pub mod decoder;
-pub mod device;
+mod decoder;
+mod device;
 pub mod families;
 pub mod memory;
 pub mod quality;
 mod rope;
 pub mod runner;
-pub(crate) mod sample;
+pub mod sample;
 pub mod spec;
 pub mod tensors;
 

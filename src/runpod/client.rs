@@ -1,4 +1,4 @@
-//! The job protocol's requests: take, stop, stream, done. What to do with their answers is decided elsewhere, except retries of posts.
+//! The requests of the job protocol: take, stop, stream, done. Posts are retried here; all other answers are acted on elsewhere.
 
 use std::sync::{PoisonError, RwLock};
 use std::time::Duration;
@@ -13,7 +13,7 @@ use super::urls::Urls;
 use crate::config::RunpodSettings;
 use crate::error::{Failure, Kind};
 
-/// A refused result larger than this is taken to have been refused for its size.
+/// When a result larger than this is refused, its size is taken to be the reason.
 const LARGE_RESULT: usize = 256 * 1024;
 
 /// One worker's connection to the platform.
@@ -24,7 +24,7 @@ pub(crate) struct Client {
     pub policy: RetryPolicy,
 }
 
-/// The pooled connections, and how often they were thrown away.
+/// The pooled connections, and how often they have been replaced.
 #[derive(Clone)]
 struct Connection {
     http: reqwest::Client,
@@ -39,7 +39,7 @@ pub(crate) enum Taken {
     Nothing,
     /// 400: no jobs while the platform has parked this worker.
     Parked,
-    /// 200 with something that holds no job: the text says what.
+    /// 200 with something that is no job; the text says what it is.
     Odd(String),
     RateLimited,
     Refused(StatusCode),

@@ -57,9 +57,9 @@ struct Poll<'a> {
     single_until: Option<Instant>,
     failures: u32,
     state: State,
-    /// The longest that the server has held a poll, known from the first one that came back empty.
+    /// The longest that the server has held a poll; `None` until one came back empty.
     hold: Option<Duration>,
-    /// The take under way. Kept here and not on the stack of `forever`, since a drain goes on with it.
+    /// The take under way. It is kept here and not on the stack of `forever`, because a drain goes on with it.
     pending: Option<Take<'a>>,
 }
 
@@ -81,7 +81,7 @@ impl<'a> Poll<'a> {
         }
     }
 
-    /// An empty answer tells how long the server holds polls; one with jobs, that it is no shorter.
+    /// Learns how long the server holds polls: an empty answer shows it, and an answer with jobs shows that it is at least that long.
     fn learn(&mut self, taken: &Taken, lasted: Duration) {
         let empty = match taken {
             Taken::Nothing => true,
@@ -93,7 +93,7 @@ impl<'a> Poll<'a> {
         }
     }
 
-    /// How long the last poll may be held: a quarter more than any before it.
+    /// The longest that the last poll may be held, which is taken to be a quarter more than any before it.
     fn longest_hold(&self) -> Duration {
         let policy = &self.jobs.client.policy;
         self.hold.map_or(policy.unknown_hold, |hold| hold.mul_f64(1.25).max(policy.least_hold)).min(policy.poll_timeout)
@@ -171,9 +171,9 @@ impl<'a> Poll<'a> {
     }
 }
 
-/// Waits until every job is answered, for at most `limit`. The pending take is part of it: it ends by itself, or is dropped once nothing runs
-/// and `hold` is over, the longest that the server may hold it. A job that it brings is answered like any other; where the engine is broken,
-/// with that as its failure, since a job that nobody answers would be lost without a word.
+/// Waits until every job is answered, for at most `limit`. The pending take ends by itself, or is dropped once nothing runs and `hold` is over,
+/// the longest that the server may hold it. A job that it brings is answered like any other. When the engine is broken, the answer is that
+/// failure: a job that nobody answers would be lost without a word.
 async fn drain(jobs: &Arc<Jobs>, mut pending: Option<Take<'_>>, hold: Duration, limit: Duration) {
     let policy = &jobs.client.policy;
     let mut expired = pin!(sleep_awake(limit));

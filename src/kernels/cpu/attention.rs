@@ -228,6 +228,8 @@ unsafe fn attend<S: Simd>(job: Job<'_>, tile: Tile, head: usize, numbers: PtrMut
     let limit = |r: usize| before + r / group + 1;
     let lowest = |r: usize| job.spec.window.map_or(0, |window| limit(r).saturating_sub(window));
     let stride = job.layout.stride();
+    // SAFETY: `paged` has checked that every block lies in the cache and every row in q and out. `numbers` holds what `Layout::numbers` counts:
+    // queries, sums, scores, maxima and totals, one after another, for at most `layout.rows` rows, and `count` is no more than that.
     unsafe {
         let q = numbers.0;
         let rows = job.layout.rows;
@@ -250,7 +252,7 @@ unsafe fn attend<S: Simd>(job: Job<'_>, tile: Tile, head: usize, numbers: PtrMut
             let blocks = &row.blocks[start / block_size..(start + len).div_ceil(block_size)];
             let keys = |block: u32| job.k.0.add((block as usize * kv + head) * d * padded);
             for (i, block) in blocks.iter().enumerate() {
-                // Blocks lie anywhere: ask for the next one while this one is computed, and after the last for the first values.
+                // The next block may lie anywhere, so it is prefetched while this one is computed; after the last block, the first values.
                 let next =
                     blocks.get(i + 1).map_or_else(|| job.v.0.add((blocks[0] as usize * kv + head) * block_size * d), |next| keys(*next));
                 let count_here = block_size.min(len - i * block_size);
@@ -291,6 +293,9 @@ unsafe fn attend<S: Simd>(job: Job<'_>, tile: Tile, head: usize, numbers: PtrMut
 }
 
 /// Queries times the scale of scores, the rows of a register tile side by side.
+///
+/// # Safety
+/// The rows that `offset` names lie in the job's queries, and `q` has room for `count` rows.
 #[inline(always)]
 unsafe fn gather_queries<S: Simd>(job: &Job<'_>, count: usize, offset: &impl Fn(usize) -> (usize, usize), q: *mut f32) {
     let (d, scale) = (job.spec.head_dim, job.spec.scale);
@@ -311,6 +316,10 @@ unsafe fn gather_queries<S: Simd>(job: &Job<'_>, count: usize, offset: &impl Fn(
 }
 
 /// `scores[r, i] = q[r] · key[i]` for one block.
+///
+/// # Safety
+/// `q` holds `rows` gathered queries, `keys` is one head of a whole block, `scores` has room for `rows` rows of `stride` scores, of which whole
+/// vectors are written. `next` is only prefetched.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
 unsafe fn block_scores<S: Simd>(
@@ -329,7 +338,7 @@ unsafe fn block_scores<S: Simd>(
         while r < rows {
             let tile = tile_rows(rows - r, S::MR);
             let (q, scores) = (q.add(r * d), scores.add(r * stride));
-            // Once is enough.
+            // Only the first rows need to prefetch it.
             let next = if r == 0 { next } else { keys };
             let mut i = 0;
             while i < count {
@@ -358,6 +367,8 @@ unsafe fn block_scores<S: Simd>(
     }
 }
 
+/// # Safety
+/// As for [`block_scores`], for `R` rows and `V` vectors of positions.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
 unsafe fn dots<S: Simd, const R: usize, const V: usize>(
@@ -399,6 +410,7 @@ unsafe fn dots<S: Simd, const R: usize, const V: usize>(
 /// The greatest score.
 #[inline(always)]
 unsafe fn greatest<S: Simd>(scores: &[f32]) -> f32 {
+    // SAFETY: reads whole vectors inside the slice.
     unsafe {
         let whole = scores.len() - scores.len() % S::LANES;
         let mut most = S::splat(f32::NEG_INFINITY);
@@ -415,6 +427,7 @@ unsafe fn greatest<S: Simd>(scores: &[f32]) -> f32 {
 #[inline(always)]
 unsafe fn exponentials<S: Simd>(scores: &mut [f32], max: f32) -> f32 {
     scores.iter_mut().for_each(|score| *score = exp(*score - max));
+    // SAFETY: reads whole vectors inside the slice.
     unsafe {
         let whole = scores.len() - scores.len() % S::LANES;
         let mut acc = S::zero();
@@ -440,6 +453,9 @@ struct Segment<'a> {
 impl Segment<'_> {
     /// `acc[r] += Σ weight[r, i] · value[i]` for `count` query rows, in order of positions. Block by block: a block stays in the nearest cache
     /// while all rows use it.
+    ///
+    /// # Safety
+    /// As for [`attend`]; `weights` holds `count` rows of `stride` weights, and `acc` as many rows of one head.
     #[inline(always)]
     unsafe fn weighted_values<S: Simd>(&self, weights: *const f32, count: usize, acc: *mut f32) {
         let KvShape { kv_heads: kv, head_dim: d, block_size, .. } = self.job.shape;
@@ -493,6 +509,10 @@ impl Segment<'_> {
     }
 }
 
+/// Adds `positions` weighted values to `R` rows of sums, `D` vectors of each.
+///
+/// # Safety
+/// `weights` and `acc` hold `R` rows, `values` holds `positions` rows of `d` numbers, and `D` vectors lie inside a row. `next` is only prefetched.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
 unsafe fn accumulate<S: Simd, const R: usize, const D: usize>(

@@ -1,4 +1,6 @@
 //! Normalisation, activation and rotation of single rows.
+//!
+//! Functions over [`Simd`] are unsafe because of the processor's features alone, which `dispatch!` has checked; all memory they use is in slices.
 
 use super::simd::{Simd, dispatch};
 use crate::{Activation, Pairing};
@@ -20,6 +22,7 @@ unsafe fn rms_norm_row<S: Simd>(x: &[f32], w: &[f32], eps: f32, out: &mut [f32])
 
 #[inline(always)]
 unsafe fn sum_of_squares<S: Simd>(x: &[f32]) -> f32 {
+    // SAFETY: reads whole vectors inside x only.
     unsafe {
         let whole = x.len() - x.len() % S::LANES;
         let mut acc = S::zero();

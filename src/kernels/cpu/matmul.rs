@@ -187,7 +187,8 @@ pub fn matmul(pool: &mut Pool, x: &[f32], w: &Packed, bias: Option<&[f32]>, epil
         columns: w.columns,
         epilogue,
     };
-    // SAFETY: `MatmulKernel::of` chose a kernel whose instructions this processor has.
+    // SAFETY: `MatmulKernel::of` chose a kernel whose instructions this processor has. The job's pointers are valid for its shape, by the asserts
+    // above, and every task has panels of its own.
     let run: fn(Job, usize, usize) = match (kernel, w.format) {
         #[cfg(target_arch = "x86_64")]
         (MatmulKernel::Pairs, _) => |job, from, to| unsafe { pairs::panels(job, from, to) },
@@ -240,12 +241,13 @@ trait Weights {
     unsafe fn tile<S: Simd, const MR: usize>(job: &Job, panel: *const u8, row: usize, pass: usize, next: Next) -> [[S::V; 2]; MR];
 }
 
-/// Panels `from..to` for all rows.
+/// Computes panels `from..to` for all rows.
 ///
 /// # Safety
 /// The job's pointers are valid for its shape, and no other thread writes these columns.
 #[inline(always)]
 unsafe fn panels<S: Simd, W: Weights>(job: Job, from: usize, to: usize) {
+    // SAFETY: `from..to` are panels of the weights, and tiles end at the last row. What comes after the panel is only prefetched.
     unsafe {
         for index in from..to {
             let panel = job.w.0.add(index * job.panel_bytes);
@@ -284,6 +286,10 @@ pub(super) fn tile_rows(left: usize, most: usize) -> usize {
     [12, 8, 6, 4, 3, 2].into_iter().find(|rows| *rows <= share.min(most)).unwrap_or(1)
 }
 
+/// Multiplies `MR` rows by one panel and writes the sums. Returns `MR`.
+///
+/// # Safety
+/// As for [`panels`]; `MR` rows from `row` on are inside the job.
 #[inline(always)]
 unsafe fn strip<S: Simd, W: Weights, const MR: usize>(
     job: &Job,
@@ -303,6 +309,10 @@ unsafe fn strip<S: Simd, W: Weights, const MR: usize>(
     MR
 }
 
+/// Writes the sums of a tile. Columns past the matrix's width are padding, and are not written.
+///
+/// # Safety
+/// As for [`panels`]; `MR` rows from `row` on are inside out.
 #[inline(always)]
 unsafe fn finish<S: Simd, const MR: usize>(job: &Job, sums: &[[S::V; 2]; MR], column: usize, row: usize) {
     unsafe {
@@ -346,6 +356,9 @@ unsafe fn finish<S: Simd, const MR: usize>(job: &Job, sums: &[[S::V; 2]; MR], co
 }
 
 /// `activation(gate) · up`; the tile's first vector holds gates, its second what they gate.
+///
+/// # Safety
+/// As for [`finish`].
 #[inline(always)]
 unsafe fn finish_gated<S: Simd, const MR: usize>(job: &Job, sums: &[[S::V; 2]; MR], column: usize, row: usize) {
     if column >= job.n {

@@ -59,6 +59,7 @@ pub trait Simd: Copy {
     #[cfg(any(target_arch = "x86_64", test))]
     #[inline(always)]
     unsafe fn dot_bf16(acc: Self::V, w: *const bf16, x: *const u32) -> Self::V {
+        // SAFETY: as the trait says; `x` is valid for one pair.
         unsafe {
             let ((even, odd), x) = (Self::load_bf16_pairs(w), *x);
             let acc = Self::mul_add(Self::splat(f32::from_bits(x << 16)), even, acc);
@@ -191,7 +192,8 @@ pub fn most_rows() -> usize {
 
 /// `dispatch!(kernel::<T>(arg: Type, …))`: runs the generic kernel `kernel::<S, T>` with the best vectors.
 ///
-/// Defines, at the call site, one wrapper per level that carries the target features; types must therefore be concrete.
+/// Defines, at the call site, one wrapper per level that carries the target features; types must therefore be concrete. A wrapper and the kernel in
+/// it rely on two things: the processor has those features, which `level` has found out, and the arguments are what the kernel asks for.
 macro_rules! dispatch {
     ($kernel:ident :: <$($generic:ty),*> ( $($arg:ident : $type:ty),* $(,)? )) => {{
         #[cfg(target_arch = "x86_64")]
