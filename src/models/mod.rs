@@ -11,8 +11,8 @@ use crate::error::Failure;
 pub use sample::{SamplingMetadata, SamplingParams, TokenCounts};
 
 mod config;
-mod decoder;
-mod device;
+pub mod decoder;
+pub mod device;
 pub mod families;
 pub mod memory;
 pub mod quality;
