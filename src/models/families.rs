@@ -379,7 +379,7 @@ impl<'a> Ropes<'a> {
             None => self.config.number("partial_rotary_factor")?,
         };
         let width = (share.unwrap_or(self.defaults.rotary_share) * self.head_dim as f64) as usize;
-        if width > self.head_dim || width % 2 != 0 {
+        if width > self.head_dim || !width.is_multiple_of(2) {
             return Err(format!(
                 "\"partial_rotary_factor\" rotates {width} of {} components of a head, which is no even part",
                 self.head_dim
