@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes src/api/chat_template/reference.json: what Jinja2 renders, set up as Hugging Face transformers sets it up for chat templates.
+"""Writes src/api/prompt/template/reference.json: what Jinja2 renders, set up as Hugging Face transformers sets it up for chat templates.
 
     pip install jinja2 && python scripts/reference_templates.py
 
@@ -13,7 +13,7 @@ import jinja2
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-TARGET = Path(__file__).parent.parent / "src/api/chat_template/reference.json"
+TARGET = Path(__file__).parent.parent / "src/api/prompt/template/reference.json"
 
 VARIABLES = {
     "text": "  Hello wörld, hello!  ",

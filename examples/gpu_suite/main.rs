@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use worker_candle::config::DeviceChoice;
-use worker_candle::models::runner::open_device;
+use worker_candle::models::device::open_device;
 
 mod kernels;
 #[cfg(feature = "cuda")]

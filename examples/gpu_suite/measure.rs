@@ -2,7 +2,6 @@
 
 #![allow(unsafe_code)]
 
-use std::cell::RefCell;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -10,13 +9,14 @@ use candle_core::cuda_backend::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use candle_core::cuda_backend::cudarc::driver::{CudaGraph, DriverError};
 use candle_core::{DType, Device, Tensor};
+use worker_candle::checkpoint::Checkpoint;
 use worker_candle::config::Quantization;
-use worker_candle::kernels::composed::{self, Batch, linear, rms_norm};
-use worker_candle::kernels::{Activations, BatchRow, Inputs, KvCache};
-use worker_candle::models::architecture::Architecture;
-use worker_candle::models::runner::open_device;
-use worker_candle::models::transformer::Transformer;
-use worker_candle::models::weights::Checkpoint;
+use worker_candle::kernels::candle::{Buffer, Candle, KvCache, Matrix};
+use worker_candle::kernels::{Backend, Batch, BatchRow, Epilogue, Linear, Norm, NormKind};
+use worker_candle::models::decoder::Decoder;
+use worker_candle::models::device::open_device;
+use worker_candle::models::families::Model;
+use worker_candle::models::tensors::Tensors;
 
 use crate::kernels::Random;
 use crate::report::Part;
@@ -59,6 +59,11 @@ fn peak(cuda: &CudaDevice) -> Result<f64, Fail> {
     Ok(2.0 * (times * 1024 * MIB) as f64 / started.elapsed().as_secs_f64())
 }
 
+/// A product with the matrix, without a bias.
+fn plain(matrix: &Tensor) -> Linear<Matrix, Tensor> {
+    Linear { weight: Matrix::Tensor(matrix.clone()), bias: None }
+}
+
 /// What the host needs to hand one small operation to the device.
 pub fn host_cost(part: &mut Part, options: &Options) -> Result<(), Fail> {
     let (device, cuda) = open(options)?;
@@ -67,17 +72,22 @@ pub fn host_cost(part: &mut Part, options: &Options) -> Result<(), Fail> {
     let w = random.tensor(&[1024])?.to_dtype(DType::BF16)?.to_device(&device)?;
     let m = random.tensor(&[64, 1024])?.to_dtype(DType::BF16)?.to_device(&device)?;
     let id = Tensor::from_slice(&[0u32], 1, &device)?;
-    type Op<'a> = Box<dyn Fn() -> candle_core::Result<Tensor> + 'a>;
+    let input = Buffer::of(x.clone());
+    let norm = Norm { kind: NormKind::Rms, weight: w, bias: None, eps: 1e-5 };
+    let linear = plain(&m);
+    let backend = || (Candle::new(&device), Buffer::default());
+    let ((mut normalizing, mut normed), (mut multiplying, mut product)) = (backend(), backend());
+    type Op<'a> = Box<dyn FnMut() -> candle_core::Result<()> + 'a>;
     let ops: [(&str, Op<'_>); 7] = [
-        ("add", Box::new(|| x.add(&x))),
-        ("silu", Box::new(|| x.silu())),
-        ("rms_norm", Box::new(|| rms_norm(&x, &w, 1e-5))),
-        ("matmul 1 x 1024 x 64", Box::new(|| linear(&x, &m, None))),
-        ("index_select (uploads its shape)", Box::new(|| m.index_select(&id, 0))),
-        ("contiguous of a transposed matrix (uploads its strides)", Box::new(|| m.t()?.contiguous())),
-        ("upload of one u32", Box::new(|| Tensor::from_slice(&[0u32], 1, &device))),
+        ("add", Box::new(|| x.add(&x).map(drop))),
+        ("silu", Box::new(|| x.silu().map(drop))),
+        ("rms_norm", Box::new(|| normalizing.norm(&input, &norm, &mut normed))),
+        ("matmul 1 x 1024 x 64", Box::new(|| multiplying.linear(&input, &linear, Epilogue::Store, &mut product))),
+        ("index_select (uploads its shape)", Box::new(|| m.index_select(&id, 0).map(drop))),
+        ("contiguous of a transposed matrix (uploads its strides)", Box::new(|| m.t()?.contiguous().map(drop))),
+        ("upload of one u32", Box::new(|| Tensor::from_slice(&[0u32], 1, &device).map(drop))),
     ];
-    for (name, op) in &ops {
+    for (name, mut op) in ops {
         for _ in 0..200 {
             op()?;
         }
@@ -148,19 +158,24 @@ pub fn matmul(part: &mut Part, options: &Options) -> Result<(), Fail> {
 fn one_shape(device: &Device, cuda: &CudaDevice, rows: usize, k: usize, n: usize) -> Result<f64, Fail> {
     let bytes = k * n * 2;
     let copies = (512 * MIB / bytes).clamp(4, 128);
-    let x = Tensor::ones((rows, k), DType::BF16, device)?;
-    let weights = (0..copies).map(|_| Tensor::zeros((n, k), DType::BF16, device)).collect::<candle_core::Result<Vec<_>>>()?;
-    let all = || weights.iter().try_for_each(|w| linear(&x, w, None).map(drop));
-    warm_up(cuda, all)?;
-    let graph = capture(cuda, all)?;
+    let mut backend = Candle::new(device);
+    let x = Buffer::of(Tensor::ones((rows, k), DType::BF16, device)?);
+    let weight = || Ok(plain(&Tensor::zeros((n, k), DType::BF16, device)?));
+    let weights = (0..copies).map(|_| weight()).collect::<candle_core::Result<Vec<_>>>()?;
+    // Each result is dropped at once: what a graph allocates it also frees.
+    let mut all = || weights.iter().try_for_each(|w| backend.linear(&x, w, Epilogue::Store, &mut Buffer::default()));
+    warm_up(cuda, &mut all)?;
+    let graph = capture(cuda, &mut all)?;
     Ok((bytes * copies) as f64 / replays(cuda, &graph, 20)?)
 }
 
 /// A decode step with fixed places for its inputs and its output.
 struct Step {
-    model: Transformer,
-    rows: usize,
-    state: RefCell<(Activations, Vec<KvCache>)>,
+    backend: Candle,
+    decoder: Decoder<Candle>,
+    caches: Vec<KvCache>,
+    /// Tokens whose logits are made: all.
+    positions: Vec<usize>,
     out: Tensor,
 }
 
@@ -168,49 +183,48 @@ impl Step {
     const BLOCK_SIZE: usize = 32;
 
     fn new(path: &std::path::Path, device: &Device, rows: usize, context: usize) -> Result<Self, Fail> {
-        let files = model::folder(path)?;
-        let shape = Architecture::from_files(&files)?;
-        let checkpoint = Checkpoint::open(&files, &shape)?;
-        let shape = Architecture { tie_word_embeddings: checkpoint.tied, ..shape };
-        let model = Transformer::load(shape, &checkpoint, device, Quantization::AsStored)?;
+        let mut backend = Candle::new(device);
+        let decoder = Self::decoder(path, &backend, rows)?;
         let per_row = context.div_ceil(Self::BLOCK_SIZE);
-        let dims = (rows * per_row, Self::BLOCK_SIZE, model.shape.kv_heads, model.shape.head_dim);
         // Keys and values of an earlier context: small random numbers.
         let mut random = Random(5);
-        let filled = random.tensor(&[dims.0, dims.1, dims.2, dims.3])?.to_dtype(DType::BF16)?.to_device(device)?;
-        let caches = (0..model.shape.layers)
-            .map(|_| Ok(KvCache::Tensors(composed::KvCache { k: filled.copy()?, v: filled.copy()? })))
-            .collect::<candle_core::Result<_>>()?;
+        let caches = decoder.kv_caches(&backend, rows * per_row, Self::BLOCK_SIZE)?;
+        for cache in &caches {
+            let filled = random.tensor(cache.k.dims())?.to_dtype(DType::BF16)?.to_device(device)?;
+            cache.k.slice_set(&filled, 0, 0)?;
+            cache.v.slice_set(&filled, 0, 0)?;
+        }
         let blocks = |row: usize| Arc::new((0..per_row).map(|i| (row * per_row + i) as u32).collect::<Vec<_>>());
         let last = (context - 1) as u32;
         let slots: Vec<u32> = (0..rows).map(|row| (row * per_row * Self::BLOCK_SIZE) as u32 + last).collect();
         let tokens: Vec<u32> = (0..rows as u32).map(|row| row + 5).collect();
         let positions = vec![last; rows];
         let batch_rows: Vec<BatchRow> = (0..rows).map(|row| BatchRow { start: row, len: 1, context, blocks: blocks(row) }).collect();
-        let inputs = Inputs { tokens: &tokens, positions: &positions, slots: &slots, rows: &batch_rows, frequencies: model.frequencies() };
-        let mut values = composed::Activations::new(device, Self::BLOCK_SIZE);
-        values.begin(&inputs)?;
-        let out = Tensor::zeros((rows, model.shape.vocab_size), DType::F32, device)?;
-        let values = Activations::Tensors(Box::new(values));
-        Ok(Self { model, rows, state: RefCell::new((values, caches)), out })
+        let ropes = &decoder.spec.ropes;
+        backend.begin(&Batch { tokens: &tokens, positions: &positions, slots: &slots, rows: &batch_rows, ropes })?;
+        let out = Tensor::zeros((rows, decoder.spec.vocab_size), DType::F32, device)?;
+        Ok(Self { backend, decoder, caches, positions: (0..rows).collect(), out })
+    }
+
+    /// The folder's model, for steps of so many rows.
+    fn decoder(path: &std::path::Path, backend: &Candle, rows: usize) -> Result<Decoder<Candle>, Fail> {
+        let files = model::folder(path)?;
+        let model = Model::from_files(&files)?;
+        let checkpoint = Checkpoint::open(&files, model.spec.quantized.as_deref())?;
+        let tensors = Tensors::find(&checkpoint, &model)?;
+        let limits = model.spec.step_limits(rows, rows, Self::BLOCK_SIZE);
+        Ok(Decoder::load(model.spec.clone(), &tensors, backend, Quantization::AsStored, &limits)?)
     }
 
     /// The token ids that a step reads.
-    fn tokens(&self) -> Result<Tensor, Fail> {
-        match &self.state.borrow().0 {
-            Activations::Tensors(values) => Ok(values.batch.as_ref().map(|batch: &Batch| batch.tokens.clone()).ok_or("no batch")?),
-            Activations::Cpu(_) => Err("a step on the device".into()),
-        }
+    fn tokens(&self) -> candle_core::Result<&Tensor> {
+        self.backend.tokens()
     }
 
-    fn run(&self) -> candle_core::Result<()> {
-        let (values, caches) = &mut *self.state.borrow_mut();
-        self.model.forward(values, caches)?;
-        self.model.logits(values, &(0..self.rows).collect::<Vec<_>>())?;
-        match values {
-            Activations::Tensors(values) => self.out.slice_set(values.logits()?, 0, 0),
-            Activations::Cpu(_) => candle_core::bail!("a step on the device"),
-        }
+    fn run(&mut self) -> candle_core::Result<()> {
+        self.decoder.forward(&mut self.backend, &mut self.caches)?;
+        self.decoder.head(&mut self.backend, &self.positions)?;
+        self.out.slice_set(&self.decoder.logits().tensor()?.to_dtype(DType::F32)?, 0, 0)
     }
 
     fn result(&self) -> Result<Vec<f32>, Fail> {
@@ -245,7 +259,7 @@ fn one_graph(
     rows: usize,
     context: usize,
 ) -> Result<(), Fail> {
-    let step = Step::new(path, device, rows, context)?;
+    let mut step = Step::new(path, device, rows, context)?;
     let stream = cuda.cuda_stream();
     step.run()?;
     let first = step.result()?;
@@ -259,25 +273,25 @@ fn one_graph(
     part.measure(format!("{name}: eager step, host's part"), handed * 1e3 / f64::from(times), "ms");
     warm_up(cuda, || step.run())?;
     let graph = capture(cuda, || step.run())?;
-    let replayed = |inputs: &str, want: &[f32]| -> Result<(), Fail> {
+    let replayed = |step: &Step, inputs: &str, want: &[f32]| -> Result<(), Fail> {
         graph.launch()?;
         stream.synchronize()?;
         if step.result()? == want { Ok(()) } else { Err(format!("a replay on {inputs} differs from the eager step").into()) }
     };
-    replayed("the same inputs", &first)?;
+    replayed(&step, "the same inputs", &first)?;
     // Another input in the same place: a replay must see it.
     let tokens = step.tokens()?.copy()?;
     let other: Vec<u32> = (0..rows as u32).map(|row| row + 77).collect();
     step.tokens()?.slice_set(&Tensor::from_vec(other, rows, device)?, 0, 0)?;
     step.run()?;
     let second = step.result()?;
-    replayed("other tokens", &second)?;
+    replayed(&step, "other tokens", &second)?;
     part.check(format!("{name}: other tokens give other logits"), first != second, "by graph and eager alike");
     step.tokens()?.slice_set(&tokens, 0, 0)?;
     let mut seconds = 0.0;
     for round in 0..10 {
         seconds += replays(cuda, &graph, 1_000)? / 10.0;
-        replayed(&format!("round {round} of 1,000"), &first)?;
+        replayed(&step, &format!("round {round} of 1,000"), &first)?;
     }
     part.measure(format!("{name}: replay"), seconds * 1e3, "ms");
     part.measure(format!("{name}: replay against eager"), eager / seconds, "times");

@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use worker_candle::api::model::ModelInfo;
 use worker_candle::api::{Answer, Call, Service};
+use worker_candle::checkpoint::files::{ModelFiles, Source};
 use worker_candle::config::{ApiSettings, DeviceChoice, EngineSettings, Quantization};
-use worker_candle::models::files::{ModelFiles, Source};
 use worker_candle::models::quality::{Comparison, logits_of};
 use worker_candle::models::runner::ModelRunner;
-use worker_candle::models::tokenizer::Tokenizer;
-use worker_candle::models::{Draw, Plan, Row, Runner};
+use worker_candle::models::{Plan, Row, Runner, SamplingMetadata, SamplingParams};
+use worker_candle::text::tokenizer::Tokenizer;
 
 use crate::report::Part;
 use crate::{Fail, Options};
@@ -52,8 +52,8 @@ fn with_runner<T: Send>(
     Ok(result.map_err(|_| "panic, see the log")??)
 }
 
-fn greedy() -> Draw {
-    Draw { temperature: 0.0, ..Default::default() }
+fn greedy() -> SamplingMetadata {
+    SamplingParams { temperature: 0.0, ..Default::default() }.into()
 }
 
 /// Adds `ids[from..to]` of the sequence in place `place` to a plan; places are so many tokens apart that they share no block.
@@ -65,7 +65,15 @@ fn add_row(plan: &mut Plan, ids: &[u32], from: usize, to: usize, place: usize) {
     plan.tokens.extend(&ids[from..to]);
     plan.positions.extend(from as u32..to as u32);
     plan.slots.extend((from..to).map(|p| blocks[p / BLOCK_SIZE] * BLOCK_SIZE as u32 + (p % BLOCK_SIZE) as u32));
-    plan.rows.push(Row { start, len: to - from, context: to, blocks: Arc::new(blocks), draw: Some(greedy()), proposed: 0, score: None });
+    plan.rows.push(Row {
+        start,
+        len: to - from,
+        context: to,
+        blocks: Arc::new(blocks),
+        sampling: Some(greedy()),
+        draft_len: 0,
+        score: None,
+    });
 }
 
 fn chunk(ids: &[u32], from: usize, to: usize) -> Plan {
@@ -238,7 +246,12 @@ pub fn steps(part: &mut Part, options: &Options) -> Result<(), Fail> {
     for (name, path) in [("demo", Some(&demo)), ("checkpoint", options.checkpoint.as_ref())] {
         let Some(path) = path else { continue };
         let rows: &[usize] = if options.device == DeviceChoice::Cpu { &[1, 4] } else { &[1, 8, 64] };
-        let settings = EngineSettings { max_num_seqs: Some(64), kv_cache_gb: Some(4.0), ..settings(options.device) };
+        let settings = EngineSettings {
+            max_num_seqs: Some(64),
+            max_num_batched_tokens: Some(512),
+            kv_cache_gb: Some(4.0),
+            ..settings(options.device)
+        };
         let figures = with_runner(path, &settings, |runner, load| {
             let mut figures = vec![("load".to_owned(), load.as_secs_f64() * 1e3, "ms")];
             time_steps(runner, rows, &mut figures).map_err(|failure| failure.to_string())?;

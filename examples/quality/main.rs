@@ -12,12 +12,12 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
+use worker_candle::checkpoint::files::ModelFiles;
+use worker_candle::checkpoint::hub;
 use worker_candle::config::{DeviceChoice, EngineSettings, HubSettings, Quantization, quantization};
-use worker_candle::models::files::ModelFiles;
-use worker_candle::models::hub;
 use worker_candle::models::quality::{Comparison, logits_of};
 use worker_candle::models::runner::{About, ModelRunner};
-use worker_candle::models::tokenizer::{Special, Tokenizer};
+use worker_candle::text::tokenizer::{Special, Tokenizer};
 
 type Fail = Box<dyn std::error::Error>;
 /// Logits `[texts][tokens][vocab]`.

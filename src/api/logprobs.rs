@@ -1,22 +1,17 @@
-//! Log probabilities: what a request may ask for, and how each dialect writes them.
+//! Log probabilities: what a request may ask for, and what is known of each token.
 
-use serde_json::{Map, Value, json};
+use serde_json::Value;
 
 use crate::api::fields::{Field, Fields, invalid, wrong_type};
-use crate::config::ApiSettings;
-use crate::engine::detokenize::Detokenizer;
+use crate::config::{ApiSettings, defaults};
 use crate::error::Failure;
-use crate::models::tokenizer::Tokenizer;
 use crate::models::{Logprobs, LogprobsSpec};
-
-/// JSON has no −∞: this stands for it, as in vLLM.
-const LEAST: f32 = -9999.0;
-/// Most alternatives when no other limit is set.
-const MAX_LOGPROBS: u32 = 20;
+use crate::text::detokenize::Detokenizer;
+use crate::text::tokenizer::Tokenizer;
 
 /// How a route writes `logprobs`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Form {
+pub enum LogprobsForm {
     /// `logprobs: true, top_logprobs: n`.
     Chat,
     /// `logprobs: n`.
@@ -26,15 +21,15 @@ pub enum Form {
     NativeText,
 }
 
-impl Form {
+impl LogprobsForm {
     pub fn is_chat(self) -> bool {
-        matches!(self, Form::Chat | Form::NativeChat)
+        matches!(self, LogprobsForm::Chat | LogprobsForm::NativeChat)
     }
 }
 
 /// What a request asks for. `u32::MAX` = the whole vocabulary.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Asked {
+pub struct LogprobsRequest {
     /// Alternatives at each token of the answer.
     pub output: Option<u32>,
     /// Alternatives at each token of the prompt, beside the token itself (`prompt_logprobs`).
@@ -43,15 +38,17 @@ pub struct Asked {
     pub as_ids: bool,
 }
 
-impl Asked {
+impl LogprobsRequest {
     /// Reads `logprobs`, `top_logprobs` and `prompt_logprobs`.
-    pub fn read(fields: &Fields<'_>, form: Form, stream: bool, settings: &ApiSettings) -> Result<Self, Failure> {
+    pub fn read(fields: &Fields<'_>, form: LogprobsForm, stream: bool, settings: &ApiSettings) -> Result<Self, Failure> {
         let top = alternatives(fields.get("top_logprobs"), settings)?;
         let switch = fields.get("logprobs");
         let output = match (switch.as_ref().map(|field| field.value), form) {
             (None | Some(Value::Bool(false)), _) => None,
-            (Some(Value::Bool(true)), Form::Chat | Form::NativeChat | Form::NativeText) => Some(top.unwrap_or(0)),
-            (Some(Value::Number(_)), Form::Text | Form::NativeChat | Form::NativeText) => alternatives(fields.get("logprobs"), settings)?,
+            (Some(Value::Bool(true)), LogprobsForm::Chat | LogprobsForm::NativeChat | LogprobsForm::NativeText) => Some(top.unwrap_or(0)),
+            (Some(Value::Number(_)), LogprobsForm::Text | LogprobsForm::NativeChat | LogprobsForm::NativeText) => {
+                alternatives(fields.get("logprobs"), settings)?
+            }
             _ => {
                 let expected = if form.is_chat() { "true or false" } else { "an integer" };
                 return Err(switch.map_or_else(|| Failure::internal("a field has gone"), |field| wrong_type(&field, expected)));
@@ -90,7 +87,7 @@ impl Asked {
 /// A number of alternatives; −1 = the whole vocabulary, where that is allowed.
 fn alternatives(field: Option<Field<'_>>, settings: &ApiSettings) -> Result<Option<u32>, Failure> {
     let Some(field) = field else { return Ok(None) };
-    let most = settings.max_logprobs.unwrap_or(MAX_LOGPROBS);
+    let most = settings.max_logprobs.unwrap_or(defaults::MAX_LOGPROBS);
     let number = field.value.as_f64().filter(|number| number.fract() == 0.0).ok_or_else(|| wrong_type(&field, "an integer"))?;
     let name = &field.name;
     if number == -1.0 && most == u32::MAX {
@@ -107,7 +104,7 @@ fn alternatives(field: Option<Field<'_>>, settings: &ApiSettings) -> Result<Opti
 
 /// A token of the answer and how probable it was.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Reported {
+pub struct TokenLogprobs {
     pub id: u32,
     /// Its part of the text: tokens' texts together are the text. Of several tokens that make up one character the last has it.
     pub text: String,
@@ -116,92 +113,13 @@ pub struct Reported {
     pub logprobs: Logprobs,
 }
 
-/// Writes log probabilities as JSON.
-pub struct Names<'a> {
-    pub tokenizer: &'a Tokenizer,
-    pub as_ids: bool,
-}
-
-impl Names<'_> {
-    /// A token by itself: its text, or `bytes:\xNN…` when it is a part of a character.
-    fn alone(&self, id: u32) -> String {
-        if self.as_ids {
-            return format!("token_id:{id}");
-        }
-        let bytes = self.tokenizer.token_bytes(id).unwrap_or_default();
-        match std::str::from_utf8(bytes) {
-            Ok(text) => text.to_owned(),
-            Err(_) => bytes.iter().fold("bytes:".to_owned(), |text, byte| format!("{text}\\x{byte:02x}")),
-        }
+/// A token by itself: its text, or `bytes:\\xNN…` when it is a part of a character.
+pub fn token_name(tokenizer: &Tokenizer, id: u32) -> String {
+    let bytes = tokenizer.token_bytes(id).unwrap_or_default();
+    match std::str::from_utf8(bytes) {
+        Ok(text) => text.to_owned(),
+        Err(_) => bytes.iter().fold("bytes:".to_owned(), |text, byte| format!("{text}\\x{byte:02x}")),
     }
-
-    fn in_text(&self, token: &Reported) -> String {
-        if self.as_ids { self.alone(token.id) } else { token.text.clone() }
-    }
-
-    fn item(&self, id: u32, name: &str, value: f32) -> Map<String, Value> {
-        Map::from_iter([
-            ("token".to_owned(), json!(name)),
-            ("logprob".to_owned(), number(value)),
-            ("bytes".to_owned(), json!(self.tokenizer.token_bytes(id))),
-        ])
-    }
-
-    /// The `logprobs` of a chat choice: `top` alternatives each.
-    pub fn chat(&self, tokens: &[Reported], top: u32) -> Value {
-        let content = tokens.iter().map(|token| {
-            let own = self.in_text(token);
-            let alternatives = token.logprobs.top.iter().take(top as usize).map(|(id, value)| {
-                let name = if *id == token.id { own.clone() } else { self.alone(*id) };
-                Value::Object(self.item(*id, &name, *value))
-            });
-            let mut item = self.item(token.id, &own, token.logprobs.own);
-            item.insert("top_logprobs".to_owned(), alternatives.collect());
-            Value::Object(item)
-        });
-        json!({"content": content.collect::<Vec<_>>(), "refusal": null})
-    }
-
-    /// The `logprobs` of a text choice: the most probable `top` and the token itself. The first token of an echoed prompt has none.
-    pub fn text<'t>(&self, tokens: impl Iterator<Item = (&'t Reported, bool)>, top: u32) -> Value {
-        let (mut names, mut own, mut tops, mut offsets) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        for (token, first) in tokens {
-            let name = self.in_text(token);
-            own.push(if first { Value::Null } else { number(token.logprobs.own) });
-            tops.push(if first {
-                Value::Null
-            } else {
-                let mut map = Map::from_iter([(name.clone(), number(token.logprobs.own))]);
-                for (id, value) in token.logprobs.top.iter().take(top as usize).filter(|(id, _)| *id != token.id) {
-                    map.entry(self.alone(*id)).or_insert_with(|| number(*value));
-                }
-                Value::Object(map)
-            });
-            names.push(Value::String(name));
-            offsets.push(json!(token.offset));
-        }
-        json!({"tokens": names, "token_logprobs": own, "top_logprobs": tops, "text_offset": offsets})
-    }
-
-    /// `prompt_logprobs` in vLLM's form: null for the first token, then by id the token itself and the most probable `top`.
-    pub fn prompt(&self, ids: &[u32], scores: &[Logprobs], top: u32) -> Value {
-        let names = Names { as_ids: false, ..*self };
-        let entry = |value: f32, rank: u32, id: u32| json!({"logprob": number(value), "rank": rank, "decoded_token": names.alone(id)});
-        let of = |(id, score): (&u32, &Logprobs)| {
-            let mut map = Map::from_iter([(id.to_string(), entry(score.own, score.rank, *id))]);
-            for (rank, (other, value)) in (1..).zip(score.top.iter().take(top as usize)) {
-                map.entry(other.to_string()).or_insert_with(|| entry(*value, rank, *other));
-            }
-            Value::Object(map)
-        };
-        std::iter::once(Value::Null).chain(ids.iter().skip(1).zip(scores).map(of)).collect()
-    }
-}
-
-/// The number with as many digits as an f32 has.
-fn number(value: f32) -> Value {
-    let value = if value.is_nan() { LEAST } else { value.clamp(LEAST, f32::MAX) };
-    json!(value.to_string().parse::<f64>().unwrap_or(f64::from(value)))
 }
 
 /// A prompt that is repeated at the beginning of its answer.
@@ -226,7 +144,7 @@ impl Echo {
     }
 
     /// The prompt's tokens as parts of the text, with their scores; the first has none and gets an empty one.
-    pub fn reported(&self, tokenizer: &Tokenizer, ids: &[u32], scores: &[Logprobs]) -> Vec<Reported> {
+    pub fn reported(&self, tokenizer: &Tokenizer, ids: &[u32], scores: &[Logprobs]) -> Vec<TokenLogprobs> {
         let none = Logprobs::default();
         let scores = std::iter::once(&none).chain(scores);
         let most = self.text.chars().count();
@@ -235,8 +153,8 @@ impl Echo {
         for ((id, text), score) in ids.iter().zip(texts(tokenizer, ids, self.hidden)).zip(scores) {
             let length = text.chars().count();
             let is_hidden = self.hidden && tokenizer.is_special(*id);
-            let text = if is_hidden { Names { tokenizer, as_ids: false }.alone(*id) } else { text };
-            tokens.push(Reported { id: *id, text, offset: offset.min(most), logprobs: score.clone() });
+            let text = if is_hidden { token_name(tokenizer, *id) } else { text };
+            tokens.push(TokenLogprobs { id: *id, text, offset: offset.min(most), logprobs: score.clone() });
             offset += length;
         }
         tokens

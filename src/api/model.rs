@@ -2,10 +2,10 @@
 
 use serde_json::{Map, Value};
 
-use crate::api::chat_template::ERNIE;
 use crate::api::clock;
+use crate::api::prompt::template::ERNIE;
+use crate::checkpoint::files::ModelFiles;
 use crate::error::Failure;
-use crate::models::files::ModelFiles;
 
 /// The parts of a model's files that shape requests and answers.
 #[derive(Debug, Clone, Default)]
@@ -149,7 +149,7 @@ fn template_text(config: &Value) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::models::files::Source;
+    use crate::checkpoint::files::Source;
 
     fn info(name: &str, files: &[(&str, &'static str)]) -> ModelInfo {
         let files = files.iter().map(|(name, text)| ((*name).to_owned(), Source::Embedded(text.as_bytes()))).collect();

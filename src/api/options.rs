@@ -4,16 +4,18 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-use crate::api::fields::{Fields, invalid, refuse_unsupported, unsupported, wrong_type};
-use crate::api::logprobs::{Asked, Form};
-use crate::config::ApiSettings;
+use crate::api::fields::refuse::{refuse_unsupported, unsupported};
+use crate::api::fields::{self, Field, Fields, invalid, wrong_type};
+use crate::api::length;
+use crate::api::logprobs::{LogprobsForm, LogprobsRequest};
+use crate::config::{ApiSettings, defaults};
 use crate::engine::{Limits, SamplingParams};
 use crate::error::Failure;
 use crate::models::LogprobsSpec;
 
 /// Sampling defaults: `generation_config.json`, unless switched off, with the overrides of the settings laid over it.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Defaults {
+pub struct SamplingDefaults {
     temperature: f64,
     top_p: f64,
     top_k: i64,
@@ -23,17 +25,17 @@ pub struct Defaults {
     repetition_penalty: f64,
 }
 
-impl Defaults {
+impl SamplingDefaults {
     /// Values of the model that make no sense are left out; those of `OVERRIDE_GENERATION_CONFIG` stop the start.
     pub fn new(generation_config: &Value, settings: &ApiSettings) -> Result<Self, Failure> {
         let mut defaults = Self {
-            temperature: 1.0,
-            top_p: 1.0,
-            top_k: 0,
-            min_p: 0.0,
-            presence_penalty: 0.0,
-            frequency_penalty: 0.0,
-            repetition_penalty: 1.0,
+            temperature: fields::default_of("temperature"),
+            top_p: fields::default_of("top_p"),
+            top_k: fields::default_integer("top_k"),
+            min_p: fields::default_of("min_p"),
+            presence_penalty: fields::default_of("presence_penalty"),
+            frequency_penalty: fields::default_of("frequency_penalty"),
+            repetition_penalty: fields::default_of("repetition_penalty"),
         };
         if let (false, Value::Object(config)) = (settings.ignore_generation_config, generation_config) {
             for (name, value) in config {
@@ -60,21 +62,21 @@ impl Defaults {
 
     /// These, with whatever the request says itself.
     fn with(&self, fields: &Fields<'_>) -> Result<Self, Failure> {
-        let top_k = fields.integer("top_k", i64::MIN)?;
+        let top_k = fields.integer_from("top_k", i64::MIN)?;
         if let (Some(top_k), Some(field)) = (top_k.filter(|top_k| *top_k < -1), fields.get("top_k")) {
             return Err(invalid(&field, format!("{top_k} is out of Range. Either set top_k to -1 or >=1. - '{}'", field.name)));
         }
-        let repetition_penalty = fields.number("repetition_penalty", 0.0, 1e3)?;
+        let repetition_penalty = fields.number_from("repetition_penalty", 0.0)?;
         if let (Some(_), Some(field)) = (repetition_penalty.filter(|penalty| *penalty < 1e-3), fields.get("repetition_penalty")) {
             return Err(invalid(&field, format!("{} is less than the minimum of 0.001 - '{}'", field.value, field.name)));
         }
         Ok(Self {
-            temperature: fields.number("temperature", 0.0, 2.0)?.unwrap_or(self.temperature),
-            top_p: fields.number("top_p", 0.0, 1.0)?.unwrap_or(self.top_p),
+            temperature: fields.number("temperature")?.unwrap_or(self.temperature),
+            top_p: fields.number("top_p")?.unwrap_or(self.top_p),
             top_k: top_k.unwrap_or(self.top_k),
-            min_p: fields.number("min_p", 0.0, 1.0)?.unwrap_or(self.min_p),
-            presence_penalty: fields.number("presence_penalty", -2.0, 2.0)?.unwrap_or(self.presence_penalty),
-            frequency_penalty: fields.number("frequency_penalty", -2.0, 2.0)?.unwrap_or(self.frequency_penalty),
+            min_p: fields.number("min_p")?.unwrap_or(self.min_p),
+            presence_penalty: fields.number("presence_penalty")?.unwrap_or(self.presence_penalty),
+            frequency_penalty: fields.number("frequency_penalty")?.unwrap_or(self.frequency_penalty),
             repetition_penalty: repetition_penalty.unwrap_or(self.repetition_penalty),
         })
     }
@@ -89,13 +91,13 @@ pub enum Truncate {
 
 /// The parameters of one request.
 #[derive(Debug, Clone)]
-pub struct Options {
+pub struct GenerationOptions {
     /// Choices for each prompt.
     pub n: usize,
     pub stream: bool,
     pub include_usage: bool,
     pub continuous_usage: bool,
-    /// As asked; the context's rest bounds it later. 0: only the prompt is wanted, scored.
+    /// The request's or the default; the context's rest bounds it for each prompt. 0: only the prompt is wanted, scored.
     pub max_tokens: Option<usize>,
     pub stops: Vec<String>,
     pub include_stop: bool,
@@ -105,7 +107,7 @@ pub struct Options {
     pub add_special_tokens: Option<bool>,
     /// Sequences drawn for each prompt, of which the most probable `n` are given (`best_of`). At least `n`.
     pub candidates: usize,
-    pub logprobs: Asked,
+    pub logprobs: LogprobsRequest,
     /// What the prompt is scored with.
     pub prompt_logprobs: Option<LogprobsSpec>,
     /// The answer begins with the prompt.
@@ -116,71 +118,34 @@ pub struct Options {
     pub sampling: SamplingParams,
 }
 
-/// What [`Options::read`] needs of the service.
+/// What [`GenerationOptions::read`] needs of the service.
 pub struct Context<'a> {
     pub settings: &'a ApiSettings,
-    pub defaults: &'a Defaults,
+    pub defaults: &'a SamplingDefaults,
     pub limits: &'a Limits,
     pub eos_token_ids: &'a Arc<Vec<u32>>,
     /// Token ids of plain text.
     pub encode: &'a dyn Fn(&str) -> Result<Vec<u32>, Failure>,
 }
 
-/// Most choices when no other limit is set.
-const MAX_N: usize = 128;
-
-impl Options {
+impl GenerationOptions {
     /// Reads and checks all of them.
-    pub fn read(fields: &Fields<'_>, form: Form, context: &Context<'_>) -> Result<Self, Failure> {
-        let n = fields.count("n", 1)?.unwrap_or(1);
-        let max_n = context.settings.max_n.unwrap_or(MAX_N);
+    pub fn read(fields: &Fields<'_>, form: LogprobsForm, context: &Context<'_>) -> Result<Self, Failure> {
+        let n = fields.count_or_default("n")?;
+        let max_n = context.settings.max_n.unwrap_or(defaults::MAX_N);
         if let (true, Some(field)) = (n > max_n, fields.get("n")) {
             return Err(invalid(&field, format!("{n} is greater than the maximum of {max_n} - '{}'", field.name)));
         }
         refuse_unsupported(fields)?;
-        let stream = fields.bool("stream")?.unwrap_or(false);
+        let stream = fields.flag("stream")?;
         let candidates = candidates(fields, n, max_n, stream)?;
-        let logprobs = Asked::read(fields, form, stream, context.settings)?;
-        let echo = fields.bool("echo")?.unwrap_or(false);
-        // A prompt may be scored alone, but then it must be given back.
-        let max_tokens = max_tokens(fields, if echo && !form.is_chat() { 0 } else { 1 })?;
-        let min_tokens = fields.count("min_tokens", 0)?.unwrap_or(0);
-        if let (Some(max_tokens), Some(field)) = (max_tokens.filter(|max| min_tokens > *max), fields.get("min_tokens")) {
-            return Err(invalid(
-                &field,
-                format!("{min_tokens} is greater than the maximum of {max_tokens}, which is max_tokens - '{}'", field.name),
-            ));
-        }
+        let logprobs = LogprobsRequest::read(fields, form, stream, context.settings)?;
+        let echo = fields.flag("echo")?;
+        let (max_tokens, min_tokens) = length::read(fields, form, echo, context.settings)?;
         let (include_usage, continuous_usage) = stream_options(fields)?;
-        let vocab_size = context.limits.vocab_size;
-        let stop_token_ids = fields.token_ids("stop_token_ids", vocab_size)?.unwrap_or_default();
-        let drawn = context.defaults.with(fields)?;
-        refuse_penalty_window(fields, drawn.repetition_penalty)?;
-        // A nucleus of nothing is its most likely token.
-        let greedy = drawn.top_p < 1e-5 || fields.bool("do_sample")? == Some(false);
-        let sampling = SamplingParams {
-            temperature: if greedy { 0.0 } else { drawn.temperature as f32 },
-            top_p: if greedy { 1.0 } else { drawn.top_p as f32 },
-            top_k: u32::try_from(drawn.top_k.max(0)).unwrap_or(u32::MAX),
-            min_p: drawn.min_p as f32,
-            presence_penalty: drawn.presence_penalty as f32,
-            frequency_penalty: drawn.frequency_penalty as f32,
-            repetition_penalty: drawn.repetition_penalty as f32,
-            logit_bias: Arc::new(fields.logit_bias(vocab_size)?),
-            bad_words: Arc::new(fields.bad_words(vocab_size, context.encode)?),
-            // Candidates are compared by them.
-            logprobs: logprobs
-                .output
-                .or((candidates > n).then_some(0))
-                .map(|top| LogprobsSpec { top, mode: context.settings.logprobs_mode }),
-            seed: 0,
-            max_tokens: 0,
-            min_tokens,
-            eos_token_ids: context.eos_token_ids.clone(),
-            stop_token_ids: Arc::new(stop_token_ids),
-            ignore_eos: fields.bool("ignore_eos")?.unwrap_or(false),
-            choices: n,
-        };
+        // Candidates are compared by log probabilities.
+        let report = logprobs.output.or((candidates > n).then_some(0));
+        let sampling = SamplingParams { min_tokens, choices: n, ..sampling(fields, report, context)? };
         Ok(Self {
             n,
             stream,
@@ -188,10 +153,10 @@ impl Options {
             continuous_usage,
             max_tokens,
             stops: fields.stop()?,
-            include_stop: fields.bool("include_stop_str_in_output")?.unwrap_or(false),
-            skip_special_tokens: fields.bool("skip_special_tokens")?.unwrap_or(true),
+            include_stop: fields.flag("include_stop_str_in_output")?,
+            skip_special_tokens: fields.flag("skip_special_tokens")?,
             truncate: truncate(fields)?,
-            return_token_ids: fields.bool("return_token_ids")?.unwrap_or(false),
+            return_token_ids: fields.flag("return_token_ids")?,
             add_special_tokens: fields.bool("add_special_tokens")?,
             candidates,
             logprobs,
@@ -203,7 +168,7 @@ impl Options {
     }
 }
 
-impl Options {
+impl GenerationOptions {
     /// Whether all sequences of so many prompts can be taken at once. `listed`: the prompts may be a list.
     pub fn check_number(&self, prompts: usize, listed: bool, limits: &Limits) -> Result<(), Failure> {
         let each = if self.sampling.is_greedy() { 1 } else { self.candidates };
@@ -224,37 +189,32 @@ impl Options {
         );
         Err(Failure::bad_request(param, message).code("invalid_value"))
     }
-
-    /// Whether `min_tokens` may come after a prompt of so many.
-    pub fn check_room(&self, prompt: usize, limits: &Limits) -> Result<(), Failure> {
-        let (least, room) = (self.sampling.min_tokens, limits.max_model_len.saturating_sub(prompt));
-        let most = self.max_tokens.unwrap_or(room).min(room);
-        if least <= most {
-            return Ok(());
-        }
-        let message = if most < room {
-            format!("{least} is greater than the maximum of {most}, which is max_tokens when the request does not say - 'min_tokens'")
-        } else {
-            format!(
-                "{least} is greater than the maximum of {room}, which is what the prompt's {prompt} tokens leave of the context of {} - \
-                 'min_tokens'.{}",
-                limits.max_model_len,
-                limits.memory_hint()
-            )
-        };
-        Err(Failure::bad_request("min_tokens", message).code("invalid_value"))
-    }
 }
 
-/// `max_completion_tokens` wins over the older `max_tokens`, and that over the names of other servers; all are checked.
-fn max_tokens(fields: &Fields<'_>, least: u32) -> Result<Option<usize>, Failure> {
-    let newest = fields.count("max_completion_tokens", least)?;
-    let older = fields.count("max_tokens", least)?;
-    let other = fields.count("max_new_tokens", least)?;
-    // llama.cpp's, where -1 is no limit.
-    let unlimited = fields.get("n_predict").is_some_and(|field| field.value.as_f64() == Some(-1.0));
-    let predicted = if unlimited { Some(usize::MAX) } else { fields.count("n_predict", least)? };
-    Ok(newest.or(older).or(other).or(predicted))
+/// What decides which tokens come. `report`: how many alternatives to report with each. The seed and the lengths are not set here.
+fn sampling(fields: &Fields<'_>, report: Option<u32>, context: &Context<'_>) -> Result<SamplingParams, Failure> {
+    let vocab_size = context.limits.vocab_size;
+    let stop_token_ids = fields.token_ids("stop_token_ids", vocab_size)?.unwrap_or_default();
+    let drawn = context.defaults.with(fields)?;
+    refuse_penalty_window(fields, drawn.repetition_penalty)?;
+    // A nucleus of nothing is its most likely token.
+    let greedy = drawn.top_p < 1e-5 || fields.bool("do_sample")? == Some(false);
+    Ok(SamplingParams {
+        temperature: if greedy { 0.0 } else { drawn.temperature as f32 },
+        top_p: if greedy { 1.0 } else { drawn.top_p as f32 },
+        top_k: u32::try_from(drawn.top_k.max(0)).unwrap_or(u32::MAX),
+        min_p: drawn.min_p as f32,
+        presence_penalty: drawn.presence_penalty as f32,
+        frequency_penalty: drawn.frequency_penalty as f32,
+        repetition_penalty: drawn.repetition_penalty as f32,
+        logit_bias: Arc::new(fields.logit_bias(vocab_size)?),
+        bad_words: Arc::new(fields.bad_words(vocab_size, context.encode)?),
+        logprobs: report.map(|top| LogprobsSpec { top, mode: context.settings.logprobs_mode }),
+        eos_token_ids: context.eos_token_ids.clone(),
+        stop_token_ids: Arc::new(stop_token_ids),
+        ignore_eos: fields.flag("ignore_eos")?,
+        ..SamplingParams::default()
+    })
 }
 
 /// llama.cpp's `repeat_last_n`: here a repetition penalty counts all tokens, which is that server's -1.
@@ -274,14 +234,14 @@ fn stream_options(fields: &Fields<'_>) -> Result<(bool, bool), Failure> {
     let flag = |name: &str| match field.value.get(name) {
         None | Some(Value::Null) => Ok(false),
         Some(Value::Bool(flag)) => Ok(*flag),
-        Some(value) => Err(wrong_type(&crate::api::fields::Field { name: format!("{}.{name}", field.name), value }, "true or false")),
+        Some(value) => Err(wrong_type(&Field { name: format!("{}.{name}", field.name), value }, "true or false")),
     };
     Ok((flag("include_usage")?, flag("continuous_usage_stats")?))
 }
 
 /// `best_of`: at least `n`, and no stream of what may yet be discarded.
 fn candidates(fields: &Fields<'_>, n: usize, most: usize, stream: bool) -> Result<usize, Failure> {
-    let (Some(best_of), Some(field)) = (fields.count("best_of", 0)?, fields.get("best_of")) else { return Ok(n) };
+    let (Some(best_of), Some(field)) = (fields.count("best_of")?, fields.get("best_of")) else { return Ok(n) };
     // OpenAI's 0 is no wish at all.
     let best_of = if best_of == 0 { n } else { best_of };
     if best_of < n {
@@ -300,8 +260,8 @@ fn candidates(fields: &Fields<'_>, n: usize, most: usize, stream: bool) -> Resul
 }
 
 fn truncate(fields: &Fields<'_>) -> Result<Option<Truncate>, Failure> {
-    let tokens = fields.integer("truncate_prompt_tokens", -1)?;
-    let flag = fields.bool("truncate_sequence")?.unwrap_or(false);
+    let tokens = fields.integer("truncate_prompt_tokens")?;
+    let flag = fields.flag("truncate_sequence")?;
     match (tokens, fields.get("truncate_prompt_tokens")) {
         (Some(0), Some(field)) => Err(invalid(&field, format!("0 is less than the minimum of 1 (or -1, the context) - '{}'", field.name))),
         (Some(-1), _) => Ok(Some(Truncate::ToContext)),
@@ -315,15 +275,15 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn read(body: Value) -> Result<Options, Failure> {
+    fn read(body: Value) -> Result<GenerationOptions, Failure> {
         let settings = ApiSettings { max_n: Some(4), ..ApiSettings::default() };
-        let defaults = Defaults::new(&json!({"temperature": 0.8, "top_p": 0.7, "top_k": 50}), &settings).unwrap();
+        let defaults = SamplingDefaults::new(&json!({"temperature": 0.8, "top_p": 0.7, "top_k": 50}), &settings).unwrap();
         let limits = Limits { max_model_len: 64, vocab_size: 10, max_num_seqs: 4, max_waiting: 4, memory_bound: None };
         // One token a letter.
         let encode = |text: &str| Ok(text.bytes().map(|byte| u32::from(byte % 10)).collect());
         let eos_token_ids = Arc::new(vec![2]);
         let context = Context { settings: &settings, defaults: &defaults, limits: &limits, eos_token_ids: &eos_token_ids, encode: &encode };
-        Options::read(&Fields::new(&body).unwrap(), Form::NativeText, &context)
+        GenerationOptions::read(&Fields::new(&body).unwrap(), LogprobsForm::NativeText, &context)
     }
 
     #[test]
@@ -340,14 +300,14 @@ mod tests {
     fn the_two_switches_of_the_generation_config() {
         let config = json!({"temperature": 0.8, "top_p": 7, "max_new_tokens": 5});
         let mut settings = ApiSettings::default();
-        assert_eq!(Defaults::new(&config, &settings).unwrap().temperature, 0.8);
-        assert_eq!(Defaults::new(&config, &settings).unwrap().top_p, 1.0, "a value that makes no sense is left out");
+        assert_eq!(SamplingDefaults::new(&config, &settings).unwrap().temperature, 0.8);
+        assert_eq!(SamplingDefaults::new(&config, &settings).unwrap().top_p, 1.0, "a value that makes no sense is left out");
         settings.ignore_generation_config = true;
-        assert_eq!(Defaults::new(&config, &settings).unwrap().temperature, 1.0);
+        assert_eq!(SamplingDefaults::new(&config, &settings).unwrap().temperature, 1.0);
         settings.override_generation_config = json!({"temperature": 0.1}).as_object().cloned();
-        assert_eq!(Defaults::new(&config, &settings).unwrap().temperature, 0.1);
+        assert_eq!(SamplingDefaults::new(&config, &settings).unwrap().temperature, 0.1);
         settings.override_generation_config = json!({"temperature": "hot"}).as_object().cloned();
-        assert!(Defaults::new(&config, &settings).unwrap_err().message.starts_with("OVERRIDE_GENERATION_CONFIG: 'temperature'"));
+        assert!(SamplingDefaults::new(&config, &settings).unwrap_err().message.starts_with("OVERRIDE_GENERATION_CONFIG: 'temperature'"));
     }
 
     #[test]
@@ -453,26 +413,6 @@ mod tests {
         let small = Limits { max_num_seqs: 1, max_waiting: 1, ..limits.clone() };
         let failure = read(json!({"n": 4})).unwrap().check_number(1, false, &small).unwrap_err();
         assert!(failure.param.as_deref() == Some("n") && failure.message.contains("4 sequences (4 by 'n')"), "{failure}");
-    }
-
-    #[test]
-    fn min_tokens_must_have_room() {
-        let limits = Limits { max_model_len: 64, vocab_size: 10, max_num_seqs: 4, max_waiting: 4, memory_bound: None };
-        let check = |body: Value, prompt: usize| read(body).unwrap().check_room(prompt, &limits);
-        assert!(check(json!({"min_tokens": 4}), 60).is_ok());
-        assert!(check(json!({"max_tokens": 60}), 60).is_ok(), "max_tokens is an upper bound, and no promise");
-        for body in [json!({"min_tokens": 5}), json!({"min_tokens": 5, "max_tokens": 60})] {
-            let failure = check(body, 60).unwrap_err();
-            assert_eq!((failure.param.as_deref(), failure.code), (Some("min_tokens"), Some("invalid_value")));
-            assert!(
-                failure.message.starts_with("5 is greater than the maximum of 4, which is what the prompt's 60 tokens leave"),
-                "{failure}"
-            );
-        }
-        let mut options = read(json!({"min_tokens": 20})).unwrap();
-        options.max_tokens = Some(16);
-        let failure = options.check_room(10, &limits).unwrap_err();
-        assert!(failure.message.starts_with("20 is greater than the maximum of 16, which is max_tokens"), "{failure}");
     }
 
     #[test]

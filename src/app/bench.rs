@@ -13,11 +13,11 @@ use futures::future::try_join_all;
 use serde_json::{Value, json};
 
 use super::{model, say};
+use crate::checkpoint::hub;
 use crate::config::{BenchArgs, Settings};
 use crate::engine::{Event, Handle, Request, SamplingParams};
 use crate::error::Failure;
 use crate::kernels;
-use crate::models::hub;
 use crate::models::memory;
 use crate::models::runner::About;
 
@@ -83,7 +83,7 @@ impl Target {
             )));
         }
         // Measured is what a worker does that has been up for a while.
-        while !engine.stats().memory_resident && engine.stats().healthy {
+        while !engine.stats().memory_resident && engine.failure().is_none() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         let on_cpu = about.threads > 0;

@@ -3,14 +3,16 @@
 use std::process::ExitCode;
 
 use super::say;
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::files::{ModelFiles, Source};
+use crate::checkpoint::hub;
 use crate::config::{self, Settings};
 use crate::error::Failure;
-use crate::models::architecture::Architecture;
-use crate::models::files::{ModelFiles, Source};
-use crate::models::hub;
+use crate::models::families::Model;
 use crate::models::runner::Planned;
-use crate::models::tokenizer::Tokenizer;
-use crate::models::weights::Checkpoint;
+use crate::models::spec::ModelSpec;
+use crate::models::tensors::Tensors;
+use crate::text::tokenizer::Tokenizer;
 
 /// Prints everything it finds out; exit 1 when something would stop a start.
 pub async fn run(settings: &Settings) -> Result<ExitCode, Failure> {
@@ -36,18 +38,19 @@ async fn model(settings: &Settings) -> Result<(), Failure> {
     };
     say(&format!("model: {} from {}", files.name, files.origin));
     list_files(&files);
-    let config = Architecture::from_files(&files)?;
-    let checkpoint = Checkpoint::open(&files, &config)?;
-    let shape = Architecture { tie_word_embeddings: checkpoint.tied, ..config.clone() };
-    say(&format!("architecture: {} with {} layers, {} parameters", shape.model_type, shape.layers, shape.parameters()));
-    say(&format!("checkpoint: {}", checkpoint.describe()));
+    let model = Model::from_files(&files)?;
+    let checkpoint = Checkpoint::open(&files, model.spec.quantized.as_deref())?;
+    let tensors = Tensors::find(&checkpoint, &model)?;
+    let parameters = ModelSpec { tied: tensors.tied, ..model.spec.clone() }.parameters();
+    say(&format!("architecture: {} with {} layers, {parameters} parameters", model.spec.model_type, model.spec.layers.len()));
+    say(&format!("checkpoint: {}", tensors.describe()));
     let tokenizer = Tokenizer::load(&files)?;
     say(&format!("tokenizer: {} ids", tokenizer.vocab_size()));
-    let plan = Planned::new(&shape, &checkpoint, tokenizer.vocab_size(), &settings.engine)?;
+    let plan = Planned::new(&model, &tensors, tokenizer.vocab_size(), &settings.engine)?;
     say(&format!("device: {}", plan.device));
-    say(&format!("weights held as: {}", plan.weights.form));
+    say(&format!("weights held as: {}", plan.weights));
     plan.memory.lines().iter().for_each(|line| say(line));
-    checkpoint.warnings(&config).iter().chain(&plan.memory.warnings).for_each(|warning| say(&format!("warning: {warning}")));
+    tensors.warnings.iter().chain(&plan.memory.warnings).for_each(|warning| say(&format!("warning: {warning}")));
     Ok(())
 }
 

@@ -4,7 +4,7 @@ use std::io::{ErrorKind, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
-use crate::config::{Args, Command, Mistake, Settings, Surroundings};
+use crate::config::{Args, Command, ConfigError, ConfigSources, Settings};
 use crate::error::Failure;
 use crate::telemetry;
 
@@ -51,10 +51,10 @@ pub fn main() -> ExitCode {
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(EXIT_USAGE));
         }
     };
-    let surroundings = Surroundings::of_process();
-    let mut settings = match Settings::resolve(&args, &surroundings) {
+    let sources = ConfigSources::of_process();
+    let mut settings = match Settings::resolve(&args, &sources) {
         Ok(settings) => settings,
-        Err(mistakes) => return refuse(&args, &surroundings, &mistakes),
+        Err(errors) => return refuse(&args, &sources, &errors),
     };
     let Some(mode) = choose(&args, &settings) else {
         let _ = Args::clap_command().print_help();
@@ -111,22 +111,22 @@ fn choose(args: &Args, settings: &Settings) -> Option<Mode> {
 fn refuse_line(message: &str) {
     let Ok(args) = Args::parse_argv(["worker-candle"]) else { return };
     let problem = message.lines().next().unwrap_or_default();
-    let mistake = Mistake { name: "command line".to_owned(), message: problem.trim_start_matches("error: ").to_owned() };
-    let surroundings = Surroundings::of_process();
-    if Settings::salvage(&args, &surroundings).runpod.get_job.is_some() {
-        refuse(&args, &surroundings, &[mistake]);
+    let error = ConfigError { name: "command line".to_owned(), message: problem.trim_start_matches("error: ").to_owned() };
+    let sources = ConfigSources::of_process();
+    if Settings::salvage(&args, &sources).runpod.get_job.is_some() {
+        refuse(&args, &sources, &[error]);
     }
 }
 
 /// Tells what is wrong with the settings: a queue worker's owner, who sees no stderr, by the platform's log and an unhealthy ping.
-fn refuse(args: &Args, surroundings: &Surroundings, mistakes: &[Mistake]) -> ExitCode {
-    let settings = Settings::salvage(args, surroundings);
+fn refuse(args: &Args, sources: &ConfigSources, errors: &[ConfigError]) -> ExitCode {
+    let settings = Settings::salvage(args, sources);
     if !matches!(choose(args, &settings), Some(Mode::Queue)) {
-        mistakes.iter().for_each(|mistake| complain(&mistake.to_string()));
+        errors.iter().for_each(|error| complain(&error.to_string()));
         return ExitCode::FAILURE;
     }
     start_logging(&Mode::Queue, &settings);
-    let problems = mistakes.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+    let problems = errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
     match runtime() {
         Ok(runtime) => runtime.block_on(queue::refused(&settings.runpod, &problems)),
         Err(failure) => {
@@ -186,7 +186,7 @@ fn run(mode: Mode, settings: Settings) -> Result<ExitCode, Failure> {
 }
 
 async fn pull_model(settings: Settings, pull: crate::config::PullArgs) -> Result<ExitCode, Failure> {
-    let files = crate::models::hub::pull(&pull.target, &settings.hub, pull.to.as_deref()).await?;
+    let files = crate::checkpoint::hub::pull(&pull.target, &settings.hub, pull.to.as_deref()).await?;
     say(&files.origin);
     Ok(ExitCode::SUCCESS)
 }
@@ -212,7 +212,7 @@ mod tests {
     #[test]
     fn what_a_process_without_a_command_does() {
         let args = Args::parse_argv(["worker-candle"]).unwrap();
-        let mode = |variables: &[(&str, &str)]| choose(&args, &Settings::resolve(&args, &Surroundings::of(variables)).unwrap());
+        let mode = |variables: &[(&str, &str)]| choose(&args, &Settings::resolve(&args, &ConfigSources::of(variables)).unwrap());
         let queue = ("RUNPOD_WEBHOOK_GET_JOB", "http://h/job-take/$ID");
         assert!(matches!(mode(&[queue, ("PORT", "80")]), Some(Mode::Queue)), "as in the image, which sets PORT");
         // The crate's own folder has a test job, which comes before PORT.
@@ -223,9 +223,9 @@ mod tests {
     fn a_refused_setting_leaves_what_the_platform_needs() {
         let args = Args::parse_argv(["worker-candle"]).unwrap();
         let variables = [("RUNPOD_WEBHOOK_GET_JOB", "http://h/job-take/$ID"), ("RUNPOD_POD_ID", "pod1"), ("MAX_NUM_SEQS", "many")];
-        let surroundings = Surroundings::of(&variables);
-        assert!(Settings::resolve(&args, &surroundings).is_err());
-        let salvaged = Settings::salvage(&args, &surroundings);
+        let sources = ConfigSources::of(&variables);
+        assert!(Settings::resolve(&args, &sources).is_err());
+        let salvaged = Settings::salvage(&args, &sources);
         assert_eq!(salvaged.runpod.worker_id.as_deref(), Some("pod1"));
         assert!(matches!(choose(&args, &salvaged), Some(Mode::Queue)));
     }

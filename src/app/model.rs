@@ -4,14 +4,14 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::api::{ModelInfo, Service};
+use crate::checkpoint::files::ModelFiles;
+use crate::checkpoint::hub;
 use crate::config::Settings;
 use crate::engine::{self, Handle};
 use crate::error::Failure;
 use crate::models::Vocabulary;
-use crate::models::files::ModelFiles;
-use crate::models::hub;
 use crate::models::runner::{About, ModelRunner};
-use crate::models::tokenizer::Tokenizer;
+use crate::text::tokenizer::Tokenizer;
 
 /// A model that is ready to answer.
 pub struct Loaded {
@@ -64,8 +64,8 @@ pub async fn start_engine(
     let options = engine::Options {
         max_waiting: settings.engine.max_waiting.unwrap_or(defaults.max_waiting),
         prefix_caching: settings.engine.prefix_caching.unwrap_or(defaults.prefix_caching),
-        lookup: settings.engine.speculative.map(|given| engine::Lookup {
-            depth: given.tokens,
+        proposer: settings.engine.speculative.map(|given| engine::NgramProposer {
+            draft_len: given.tokens,
             max: given.lookup_max,
             min: given.lookup_min,
             max_rows: given.max_rows,

@@ -7,13 +7,9 @@ use futures::FutureExt;
 
 use super::model::{self, Loaded};
 use super::signals::Shutdown;
-use crate::config::{RunpodSettings, Settings};
+use crate::config::{RunpodSettings, Settings, defaults};
 use crate::error::Failure;
-use crate::runpod::{self, Ended, Handler, Pacing, Worker};
-
-/// For each so many rows, one more job is taken than can run when MAX_CONCURRENCY says nothing: it is at hand when a row becomes free. More
-/// would wait here while a worker elsewhere is idle, and their time limit runs.
-const ROWS_PER_WAITING_JOB: usize = 8;
+use crate::runpod::{self, Ended, Handler, RetryPolicy, Worker};
 
 /// Queue mode.
 pub async fn run(settings: Settings) -> Result<ExitCode, Failure> {
@@ -58,7 +54,7 @@ fn concurrency(wanted: Option<usize>, rows: usize, waiting: usize) -> usize {
              MAX_WAITING={waiting} that wait)"
         );
     }
-    wanted.unwrap_or(rows.saturating_add(rows.div_ceil(ROWS_PER_WAITING_JOB))).min(most)
+    wanted.unwrap_or(rows.saturating_add(rows.div_ceil(defaults::SEQS_PER_WAITING_JOB))).min(most)
 }
 
 /// A worker that answers jobs with this model.
@@ -70,8 +66,8 @@ pub fn worker(settings: &RunpodSettings, loaded: &Loaded) -> Worker {
         let service = service.clone();
         async move { service.job(job.input, &job.id).await }.boxed()
     });
-    let pacing = Pacing { job_limits: loaded.service.body_limits(), ..Pacing::default() };
-    Worker::new(settings, concurrency, handler).pacing(pacing).faults(engine.failures())
+    let policy = RetryPolicy { job_limits: loaded.service.body_limits(), ..RetryPolicy::default() };
+    Worker::new(settings, concurrency, handler).retry_policy(policy).health(engine.health())
 }
 
 #[cfg(test)]

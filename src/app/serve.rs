@@ -15,7 +15,7 @@ use super::{open_files, queue};
 use crate::api::body::BodyLimits;
 use crate::api::tally::{End, Tally};
 use crate::api::{Answer, Call, Service};
-use crate::config::{RunpodSettings, Secret, ServerSettings, Settings};
+use crate::config::{RunpodSettings, Secret, ServerSettings, Settings, defaults};
 use crate::engine::Handle;
 use crate::error::{Failure, Kind};
 use crate::runpod::Ended;
@@ -23,22 +23,17 @@ use crate::server::{self, ConnectionLimits, Door, Endpoints, Metrics, Options, P
 
 /// The endpoint that `serve` attaches its worker to.
 const LOCAL_ENDPOINT: &str = "local";
-const LAPTOP_PORT: u16 = 8000;
-/// Where a load-balancing endpoint looks when PORT says nothing.
-const PLATFORM_PORT: u16 = 80;
 /// Connections where the system knows no limit.
 const MOST_CONNECTIONS: usize = 10_000;
 /// Connections to a health port of its own.
 const HEALTH_CONNECTIONS: usize = 64;
 /// How long responses may go on after everything else has drained.
 const RESPONSES_END: Duration = Duration::from_secs(10);
-const METRICS_PREFIX: &str = "worker_candle_";
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// Everything a laptop needs: the local endpoint, a worker on it through the real job protocol, and the direct OpenAI routes.
 pub async fn serve(settings: Settings) -> Result<ExitCode, Failure> {
     let shutdown = Shutdown::listen()?;
-    let (listener, base) = bind(&settings, "127.0.0.1", LAPTOP_PORT).await?;
+    let (listener, base) = bind(&settings, defaults::LAPTOP_HOST, defaults::LAPTOP_PORT).await?;
     let endpoints = Endpoints::new(endpoint_options(&settings));
     let direct = Direct::new();
     let options = direct.options(&settings);
@@ -81,7 +76,7 @@ pub async fn serve(settings: Settings) -> Result<ExitCode, Failure> {
 /// The local endpoint alone. Prints the variables with which workers attach.
 pub async fn gateway(settings: Settings) -> Result<ExitCode, Failure> {
     let shutdown = Shutdown::listen()?;
-    let (listener, base) = bind(&settings, "127.0.0.1", LAPTOP_PORT).await?;
+    let (listener, base) = bind(&settings, defaults::LAPTOP_HOST, defaults::LAPTOP_PORT).await?;
     let endpoints = Endpoints::new(endpoint_options(&settings));
     let options = Options::from(&settings.server);
     let router = server::gateway(&endpoints, Readiness::new(Phase::Ready), &options);
@@ -100,7 +95,7 @@ pub async fn gateway(settings: Settings) -> Result<ExitCode, Failure> {
 /// The direct OpenAI server alone: RunPod's load-balancing endpoints, Pods, any other place.
 pub async fn http(settings: Settings) -> Result<ExitCode, Failure> {
     let shutdown = Shutdown::listen()?;
-    let (listener, base) = bind(&settings, "0.0.0.0", PLATFORM_PORT).await?;
+    let (listener, base) = bind(&settings, defaults::PLATFORM_HOST, defaults::PLATFORM_PORT).await?;
     let direct = Direct::new();
     let options = direct.options(&settings);
     let limits = connection_limits(&settings.server, &options);
@@ -108,7 +103,7 @@ pub async fn http(settings: Settings) -> Result<ExitCode, Failure> {
     let (closing, server) = spawn_server(listener, router, limits.clone());
     let health = match settings.server.health_port.filter(|port| Some(*port) != settings.server.port) {
         Some(port) => {
-            let listener = listen(settings.server.host.as_deref().unwrap_or("0.0.0.0"), port, "PORT_HEALTH").await?;
+            let listener = listen(settings.server.host.as_deref().unwrap_or(defaults::PLATFORM_HOST), port, "PORT_HEALTH").await?;
             let limits = ConnectionLimits { most: limits.most.min(HEALTH_CONNECTIONS), ..limits };
             Some(spawn_server(listener, server::health_only(direct.readiness.clone(), &options), limits))
         }
@@ -131,7 +126,7 @@ pub async fn http(settings: Settings) -> Result<ExitCode, Failure> {
 
 /// Waits until the engine has answered what it holds, and tells how it ended after all.
 async fn drained(engine: &Handle, ended: Ended, settings: &Settings) -> Ended {
-    let limit = settings.runpod.drain_timeout.unwrap_or(DRAIN_TIMEOUT);
+    let limit = settings.runpod.drain_timeout.unwrap_or(defaults::DRAIN_TIMEOUT);
     // A broken engine has nothing more to compute: its failures only have to be written.
     engine.idle(if ended == Ended::Unhealthy { limit.min(RESPONSES_END) } else { limit }).await;
     if engine.failure().is_some() { Ended::Unhealthy } else { ended }
@@ -172,7 +167,7 @@ impl Direct {
     /// With the engine's figures at `/metrics` and `/load`; none before the model is there.
     fn options(&self, settings: &Settings) -> Options {
         let service = self.service.clone();
-        let prefix = settings.server.metrics_prefix.clone().unwrap_or_else(|| METRICS_PREFIX.to_owned());
+        let prefix = settings.server.metrics_prefix.clone().unwrap_or_else(|| defaults::METRICS_PREFIX.to_owned());
         let text = move || service.get().map_or(String::new(), |service| service.engine.stats().exposition(&prefix, service.name()));
         let service = self.service.clone();
         let load = move || service.get().map_or(0, |service| service.engine.load());
@@ -185,12 +180,7 @@ impl Direct {
     /// Opens the door, for as long as the engine is sound.
     fn ready(&self, service: &Arc<Service>) {
         let _ = self.service.set(service.clone());
-        self.readiness.set(Phase::Ready);
-        let (engine, readiness) = (service.engine.clone(), self.readiness.clone());
-        tokio::spawn(async move {
-            engine.failed().await;
-            readiness.set(Phase::Failed);
-        });
+        self.readiness.ready(service.engine.health());
     }
 
     /// Serves until it is told to stop or the engine breaks, and then until what the engine holds is answered.
@@ -201,7 +191,6 @@ impl Direct {
                 Ended::Drained
             }
             failure = engine.failed() => {
-                self.readiness.set(Phase::Failed);
                 tracing::error!("no more requests are taken: {failure}");
                 Ended::Unhealthy
             }
@@ -347,11 +336,12 @@ fn welcome(base: &str, loaded: &Loaded) {
 mod tests {
     use super::*;
     use crate::api::ModelInfo;
+    use crate::checkpoint::demo;
     use crate::config::ApiSettings;
     use crate::engine;
-    use crate::models::tokenizer::Tokenizer;
-    use crate::models::{Fault, Output, Plan, Runner, Shape, StepError, demo};
+    use crate::models::{Fault, Output, Plan, Runner, Shape, StepError};
     use crate::runpod::tests::queue::{Queue, Reply, Route};
+    use crate::text::tokenizer::Tokenizer;
     use serde_json::json;
 
     /// Panics when a prompt has more than ten tokens, loses its device when it has exactly one, and says the same token otherwise.

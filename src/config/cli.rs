@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{Arg, ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use super::policy::{self, Verdict};
-use super::{Env, parse};
+use super::setting::{Section, Setting};
+use super::{parse, table};
 
-/// A RunPod serverless worker that serves open language models (so far dense ERNIE 4.5), with an OpenAI-compatible API.
+/// A RunPod serverless worker that serves open language models (docs/models.md names the families), with an OpenAI-compatible API.
 ///
 /// Without a command: a queue worker when the platform's RUNPOD_WEBHOOK_GET_JOB is set; else one test job (--test_input, or the file
 /// test_input.json); else `http` when PORT is set.
@@ -25,10 +26,62 @@ pub struct Args {
     #[arg(long, hide = true)]
     pub rp_serve_api: bool,
     #[command(flatten)]
-    pub env: Env,
+    pub flags: Flags,
     /// Flags of other engines: name as a variable, and value.
     #[arg(skip)]
     pub foreign: Vec<(String, String)>,
+}
+
+/// Settings that came as flags: each row of the table is one. It holds secrets in the clear, hence no `Debug`.
+#[derive(Clone, Default)]
+pub struct Flags(Vec<(&'static str, String)>);
+
+impl Flags {
+    pub fn get(&self, setting: &Setting) -> Option<&str> {
+        self.iter().find(|(name, _)| *name == setting.name).map(|(_, value)| value)
+    }
+
+    /// By the variable's name, in the table's order.
+    pub fn iter(&self) -> impl Iterator<Item = (&'static str, &str)> {
+        self.0.iter().map(|(name, value)| (*name, value.as_str()))
+    }
+}
+
+impl clap::Args for Flags {
+    fn augment_args(command: clap::Command) -> clap::Command {
+        command.args(table::SETTINGS.iter().filter(|setting| setting.has_flag()).map(|setting| argument(setting)))
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        Self::augment_args(command)
+    }
+}
+
+impl FromArgMatches for Flags {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let given = |setting: &&Setting| Some((setting.name, matches.get_one::<String>(setting.name)?.clone()));
+        Ok(Self(table::SETTINGS.iter().filter(|setting| setting.has_flag()).filter_map(given).collect()))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+/// A setting as clap knows it.
+fn argument(setting: &'static Setting) -> Arg {
+    let doc = setting.doc.trim();
+    let argument = Arg::new(setting.name)
+        .long(policy::flag(setting.name).trim_start_matches('-').to_owned())
+        .help(doc.strip_suffix('.').unwrap_or(doc))
+        .help_heading(setting.section.heading())
+        .hide(setting.hidden || setting.section == Section::Platform)
+        .allow_hyphen_values(setting.hyphen);
+    match setting.is_switch() {
+        true => argument.num_args(0..=1).require_equals(true).default_missing_value("true"),
+        false => argument,
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Subcommand)]
@@ -119,13 +172,14 @@ impl Args {
             Some(Command::Bench(bench)) => &bench.model,
             Some(Command::Gateway | Command::Pull(_)) | None => return Ok(()),
         };
-        match (&given.model, &self.env.model) {
+        match (&given.model, self.flags.get(&table::MODEL)) {
             (Some(model), Some(flag)) if model != flag => {
                 let message = format!("the model is given twice, as {model} and as --model {flag}");
                 Err(Self::command().error(clap::error::ErrorKind::ArgumentConflict, message))
             }
             (Some(model), _) => {
-                self.env.model = Some(model.clone());
+                self.flags.0.retain(|(name, _)| *name != table::MODEL.name);
+                self.flags.0.insert(0, (table::MODEL.name, model.clone()));
                 Ok(())
             }
             (None, _) => Ok(()),
@@ -147,11 +201,6 @@ impl Args {
 fn is_command(word: &str) -> bool {
     Args::command().get_subcommands().any(|command| command.get_name() == word)
 }
-
-/// Flags that may be given several times, each time with more values.
-const LISTS: &[&str] = &["API_KEY", "SERVED_MODEL_NAME", "ALLOWED_ORIGINS"];
-/// That takes all words that follow it, as vLLM's does.
-const WORDS: &str = "SERVED_MODEL_NAME";
 
 /// Values of a list as one. What cannot be read stays as it is, so that the setting is named as the mistake.
 fn joined(mut values: Vec<String>) -> String {
@@ -178,12 +227,8 @@ fn flag_parts(word: &str) -> Option<(String, Option<&str>)> {
 /// Flags that take no value.
 fn is_switch(name: &str) -> bool {
     match policy::find(name) {
-        Some(Verdict::NoEffect { switch, .. }) => switch,
-        Some(Verdict::Refused { unless, .. }) => unless.first().is_some_and(|first| matches!(*first, "true" | "false")),
-        Some(Verdict::Works { .. }) => Args::command().get_arguments().any(|argument| {
-            argument.get_id().as_str() == name.to_ascii_lowercase() && argument.get_num_args().is_some_and(|range| range.min_values() == 0)
-        }),
-        Some(Verdict::Alias(of)) => is_switch(of),
+        Some(Verdict::NoEffect { switch, .. } | Verdict::Refused { switch, .. }) => switch,
+        Some(Verdict::Works(setting) | Verdict::Alias(setting)) => setting.is_switch(),
         None => false,
     }
 }
@@ -194,9 +239,10 @@ fn negated(name: &str) -> Option<&str> {
 }
 
 type Foreign = Vec<(String, String)>;
+type Words<I> = std::iter::Peekable<I>;
 
-/// Splits a command line into clap's part and the flags that only the policy table knows. Spellings are made one: `_` for `-`, other
-/// names of a setting, `--no-…`.
+/// Splits a command line into clap's part and the flags that only the policy knows. Spellings are made one: `_` for `-`, other names of
+/// a setting, `--no-…`.
 fn sort_out(argv: impl Iterator<Item = OsString>) -> Result<(Vec<OsString>, Foreign), clap::Error> {
     let mut own: Vec<OsString> = Vec::new();
     let mut foreign = Vec::new();
@@ -212,48 +258,64 @@ fn sort_out(argv: impl Iterator<Item = OsString>) -> Result<(Vec<OsString>, Fore
             Some(positive) if value.is_none() => (positive.to_owned(), Some("false")),
             _ => (name, value),
         };
-        match policy::find(&name) {
+        let name = match policy::find(&name) {
             Some(Verdict::Refused { .. } | Verdict::NoEffect { .. }) => {
-                let value = match value {
-                    Some(value) => value.to_owned(),
-                    None if is_switch(&name) => "true".to_owned(),
-                    None => match words.next_if(|next| !next.to_string_lossy().starts_with("--")) {
-                        Some(next) => next.to_string_lossy().into_owned(),
-                        None => return Err(missing_value(&name)),
-                    },
-                };
+                let value = foreign_value(&name, value, &mut words)?;
                 foreign.push((name, value));
+                continue;
             }
-            known => {
-                let name = if let Some(Verdict::Alias(of)) = known { of } else { &name };
-                if let Some(list) = LISTS.iter().find(|list| ***list == *name) {
-                    let values = lists.entry(list).or_default();
-                    let begun = value.is_some();
-                    values.extend(value.map(str::to_owned));
-                    let command_seen = own.iter().skip(1).any(|word| word.to_str().is_some_and(is_command));
-                    let before = values.len();
-                    while (values.len() == before && !begun) || *list == WORDS {
-                        let more = |next: &OsString| {
-                            let next = next.to_string_lossy();
-                            !next.starts_with('-') && (values.len() == before && !begun || command_seen || !is_command(&next))
-                        };
-                        match words.next_if(more) {
-                            Some(next) => values.push(next.to_string_lossy().into_owned()),
-                            None => break,
-                        }
-                    }
-                    if values.is_empty() {
-                        return Err(missing_value(name));
-                    }
-                    continue;
+            Some(Verdict::Works(setting) | Verdict::Alias(setting)) if setting.is_list() => {
+                let command_seen = own.iter().skip(1).any(|word| word.to_str().is_some_and(is_command));
+                let values = lists.entry(setting.name).or_default();
+                values.extend(list_values(setting, value, command_seen, &mut words));
+                if values.is_empty() {
+                    return Err(missing_value(setting.name));
                 }
-                let value = value.map(|value| format!("={value}")).unwrap_or_default();
-                own.push(format!("{}{value}", policy::flag(name)).into());
+                continue;
             }
-        }
+            Some(Verdict::Alias(setting)) => setting.name.to_owned(),
+            Some(Verdict::Works(_)) | None => name,
+        };
+        let value = value.map(|value| format!("={value}")).unwrap_or_default();
+        own.push(format!("{}{value}", policy::flag(&name)).into());
     }
     own.extend(lists.into_iter().map(|(name, values)| format!("{}={}", policy::flag(name), joined(values)).into()));
     Ok((own, foreign))
+}
+
+/// The value of a flag that clap does not know: behind `=`, or the next word unless the flag is a switch.
+fn foreign_value(name: &str, value: Option<&str>, words: &mut Words<impl Iterator<Item = OsString>>) -> Result<String, clap::Error> {
+    match value {
+        Some(value) => Ok(value.to_owned()),
+        None if is_switch(name) => Ok("true".to_owned()),
+        None => match words.next_if(|next| !next.to_string_lossy().starts_with("--")) {
+            Some(next) => Ok(next.to_string_lossy().into_owned()),
+            None => Err(missing_value(name)),
+        },
+    }
+}
+
+/// One mention of a list's flag: the value behind `=`, or the next word. `SERVED_MODEL_NAME` takes all words that follow, as vLLM's does,
+/// up to the command when that was not there yet.
+fn list_values(
+    setting: &Setting,
+    value: Option<&str>,
+    command_seen: bool,
+    words: &mut Words<impl Iterator<Item = OsString>>,
+) -> Vec<String> {
+    let mut values: Vec<String> = value.map(str::to_owned).into_iter().collect();
+    while values.is_empty() || setting.name == table::SERVED_MODEL_NAME.name {
+        let first = values.is_empty();
+        let more = |next: &OsString| {
+            let next = next.to_string_lossy();
+            !next.starts_with('-') && (first || command_seen || !is_command(&next))
+        };
+        match words.next_if(more) {
+            Some(next) => values.push(next.to_string_lossy().into_owned()),
+            None => break,
+        }
+    }
+    values
 }
 
 fn missing_value(name: &str) -> clap::Error {
@@ -286,11 +348,11 @@ pub fn pairs(words: &[String]) -> Result<Vec<(String, String)>, String> {
         };
         pairs.push(pair);
     }
-    for list in LISTS {
-        let values: Vec<String> = pairs.iter().filter(|(name, _)| name == list).map(|(_, value)| value.clone()).collect();
+    for list in table::SETTINGS.iter().filter(|setting| setting.is_list()) {
+        let values: Vec<String> = pairs.iter().filter(|(name, _)| name == list.name).map(|(_, value)| value.clone()).collect();
         if values.len() > 1 {
-            pairs.retain(|(name, _)| name != list);
-            pairs.push(((*list).to_owned(), joined(values)));
+            pairs.retain(|(name, _)| name != list.name);
+            pairs.push((list.name.to_owned(), joined(values)));
         }
     }
     Ok(pairs)
@@ -326,7 +388,7 @@ mod tests {
         for line in [["--model", "demo", "serve"], ["serve", "--model", "demo"]] {
             let args = parse(&line);
             assert_eq!(args.command, Some(Command::Serve(ModelArgument::default())));
-            assert_eq!(args.env.model.as_deref(), Some("demo"));
+            assert_eq!(args.flags.get(&table::MODEL), Some("demo"));
         }
     }
 
@@ -339,7 +401,7 @@ mod tests {
             &["bench", "--json", "demo", "--concurrency", "1,2"],
             &["serve", "demo", "--model", "demo"],
         ] {
-            assert_eq!(parse(line).env.model.as_deref(), Some("demo"), "{line:?}");
+            assert_eq!(parse(line).flags.get(&table::MODEL), Some("demo"), "{line:?}");
         }
         for line in [&["serve", "a/b", "--model", "demo"][..], &["serve", "a/b", "c/d"], &["gateway", "demo"], &["demo"]] {
             assert!(Args::parse_argv(std::iter::once("x").chain(line.iter().copied())).is_err(), "{line:?}");
@@ -348,15 +410,15 @@ mod tests {
 
     #[test]
     fn flags_of_lists_may_be_repeated() {
-        let keys = |line: &[&str]| parse(line).env.api_key;
+        let keys = |line: &[&str]| parse(line).flags.get(&table::API_KEY).map(str::to_owned);
         assert_eq!(keys(&["serve", "--api-key", "one", "--api-key=two,three"]).as_deref(), Some(r#"["one","two","three"]"#));
         assert_eq!(keys(&["serve", "--fd-api-key", "one,two"]).as_deref(), Some("one,two"), "one value stays as it is");
         assert_eq!(keys(&["--api-key", "k", "serve", "demo"]).as_deref(), Some("k"));
-        let names = |line: &[&str]| parse(line).env.served_model_name;
+        let names = |line: &[&str]| parse(line).flags.get(&table::SERVED_MODEL_NAME).map(str::to_owned);
         assert_eq!(names(&["serve", "--served-model-name", "a", "b", "--seed", "1"]).as_deref(), Some(r#"["a","b"]"#));
         assert_eq!(names(&["serve", "demo", "--served-model-name=a", "b"]).as_deref(), Some(r#"["a","b"]"#));
         let before = parse(&["--served-model-name", "a", "b", "serve", "demo"]);
-        assert_eq!((before.env.served_model_name.as_deref(), before.env.model.as_deref()), (Some(r#"["a","b"]"#), Some("demo")));
+        assert_eq!((before.flags.get(&table::SERVED_MODEL_NAME), before.flags.get(&table::MODEL)), (Some(r#"["a","b"]"#), Some("demo")));
         for line in [["serve", "--api-key"], ["--served-model-name", "--json"]] {
             assert!(Args::parse_argv(std::iter::once("x").chain(line)).is_err(), "{line:?}");
         }
@@ -372,16 +434,16 @@ mod tests {
 
     #[test]
     fn switches_take_no_word() {
-        assert_eq!(parse(&["--any-model-name", "serve"]).env.any_model_name.as_deref(), Some("true"));
-        assert_eq!(parse(&["--any_model_name=off", "serve"]).env.any_model_name.as_deref(), Some("off"));
-        assert_eq!(parse(&["--no-any-model-name", "serve"]).env.any_model_name.as_deref(), Some("false"));
+        assert_eq!(parse(&["--any-model-name", "serve"]).flags.get(&table::ANY_MODEL_NAME), Some("true"));
+        assert_eq!(parse(&["--any_model_name=off", "serve"]).flags.get(&table::ANY_MODEL_NAME), Some("off"));
+        assert_eq!(parse(&["--no-any-model-name", "serve"]).flags.get(&table::ANY_MODEL_NAME), Some("false"));
     }
 
     #[test]
     fn other_spellings() {
         let args = parse(&["--model_name", "a/b", "--max_model_len=4096"]);
-        assert_eq!(args.env.model.as_deref(), Some("a/b"));
-        assert_eq!(args.env.max_model_len.as_deref(), Some("4096"));
+        assert_eq!(args.flags.get(&table::MODEL), Some("a/b"));
+        assert_eq!(args.flags.get(&table::MAX_MODEL_LEN), Some("4096"));
         assert_eq!(
             parse(&["pull", "a/b", "--to", "x"]).command,
             Some(Command::Pull(PullArgs { target: "a/b".into(), to: Some("x".into()) }))
@@ -392,9 +454,9 @@ mod tests {
     fn the_platform_sdk_s_flags() {
         let args = parse(&["--rp_serve_api", "--rp_api_port", "9000", "--rp_api_host=0.0.0.0", "--rp_log_level", "DEBUG"]);
         assert_eq!(args.command, Some(Command::Serve(ModelArgument::default())));
-        assert_eq!(args.env.port.as_deref(), Some("9000"));
-        assert_eq!(args.env.host.as_deref(), Some("0.0.0.0"));
-        assert_eq!(args.env.log_level.as_deref(), Some("DEBUG"));
+        assert_eq!(args.flags.get(&table::PORT), Some("9000"));
+        assert_eq!(args.flags.get(&table::HOST), Some("0.0.0.0"));
+        assert_eq!(args.flags.get(&table::LOG_LEVEL), Some("DEBUG"));
         assert_eq!(parse(&["--test_input", r#"{"input":{}}"#]).test_input.as_deref(), Some(r#"{"input":{}}"#));
     }
 

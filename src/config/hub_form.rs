@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use serde_json::{Map, Value};
 
 use super::policy::{self, Verdict};
-use super::{Args, Settings, Surroundings};
+use super::{Args, ConfigSources, Settings};
 
 const POOLS: &[&str] = &["AMPERE_16", "AMPERE_24", "ADA_24", "AMPERE_48", "ADA_48_PRO", "AMPERE_80", "ADA_80_PRO", "HOPPER_141"];
 
@@ -31,14 +31,14 @@ fn spelled(value: &Value) -> String {
 }
 
 fn works(name: &str) -> bool {
-    matches!(policy::find(name), Some(Verdict::Works { .. }))
+    matches!(policy::find(name), Some(Verdict::Works(_)))
 }
 
 /// Settings of these variables, which must be without mistakes and warnings.
 fn settings(variables: &[(String, String)]) -> Settings {
     let variables: Vec<_> = variables.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
     let args = Args::parse_argv(["worker-candle"]).unwrap_or_else(|error| panic!("{error}"));
-    let settings = Settings::resolve(&args, &Surroundings::of(&variables)).unwrap_or_else(|mistakes| panic!("{mistakes:?}"));
+    let settings = Settings::resolve(&args, &ConfigSources::of(&variables)).unwrap_or_else(|mistakes| panic!("{mistakes:?}"));
     assert!(settings.warnings.is_empty(), "{:?}", settings.warnings);
     settings
 }
@@ -112,7 +112,7 @@ fn the_form() {
         }
     }
     // The form as it stands is a good start, and so is each preset on it.
-    assert_eq!(settings(&defaults).model, super::DEFAULT_MODEL);
+    assert_eq!(settings(&defaults).model, super::defaults::MODEL);
     for preset in config["presets"].as_array().expect("a list") {
         only(preset.as_object().expect("an object"), &["name", "defaults"], "preset");
         text(preset, "name");

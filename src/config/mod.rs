@@ -1,6 +1,7 @@
-//! Settings: the environment as typed ([`Env`], read by envy) and flags ([`Args`], by clap) become [`Settings`], as meant.
+//! Settings: one table ([`table`]) says what there is. Flags, the environment and files are laid over each other ([`sources`]), read by
+//! their rows ([`Given`](given::Given)), and become [`Settings`], as meant.
 //!
-//! A bad value stops the start and names the variable; all mistakes are reported at once. Flags beat the environment, which beats
+//! A bad value stops the start and names the variable; all errors are reported at once. Flags beat the environment, which beats
 //! the configuration file; [`policy`] decides each name.
 
 use std::fmt;
@@ -8,38 +9,37 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 mod cli;
-mod env;
+pub mod defaults;
+mod given;
 mod parse;
 pub mod policy;
 mod report;
 mod resolve;
+pub mod setting;
 mod sources;
+pub mod table;
 
-pub use cli::{Args, BenchArgs, Command, ModelArgument, PullArgs};
-pub use env::Env;
+pub use cli::{Args, BenchArgs, Command, Flags, ModelArgument, PullArgs};
 pub use parse::quantization;
 pub use report::report;
-pub use sources::{Origin, Surroundings, flags};
-
-/// The model when none is named.
-pub const DEFAULT_MODEL: &str = "baidu/ERNIE-4.5-0.3B-Paddle";
+pub use sources::{ConfigSources, Origin, flags};
 
 /// One thing wrong with the settings.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Mistake {
+pub struct ConfigError {
     /// The setting as the user wrote it: a variable, a flag, a key in a file.
     pub name: String,
     /// What is wrong, and what to do.
     pub message: String,
 }
 
-impl Mistake {
+impl ConfigError {
     fn new(name: impl Into<String>, message: impl Into<String>) -> Self {
         Self { name: name.into(), message: message.into() }
     }
 }
 
-impl fmt::Display for Mistake {
+impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.name, self.message)
     }
@@ -89,7 +89,7 @@ pub struct HubSettings {
     /// A tokenizer from elsewhere: hub id or folder.
     pub tokenizer: Option<String>,
     pub token: Option<Secret>,
-    /// `HF_ENDPOINT`; default `https://huggingface.co`.
+    /// `HF_ENDPOINT`; default [`defaults::HF_ENDPOINT`].
     pub endpoint: Option<String>,
     pub offline: bool,
     /// Hugging Face caches to look in, in order; downloads go to the first that can be written.
@@ -235,17 +235,17 @@ pub struct ApiSettings {
     pub content_format: ContentFormat,
     /// `EXCLUDE_TOOLS_WHEN_TOOL_CHOICE_NONE`: the template does not see tools that a request forbids to call.
     pub exclude_unused_tools: bool,
-    /// Default `assistant`.
+    /// Default [`defaults::RESPONSE_ROLE`].
     pub response_role: Option<String>,
     /// Sampling defaults from the model's generation_config.json (true unless `GENERATION_CONFIG=vllm`).
     pub ignore_generation_config: bool,
     /// `OVERRIDE_GENERATION_CONFIG`: a JSON object laid over it.
     pub override_generation_config: Option<serde_json::Map<String, serde_json::Value>>,
-    /// Most choices a request may ask for; default 128.
+    /// Most choices a request may ask for; default [`defaults::MAX_N`].
     pub max_n: Option<usize>,
     /// `ENABLE_LOGPROB=false`: requests for log probabilities are refused.
     pub refuse_logprobs: bool,
-    /// Most alternatives a request may ask for at each token; default 20, `u32::MAX` = the whole vocabulary.
+    /// Most alternatives a request may ask for at each token; default [`defaults::MAX_LOGPROBS`], `u32::MAX` = the whole vocabulary.
     pub max_logprobs: Option<u32>,
     pub logprobs_mode: LogprobsMode,
     /// `RETURN_TOKENS_AS_TOKEN_IDS`.
@@ -266,18 +266,18 @@ pub struct RunpodSettings {
     pub post_output: Option<String>,
     pub post_stream: Option<String>,
     pub ping: Option<String>,
-    /// Default 10 s. (The variable is in milliseconds.)
+    /// Default [`defaults::PING_INTERVAL`]. (The variable is in milliseconds.)
     pub ping_interval: Option<Duration>,
     pub api_key: Option<Secret>,
     /// `RUNPOD_POD_ID`, else `HOSTNAME`, else a UUID.
     pub worker_id: Option<String>,
     pub gpu_type_id: Option<String>,
     pub endpoint_id: Option<String>,
-    /// Jobs at once; `None` = max_num_seqs and an eighth more.
+    /// Jobs at once; `None` = max_num_seqs and one more for every [`defaults::SEQS_PER_WAITING_JOB`].
     pub max_concurrency: Option<usize>,
-    /// How long SIGTERM waits for running jobs; default 600 s.
+    /// How long SIGTERM waits for running jobs; default [`defaults::DRAIN_TIMEOUT`].
     pub drain_timeout: Option<Duration>,
-    /// Least time between two stream posts of one job; default 50 ms. The first goes at once.
+    /// Least time between two stream posts of one job; default [`defaults::STREAM_INTERVAL`]. The first goes at once.
     pub stream_interval: Option<Duration>,
     /// Tokens to gather before a stream post (the reference workers' batching), when set.
     pub batch: Option<BatchGrowth>,
@@ -300,21 +300,21 @@ pub struct ServerSettings {
     pub port: Option<u16>,
     /// `PORT_HEALTH`, when it differs from the port.
     pub health_port: Option<u16>,
-    /// `HEALTH_CHECK_PATH`; default `/ping`.
+    /// `HEALTH_CHECK_PATH`; default [`defaults::HEALTH_PATH`].
     pub health_path: Option<String>,
     /// Empty = open.
     pub api_keys: Vec<Secret>,
     /// CORS; empty = `*`.
     pub allowed_origins: Vec<String>,
-    /// How long the head of a request may take; default 10 s, zero = for ever.
+    /// How long the head of a request may take; default [`defaults::HEADER_TIMEOUT`], zero = for ever.
     pub header_timeout: Option<Duration>,
-    /// How long a connection is kept between two requests; default 75 s, zero = for ever.
+    /// How long a connection is kept between two requests; default [`defaults::KEEP_ALIVE_TIMEOUT`], zero = for ever.
     pub keep_alive_timeout: Option<Duration>,
     /// Connections at once; default as many as the limit of open files allows.
     pub max_connections: Option<usize>,
     /// The local endpoint answers failed OpenAI calls with 500, as the cloud is reported to do.
     pub cloud_errors: bool,
-    /// Begins every name at `/metrics`; default `worker_candle_`.
+    /// Begins every name at `/metrics`; default [`defaults::METRICS_PREFIX`].
     pub metrics_prefix: Option<String>,
 }
 
@@ -335,6 +335,8 @@ pub enum LogLevel {
     Off,
 }
 
+#[cfg(test)]
+mod docs;
 #[cfg(test)]
 mod hub_form;
 #[cfg(test)]

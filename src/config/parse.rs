@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::{Quantization, Speculative};
+use super::{DeviceChoice, Quantization, Speculative};
 
 /// Not given, as platforms write it: empty, blanks, or `None`.
 pub fn unset(value: &str) -> bool {
@@ -96,7 +96,7 @@ pub fn quantization(value: &str) -> Result<Quantization, String> {
 
 /// FastDeploy's and vLLM's form of `SPECULATIVE_CONFIG`; `None` for `{}`. Only prompt lookup is there, and no key is let pass unread.
 pub fn speculative(value: &str) -> Result<Option<Speculative>, String> {
-    let object: serde_json::Map<String, Value> = serde_json::from_str(value).map_err(|error| format!("is not a JSON object: {error}"))?;
+    let object = object(value)?;
     let given: Vec<_> = object.iter().filter(|(_, value)| !value.is_null()).collect();
     if given.is_empty() {
         return Ok(None);
@@ -134,6 +134,29 @@ pub fn speculative(value: &str) -> Result<Option<Speculative>, String> {
     }
     let (tokens, max_rows) = (tokens.unwrap_or(default.tokens), max_rows.unwrap_or(default.max_rows));
     Ok(Some(Speculative { tokens, lookup_max, lookup_min, max_rows }))
+}
+
+/// A JSON object; what is wrong with it otherwise.
+pub fn object(value: &str) -> Result<serde_json::Map<String, Value>, String> {
+    serde_json::from_str(value).map_err(|error| format!("is not a JSON object: {error}"))
+}
+
+pub fn seed(value: &str) -> Result<u64, String> {
+    value.parse().map_err(|_| format!("{value:?} is not a seed; use a whole number from 0 to {}", u64::MAX))
+}
+
+/// `auto`, `cpu`, `cuda` (also `gpu`) and `cuda:N`, in any case.
+pub fn device(value: &str) -> Result<DeviceChoice, String> {
+    let value = value.to_ascii_lowercase();
+    match value.as_str() {
+        "auto" => Ok(DeviceChoice::Auto),
+        "cpu" => Ok(DeviceChoice::Cpu),
+        "cuda" | "gpu" => Ok(DeviceChoice::Cuda(0)),
+        other => match other.strip_prefix("cuda:").and_then(|index| index.parse().ok()) {
+            Some(index) => Ok(DeviceChoice::Cuda(index)),
+            None => Err(format!("{other:?} is not a device; use auto, cpu, cuda or cuda:N")),
+        },
+    }
 }
 
 /// A JSON value as an environment variable would spell it; `None` for null.

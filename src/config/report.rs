@@ -2,20 +2,19 @@
 
 use std::fmt::Write;
 
-use super::policy::{self, Verdict};
-use super::resolve::is_secret;
-use super::{Origin, Settings};
+use super::setting::DefaultValue;
+use super::{Origin, Settings, table};
 
 /// Every setting on a line: name, value, origin. Secrets are `***`.
 pub fn report(settings: &Settings) -> String {
     let mut text = String::new();
-    for (name, verdict) in policy::entries() {
-        let Verdict::Works { default } = verdict else { continue };
+    for setting in table::SETTINGS {
+        let (name, default) = (setting.name, setting.default);
         match settings.given.iter().find(|(given, ..)| given == name) {
             // Read for defaults of other settings only; not worth a line.
             _ if matches!(name, "HOME" | "XDG_CACHE_HOME" | "HOSTNAME") => {}
             Some((_, value, origin)) => drop(writeln!(text, "{name} = {value}  [{origin}]")),
-            None if default == "none" => {}
+            None if matches!(default, DefaultValue::Nothing) => {}
             None => drop(writeln!(text, "{name} = {default}  [default]")),
         }
     }
@@ -31,11 +30,11 @@ pub(super) fn given<'a>(origins: impl Iterator<Item = (&'a str, &'a str, &'a Ori
 }
 
 fn shown(name: &str, value: &str) -> String {
-    if is_secret(name) {
+    if table::find(name).is_some_and(|setting| setting.secret) {
         return "***".to_owned();
     }
     // A flag inside may be a secret (`--hf-token …`, `--api-key …`): show names only.
-    if name == "VLLM_EXTRA_ARGS" {
+    if name == table::VLLM_EXTRA_ARGS.name {
         return value
             .split_whitespace()
             .filter_map(|word| word.strip_prefix("--")?.split('=').next())

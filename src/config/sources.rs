@@ -1,5 +1,5 @@
 //! Where settings come from, weakest first: a YAML file, the environment, the file baked into an image, `VLLM_EXTRA_ARGS`, flags.
-//! All go through the policy table and become one [`Env`].
+//! All go through the policy, and what is left is read by the table of settings, as if it were an environment.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -8,12 +8,13 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use yaml_rust2::{Yaml, YamlLoader};
 
+use super::given::Given;
 use super::policy::{self, Verdict};
-use super::{Args, Env, Mistake, cli, parse};
+use super::{Args, ConfigError, cli, defaults, parse, table};
 
-/// The process's surroundings; tests bring their own.
+/// Where settings come from beside the command line; tests bring their own.
 #[derive(Clone)]
-pub struct Surroundings {
+pub struct ConfigSources {
     pub variables: Vec<(String, String)>,
     /// Settings baked into an image: a JSON object.
     pub baked: PathBuf,
@@ -21,14 +22,14 @@ pub struct Surroundings {
     pub config_file: PathBuf,
 }
 
-impl Surroundings {
+impl ConfigSources {
     pub fn of_process() -> Self {
         // Variables that are not UTF-8 cannot be settings of ours: skipped, where `std::env::vars` would panic.
         let variables = std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
-        Self { variables: variables.collect(), baked: "/local_model_args.json".into(), config_file: "/vllm_config.yaml".into() }
+        Self { variables: variables.collect(), baked: "/local_model_args.json".into(), config_file: defaults::CONFIG_FILE.into() }
     }
 
-    /// Surroundings with these variables and no files.
+    /// These variables and no files.
     pub fn of(variables: &[(&str, &str)]) -> Self {
         let variables = variables.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect();
         Self { variables, baked: PathBuf::new(), config_file: PathBuf::new() }
@@ -76,27 +77,35 @@ pub struct Merged {
     values: BTreeMap<String, (String, Origin)>,
     no_effect: BTreeMap<&'static str, BTreeSet<String>>,
     pub warnings: Vec<String>,
-    pub mistakes: Vec<Mistake>,
+    pub errors: Vec<ConfigError>,
 }
 
 impl Merged {
-    pub fn read(args: &Args, surroundings: &Surroundings) -> Self {
+    pub fn read(args: &Args, sources: &ConfigSources) -> Self {
         let mut merged = Self::default();
-        for layer in merged.layers(args, surroundings) {
+        for layer in merged.layers(args, sources) {
             merged.lay(layer);
         }
         merged.no_effect_warnings();
         merged
     }
 
-    /// What was typed, as one struct.
-    pub fn env(&mut self) -> Env {
-        let pairs = self.values.iter().map(|(name, (value, _))| (name.clone(), value.clone()));
-        // Every field is an optional text, so this cannot fail on a value; if it ever does, say so.
-        envy::from_iter(pairs).unwrap_or_else(|error| {
-            self.mistakes.push(Mistake::new("environment", error.to_string()));
-            Env::default()
-        })
+    /// The values of what was given.
+    pub fn given(&mut self) -> Given {
+        let variables = self.values.iter().map(|(name, (typed, _))| (name.clone(), typed.clone()));
+        let given: Given = envy::from_iter(variables).unwrap_or_else(|error| {
+            self.errors.push(ConfigError::new("environment", error.to_string()));
+            Given::default()
+        });
+        for (name, wrong) in &given.wrong {
+            self.refuse(name, wrong);
+        }
+        given
+    }
+
+    /// Adds an error under the name that the user knows.
+    pub fn refuse(&mut self, name: &str, message: impl Into<String>) {
+        self.errors.push(ConfigError::new(self.typed_name(name), message));
     }
 
     pub fn origins(&self) -> impl Iterator<Item = (&str, &str, &Origin)> {
@@ -115,47 +124,45 @@ impl Merged {
     }
 
     /// The sources, weakest first.
-    fn layers(&mut self, args: &Args, surroundings: &Surroundings) -> Vec<Layer> {
+    fn layers(&mut self, args: &Args, sources: &ConfigSources) -> Vec<Layer> {
         let flags = flags(args);
         let find = |name: &str| {
             let flag = flags.iter().rev().find(|(known, value)| known == name && !parse::unset(value));
-            flag.map(|(_, value)| value.clone()).or_else(|| surroundings.variable(name).map(str::to_owned))
+            flag.map(|(_, value)| value.clone()).or_else(|| sources.variable(name).map(str::to_owned))
         };
-        let extra = find("VLLM_EXTRA_ARGS");
+        let extra = find(table::VLLM_EXTRA_ARGS.name);
         let mut layers = Vec::new();
-        if let Some((path, pairs)) = self.config_file(find("VLLM_CONFIG_FILE"), surroundings) {
+        if let Some((path, pairs)) = self.config_file(find(table::VLLM_CONFIG_FILE.name), sources) {
             layers.push(file_layer(path, pairs));
         }
-        layers.push(Layer {
-            origin: Box::new(|name| Origin::Environment(name.to_owned())),
-            pairs: surroundings.variables.clone(),
-            open: true,
-        });
-        if let Some(mut pairs) = self.baked(&surroundings.baked) {
+        layers.push(Layer { origin: Box::new(|name| Origin::Environment(name.to_owned())), pairs: sources.variables.clone(), open: true });
+        if let Some(mut pairs) = self.baked(&sources.baked) {
             // A baked image brings its model: looking on the network would only cost time.
-            pairs.push(("HF_HUB_OFFLINE".to_owned(), "true".to_owned()));
-            layers.push(file_layer(surroundings.baked.clone(), pairs));
+            pairs.push((table::HF_HUB_OFFLINE.name.to_owned(), "true".to_owned()));
+            layers.push(file_layer(sources.baked.clone(), pairs));
         }
         if let Some(extra) = extra {
             match shlex::split(&extra).ok_or_else(|| "a quote is not closed".to_owned()).and_then(|words| cli::pairs(&words)) {
                 Ok(pairs) => layers.push(Layer { origin: Box::new(|_| Origin::ExtraArgs), pairs, open: false }),
-                Err(why) => self.mistakes.push(Mistake::new("VLLM_EXTRA_ARGS", format!("{why}; write flags as for `vllm serve`"))),
+                Err(why) => {
+                    self.errors.push(ConfigError::new(table::VLLM_EXTRA_ARGS.name, format!("{why}; write flags as for `vllm serve`")))
+                }
             }
         }
         layers.push(Layer { origin: Box::new(|_| Origin::Flag), pairs: flags, open: false });
         layers
     }
 
-    fn config_file(&mut self, named: Option<String>, surroundings: &Surroundings) -> Option<(PathBuf, Vec<(String, String)>)> {
+    fn config_file(&mut self, named: Option<String>, sources: &ConfigSources) -> Option<(PathBuf, Vec<(String, String)>)> {
         let path = match named {
             Some(path) => PathBuf::from(path),
-            None if surroundings.config_file.is_file() => surroundings.config_file.clone(),
+            None if sources.config_file.is_file() => sources.config_file.clone(),
             None => return None,
         };
         match std::fs::read_to_string(&path).map_err(|error| error.to_string()).and_then(|text| yaml_pairs(&text)) {
             Ok(pairs) => Some((path, pairs)),
             Err(why) => {
-                self.mistakes.push(Mistake::new("VLLM_CONFIG_FILE", format!("{}: {why}", path.display())));
+                self.errors.push(ConfigError::new(table::VLLM_CONFIG_FILE.name, format!("{}: {why}", path.display())));
                 None
             }
         }
@@ -173,7 +180,7 @@ impl Merged {
                 Some(object.into_iter().filter_map(|(name, value)| Some((policy::variable(&name), parse::spelled(value)?))).collect())
             }
             Err(why) => {
-                self.mistakes.push(Mistake::new(path.display().to_string(), format!("not a JSON object of settings: {why}")));
+                self.errors.push(ConfigError::new(path.display().to_string(), format!("not a JSON object of settings: {why}")));
                 None
             }
         }
@@ -185,25 +192,25 @@ impl Merged {
         let mut given: BTreeMap<&'static str, (usize, String, String)> = BTreeMap::new();
         for (typed, value) in layer.pairs.into_iter().filter(|(_, value)| !parse::unset(value)) {
             let origin = (layer.origin)(&typed);
-            let (name, rank) = match policy::entries().find(|(known, _)| *known == typed) {
-                Some((name, Verdict::Works { .. })) => (name, 0),
+            let (name, rank) = match policy::find(&typed) {
+                Some(Verdict::Works(setting)) => (setting.name, 0),
                 // Too common a word to take it from the environment.
-                Some((_, Verdict::Alias(_))) if typed == "CONFIG" && layer.open => continue,
-                Some((_, Verdict::Alias(of))) => (of, 1 + policy::aliases(of).position(|alias| alias == typed).unwrap_or_default()),
-                Some((_, Verdict::Refused { unless, why })) => {
+                Some(Verdict::Alias(_)) if typed == "CONFIG" && layer.open => continue,
+                Some(Verdict::Alias(of)) => (of.name, 1 + of.aliases.iter().position(|alias| *alias == typed).unwrap_or_default()),
+                Some(Verdict::Refused { unless, why, .. }) => {
                     if !policy::harmless(&value, unless) {
-                        self.mistakes.push(Mistake::new(as_written(&typed, &origin), why));
+                        self.errors.push(ConfigError::new(as_written(&typed, &origin), why));
                     }
                     continue;
                 }
-                Some((_, Verdict::NoEffect { why, .. })) => {
+                Some(Verdict::NoEffect { why, .. }) => {
                     self.no_effect.entry(why).or_default().insert(typed);
                     continue;
                 }
                 None if layer.open => continue,
                 None => {
-                    self.mistakes
-                        .push(Mistake::new(as_written(&typed, &origin), "not a setting of this worker; see `worker-candle --help`"));
+                    self.errors
+                        .push(ConfigError::new(as_written(&typed, &origin), "not a setting of this worker; see `worker-candle --help`"));
                     continue;
                 }
             };
@@ -244,12 +251,7 @@ fn file_layer(path: PathBuf, pairs: Vec<(String, String)>) -> Layer {
 
 /// The settings that came as flags, by the variable's name.
 pub fn flags(args: &Args) -> Vec<(String, String)> {
-    let typed = match serde_json::to_value(&args.env) {
-        Ok(Value::Object(object)) => object,
-        _ => serde_json::Map::new(),
-    };
-    let typed = typed.into_iter().filter_map(|(name, value)| Some((policy::variable(&name), parse::spelled(value)?)));
-    typed.chain(args.foreign.iter().cloned()).collect()
+    args.flags.iter().map(|(name, value)| (name.to_owned(), value.to_owned())).chain(args.foreign.iter().cloned()).collect()
 }
 
 /// The settings of a YAML file: a mapping of flag names to values. Lists and mappings become JSON.

@@ -9,8 +9,8 @@ fn args(line: &[&str]) -> Args {
     Args::parse_argv(std::iter::once("worker-candle").chain(line.iter().copied())).unwrap_or_else(|error| panic!("{error}"))
 }
 
-fn resolve(line: &[&str], variables: &[(&str, &str)]) -> Result<Settings, Vec<Mistake>> {
-    Settings::resolve(&args(line), &Surroundings::of(variables))
+fn resolve(line: &[&str], variables: &[(&str, &str)]) -> Result<Settings, Vec<ConfigError>> {
+    Settings::resolve(&args(line), &ConfigSources::of(variables))
 }
 
 fn env(variables: &[(&str, &str)]) -> Settings {
@@ -72,13 +72,13 @@ fn a_baked_image_wins_over_the_environment_and_stays_offline() {
     let folder = tempfile::tempdir().unwrap();
     let baked = folder.path().join("local_model_args.json");
     std::fs::write(&baked, r#"{"MODEL_NAME": "/models/mine", "MODEL_REVISION": null, "QUANTIZATION": ""}"#).unwrap();
-    let surroundings = Surroundings { baked, ..Surroundings::of(&[("MODEL", "a/b")]) };
-    let settings = Settings::resolve(&args(&[]), &surroundings).unwrap();
+    let sources = ConfigSources { baked, ..ConfigSources::of(&[("MODEL", "a/b")]) };
+    let settings = Settings::resolve(&args(&[]), &sources).unwrap();
     assert_eq!(settings.model, "/models/mine");
     assert!(settings.hub.offline);
-    assert_eq!(Settings::resolve(&args(&["--model", "demo"]), &surroundings).unwrap().model, "demo");
-    std::fs::write(&surroundings.baked, "[]").unwrap();
-    assert!(Settings::resolve(&args(&[]), &surroundings).is_err());
+    assert_eq!(Settings::resolve(&args(&["--model", "demo"]), &sources).unwrap().model, "demo");
+    std::fs::write(&sources.baked, "[]").unwrap();
+    assert!(Settings::resolve(&args(&[]), &sources).is_err());
 }
 
 #[test]
@@ -99,7 +99,7 @@ fn unset_spellings() {
         env(&[("MAX_MODEL_LEN", "None"), ("REVISION", " "), ("MODEL", ""), ("TENSOR_PARALLEL_SIZE", ""), ("TOOL_CALL_PARSER", "None")]);
     assert_eq!(settings.engine.max_model_len, None);
     assert_eq!(settings.hub.revision, None);
-    assert_eq!(settings.model, DEFAULT_MODEL);
+    assert_eq!(settings.model, defaults::MODEL);
     assert_eq!(env(&[("MAX_NUM_BATCHED_TOKENS", "0")]).engine.max_num_batched_tokens, None);
     assert_eq!(env(&[("MAX_MODEL_LEN", "auto")]).engine.max_model_len, None);
 }
@@ -300,9 +300,9 @@ fn configuration_files_in_every_form() {
     let file = folder.path().join("vllm_config.yaml");
     let read = |text: &str| {
         std::fs::write(&file, text).unwrap();
-        Settings::resolve(&args(&[]), &Surroundings { config_file: file.clone(), ..Surroundings::of(&[]) })
+        Settings::resolve(&args(&[]), &ConfigSources { config_file: file.clone(), ..ConfigSources::of(&[]) })
     };
-    assert_eq!(read("# nothing\n").unwrap().model, DEFAULT_MODEL);
+    assert_eq!(read("# nothing\n").unwrap().model, defaults::MODEL);
     let settings =
         read("model: a/b # comment\nenable-lora: false\noverride-generation-config: {temperature: 0.5, stop: [x]}\nrevision: ~\n");
     let settings = settings.unwrap();
@@ -315,21 +315,14 @@ fn configuration_files_in_every_form() {
     }
 }
 
-/// Every name in the table once; what works is a field, and every field works.
+/// Every name stands once, and the data file can be read.
 #[test]
 fn the_table_is_whole() {
     let names: Vec<_> = policy::entries().map(|(name, _)| name).collect();
     assert_eq!(names.iter().collect::<BTreeSet<_>>().len(), names.len(), "a name stands in the table twice");
-    let fields = serde_json::to_value(Env::default()).unwrap();
-    let fields: BTreeSet<_> = fields.as_object().unwrap().keys().map(|field| field.to_ascii_uppercase()).collect();
-    let works: BTreeSet<_> =
-        policy::entries().filter(|(_, verdict)| matches!(verdict, Verdict::Works { .. })).map(|(name, _)| name.to_owned()).collect();
-    assert_eq!(works, fields);
-    for (alias, verdict) in policy::entries() {
-        if let Verdict::Alias(of) = verdict {
-            assert!(works.contains(of), "{alias} → {of}");
-        }
-    }
+    assert_eq!(names.len(), policy::entries().filter(|(name, _)| policy::find(name).is_some()).count());
+    assert!(!policy::NAMES.refused.is_empty() && !policy::NAMES.no_effect.is_empty());
+    assert!(table::SETTINGS.iter().all(|setting| !setting.doc.trim().is_empty()));
 }
 
 /// Each works under its own name and as a flag: setting it is seen.
@@ -337,35 +330,30 @@ fn the_table_is_whole() {
 fn every_working_name_is_read_from_the_environment_and_most_from_flags() {
     let command = Args::clap_command();
     for (name, verdict) in policy::entries() {
-        let Verdict::Works { .. } = verdict else { continue };
-        let merged = sources::Merged::read(&args(&[]), &Surroundings::of(&[(name, "x y")]));
+        let Verdict::Works(setting) = verdict else { continue };
+        let merged = sources::Merged::read(&args(&[]), &ConfigSources::of(&[(name, "x y")]));
         assert!(merged.origins().any(|(given, value, _)| given == name && value == "x y"), "{name}");
         let flag =
             command.get_arguments().any(|argument| argument.get_long().is_some_and(|long| format!("--{long}") == policy::flag(name)));
+        assert_eq!(flag, setting.has_flag(), "{name}");
         assert_eq!(flag, !matches!(name, "HOSTNAME" | "HOME" | "XDG_CACHE_HOME"), "{name}");
     }
+}
+
+/// A row that nothing reads would be accepted without effect.
+#[test]
+fn every_row_is_read() {
+    let readers = concat!(include_str!("resolve.rs"), include_str!("sources.rs"));
+    let words: BTreeSet<_> = readers.split(|c: char| !c.is_ascii_alphanumeric() && c != '_' && c != ':').collect();
+    let unread: Vec<_> = table::SETTINGS.iter().filter(|row| !words.contains(format!("table::{}", row.name).as_str())).collect();
+    assert!(unread.is_empty(), "not read: {unread:?}");
 }
 
 #[test]
 fn the_references_names_are_all_decided() {
     let names = include_str!("reference_names.txt").lines().filter(|line| !line.starts_with('#')).flat_map(str::split_whitespace);
     let missing: BTreeSet<_> = names.filter(|name| policy::find(name).is_none()).collect();
-    assert!(missing.is_empty(), "not in the policy table: {missing:?}");
-}
-
-/// The README's tables are made from the policy. To renew them: `UPDATE_README=1 cargo test --lib readme`.
-#[test]
-fn the_readme_is_in_step() {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/README.md");
-    let (begin, end) = ("<!-- settings: begin -->\n", "<!-- settings: end -->");
-    let readme = std::fs::read_to_string(path).expect("README.md");
-    let (before, rest) = readme.split_once(begin).expect("the settings section begins");
-    let (section, after) = rest.split_once(end).expect("the settings section ends");
-    if std::env::var_os("UPDATE_README").is_some() {
-        std::fs::write(path, format!("{before}{begin}{}{end}{after}", policy::markdown())).expect("write README.md");
-    } else {
-        assert!(section == policy::markdown(), "the README's settings differ from the policy: UPDATE_README=1 cargo test --lib readme");
-    }
+    assert!(missing.is_empty(), "without a verdict: {missing:?}");
 }
 
 proptest! {

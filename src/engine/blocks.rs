@@ -2,8 +2,8 @@
 //!
 //! A full block whose keys and values are computed may be *cached*: found again by its tokens and by the block before it. Cached blocks form
 //! a tree under the empty prefix, so a hit compares the tokens of every block on the way: equal hashes alone never share a context.
-//! A block that nobody holds stays cached until its memory is needed. The one released longest ago goes first, and of one
-//! sequence the deepest first; since whoever holds a block holds all before it, a block never goes before those that continue it.
+//! A block that nobody holds stays cached until its memory is needed. The block released longest ago is evicted first, and of one sequence the
+//! last block first. Whoever holds a block holds all blocks before it too, so no block is evicted before those that continue it.
 
 use std::hash::{BuildHasher, RandomState};
 
@@ -14,7 +14,7 @@ const ROOT: u32 = u32::MAX;
 /// The end of the list of idle blocks.
 const NONE: u32 = u32::MAX;
 
-/// Blocks of the KV cache, counted by holder. See the module.
+/// The blocks of the KV cache, with a count of holders for each. See the module.
 #[derive(Debug)]
 pub struct BlockPool {
     block_size: usize,
@@ -24,12 +24,12 @@ pub struct BlockPool {
     tokens: Vec<u32>,
     /// Cached blocks by parent and hash of their tokens.
     index: HashMap<Key, u32>,
-    /// Blocks without content, taken from the end: the one freed last is used first, while its memory is warm.
+    /// Blocks without content. They are taken from the end, so the block freed last is used first, while its memory is in the caches.
     free: Vec<u32>,
-    /// Cached blocks that nobody holds: the first is evicted first.
+    /// Cached blocks that nobody holds. The first is evicted first.
     idle: List,
     hasher: RandomState,
-    /// Bits of the hash that count; fewer only in tests, to make collisions.
+    /// Which bits of the hash are used: all of them, but in tests that want collisions.
     hash_mask: u64,
 }
 
@@ -37,11 +37,11 @@ type Key = (u32, u64);
 
 #[derive(Debug, Clone)]
 struct Block {
-    /// Sequences that hold it.
+    /// How many sequences hold it.
     holders: u32,
     /// Set while it is cached.
     key: Option<Key>,
-    /// Neighbours in the list of idle blocks.
+    /// The neighbours in the list of idle blocks.
     before: u32,
     after: u32,
 }
@@ -56,7 +56,7 @@ struct List {
 impl BlockPool {
     /// `total` blocks of `block_size` tokens; without `caching` a block that is given back is forgotten.
     pub fn new(total: usize, block_size: usize, caching: bool) -> Self {
-        // Everything has its final size here: the pool allocates nothing later.
+        // Everything gets its final size here, so the pool never allocates later.
         let cached = if caching { total } else { 0 };
         Self {
             block_size,
@@ -75,7 +75,7 @@ impl BlockPool {
         self.blocks.len()
     }
 
-    /// Whether full blocks are found again.
+    /// Whether there is a prefix cache.
     pub fn caching(&self) -> bool {
         self.caching
     }
@@ -90,7 +90,8 @@ impl BlockPool {
         self.idle.len
     }
 
-    /// The cached blocks that `tokens` begins with, into `path`. They are nobody's more than before: [`Self::share`] them at once.
+    /// Writes the cached blocks that `tokens` begins with into `path`. This holds none of them: call [`Self::share`] before anything else can
+    /// evict them.
     pub fn lookup(&self, tokens: &[u32], path: &mut Vec<u32>) {
         path.clear();
         if !self.caching {
@@ -106,12 +107,12 @@ impl BlockPool {
         }
     }
 
-    /// How many of `path` nobody holds: sharing them makes so many fewer available.
+    /// How many blocks of `path` nobody holds. Sharing the path makes that many fewer available.
     pub fn idle_among(&self, path: &[u32]) -> usize {
         path.iter().filter(|block| self.blocks[**block as usize].holders == 0).count()
     }
 
-    /// One more holder for each block of `path`.
+    /// Adds a holder to each block of `path`.
     pub fn share(&mut self, path: &[u32]) {
         for &block in path {
             if self.blocks[block as usize].holders == 0 {
@@ -121,7 +122,7 @@ impl BlockPool {
         }
     }
 
-    /// Appends `count` blocks of one new holder to `table`; false, and nothing taken, when there are not so many.
+    /// Appends `count` blocks to `table`, each with one holder. False, with nothing taken, when fewer are available.
     pub fn take(&mut self, count: usize, table: &mut Vec<u32>) -> bool {
         if self.available() < count {
             return false;
@@ -137,10 +138,10 @@ impl BlockPool {
         true
     }
 
-    /// Caches `block`, which holds the keys and values of `tokens` after those of `parent`. Where an equal one is cached already, that one is
-    /// held instead and `block` is given back. Returns the block to use.
+    /// Caches `block`, which holds the keys and values of `tokens` after those of `parent`. When an equal block is cached already, that one is
+    /// held instead and `block` is released. Returns the block to use.
     pub fn cache(&mut self, parent: Option<u32>, block: u32, tokens: &[u32]) -> u32 {
-        // What follows a block that is not cached cannot be found.
+        // A lookup would never reach a block whose parent is not cached.
         if !self.caching || parent.is_some_and(|parent| self.blocks[parent as usize].key.is_none()) {
             return block;
         }
@@ -153,7 +154,7 @@ impl BlockPool {
                 }
                 equal
             }
-            // Another content with the same hash: the first one stays.
+            // Other tokens with the same hash are cached already, and stay.
             Some(_) => block,
             None => {
                 let from = block as usize * self.block_size;
@@ -165,7 +166,7 @@ impl BlockPool {
         }
     }
 
-    /// One holder fewer for each block of a sequence's table (or of its end).
+    /// Takes a holder from each block of a sequence's table, or of the end of one.
     pub fn release(&mut self, table: &[u32]) {
         for &block in table.iter().rev() {
             let state = &mut self.blocks[block as usize];
@@ -191,7 +192,7 @@ impl BlockPool {
         &self.tokens[from..from + self.block_size]
     }
 
-    /// Forgets the block released longest ago. Only when one is idle.
+    /// Forgets the idle block that was released longest ago. There must be an idle block.
     fn evict(&mut self) -> u32 {
         let block = self.idle.first;
         self.unlink(block);

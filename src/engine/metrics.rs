@@ -1,11 +1,11 @@
-//! What the engine measures, and how it is told: names as vLLM has them, after a prefix.
+//! What the engine measures, as Prometheus metrics (under vLLM's names, after a prefix) and as a line in the log.
 
 use std::time::{Duration, Instant};
 
 use super::{Request, Stats};
 use crate::telemetry::metrics::{COUNTS, Exposition, Histogram, SECONDS, TOKENS, Total};
 
-/// How a sequence ended, for the count of ends.
+/// How a sequence ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
     Stop,
@@ -15,12 +15,12 @@ pub enum Ended {
     Failed,
 }
 
-/// Distributions and ends since the start.
+/// Histograms, and how many sequences ended in which way, since the start.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Metrics {
     /// From submission to the first token.
     pub time_to_first_token: Histogram,
-    /// Between two tokens of a sequence; several of one step share its time.
+    /// Between two tokens of a sequence. Several tokens of one step share its time evenly.
     pub inter_token_latency: Histogram,
     /// From submission to the last token.
     pub request_time: Histogram,
@@ -31,13 +31,17 @@ pub struct Metrics {
     pub step_tokens: Histogram,
     pub request_prompt_tokens: Histogram,
     pub request_output_tokens: Histogram,
-    /// From admission to the first token, from there to the last, and both together.
+    /// From admission to the first token.
     pub prefill_time: Histogram,
+    /// From the first token to the last.
     pub decode_time: Histogram,
+    /// From admission to the last token.
     pub inference_time: Histogram,
     /// Mean time between the tokens of a sequence.
     pub time_per_output_token: Histogram,
+    /// How many choices were asked for, by prompt.
     pub params_n: Histogram,
+    /// The `max_tokens` of sequences.
     pub params_max_tokens: Histogram,
     stopped: u64,
     length: u64,
@@ -71,7 +75,7 @@ impl Default for Metrics {
     }
 }
 
-/// The moments of one sequence.
+/// When things happened to one sequence.
 #[derive(Debug, Clone)]
 pub struct Moments {
     submitted: Instant,
@@ -112,7 +116,7 @@ impl Metrics {
         match moments.last_token.replace(now) {
             None => {
                 self.time_to_first_token.record_time(now.saturating_duration_since(moments.submitted));
-                // The others came with the first: no time between them.
+                // No time passed between the first token and those that came with it.
                 self.inter_token_latency.record_many(0.0, count.saturating_sub(1) as u64);
             }
             Some(last) => {
@@ -152,6 +156,13 @@ impl Metrics {
 }
 
 impl Stats {
+    /// A step of so many tokens has taken so long.
+    pub fn step(&mut self, tokens: usize, time: Duration) {
+        self.steps += 1;
+        self.metrics.step_tokens.record(tokens as f64);
+        self.metrics.step_time.record_time(time);
+    }
+
     /// Share of the KV cache that running sequences hold.
     pub fn kv_usage(&self) -> f64 {
         share((self.blocks_total - self.blocks_free.min(self.blocks_total)) as u64, self.blocks_total as u64)
@@ -172,8 +183,8 @@ impl Stats {
         text.counter("num_preemptions_total", "Sequences put back for want of KV cache.", self.preempted);
         text.counter("prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache.", self.prefix_queried);
         text.counter("prefix_cache_hits_total", "Prompt tokens found in the prefix cache.", self.prefix_hits);
-        text.counter("spec_decode_num_draft_tokens_total", "Tokens guessed by prompt lookup.", self.guessed);
-        text.counter("spec_decode_num_accepted_tokens_total", "Guessed tokens that came true.", self.accepted);
+        text.counter("spec_decode_num_draft_tokens_total", "Draft tokens proposed by prompt lookup.", self.drafted);
+        text.counter("spec_decode_num_accepted_tokens_total", "Draft tokens that were accepted.", self.accepted);
         text.counter("prompt_tokens_total", "Prompt tokens of submitted sequences.", self.prompt_tokens);
         text.counter("generation_tokens_total", "Tokens generated.", self.output_tokens);
         text.counters(
@@ -204,7 +215,7 @@ fn share(part: u64, whole: u64) -> f64 {
     if whole == 0 { 0.0 } else { part as f64 / whole as f64 }
 }
 
-/// One line in the log for every ten seconds of work; between them there may be pauses of any length.
+/// Makes one line for the log for every ten seconds of work. Pauses between the work do not count.
 pub struct Log {
     window: Option<(Instant, Counts)>,
     enabled: bool,
@@ -229,23 +240,18 @@ impl Log {
         Self { window: None, enabled }
     }
 
-    /// There was nothing to do for so long: it does not count.
+    /// Leaves out time in which there was nothing to do.
     pub fn idled(&mut self, time: Duration) {
         if let Some((since, _)) = &mut self.window {
             *since += time;
         }
     }
 
-    /// After a step. `computed_prompt`: prompt tokens computed so far.
-    pub fn step(&mut self, stats: &Stats, computed_prompt: u64, now: Instant) {
-        if let Some(line) = self.line(stats, computed_prompt, now)
-            && self.enabled
-        {
-            tracing::info!("{line}");
+    /// After a step: the line, when one is due. `computed_prompt`: prompt tokens computed so far.
+    pub fn line(&mut self, stats: &Stats, computed_prompt: u64, now: Instant) -> Option<String> {
+        if !self.enabled {
+            return None;
         }
-    }
-
-    fn line(&mut self, stats: &Stats, computed_prompt: u64, now: Instant) -> Option<String> {
         let metrics = &stats.metrics;
         let counts = Counts {
             computed_prompt,

@@ -1,35 +1,36 @@
 //! Decisions: which sequences run, where their keys and values lie, when they end. No HTTP, no JSON, no tensors.
 //!
-//! [`Handle`] is the only door. Everything behind it runs on one OS thread.
+//! All calls go through [`Handle`]. Everything behind it runs on one OS thread.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 
+use crate::config::defaults;
 use crate::error::Failure;
 use crate::models::{Logprobs, LogprobsSpec};
 
-pub mod blocks;
-pub mod detokenize;
-pub mod lookup;
-pub mod metrics;
-mod residency;
-pub mod run;
-pub mod sampling;
-pub mod scheduler;
-pub mod sequence;
+mod blocks;
+mod health;
+mod metrics;
+mod ngram;
+mod prefault;
+mod run;
+mod scheduler;
+mod sequence;
 
-pub use lookup::Lookup;
+pub use crate::models::SamplingParams;
+pub use health::Health;
 pub use metrics::Metrics;
+pub use ngram::NgramProposer;
 pub use run::start;
-pub use sampling::SamplingParams;
 
 /// One sequence to generate. A request with `n` choices submits `n` of these.
 #[derive(Debug, Clone)]
 pub struct Request {
-    /// For logs.
+    /// Names the request in the log.
     pub id: Arc<str>,
     /// At least one token id, all below the vocabulary size.
     pub prompt: Arc<Vec<u32>>,
@@ -40,33 +41,34 @@ pub struct Request {
     pub deadline: Option<Instant>,
 }
 
-/// What the engine tells of one sequence, in order. After `Finished` or `Failed` comes nothing.
+/// What the engine reports of one sequence, in this order. Nothing comes after `Finished` or `Failed`.
 #[derive(Debug, Clone)]
 pub enum Event {
-    /// It has left the waiting queue. So many tokens of its prompt were in the prefix cache.
+    /// It has left the waiting queue.
     Started {
+        /// How many tokens of its prompt were in the prefix cache.
         cached_tokens: usize,
     },
-    /// Of each prompt token but the first, how probable it was after those before it. Only when asked for.
+    /// How probable each prompt token but the first was, after those before it. Only when the request asks for it.
     Prompt(Vec<Logprobs>),
     Token(Token),
     Finished(Finish),
     Failed(Failure),
 }
 
-/// One generated token. The one that ended the sequence (end of sequence, stop id) is sent too, with `ends` set:
-/// it counts in usage, and is not part of the text.
+/// One generated token. A token that ends the sequence (end of sequence, stop id) is sent too, with `ends` set: it counts in the usage, but is
+/// not part of the text.
 #[derive(Debug, Clone)]
 pub struct Token {
     pub id: u32,
     pub ends: bool,
-    /// When the request asked for them.
+    /// `None` unless the request asks for it.
     pub logprobs: Option<Box<Logprobs>>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Finish {
-    /// End of sequence.
+    /// The model ended it, by one of `eos_token_ids`.
     Stop,
     /// One of `stop_token_ids`.
     StopToken(u32),
@@ -79,21 +81,21 @@ pub enum Finish {
 pub struct Options {
     /// Requests that may wait; beyond it `submit` fails with `Kind::Overloaded`.
     pub max_waiting: usize,
-    /// Keys and values of earlier tokens are found again (`ENABLE_PREFIX_CACHING`).
+    /// Reuse the keys and values of prompts that begin alike (`ENABLE_PREFIX_CACHING`).
     pub prefix_caching: bool,
-    /// Speculation, where it is wanted (`SPECULATIVE_CONFIG`).
-    pub lookup: Option<Lookup>,
-    /// A line of figures in the log every ten seconds while there is work.
+    /// Proposes draft tokens, when speculation is on (`SPECULATIVE_CONFIG`).
+    pub proposer: Option<NgramProposer>,
+    /// Log a line of figures for every ten seconds of work.
     pub log_stats: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { max_waiting: 512, prefix_caching: true, lookup: None, log_stats: true }
+        Self { max_waiting: defaults::MAX_WAITING, prefix_caching: true, proposer: None, log_stats: true }
     }
 }
 
-/// What the engine can take; checked by `api` before it submits, so that errors name the caller's fields.
+/// The engine's limits. `api` checks them before it submits, so that its errors can name the caller's fields.
 #[derive(Debug, Clone)]
 pub struct Limits {
     /// Prompt and output together.
@@ -102,12 +104,12 @@ pub struct Limits {
     pub max_num_seqs: usize,
     /// Requests that may wait; beyond it `submit` fails with `Kind::Overloaded`.
     pub max_waiting: usize,
-    /// Blocks of the KV cache and tokens in one, where it bounds `max_model_len`.
+    /// The number of KV blocks and the tokens in one, when the KV cache is what bounds `max_model_len`.
     pub memory_bound: Option<(usize, usize)>,
 }
 
 impl Limits {
-    /// Where the KV cache bounds the context: how much it holds and what makes it larger, for refusals. Begins with a space; empty elsewhere.
+    /// For refusals: how much the KV cache holds and which setting makes it larger. Begins with a space. Empty unless the KV cache bounds the context.
     pub fn memory_hint(&self) -> String {
         self.memory_bound.map_or(String::new(), |(blocks, size)| {
             format!(
@@ -118,34 +120,36 @@ impl Limits {
     }
 }
 
-/// A moment's figures.
+/// The engine's figures. The engine's thread keeps them, and [`Handle::stats`] copies them when somebody asks.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Stats {
     pub running: usize,
     pub waiting: usize,
     pub blocks_total: usize,
-    /// Blocks that can be had, whether they are cached or not.
+    /// Blocks that can be taken now: empty ones, and cached ones that no sequence holds.
     pub blocks_free: usize,
-    /// Of these, blocks of the prefix cache.
+    /// Those of the free blocks that the prefix cache keeps.
     pub blocks_cached: usize,
     pub preempted: u64,
-    /// Prompt tokens looked up in the prefix cache, and those found there.
+    /// Prompt tokens looked up in the prefix cache.
     pub prefix_queried: u64,
+    /// Prompt tokens found in the prefix cache.
     pub prefix_hits: u64,
-    /// Tokens guessed by prompt lookup, and those that came true.
-    pub guessed: u64,
+    /// Draft tokens proposed.
+    pub drafted: u64,
+    /// Draft tokens that were also the sampled ones.
     pub accepted: u64,
     pub prompt_tokens: u64,
     pub output_tokens: u64,
     pub steps: u64,
-    /// `false` after a fault that only a restart mends.
+    /// `false` after a fault that only a restart mends. Set from [`Health`] when the figures are copied.
     pub healthy: bool,
-    /// The KV cache and the step buffers have all their memory: from here on the process does not grow by them.
+    /// The KV cache and the step buffers are resident as a whole: they let the process grow no further.
     pub memory_resident: bool,
     pub metrics: Metrics,
 }
 
-/// The door to the engine. Cheap to clone.
+/// A handle to a running engine. Cheap to clone; the engine ends when the last one is dropped.
 #[derive(Clone)]
 pub struct Handle {
     pub(crate) shared: Arc<Shared>,
@@ -154,11 +158,21 @@ pub struct Handle {
 pub(crate) struct Shared {
     pub(crate) limits: Limits,
     pub(crate) commands: std::sync::mpsc::Sender<Command>,
-    pub(crate) stats: std::sync::Mutex<Stats>,
-    /// Submitted and not yet counted in `stats.waiting`.
-    pub(crate) submitted: AtomicUsize,
-    /// What broke the engine; set with `stats.healthy = false`.
-    pub(crate) failed: watch::Sender<Option<Failure>>,
+    pub(crate) figures: Arc<Figures>,
+    /// Sequences that were submitted and have not ended.
+    pub(crate) load: AtomicUsize,
+    pub(crate) health: health::Reporter,
+}
+
+/// The figures where they are kept. The engine's thread alone writes them; it waits for nobody but a reader that is copying them.
+#[derive(Debug, Default)]
+pub(crate) struct Figures(Mutex<Stats>);
+
+impl Figures {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Stats> {
+        // Numbers that a panic has left half updated are still numbers.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 pub(crate) enum Command {
@@ -181,7 +195,7 @@ pub struct Generation {
 }
 
 impl Generation {
-    /// Ends it like dropping does, but as an answer that is complete: its text has come to a stop string. Counted with those that the model ended.
+    /// Ends the sequence as dropping does, but because its text has reached a stop string: the figures count it as stopped, not as aborted.
     pub fn complete(self) {
         self.complete.store(true, Ordering::Release);
     }
@@ -194,7 +208,7 @@ impl Generation {
         }
     }
 
-    /// An event that is there already.
+    /// The next event, if there is one already.
     pub fn try_next(&mut self) -> Option<Event> {
         self.events.try_recv().ok()
     }
@@ -211,16 +225,17 @@ impl Handle {
         self.check(&request)?;
         let (events, receiver) = mpsc::unbounded_channel();
         let complete = Arc::new(AtomicBool::new(false));
-        self.shared.submitted.fetch_add(1, Ordering::Relaxed);
-        self.shared
-            .commands
-            .send(Command::Submit(Submitted { request, events, at: Instant::now(), complete: complete.clone() }))
-            .map_err(|_| Failure::internal("the engine has stopped"))?;
+        self.shared.load.fetch_add(1, Ordering::Relaxed);
+        let submitted = Submitted { request, events, at: Instant::now(), complete: complete.clone() };
+        if self.shared.commands.send(Command::Submit(submitted)).is_err() {
+            self.shared.load.fetch_sub(1, Ordering::Relaxed);
+            return Err(Failure::internal("the engine has stopped"));
+        }
         Ok(Generation { events: receiver, complete })
     }
 
     fn check(&self, request: &Request) -> Result<(), Failure> {
-        let (limits, stats) = (self.limits(), self.stats());
+        let limits = self.limits();
         if let Some(failure) = self.failure() {
             return Err(failure);
         }
@@ -232,45 +247,39 @@ impl Handle {
             let message = format!("The prompt has {given} tokens, and the context holds {most} with the answer.{hint}");
             return Err(Failure::bad_request("prompt", message).code("context_length_exceeded"));
         }
-        // Free rows are no waiting places, but who finds one does not wait.
-        let free_rows = limits.max_num_seqs.saturating_sub(stats.running);
-        let waiting = stats.waiting + self.shared.submitted.load(Ordering::Relaxed);
-        if waiting >= limits.max_waiting + free_rows {
+        // A request that finds a free row does not wait.
+        let load = self.load();
+        if load >= limits.max_waiting.saturating_add(limits.max_num_seqs) {
+            let waiting = load - self.shared.figures.lock().running.min(load);
             let message = format!("{waiting} requests are waiting already (MAX_WAITING={}); try again later", limits.max_waiting);
             return Err(Failure::new(crate::error::Kind::Overloaded, message).code("engine_overloaded").retry_after(1));
         }
         Ok(())
     }
 
+    /// A copy of the figures as they are now.
     pub fn stats(&self) -> Stats {
-        self.shared.stats.lock().map(|stats| stats.clone()).unwrap_or_default()
+        Stats { healthy: self.failure().is_none(), ..self.shared.figures.lock().clone() }
     }
 
     /// Sequences that run or wait.
     pub fn load(&self) -> usize {
-        let submitted = self.shared.submitted.load(Ordering::Relaxed);
-        let stats = self.stats();
-        submitted + stats.running + stats.waiting
+        self.shared.load.load(Ordering::Acquire)
     }
 
-    /// The fault that broke the engine and that only a restart mends, from the moment it is found.
-    pub fn failures(&self) -> watch::Receiver<Option<Failure>> {
-        self.shared.failed.subscribe()
+    /// Tells whether the engine can still compute, for as long as anybody wants to know.
+    pub fn health(&self) -> Health {
+        self.shared.health.health()
     }
 
-    /// The same as far as it is known now.
+    /// See [`Health::failure`].
     pub fn failure(&self) -> Option<Failure> {
-        self.shared.failed.borrow().clone()
+        self.shared.health.failure()
     }
 
-    /// Waits for such a fault.
+    /// See [`Health::failed`].
     pub async fn failed(&self) -> Failure {
-        let mut failures = self.failures();
-        match failures.wait_for(Option::is_some).await.map(|failure| failure.clone()) {
-            Ok(Some(failure)) => failure,
-            // The sender lives as long as this handle does.
-            _ => std::future::pending().await,
-        }
+        self.health().failed().await
     }
 
     /// Waits until nothing runs or waits, or until `limit` has passed; true when idle.

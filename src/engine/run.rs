@@ -2,25 +2,25 @@
 
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
-use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use tokio::sync::{mpsc, oneshot};
 
 use super::metrics::{Ended, Log, Moments};
-use super::residency::{Residency, While};
+use super::prefault::{Activity, Prefault};
 use super::scheduler::{Outcome, Scheduler};
 use super::sequence::{Sequence, SequenceId};
-use super::{Command, Event, Finish, Handle, Limits, Options, Shared, Stats, Submitted};
+use super::{Command, Event, Figures, Finish, Handle, Limits, Options, Shared, Submitted, health};
 use crate::error::{Failure, Kind};
 use crate::models::{Fault, Output, Plan, Runner, StepError};
 
-/// So many steps that fail one after the other, none of them by its requests' fault, are taken for a broken engine.
+/// The engine is taken to be broken when this many steps in a row fail, none of them through its requests' fault.
 const FAILING_STEPS: u32 = 3;
 
-/// Starts the engine's thread, loads the model on it by `load`, and returns the door once it is ready to run.
+/// Starts the engine's thread, calls `load` on it, and returns a handle once the model is ready to run.
 ///
 /// The model is made, used and dropped on that thread alone.
 pub async fn start<R, F>(load: F, options: Options) -> Result<Handle, Failure>
@@ -44,10 +44,11 @@ where
             max_waiting: options.max_waiting,
             memory_bound: shape.memory_bound.then_some((shape.blocks, shape.block_size)),
         };
-        let stats = Stats { blocks_total: shape.blocks, blocks_free: shape.blocks, healthy: true, ..Default::default() };
-        let failed = tokio::sync::watch::Sender::new(None);
-        let shared = Arc::new(Shared { limits, commands, stats: Mutex::new(stats), submitted: 0.into(), failed });
-        let worker = Worker::new(runner, Arc::downgrade(&shared), &options);
+        let figures = Arc::new(Figures::default());
+        let health = health::Reporter::default();
+        let shared = Arc::new(Shared { limits, commands, figures: figures.clone(), load: 0.into(), health });
+        let mut worker = Worker::new(runner, Arc::downgrade(&shared), figures, &options);
+        worker.publish();
         if ready.send(Ok(Handle { shared })).is_ok()
             && let Err(panic) = std::panic::catch_unwind(AssertUnwindSafe(|| worker.run(&receiver)))
         {
@@ -61,13 +62,13 @@ where
     loaded.await.unwrap_or_else(|_| Err(Failure::internal("the engine's thread ended while loading the model")))
 }
 
-/// A sequence's other end.
+/// Where the events of one sequence go, and what its figures need.
 struct Client {
     events: mpsc::UnboundedSender<Event>,
     deadline: Option<Instant>,
     request: Arc<str>,
     moments: Moments,
-    /// It left because its text was complete.
+    /// See [`Generation::complete`](super::Generation::complete).
     complete: Arc<AtomicBool>,
 }
 
@@ -78,66 +79,56 @@ struct Worker<R> {
     /// Weak, so that dropping the last handle ends the thread.
     shared: std::sync::Weak<Shared>,
     next_id: SequenceId,
-    stats: Stats,
-    /// Commands taken since the last `publish`.
-    taken: usize,
+    figures: Arc<Figures>,
+    /// Sequences that have ended since the last `publish`.
+    ended: usize,
     /// Kept between steps for their memory.
     plan: Plan,
     outcomes: Vec<Outcome>,
     log: Log,
     /// Prompt tokens computed so far.
     computed_prompt: u64,
-    residency: Residency,
+    prefault: Prefault,
     /// Steps that have failed since the last good one.
     failing: u32,
 }
 
-impl Shared {
-    /// From here on only a restart helps.
-    fn fail(&self, failure: Failure) {
-        if let Ok(mut stats) = self.stats.lock() {
-            stats.healthy = false;
-        }
-        self.failed.send_replace(Some(failure));
-    }
-}
-
-/// A panic outside of a step. Whoever sees its channel close (the clients are dropped after this) must see the state too.
+/// After a panic outside of a step the engine is broken. This runs before the clients are dropped, so whoever sees its channel close can
+/// already see that.
 impl<R> Drop for Worker<R> {
     fn drop(&mut self) {
         if std::thread::panicking()
             && let Some(shared) = self.shared.upgrade()
-            && shared.failed.borrow().is_none()
+            && shared.health.failure().is_none()
         {
-            shared.fail(beyond_repair("it panicked"));
+            shared.health.fail(beyond_repair("it panicked"));
         }
     }
 }
 
 impl<R: Runner> Worker<R> {
-    fn new(runner: R, shared: std::sync::Weak<Shared>, options: &Options) -> Self {
+    fn new(runner: R, shared: std::sync::Weak<Shared>, figures: Arc<Figures>, options: &Options) -> Self {
         let shape = runner.shape().clone();
-        let stats = Stats { blocks_total: shape.blocks, healthy: true, ..Default::default() };
         Self {
-            scheduler: Scheduler::new(shape, options.prefix_caching, options.lookup),
+            scheduler: Scheduler::new(shape, options.prefix_caching, options.proposer),
             runner,
             clients: HashMap::new(),
             shared,
             next_id: 0,
-            stats,
-            taken: 0,
+            figures,
+            ended: 0,
             plan: Plan::default(),
             outcomes: Vec::new(),
             log: Log::new(options.log_stats),
             computed_prompt: 0,
-            residency: Residency::default(),
+            prefault: Prefault::default(),
             failing: 0,
         }
     }
 
     fn run(mut self, commands: &Receiver<Command>) {
         loop {
-            // Idle: sleep until somebody comes. Busy: take what is there.
+            // When idle, sleep until a command comes. When busy, take the commands that are there.
             let mut next = if self.clients.is_empty() { self.idle(commands) } else { commands.try_recv() };
             loop {
                 match next {
@@ -149,17 +140,20 @@ impl<R: Runner> Worker<R> {
             }
             self.drop_gone();
             self.step();
-            self.take_memory(While::Running);
+            self.prefault(Activity::Running);
             self.publish();
-            self.log.step(&self.stats, self.computed_prompt, Instant::now());
+            let line = self.log.line(&self.figures.lock(), self.computed_prompt, Instant::now());
+            if let Some(line) = line {
+                tracing::info!("{line}");
+            }
         }
     }
 
-    /// Sleeps until somebody comes. As long as the runner has not all its memory, naps are short.
+    /// Sleeps until a command comes, and prefaults meanwhile.
     fn wait(&mut self, commands: &Receiver<Command>) -> Result<Command, TryRecvError> {
         loop {
-            self.take_memory(While::Idle);
-            let next = match self.residency.due() {
+            self.prefault(Activity::Idle);
+            let next = match self.prefault.due() {
                 None => commands.recv().map_err(|_| RecvTimeoutError::Disconnected),
                 Some(due) => commands.recv_timeout(due.saturating_duration_since(Instant::now())),
             };
@@ -171,16 +165,15 @@ impl<R: Runner> Worker<R> {
         }
     }
 
-    /// Lets the runner take some of its memory, if it is time for that.
-    fn take_memory(&mut self, while_: While) {
-        self.residency.take(&mut self.runner, while_);
-        if self.residency.due().is_none() && !std::mem::replace(&mut self.stats.memory_resident, true) {
-            self.publish();
+    /// Prefaults a slice of memory, if one is due.
+    fn prefault(&mut self, activity: Activity) {
+        if self.prefault.advance(&mut self.runner, activity) {
+            self.figures.lock().memory_resident = true;
         }
     }
 
     fn idle(&mut self, commands: &Receiver<Command>) -> Result<Command, TryRecvError> {
-        // It looks at every block: not where somebody may be about to come.
+        // The check looks at every block, so a release build leaves it out.
         if cfg!(debug_assertions) {
             self.scheduler.check_invariants();
         }
@@ -192,21 +185,21 @@ impl<R: Runner> Worker<R> {
 
     fn submit(&mut self, submitted: Submitted) {
         let Submitted { request, events, at, complete } = submitted;
-        self.taken += 1;
-        // It was on its way here when the engine broke.
-        if let Some(failure) = self.shared.upgrade().and_then(|shared| shared.failed.borrow().clone()) {
+        // The engine broke while this was on its way.
+        if let Some(failure) = self.shared.upgrade().and_then(|shared| shared.health.failure()) {
+            self.ended += 1;
             let _ = events.send(Event::Failed(failure));
             return;
         }
         let id = self.next_id;
         self.next_id += 1;
-        self.stats.prompt_tokens += request.prompt.len() as u64;
+        self.figures.lock().prompt_tokens += request.prompt.len() as u64;
         let moments = Moments::new(at, &request);
         self.clients.insert(id, Client { events, deadline: request.deadline, request: request.id.clone(), moments, complete });
         self.scheduler.add(Sequence::new(id, &request, self.runner.shape().max_model_len));
     }
 
-    /// Sequences whose receiver is gone leave, cancelled or with all the text that was wanted, and those whose time is up fail.
+    /// Removes the sequences whose receiver is gone, and fails those whose deadline has passed.
     fn drop_gone(&mut self) {
         let now = Instant::now();
         let gone: Vec<SequenceId> = self
@@ -224,7 +217,8 @@ impl<R: Runner> Worker<R> {
                 true => Ended::Cancelled,
                 false => Ended::Failed,
             };
-            self.stats.metrics.ended(&client.moments, ended, now);
+            self.ended += 1;
+            self.figures.lock().metrics.ended(&client.moments, ended, now);
             if !closed {
                 let failure = Failure::new(Kind::Timeout, "the request's time limit passed (REQUEST_TIMEOUT)").code("request_timeout");
                 let _ = client.events.send(Event::Failed(failure));
@@ -239,19 +233,17 @@ impl<R: Runner> Worker<R> {
         let begin = Instant::now();
         for (id, cached_tokens) in self.scheduler.started() {
             if let Some(client) = self.clients.get_mut(id) {
-                self.stats.metrics.started(&mut client.moments, begin);
+                self.figures.lock().metrics.started(&mut client.moments, begin);
                 let _ = client.events.send(Event::Started { cached_tokens: *cached_tokens });
             }
         }
-        self.stats.steps += 1;
-        self.stats.metrics.step_tokens.record(self.plan.tokens.len() as f64);
-        let prompts = self.plan.rows.iter().map(|row| row.len - row.proposed).filter(|len| *len > 1);
+        let prompts = self.plan.rows.iter().map(|row| row.len - row.draft_len).filter(|len| *len > 1);
         self.computed_prompt += prompts.sum::<usize>() as u64;
-        let (runner, plan) = (&mut self.runner, &self.plan);
+        let (runner, plan, tokens) = (&mut self.runner, &self.plan, self.plan.tokens.len());
         let result = std::panic::catch_unwind(AssertUnwindSafe(|| runner.step(plan)));
         self.plan.clear();
         let now = Instant::now();
-        self.stats.metrics.step_time.record_time(now - begin);
+        self.figures.lock().step(tokens, now - begin);
         match result {
             Ok(Ok(output)) => {
                 self.failing = 0;
@@ -292,17 +284,16 @@ impl<R: Runner> Worker<R> {
         }
     }
 
-    /// The device's state is unknown from here on: nothing more is computed, and readiness says so. To be said before anybody hears of a failed
-    /// request: whoever sees the failure must see the state too.
+    /// Reports that the engine is broken: from here on nothing is computed. Called before any request is failed, so that whoever sees the failure
+    /// can already see that.
     fn announce(&mut self, reason: Failure) {
         tracing::error!("{reason}");
-        self.stats.healthy = false;
         if let Some(shared) = self.shared.upgrade() {
-            shared.fail(reason);
+            shared.health.fail(reason);
         }
     }
 
-    /// What was not part of the step that broke the engine fails with it.
+    /// Fails the sequences that were not part of the step that broke the engine.
     fn fail_waiting(&mut self, reason: &Failure, now: Instant) {
         let waiting: Vec<SequenceId> = self.clients.keys().copied().collect();
         waiting.iter().for_each(|id| self.scheduler.remove(*id));
@@ -312,22 +303,15 @@ impl<R: Runner> Worker<R> {
     fn settle(&mut self, output: Output, now: Instant) {
         let output = self.scheduler.settle(output, &mut self.outcomes);
         self.runner.recycle(output);
-        for outcomes in self.outcomes.chunk_by(|one, next| one.id == next.id) {
-            if let Some(client) = self.clients.get_mut(&outcomes[0].id) {
-                self.stats.metrics.tokens(&mut client.moments, outcomes.len(), now);
-                if let Some(finish) = outcomes.last().and_then(|outcome| outcome.finish) {
-                    self.stats.metrics.ended(&client.moments, if finish == Finish::Length { Ended::Length } else { Ended::Stop }, now);
-                }
-            }
-        }
-        self.stats.output_tokens += self.outcomes.len() as u64;
-        // Whoever sees the end of an answer must see it in the figures too.
-        if self.outcomes.iter().any(|outcome| outcome.finish.is_some()) {
+        let before = self.ended;
+        self.count_outcomes(now);
+        // The figures come before the event, so that whoever sees the end of an answer sees it in them too.
+        if self.ended > before {
             self.publish();
         }
         for outcome in self.outcomes.drain(..) {
             let Some(client) = self.clients.get(&outcome.id) else { continue };
-            // A closed channel is a cancelled sequence: the next round removes it.
+            // When the channel is closed, the sequence was cancelled: the next round removes it.
             if let Some(prompt) = outcome.prompt {
                 let _ = client.events.send(Event::Prompt(prompt));
             }
@@ -345,40 +329,55 @@ impl<R: Runner> Worker<R> {
         }
     }
 
-    /// Their sequences have left the scheduler.
+    /// Counts the tokens of a step, and the sequences that ended with it.
+    fn count_outcomes(&mut self, now: Instant) {
+        let mut stats = self.figures.lock();
+        stats.output_tokens += self.outcomes.len() as u64;
+        for outcomes in self.outcomes.chunk_by(|one, next| one.id == next.id) {
+            let Some(client) = self.clients.get_mut(&outcomes[0].id) else { continue };
+            stats.metrics.tokens(&mut client.moments, outcomes.len(), now);
+            if let Some(finish) = outcomes.last().and_then(|outcome| outcome.finish) {
+                self.ended += 1;
+                stats.metrics.ended(&client.moments, if finish == Finish::Length { Ended::Length } else { Ended::Stop }, now);
+            }
+        }
+    }
+
+    /// Reports the failure of sequences that have left the scheduler.
     fn fail(&mut self, ids: &[SequenceId], failure: &Failure, now: Instant) {
         for id in ids {
             if let Some(client) = self.clients.remove(id) {
                 tracing::error!(request_id = &*client.request, "request failed: {failure}");
                 let _ = client.events.send(Event::Failed(failure.clone()));
-                self.stats.metrics.ended(&client.moments, Ended::Failed, now);
+                self.ended += 1;
+                self.figures.lock().metrics.ended(&client.moments, Ended::Failed, now);
             }
         }
     }
 
-    /// Tells the figures to whoever asks.
+    /// Brings the figures up to what the scheduler holds.
     fn publish(&mut self) {
-        self.stats.running = self.scheduler.running();
-        self.stats.waiting = self.scheduler.waiting();
-        self.stats.blocks_free = self.scheduler.pool().available();
-        self.stats.blocks_cached = self.scheduler.pool().idle();
-        let totals = self.scheduler.totals();
-        self.stats.preempted = totals.preempted;
-        self.stats.prefix_queried = totals.prefix_queried;
-        self.stats.prefix_hits = totals.prefix_hits;
-        self.stats.guessed = totals.guessed;
-        self.stats.accepted = totals.accepted;
+        let (pool, totals) = (self.scheduler.pool(), self.scheduler.totals());
+        let mut stats = self.figures.lock();
+        stats.running = self.scheduler.running();
+        stats.waiting = self.scheduler.waiting();
+        stats.blocks_total = pool.total();
+        stats.blocks_free = pool.available();
+        stats.blocks_cached = pool.idle();
+        stats.preempted = totals.preempted;
+        stats.prefix_queried = totals.prefix_queried;
+        stats.prefix_hits = totals.prefix_hits;
+        stats.drafted = totals.drafted;
+        stats.accepted = totals.accepted;
+        drop(stats);
         if let Some(shared) = self.shared.upgrade() {
-            if let Ok(mut stats) = shared.stats.lock() {
-                *stats = self.stats.clone();
-            }
-            // Only now, so that no request is missing from both counts.
-            shared.submitted.fetch_sub(std::mem::take(&mut self.taken), Ordering::Relaxed);
+            // NOTE: last, so that whoever finds the engine idle finds its figures idle too.
+            shared.load.fetch_sub(std::mem::take(&mut self.ended), Ordering::Release);
         }
     }
 }
 
-/// What all requests of a broken engine are told.
+/// The failure of all requests of a broken engine.
 fn beyond_repair(what: &str) -> Failure {
     Failure::internal(format!("the engine has failed, and this worker must be restarted: {what}"))
 }

@@ -1,39 +1,41 @@
 //! The scheduler: which sequences run in the next step. Pure: no tensors, no channels, no clock.
 //!
-//! Each step first gives every sequence that decodes its one token, then spends what is left of the token budget on prompts, in chunks.
+//! Each step first plans one token for every sequence that decodes, then spends the rest of the token budget on prompts, in chunks.
 //!
 //! - **Stall.** While streams run, a step computes at most half the budget ([`MIXED_SHARE`]) of prompt tokens, so that no stream waits
 //!   longer for its next token than one modest chunk takes.
-//! - **Fairness.** Of several prompts the oldest gets half of what there is, and the others share the other half, the one with the fewest
-//!   tokens left first; what one side does not use goes to the other. So a short chat gets past a long prompt within a few steps, the
-//!   long one goes on in every step, and since every prompt becomes the oldest one day, none starves.
-//! - **Admission**, first come first served: a sequence is admitted when the blocks of its tokens can be had and a part of what the running
-//!   ones may still need stays free too. When blocks run out all the same, the newest sequence is put back and computed anew later.
-//! - **Prefix cache.** What is cached of a sequence's tokens is not computed again; at least its last token is. A sequence whose next block is
-//!   just being computed for another one (the same prompt `n` times, chats under one system prompt) waits until it can share it, and
-//!   does not hold up those behind it.
-//! - **Speculation** ([`Lookup`]): while few sequences decode, their rows carry guesses, as far as budget and blocks are free. A guess is
-//!   accepted when it is the very token drawn, so the output is that of plain decoding. Guesses never take from the share of prompts that wait.
+//! - **Fairness.** Of several prompts the oldest gets half of the budget. The others share the other half, the one with the fewest tokens left
+//!   first. What one side does not use goes to the other. So a short chat gets past a long prompt within a few steps, the long prompt
+//!   goes on in every step, and no prompt starves, because each becomes the oldest at some time.
+//! - **Admission** is first come, first served. A sequence is admitted when there are blocks for its tokens, and beside them some for what the
+//!   running sequences may still need. When blocks run out all the same, the newest sequence is put back and computed anew later.
+//! - **Prefix cache.** Cached tokens of a sequence are not computed again, except for its last one. When the next block of a sequence is just
+//!   being computed for another one (the same prompt `n` times, chats under one system prompt), it waits until it can share that block.
+//!   It does not hold up the sequences behind it.
+//! - **Speculation** ([`NgramProposer`]): while few sequences decode, their rows carry draft tokens, as far as budget and blocks are free. A
+//!   draft token is accepted when it is the very token that is sampled, so the output is that of plain decoding. Draft tokens never take
+//!   from the share of prompts that wait.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::vec::Drain;
 
 use super::blocks::BlockPool;
-use super::lookup::Lookup;
+use super::ngram::NgramProposer;
 use super::sequence::{Sequence, SequenceId};
 use super::{Finish, Token};
 use crate::models::{Logprobs, Output, Plan, Row, Shape};
 
-/// Output tokens per running sequence that admission keeps room for; more would waste memory on requests that ask for 4,096 and use 100.
+/// Admission keeps room for so many output tokens per running sequence. More would waste memory on requests that ask for 4,096 tokens and use 100.
 const RESERVED_OUTPUT: usize = 256;
-/// Part of the token budget that prompts get while streams run.
+/// While streams run, prompts get the token budget divided by this.
 const MIXED_SHARE: usize = 2;
 
 /// What happened to one sequence in a step.
 #[derive(Debug)]
 pub struct Outcome {
     pub id: SequenceId,
-    /// Before the first token, when asked for.
+    /// The prompt's log probabilities, with the first token of a request that asks for them.
     pub prompt: Option<Vec<Logprobs>>,
     pub token: Token,
     pub finish: Option<Finish>,
@@ -43,21 +45,23 @@ pub struct Outcome {
 #[derive(Debug, Clone, Copy)]
 struct InFlight {
     id: SequenceId,
-    /// Tokens that the sequence has; guesses not counted.
+    /// Tokens of the sequence itself.
     len: usize,
-    /// Guesses after them.
-    guesses: usize,
+    /// Draft tokens after them.
+    draft_len: usize,
 }
 
 /// Running totals since the start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Totals {
     pub preempted: u64,
-    /// Prompt tokens that were looked up in the prefix cache, and those found there.
+    /// Prompt tokens looked up in the prefix cache.
     pub prefix_queried: u64,
+    /// Prompt tokens found in the prefix cache.
     pub prefix_hits: u64,
-    /// Tokens guessed, and those that came true.
-    pub guessed: u64,
+    /// Draft tokens proposed.
+    pub drafted: u64,
+    /// Draft tokens accepted.
     pub accepted: u64,
 }
 
@@ -72,23 +76,24 @@ pub struct Scheduler {
     in_flight: Vec<InFlight>,
     /// Sequences that the last plan admitted for the first time, with the prompt tokens that were cached.
     started: Vec<(SequenceId, usize)>,
-    /// Sequences that the last step gave nothing to draw for; whether some of their ids were suppressed.
+    /// Sequences whose logits the last step could not sample from, each with whether some ids were suppressed.
     broken: Vec<(SequenceId, bool)>,
     totals: Totals,
-    lookup: Option<Lookup>,
-    /// The guesses of the plan in flight, one row after another.
-    guesses: Vec<u32>,
-    /// Kept between steps for their memory.
+    proposer: Option<NgramProposer>,
+    /// The draft tokens of the plan in flight, one row after another.
+    drafts: Vec<u32>,
+    /// The cached blocks of the sequence being admitted; kept between steps for its memory.
     path: Vec<u32>,
+    /// Prompts by index with the tokens each gets in this step; kept for its memory too.
     shares: Vec<(usize, usize)>,
 }
 
 impl Scheduler {
-    /// `lookup`: whether and how to speculate.
-    pub fn new(shape: Shape, prefix_caching: bool, lookup: Option<Lookup>) -> Self {
+    /// `proposer`: whether and how to speculate.
+    pub fn new(shape: Shape, prefix_caching: bool, proposer: Option<NgramProposer>) -> Self {
         Self {
-            lookup,
-            guesses: Vec::new(),
+            proposer,
+            drafts: Vec::new(),
             pool: BlockPool::new(shape.blocks, shape.block_size, prefix_caching),
             waiting: VecDeque::new(),
             running: Vec::with_capacity(shape.max_num_seqs),
@@ -127,12 +132,13 @@ impl Scheduler {
         &self.started
     }
 
-    /// Sequences that the last step gave nothing to draw for, and that have left; whether some of their ids were suppressed.
+    /// Sequences whose logits the last step could not sample from, each with whether some ids were suppressed. They have left.
     pub fn broken(&self) -> &[(SequenceId, bool)] {
         &self.broken
     }
 
-    /// Takes a sequence out, wherever it stands; its blocks are free at once. Not between a plan and its settling.
+    /// Takes a sequence out, whether it waits or runs, and frees its blocks at once. Not to be called between [`Self::plan`] and
+    /// [`Self::settle`].
     pub fn remove(&mut self, id: SequenceId) {
         debug_assert!(self.in_flight.is_empty(), "removing while a step is in flight");
         self.waiting.retain(|sequence| sequence.id != id);
@@ -151,7 +157,7 @@ impl Scheduler {
     pub fn plan(&mut self, plan: &mut Plan) -> bool {
         plan.clear();
         self.started.clear();
-        self.guesses.clear();
+        self.drafts.clear();
         let mut budget = self.shape.max_num_batched_tokens;
         self.plan_decodes(plan, &mut budget);
         if !plan.rows.is_empty() {
@@ -170,7 +176,7 @@ impl Scheduler {
         (self.shape.max_num_batched_tokens / MIXED_SHARE).max(1)
     }
 
-    /// One token for every sequence that decodes, making room by preemption.
+    /// Plans one token for every sequence that decodes, and preempts sequences when blocks run out.
     fn plan_decodes(&mut self, plan: &mut Plan, budget: &mut usize) {
         let mut index = 0;
         while index < self.running.len() {
@@ -178,55 +184,55 @@ impl Scheduler {
             if fits {
                 index += 1;
             } else {
-                // The newest goes, which may be this one; it is last, so nothing before it moves.
+                // The newest sequence may be this one. It is the last, so no other index changes.
                 let newest = self.running.len() - 1;
                 self.preempt(newest);
             }
         }
         let decoding = self.running.iter().filter(|sequence| sequence.pending() == 1).count();
-        let lookup = self.lookup.filter(|lookup| decoding <= lookup.max_rows);
+        let proposer = self.proposer.filter(|proposer| decoding <= proposer.max_rows);
         let mut spare = budget.saturating_sub(decoding);
-        // Guesses are a bet, prompts are work.
+        // Prompts that wait come first: draft tokens may turn out to be wrong, and prompts are certain to be needed.
         if !self.waiting.is_empty() || decoding < self.running.len() {
             spare = spare.saturating_sub(self.mixed_budget());
         }
         for index in 0..self.running.len() {
             if *budget > 0 && self.running[index].pending() == 1 {
-                let guesses = lookup.map_or(0, |lookup| self.guess(index, lookup, spare));
-                spare -= guesses;
-                self.plan_row(index, 1, guesses, plan);
-                *budget -= 1 + guesses;
+                let draft_len = proposer.map_or(0, |proposer| self.propose(index, proposer, spare));
+                spare -= draft_len;
+                self.plan_row(index, 1, draft_len, plan);
+                *budget -= 1 + draft_len;
             }
         }
     }
 
-    /// Appends to the guesses what may follow sequence `index`, at most `spare` tokens; makes room for them as far as that is free.
-    fn guess(&mut self, index: usize, lookup: Lookup, spare: usize) -> usize {
+    /// Appends at most `spare` draft tokens for sequence `index` to `drafts`, as many as there are free blocks for. Returns how many.
+    fn propose(&mut self, index: usize, proposer: NgramProposer, spare: usize) -> usize {
         let sequence = &mut self.running[index];
-        // The last token that may be drawn needs no guess after it.
+        // Nothing is sampled after the last token, so it needs no draft.
         let most = spare.min(sequence.remaining() - 1);
         if most == 0 || !sequence.may_speculate() {
             return 0;
         }
-        let depth = sequence.acceptance.depth(lookup.depth).min(most);
-        let first = self.guesses.len();
-        lookup.guess(&sequence.tokens, depth, &mut self.guesses);
-        let wanted = sequence.tokens.len() + self.guesses.len() - first;
+        let draft_len = sequence.acceptance.draft_len(proposer.draft_len).min(most);
+        let first = self.drafts.len();
+        proposer.propose(&sequence.tokens, draft_len, &mut self.drafts);
+        let wanted = sequence.tokens.len() + self.drafts.len() - first;
         let missing = wanted.div_ceil(self.shape.block_size).saturating_sub(sequence.blocks.len());
-        // Never the block that another one needs next.
+        // One block for each sequence stays free: they may need them next.
         let free = self.pool.available() >= missing + self.shape.max_num_seqs;
         if missing > 0 && !(free && self.pool.take(missing, Arc::make_mut(&mut sequence.blocks))) {
             let room = sequence.blocks.len() * self.shape.block_size - sequence.tokens.len();
-            self.guesses.truncate(first + room);
+            self.drafts.truncate(first + room);
         }
-        self.guesses.len() - first
+        self.drafts.len() - first
     }
 
-    /// Chunks of the prompts, `budget` tokens in all, by the rule of the module. Sequences from `new` on were admitted in this step.
+    /// Plans chunks of the prompts, `budget` tokens in all, by the module's rule of fairness. Sequences from index `new` on were admitted in this step.
     fn plan_prompts(&mut self, plan: &mut Plan, budget: usize, new: usize) {
         let mut shares = std::mem::take(&mut self.shares);
         shares.clear();
-        // Of the others, whoever has one token to go has its row already.
+        // Of the older sequences, those with one pending token decode: they have their rows already.
         let prompts = self.running.iter().enumerate().filter(|(index, sequence)| *index >= new || sequence.pending() > 1);
         shares.extend(prompts.map(|(index, sequence)| (index, sequence.pending())));
         if let Some((oldest, others)) = shares.split_first_mut() {
@@ -247,7 +253,7 @@ impl Scheduler {
         self.shares = shares;
     }
 
-    /// Room for one more token of sequence `index`; false when the pool is empty.
+    /// Makes room for one more token of sequence `index`; false when there is no block.
     fn grow(&mut self, index: usize) -> bool {
         let sequence = &mut self.running[index];
         let missing = sequence.tokens.len().div_ceil(self.shape.block_size).saturating_sub(sequence.blocks.len());
@@ -261,13 +267,13 @@ impl Scheduler {
         self.waiting.push_front(sequence);
     }
 
-    /// Moves waiting sequences to the running ones, in order, while everything the next one needs is there.
+    /// Moves waiting sequences to the running ones, in order, as long as there is everything the next one needs.
     fn admit(&mut self) {
         let mut path = std::mem::take(&mut self.path);
         let mut at = 0;
         while at < self.waiting.len() && self.running.len() < self.shape.max_num_seqs {
             let sequence = &self.waiting[at];
-            // The last token is computed whatever is cached: its logits are wanted.
+            // The last token is always computed, because its logits are wanted.
             let known = if sequence.may_use_cache() { sequence.tokens.len() - 1 } else { 0 };
             self.pool.lookup(&sequence.tokens[..known], &mut path);
             if self.soon_cached(sequence, path.len()) {
@@ -275,7 +281,7 @@ impl Scheduler {
                 continue;
             }
             let missing = sequence.tokens.len().div_ceil(self.shape.block_size) - path.len();
-            // Alone, a sequence needs no reserve: nobody can take its blocks.
+            // A sequence that runs alone needs no reserve, because no other can take its blocks.
             let reserved = match self.running.as_slice() {
                 [] => 0,
                 running => running.iter().chain([sequence]).map(|sequence| self.reserve(sequence)).sum(),
@@ -306,58 +312,62 @@ impl Scheduler {
     /// Whether the block after the first `hits` ones of a waiting sequence is being computed for a running one.
     fn soon_cached(&self, sequence: &Sequence, hits: usize) -> bool {
         let (from, to) = (hits * self.shape.block_size, (hits + 1) * self.shape.block_size);
-        // As in the lookup, the last token does not count.
+        // The last token is left out, as in the lookup.
         if !self.pool.caching() || !sequence.may_use_cache() || to >= sequence.tokens.len() {
             return false;
         }
         self.running.iter().any(|other| {
             let ahead = other.computed < to && to <= other.tokens.len();
-            // The block itself first, where they are most likely to differ.
+            // The block is compared first, because most differences are there.
             ahead && other.tokens[from..to] == sequence.tokens[from..to] && other.tokens[..from] == sequence.tokens[..from]
         })
     }
 
-    /// Blocks this sequence may soon want beyond those of its tokens.
+    /// How many blocks this sequence may soon need beyond those of its tokens.
     fn reserve(&self, sequence: &Sequence) -> usize {
         let soon = sequence.tokens.len() + sequence.remaining().min(RESERVED_OUTPUT);
         let held = sequence.blocks.len().max(sequence.tokens.len().div_ceil(self.shape.block_size));
         soon.div_ceil(self.shape.block_size).saturating_sub(held)
     }
 
-    /// Adds a row for the next `len` tokens of sequence `index`, and for as many of the latest guesses as `guesses` says.
-    fn plan_row(&mut self, index: usize, len: usize, guesses: usize, plan: &mut Plan) {
+    /// Adds a row for the next `len` tokens of sequence `index` and the last `draft_len` tokens of `drafts`.
+    fn plan_row(&mut self, index: usize, len: usize, draft_len: usize, plan: &mut Plan) {
         let sequence = &self.running[index];
         let (from, known) = (sequence.computed, sequence.computed + len);
-        let to = known + guesses;
+        let to = known + draft_len;
         let size = self.shape.block_size;
         plan.rows.push(Row {
             start: plan.tokens.len(),
-            len: len + guesses,
+            len: len + draft_len,
             context: to,
             blocks: sequence.blocks.clone(),
-            draw: (known == sequence.tokens.len()).then(|| sequence.draw()),
-            proposed: guesses,
+            sampling: (known == sequence.tokens.len()).then(|| sequence.sampling()),
+            draft_len,
             score: sequence.score(from, known),
         });
         plan.tokens.extend_from_slice(&sequence.tokens[from..known]);
-        plan.tokens.extend_from_slice(&self.guesses[self.guesses.len() - guesses..]);
+        plan.tokens.extend_from_slice(&self.drafts[self.drafts.len() - draft_len..]);
         plan.positions.extend(from as u32..to as u32);
         plan.slots.extend((from..to).map(|position| sequence.blocks[position / size] * size as u32 + (position % size) as u32));
-        self.in_flight.push(InFlight { id: sequence.id, len, guesses });
+        self.in_flight.push(InFlight { id: sequence.id, len, draft_len });
     }
 
-    /// Takes in the results of the last plan, into `outcomes`. Finished sequences have left; their full blocks stay cached.
+    /// Takes in the results of the last plan and writes what they mean for each sequence into `outcomes`. Sequences that have finished leave;
+    /// their full blocks stay cached. Returns the output, read.
     ///
-    /// NOTE: the plan's rows must be gone by now: they share the block tables that change here.
+    /// NOTE: the plan must be cleared by now, because its rows share the block tables that change here.
     pub fn settle(&mut self, mut output: Output, outcomes: &mut Vec<Outcome>) -> Output {
         outcomes.clear();
         self.broken.clear();
-        let (draws, targets) = (output.tokens.len(), output.scores.len());
-        let failed = &output.failed;
-        let mut drawn = output.tokens.drain(..);
-        let mut logprobs = output.logprobs.drain(..);
-        let mut scores = output.scores.drain(..);
-        let mut guesses = self.guesses.as_slice();
+        let mut results = Results {
+            samples: output.tokens.len(),
+            targets: output.scores.len(),
+            tokens: output.tokens.drain(..),
+            logprobs: output.logprobs.drain(..),
+            scores: output.scores.drain(..),
+            failed: &output.failed,
+            drafts: &self.drafts,
+        };
         let mut in_flight = std::mem::take(&mut self.in_flight);
         // Most rows are in the order of the running sequences.
         let mut next = 0;
@@ -369,38 +379,26 @@ impl Scheduler {
             let Some(index) = index else { continue };
             next = index + 1;
             let sequence = &mut self.running[index];
-            let first = draws + targets - scores.len();
-            sequence.scored(sequence.computed, sequence.computed + row.len, &mut scores);
-            let mut broken = failed.iter().any(|at| (first..draws + targets - scores.len()).contains(at));
-            sequence.computed += row.len;
-            let mut finish = None;
-            if sequence.computed == sequence.tokens.len() {
-                let (own, others) = guesses.split_at(row.guesses);
-                guesses = others;
-                let prompt = sequence.take_prompt_logprobs();
-                let first = draws - drawn.len();
-                let results = drawn.by_ref().zip(logprobs.by_ref().map(Some).chain(std::iter::repeat(None))).take(row.guesses + 1);
-                let results = (first..).zip(results).map(|(at, result)| (!broken && !failed.contains(&at)).then_some(result));
-                let accepted;
-                (accepted, broken) = take_draws(sequence, own, results, prompt, outcomes);
-                finish = outcomes.last().filter(|outcome| outcome.id == row.id).and_then(|outcome| outcome.finish);
-                sequence.acceptance.learn(row.guesses, accepted);
-                self.totals.guessed += row.guesses as u64;
+            let Settled { broken, accepted } = results.settle(sequence, row, outcomes);
+            if let Some(accepted) = accepted {
+                sequence.acceptance.learn(row.draft_len, accepted);
+                self.totals.drafted += row.draft_len as u64;
                 self.totals.accepted += accepted as u64;
             }
+            let finished = outcomes.last().is_some_and(|outcome| outcome.id == row.id && outcome.finish.is_some());
             if broken {
-                self.broken.push((row.id, !sequence.draw().suppressed.is_empty()));
+                self.broken.push((row.id, !sequence.sampling().suppressed.is_empty()));
             } else {
                 Self::cache(&mut self.pool, sequence, self.shape.block_size);
             }
-            if broken || finish.is_some() {
+            if broken || finished {
                 let sequence = self.running.remove(index);
                 self.pool.release(&sequence.blocks);
                 next = index;
             }
         }
         self.in_flight = in_flight;
-        drop((drawn, logprobs, scores));
+        drop(results);
         output.failed.clear();
         output
     }
@@ -421,7 +419,7 @@ impl Scheduler {
         }
     }
 
-    /// The last plan failed: its sequences leave. Their ids.
+    /// Removes the sequences of the last plan, which has failed. Returns their ids.
     pub fn abandon(&mut self) -> Vec<SequenceId> {
         let ids: Vec<_> = self.in_flight.drain(..).map(|row| row.id).collect();
         ids.iter().for_each(|id| self.remove(*id));
@@ -444,38 +442,79 @@ impl Scheduler {
     }
 }
 
-/// Appends what was drawn for one sequence: the first token, and one more after each guess that came true. Returns how many did, and whether
-/// there was nothing to draw then.
-///
-/// A guess that came true has its keys and values in the cache already. What was computed after the first wrong one is written over later.
-fn take_draws(
-    sequence: &mut Sequence,
-    guesses: &[u32],
-    results: impl Iterator<Item = Option<(u32, Option<Option<Logprobs>>)>>,
-    mut prompt: Option<Vec<Logprobs>>,
-    outcomes: &mut Vec<Outcome>,
-) -> (usize, bool) {
-    let (mut accepted, mut open, mut broken) = (0, true, false);
-    // To the end in any case: what follows belongs to the next row.
-    for (nth, result) in results.enumerate() {
-        if !open {
-            continue;
+/// The results of a step that no row has taken yet.
+struct Results<'a> {
+    /// How many tokens were sampled in all.
+    samples: usize,
+    /// How many prompt tokens were scored in all.
+    targets: usize,
+    tokens: Drain<'a, u32>,
+    logprobs: Drain<'a, Option<Logprobs>>,
+    scores: Drain<'a, Logprobs>,
+    /// See [`Output::failed`].
+    failed: &'a [usize],
+    drafts: &'a [u32],
+}
+
+/// What became of one row.
+struct Settled {
+    /// Its logits gave no token, or no score.
+    broken: bool,
+    /// How many draft tokens were accepted; `None` when nothing was sampled.
+    accepted: Option<usize>,
+}
+
+impl Results<'_> {
+    /// Gives `sequence` the results of its row, the next one.
+    fn settle(&mut self, sequence: &mut Sequence, row: InFlight, outcomes: &mut Vec<Outcome>) -> Settled {
+        let last = self.samples + self.targets;
+        let first = last - self.scores.len();
+        sequence.scored(sequence.computed, sequence.computed + row.len, &mut self.scores);
+        let broken = self.failed.iter().any(|at| (first..last - self.scores.len()).contains(at));
+        sequence.computed += row.len;
+        if sequence.computed < sequence.tokens.len() {
+            return Settled { broken, accepted: None };
         }
-        let Some((token, logprobs)) = result else {
-            (open, broken) = (false, true);
-            continue;
-        };
-        let finish = sequence.push(token);
-        let ends = matches!(finish, Some(Finish::Stop | Finish::StopToken(_)));
-        let logprobs = logprobs.flatten().map(Box::new);
-        outcomes.push(Outcome { id: sequence.id, prompt: prompt.take(), token: Token { id: token, ends, logprobs }, finish });
-        open = finish.is_none() && guesses.get(nth) == Some(&token);
-        if open {
-            sequence.computed += 1;
-            accepted += 1;
-        }
+        let prompt = sequence.take_prompt_logprobs();
+        self.take_samples(sequence, row.draft_len, broken, prompt, outcomes)
     }
-    (accepted, broken)
+
+    /// Appends the sampled tokens to one sequence: the first one, and one more after each draft token that is accepted. Does nothing but pass
+    /// over them when the row is `broken` already.
+    ///
+    /// The keys and values of an accepted draft token are in the cache already. Those after the first draft token that is not accepted will
+    /// be overwritten.
+    fn take_samples(
+        &mut self,
+        sequence: &mut Sequence,
+        draft_len: usize,
+        mut broken: bool,
+        mut prompt: Option<Vec<Logprobs>>,
+        outcomes: &mut Vec<Outcome>,
+    ) -> Settled {
+        let (drafts, others) = self.drafts.split_at(draft_len);
+        self.drafts = others;
+        let (mut accepted, mut open) = (0, true);
+        // All samples of the row are taken in any case, since those that follow belong to the next row.
+        for nth in 0..=draft_len {
+            let at = self.samples - self.tokens.len();
+            let (Some(token), logprobs) = (self.tokens.next(), self.logprobs.next().flatten()) else { break };
+            broken |= open && self.failed.contains(&at);
+            if broken || !open {
+                continue;
+            }
+            let finish = sequence.push(token);
+            let ends = matches!(finish, Some(Finish::Stop | Finish::StopToken(_)));
+            let logprobs = logprobs.map(Box::new);
+            outcomes.push(Outcome { id: sequence.id, prompt: prompt.take(), token: Token { id: token, ends, logprobs }, finish });
+            open = finish.is_none() && drafts.get(nth) == Some(&token);
+            if open {
+                sequence.computed += 1;
+                accepted += 1;
+            }
+        }
+        Settled { broken, accepted: Some(accepted) }
+    }
 }
 
 #[cfg(test)]

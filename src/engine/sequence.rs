@@ -2,12 +2,11 @@
 
 use std::sync::Arc;
 
-use super::lookup::Acceptance;
-use super::sampling::SamplingParams;
+use super::ngram::Acceptance;
 use super::{Finish, Request};
-use crate::models::{Draw, Logprobs, LogprobsSpec, Score, Seen};
+use crate::models::{Logprobs, LogprobsSpec, SamplingMetadata, SamplingParams, Score, TokenCounts};
 
-/// Names a sequence for as long as the engine knows it.
+/// The engine's own number for a sequence.
 pub type SequenceId = u64;
 
 /// A prompt and what has been generated after it.
@@ -19,18 +18,18 @@ pub struct Sequence {
     pub prompt_len: usize,
     /// Tokens whose keys and values are in the cache.
     pub computed: usize,
-    /// Blocks that hold them, and room for the next.
+    /// The blocks that hold these, with room for the next ones.
     pub blocks: Arc<Vec<u32>>,
-    /// The first so many blocks are full, computed, and known to the prefix cache.
+    /// This many blocks, from the first on, are full, computed, and known to the prefix cache.
     pub cached: usize,
     /// It has been admitted before.
     pub started: bool,
     pub acceptance: Acceptance,
-    params: SamplingParams,
+    params: Arc<SamplingParams>,
     /// Kept only when a penalty needs it.
-    seen: Arc<Seen>,
+    counts: Arc<TokenCounts>,
     banned: Banned,
-    /// The prompt's log probabilities as far as they are known; `None` when nobody asked, and once they are handed over.
+    /// The prompt's log probabilities as far as they are known. `None` when nobody asked for them, or once they are handed over.
     prompt_logprobs: Option<(LogprobsSpec, Vec<Logprobs>)>,
     max_len: usize,
 }
@@ -38,13 +37,13 @@ pub struct Sequence {
 impl Sequence {
     /// `max_model_len` bounds prompt and output together.
     pub fn new(id: SequenceId, request: &Request, max_model_len: usize) -> Self {
-        let params = request.params.clone();
+        let params = Arc::new(request.params.clone());
         let prompt_len = request.prompt.len();
-        let mut seen = Seen::default();
+        let mut counts = TokenCounts::default();
         if params.has_penalties() {
-            seen.prompt = request.prompt.to_vec();
-            seen.prompt.sort_unstable();
-            seen.prompt.dedup();
+            counts.prompt = request.prompt.to_vec();
+            counts.prompt.sort_unstable();
+            counts.prompt.dedup();
         }
         let max_len = max_model_len.min(prompt_len.saturating_add(params.max_tokens));
         Self {
@@ -59,12 +58,12 @@ impl Sequence {
             banned: Banned::new(&params),
             prompt_logprobs: request.prompt_logprobs.map(|spec| (spec, Vec::new())),
             params,
-            seen: Arc::new(seen),
+            counts: Arc::new(counts),
             max_len,
         }
     }
 
-    /// Tokens still to be run before the next one can be drawn, at least 1.
+    /// Tokens still to be run before the next one can be sampled, at least 1.
     pub fn pending(&self) -> usize {
         self.tokens.len() - self.computed
     }
@@ -73,43 +72,33 @@ impl Sequence {
         self.tokens.len() - self.prompt_len
     }
 
-    /// Most tokens that may still be drawn.
+    /// Most tokens that may still be sampled.
     pub fn remaining(&self) -> usize {
         self.max_len - self.tokens.len()
     }
 
-    /// How the next token is drawn.
-    pub fn draw(&self) -> Draw {
-        let p = &self.params;
-        Draw {
-            temperature: p.temperature,
-            top_p: p.top_p,
-            top_k: p.top_k,
-            min_p: p.min_p,
-            presence_penalty: p.presence_penalty,
-            frequency_penalty: p.frequency_penalty,
-            repetition_penalty: p.repetition_penalty,
-            bias: p.logit_bias.clone(),
-            suppressed: self.banned.after(&self.tokens[self.prompt_len..], p),
-            seen: self.seen.clone(),
-            seed: p.seed,
+    /// How the next token is sampled.
+    pub fn sampling(&self) -> SamplingMetadata {
+        SamplingMetadata {
+            params: self.params.clone(),
+            suppressed: self.banned.after(&self.tokens[self.prompt_len..], &self.params),
+            counts: self.counts.clone(),
             index: self.output_len() as u64,
-            logprobs: p.logprobs,
         }
     }
 
-    /// False when what may be drawn, or how, depends on the tokens drawn before: such a row must not run ahead on guesses.
+    /// False when the tokens sampled before decide which ones may be sampled next, or how: such a row must not run ahead on draft tokens.
     pub fn may_speculate(&self) -> bool {
         let p = &self.params;
         !p.has_penalties() && self.output_len() >= p.min_tokens && p.bad_words.iter().all(|word| word.len() == 1)
     }
 
-    /// False while prompt tokens must really be run because their log probabilities are wanted.
+    /// False when every prompt token must be run, because the log probabilities of the prompt are wanted.
     pub fn may_use_cache(&self) -> bool {
         self.prompt_logprobs.is_none()
     }
 
-    /// All keys and values are lost: everything is run anew.
+    /// Forgets all keys and values, so that everything is run anew.
     pub fn restart(&mut self) {
         self.computed = 0;
         self.cached = 0;
@@ -118,7 +107,7 @@ impl Sequence {
         }
     }
 
-    /// What is to be scored when tokens `from..to` run.
+    /// What to score in a step that runs tokens `from..to`.
     pub fn score(&self, from: usize, to: usize) -> Option<Score> {
         let (spec, known) = self.prompt_logprobs.as_ref()?;
         debug_assert_eq!(known.len(), from.min(self.prompt_len - 1), "every prompt token is scored once");
@@ -126,24 +115,24 @@ impl Sequence {
         (!targets.is_empty()).then_some(Score { targets, logprobs: *spec })
     }
 
-    /// Takes in the scores of tokens `from..to` from the front of `scores`.
+    /// Takes the scores of tokens `from..to` from the front of `scores`.
     pub fn scored(&mut self, from: usize, to: usize, scores: &mut impl Iterator<Item = Logprobs>) {
         if let Some((_, known)) = &mut self.prompt_logprobs {
             known.extend(scores.take((self.prompt_len.min(to + 1)).saturating_sub(from + 1)));
         }
     }
 
-    /// Hands over the prompt's log probabilities, once all of them are there.
+    /// Hands over the prompt's log probabilities. To be called once all of them are known.
     pub fn take_prompt_logprobs(&mut self) -> Option<Vec<Logprobs>> {
         self.prompt_logprobs.take().map(|(_, known)| known)
     }
 
-    /// Appends a drawn token; tells whether it ended the sequence.
+    /// Appends a sampled token, and tells whether it ended the sequence.
     pub fn push(&mut self, token: u32) -> Option<Finish> {
         self.tokens.push(token);
         if self.params.has_penalties() {
-            // The plan that held the other reference is gone by now, so nothing is copied.
-            let output = &mut Arc::make_mut(&mut self.seen).output;
+            // The plan that shared the counts is cleared by now, so `make_mut` copies nothing.
+            let output = &mut Arc::make_mut(&mut self.counts).output;
             match output.iter_mut().find(|(id, _)| *id == token) {
                 Some((_, count)) => *count += 1,
                 None => output.push((token, 1)),
@@ -160,12 +149,12 @@ impl Sequence {
     }
 }
 
-/// Ids that must not be drawn. The lists are made once, but where the output has come to the last token of a bad word.
+/// Ids that must not be sampled. Both lists are made once; a new one is made only when the output has come to the last token of a bad word.
 #[derive(Debug)]
 struct Banned {
-    /// Bad words of one token.
+    /// The bad words of one token.
     always: Arc<Vec<u32>>,
-    /// Those, and the ids that end the sequence: before `min_tokens`.
+    /// The same and the ids that end the sequence, for use before `min_tokens`.
     early: Arc<Vec<u32>>,
 }
 
@@ -181,7 +170,7 @@ impl Banned {
         Self { always: Arc::new(always), early: Arc::new(early) }
     }
 
-    /// For the token after `output`.
+    /// The ids that must not come after `output`.
     fn after(&self, output: &[u32], params: &SamplingParams) -> Arc<Vec<u32>> {
         let list = if output.len() < params.min_tokens { &self.early } else { &self.always };
         let last = |word: &Vec<u32>| match word.split_last() {
@@ -190,11 +179,5 @@ impl Banned {
         };
         let mut now = params.bad_words.iter().filter_map(last).peekable();
         if now.peek().is_none() { list.clone() } else { Arc::new(list.iter().copied().chain(now).collect()) }
-    }
-}
-
-impl SamplingParams {
-    fn has_penalties(&self) -> bool {
-        self.presence_penalty != 0.0 || self.frequency_penalty != 0.0 || self.repetition_penalty != 1.0
     }
 }

@@ -1,214 +1,198 @@
-//! Home of `unsafe`: one function per kernel, CPU and CUDA behind the same signature.
+//! How a step is computed: one trait, [`Backend`], and its implementations. Home of `unsafe`.
 //!
-//! [`Activations`] are the values that flow through one step; each method is a kernel that reads some of them and writes one. On the CPU every
-//! kernel is ours ([`cpu`]): buffers are made once, a row's result depends on that row alone, never on what else is in the step, and
-//! weights are read in the form they are packed in. On CUDA this version composes candle's own operations ([`composed`]), which run on
-//! any device and are therefore also the oracle the CPU kernels are tested against.
+//! | backend | what it is |
+//! |---|---|
+//! | [`cpu`] | kernels of our own: a row's result depends on that row alone, weights are read in the format they are packed in |
+//! | [`candle`] | candle's own operations composed: runs on any device, CUDA for now, and is the oracle of all others |
+//! | [`sizing`] | computes nothing and counts: bytes of weights and buffers, bytes read and products of a step |
 //!
-//! Shapes: `t` tokens of a step, `h` query heads, `kv` key/value heads, `d` head width.
+//! Shapes: `t` tokens of a step, `h` query heads, `kv` key/value heads, `d` components of a head.
 
 #![allow(unsafe_code)]
+// Kernels are generic for `dispatch!`, also where the compiler alone vectorises them.
+#![allow(clippy::extra_unused_type_parameters)]
 
-use std::sync::Arc;
+use candle_core::Result;
 
-use candle_core::quantized::QTensor;
-use candle_core::{Result, Tensor};
-
-pub mod composed;
+pub mod candle;
 pub mod cpu;
+pub mod ops;
+pub mod quantize;
+pub mod sizing;
+#[doc(hidden)]
+pub mod testing;
 #[cfg(test)]
 mod twin_tests;
 
-pub use composed::Batch;
+pub use ops::{
+    Activation, AttentionSpec, AttentionWeights, Batch, BatchRow, Columns, ComputeDtype, Epilogue, Expert, Experts, KvShape, Linear, Norm,
+    NormExtent, NormKind, Normalize, Pairing, QkNorm, QueryGrowth, Rope, RopeTable, RouterScore, RoutingSpec, WeightFormat,
+};
 
-/// How rotary embedding pairs the components of a head.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Rope {
-    /// Neighbours `(2i, 2i+1)`: ERNIE, GLM, GPT-J.
-    Interleaved,
-    /// Halves `(i, i + d/2)`: Llama, Qwen, GPT-NeoX.
-    Half,
+/// A matrix `[rows, width]` to be loaded: read row by row, by any thread.
+pub trait MatrixSource: Sync {
+    /// What a thread keeps from one row to the next.
+    type Reader: Default + Send;
+
+    fn rows(&self) -> usize;
+    fn width(&self) -> usize;
+    /// All of it is stored as bf16, which then is its format unless another is asked for.
+    fn is_bf16(&self) -> bool;
+    /// The name of the tensor that a row belongs to, for messages.
+    fn describe(&self, row: usize) -> String;
+    fn row_f32<'r>(&'r self, row: usize, reader: &'r mut Self::Reader) -> &'r [f32];
+    fn row_bf16<'r>(&'r self, row: usize, reader: &'r mut Self::Reader) -> &'r [half::bf16];
 }
 
-/// What activations are where they meet weights of bf16.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Products {
-    /// f32, or two terms of bf16 where tiles of them are faster still.
-    #[default]
-    F32,
-    /// Rounded to bf16 on processors that multiply bf16 faster. Elsewhere f32.
-    Bf16,
-}
-
-/// One sequence's part of a step.
-#[derive(Debug, Clone)]
-pub struct BatchRow {
-    pub start: usize,
-    pub len: usize,
-    /// Tokens in the cache, those of this step included.
-    pub context: usize,
-    pub blocks: Arc<Vec<u32>>,
-}
-
-/// What a step runs, as plain numbers.
-#[derive(Debug, Clone, Copy)]
-pub struct Inputs<'a> {
-    /// `[t]`: rows of the embedding.
-    pub tokens: &'a [u32],
-    /// `[t]`: position of each token in its own sequence.
-    pub positions: &'a [u32],
-    /// `[t]`: KV slots.
-    pub slots: &'a [u32],
-    pub rows: &'a [BatchRow],
-    /// `[d/2]`: a token's angles are its position times these.
-    pub frequencies: &'a [f32],
-}
-
-/// How large the values of a step can be.
-#[derive(Debug, Clone, Copy)]
-pub struct Sizes {
+/// How large a step can be: what a backend makes its own buffers for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StepLimits {
     pub max_tokens: usize,
     /// Rows of logits made at a time.
     pub max_logits: usize,
-    pub hidden: usize,
-    pub heads: usize,
-    pub kv: usize,
-    pub d: usize,
-    pub intermediate: usize,
-    pub vocab: usize,
+    /// The widest input of any matrix.
+    pub widest: usize,
+    /// Tokens in a block of the KV cache.
     pub block_size: usize,
+    /// One of each kind of attention in the model.
+    pub attention: Vec<AttentionSpec>,
+    /// Frequencies of all rope tables together.
+    pub frequencies: usize,
+    /// The greatest `(hidden, intermediate, experts, top_k)` of layers with experts.
+    pub experts: Option<ExpertLimits>,
 }
 
-/// Keys and values of one layer, in blocks.
-pub enum KvCache {
-    Cpu(cpu::Cache),
-    Tensors(composed::KvCache),
+/// See [`StepLimits::experts`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExpertLimits {
+    pub hidden: usize,
+    pub intermediate: usize,
+    pub experts: usize,
+    pub top_k: usize,
 }
 
-/// A weight matrix `[n, k]` in the form its device computes with.
-#[derive(Debug)]
-pub enum Matrix {
-    Packed(cpu::packed::Packed),
-    Tensor(Tensor),
-    /// Q8_0 or Q4_K.
-    Blocks(QTensor),
-}
+/// Takes results of single rows of logits; called from any thread.
+pub type RowVisitor<'a> = &'a (dyn Fn(usize, &mut [f32]) + Sync);
 
-impl Matrix {
-    /// Bytes held.
-    pub fn bytes(&self) -> usize {
-        match self {
-            Self::Packed(packed) => packed.bytes(),
-            Self::Tensor(tensor) => tensor.elem_count() * tensor.dtype().size_in_bytes(),
-            Self::Blocks(blocks) => blocks.storage_size_in_bytes(),
-        }
-    }
-}
+/// A device and its kernels. Every operation names what it reads and what it writes; buffers are made once, for the largest step.
+///
+/// An operation computes as many rows as its input holds: `embed` those of the step, `pick` those it was asked for, every other as many as
+/// the operation before it.
+pub trait Backend {
+    /// Rows of activations of one width.
+    type Buffer;
+    /// A matrix in the format this device computes with.
+    type Weight;
+    /// Norm weights, biases, sinks.
+    type Vector;
+    /// Keys and values of one layer, in blocks.
+    type KvCache;
 
-/// The values of one step. Methods come in the order of a forward pass.
-pub enum Activations {
-    Cpu(Box<cpu::Activations>),
-    Tensors(Box<composed::Activations>),
-}
+    /// A buffer for up to `rows` rows.
+    fn buffer(&self, rows: usize, width: usize) -> Result<Self::Buffer>;
 
-impl Activations {
+    /// Reads a matrix. `format` must fit its width ([`WeightFormat::block`]); `None` keeps it as stored, in f32 where it is not bf16.
+    fn weight<S: MatrixSource>(&self, source: &S, format: Option<WeightFormat>, columns: Columns) -> Result<Self::Weight>;
+
+    fn vector(&self, values: Vec<f32>) -> Result<Self::Vector>;
+
+    /// An empty cache.
+    fn kv_cache(&self, shape: KvShape) -> Result<Self::KvCache>;
+
     /// Takes the inputs of a step.
-    pub fn begin(&mut self, inputs: &Inputs<'_>) -> Result<()> {
-        match self {
-            Self::Cpu(values) => values.begin(inputs),
-            Self::Tensors(values) => values.begin(inputs),
-        }
-    }
+    fn begin(&mut self, batch: &Batch<'_>) -> Result<()>;
 
     /// Every layer has run: block tables are held no longer, so that a sequence can let its own grow without a copy.
-    pub fn end(&mut self) {
-        match self {
-            Self::Cpu(values) => values.end(),
-            Self::Tensors(values) => values.batch = None,
-        }
+    fn end(&mut self);
+
+    /// `out = table[tokens] · scale`, one row for each token of the step.
+    fn embed(&mut self, table: &Self::Weight, scale: f32, out: &mut Self::Buffer) -> Result<()>;
+
+    /// `out = norm(x)`
+    fn norm(&mut self, x: &Self::Buffer, norm: &Norm<Self::Vector>, out: &mut Self::Buffer) -> Result<()>;
+
+    /// `out += norm(x) · factor`: the end of a branch whose result is normalized.
+    fn norm_add(&mut self, x: &Self::Buffer, norm: &Norm<Self::Vector>, factor: f32, out: &mut Self::Buffer) -> Result<()>;
+
+    /// `out = epilogue(x · Wᵀ + b)`
+    fn linear(
+        &mut self,
+        x: &Self::Buffer,
+        linear: &Linear<Self::Weight, Self::Vector>,
+        epilogue: Epilogue,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// Normalizes and rotates queries and keys of `qkv [t, (h + 2 kv)·d]` as the spec says, and puts keys and values into their slots of the
+    /// cache. The queries are left in the first `h·d` columns.
+    fn rope_and_store(
+        &mut self,
+        qkv: &mut Self::Buffer,
+        attention: &AttentionSpec,
+        weights: &AttentionWeights<Self::Vector>,
+        cache: &mut Self::KvCache,
+    ) -> Result<()>;
+
+    /// `out [t, h·d]`: attention of the queries in the first `h·d` columns of `qkv` over the cached tokens of their sequences.
+    fn attend(
+        &mut self,
+        qkv: &Self::Buffer,
+        attention: &AttentionSpec,
+        weights: &AttentionWeights<Self::Vector>,
+        cache: &Self::KvCache,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// `out = Σ weight · expert(x)` over the experts that the router's logits `router [t, experts]` pick for each token; [`Epilogue::Add`] adds that.
+    fn experts(
+        &mut self,
+        x: &Self::Buffer,
+        router: &Self::Buffer,
+        experts: &Experts<Self::Weight, Self::Vector>,
+        epilogue: Epilogue,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// `out = x`
+    fn copy(&mut self, x: &Self::Buffer, out: &mut Self::Buffer) -> Result<()>;
+
+    /// `out[i] = x[rows[i]]`
+    fn pick(&mut self, x: &Self::Buffer, rows: &[usize], out: &mut Self::Buffer) -> Result<()>;
+
+    /// `x = cap · tanh(x · scale / cap)`, without the cap `x · scale`: what some models do to their logits.
+    fn scale_and_cap(&mut self, x: &mut Self::Buffer, scale: f32, cap: Option<f32>) -> Result<()>;
+
+    /// The index of the greatest number of each row, the lowest on ties; `None` for a row that holds something that is not finite. Columns from `width` on and
+    /// those in `masked` do not count. `None`: this device leaves it to the host.
+    fn argmax(&mut self, _logits: &Self::Buffer, _width: usize, _masked: &[u32]) -> Result<Option<Vec<Option<u32>>>> {
+        Ok(None)
     }
 
-    /// `x = table[tokens]`, `[t, hidden]`: the residual stream.
-    pub fn embed(&mut self, table: &Matrix) -> Result<()> {
-        match (self, table) {
-            (Self::Cpu(values), Matrix::Packed(table)) => values.embed(table),
-            (Self::Tensors(values), table) => values.embed(table),
-            _ => Err(mixed()),
-        }
+    /// Brings the rows to the host in f32 and calls `visit(row, numbers)` for each, on any thread.
+    fn each_row(&mut self, x: &mut Self::Buffer, visit: RowVisitor<'_>) -> Result<()>;
+
+    /// The memory behind a buffer, a cache and the backend itself, where it is the host's and given only when it is first written.
+    fn buffer_memory(_buffer: &mut Self::Buffer) -> &mut [u8] {
+        &mut []
     }
 
-    /// `normed = x · (mean(x²) + eps)^-½ · w`, in f32 inside.
-    pub fn norm(&mut self, w: &Tensor, eps: f32) -> Result<()> {
-        match self {
-            Self::Cpu(values) => values.norm(w, eps),
-            Self::Tensors(values) => values.norm(w, eps),
-        }
+    fn cache_memory(_cache: &mut Self::KvCache) -> [&mut [u8]; 2] {
+        [&mut [], &mut []]
     }
 
-    /// `qkv = normed · wᵀ + b`, `[t, (h + 2 kv)·d]`.
-    pub fn project(&mut self, w: &Matrix, bias: Option<&Tensor>) -> Result<()> {
-        match (self, w) {
-            (Self::Cpu(values), Matrix::Packed(w)) => values.project(w, bias),
-            (Self::Tensors(values), w) => values.project(w, bias),
-            _ => Err(mixed()),
-        }
-    }
-
-    /// Rotates the queries and keys of `qkv`; keys and values go to their slots of the cache.
-    pub fn rope_and_store(&mut self, heads: usize, rope: Rope, cache: &mut KvCache) -> Result<()> {
-        match (self, cache) {
-            (Self::Cpu(values), KvCache::Cpu(cache)) => values.rope_and_store(rope, cache),
-            (Self::Tensors(values), KvCache::Tensors(cache)) => values.rope_and_store(heads, rope, cache),
-            _ => Err(mixed()),
-        }
-    }
-
-    /// `attended`, `[t, h·d]`: causal attention of the queries over the cached tokens of their rows.
-    pub fn attend(&mut self, cache: &KvCache) -> Result<()> {
-        match (self, cache) {
-            (Self::Cpu(values), KvCache::Cpu(cache)) => values.attend(cache),
-            (Self::Tensors(values), KvCache::Tensors(cache)) => values.attend(cache),
-            _ => Err(mixed()),
-        }
-    }
-
-    /// `x += attended · wᵀ + b`
-    pub fn add_attended(&mut self, w: &Matrix, bias: Option<&Tensor>) -> Result<()> {
-        match (self, w) {
-            (Self::Cpu(values), Matrix::Packed(w)) => values.add_attended(w, bias),
-            (Self::Tensors(values), w) => values.add_attended(w, bias),
-            _ => Err(mixed()),
-        }
-    }
-
-    /// `gated = silu(normed · gateᵀ) · (normed · upᵀ)`, `[t, intermediate]`; `w` holds the gates' rows first.
-    pub fn gate(&mut self, w: &Matrix, bias: Option<&Tensor>) -> Result<()> {
-        match (self, w) {
-            (Self::Cpu(values), Matrix::Packed(w)) => values.gate(w, bias),
-            (Self::Tensors(values), w) => values.gate(w, bias),
-            _ => Err(mixed()),
-        }
-    }
-
-    /// `x += gated · wᵀ + b`
-    pub fn add_gated(&mut self, w: &Matrix, bias: Option<&Tensor>) -> Result<()> {
-        match (self, w) {
-            (Self::Cpu(values), Matrix::Packed(w)) => values.add_gated(w, bias),
-            (Self::Tensors(values), w) => values.add_gated(w, bias),
-            _ => Err(mixed()),
-        }
-    }
-
-    /// Logits in f32 of the tokens `positions` of this step, `[positions, vocab]`. `x` stays, so this may be called again.
-    pub fn head(&mut self, positions: &[usize], norm: &Tensor, eps: f32, w: &Matrix) -> Result<()> {
-        match (self, w) {
-            (Self::Cpu(values), Matrix::Packed(w)) => values.head(positions, norm, eps, w),
-            (Self::Tensors(values), w) => values.head(positions, norm, eps, w),
-            _ => Err(mixed()),
-        }
+    fn own_memory(&mut self) -> Vec<&mut [u8]> {
+        Vec::new()
     }
 }
 
-pub(crate) fn mixed() -> candle_core::Error {
-    candle_core::Error::Msg("weights and values lie on different devices".into())
+/// What a backend's things take, known without making them.
+pub trait Footprint {
+    /// The format a matrix is held in, and its bytes.
+    fn weight_bytes(rows: usize, width: usize, is_bf16: bool, format: Option<WeightFormat>, columns: Columns) -> (WeightFormat, usize);
+    /// Bytes of one block of one layer, keys and values.
+    fn kv_block_bytes(shape: KvShape) -> usize;
+    /// Bytes of a buffer; `None`: more than can be counted.
+    fn buffer_bytes(rows: usize, width: usize) -> Option<usize>;
+    /// Bytes the backend itself keeps for steps of this size.
+    fn own_bytes(limits: &StepLimits, threads: usize) -> Option<usize>;
 }

@@ -1,50 +1,34 @@
-//! Every CPU kernel against its composition of candle operations, on random shapes.
+//! Every CPU kernel against candle's operations, on random shapes: one body runs on both backends. And each row against itself alone, to the bit.
 
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::Device;
 use proptest::prelude::*;
 
-use super::cpu::attention::Shape;
-use super::cpu::packed::{Columns, Form, Packed};
-use super::{BatchRow, Inputs, Matrix, Products, Rope, Sizes, composed, cpu};
+use super::candle::{Bounds, Candle};
+use super::cpu::Cpu;
+use super::testing::{TestMatrix, plain_attention, read, write};
+use super::*;
 
-fn random(shape: &[usize], seed: &mut u64) -> Tensor {
-    let n: usize = shape.iter().product();
-    let values: Vec<f32> = (0..n)
-        .map(|_| {
-            *seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (*seed >> 40) as f32 / (1u32 << 24) as f32 * 2.0 - 1.0
-        })
-        .collect();
-    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+/// Numbers in `[-1, 1)`.
+fn random(n: usize, seed: &mut u64) -> Vec<f32> {
+    let mut next = || {
+        *seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (*seed >> 40) as f32 / (1u32 << 24) as f32 * 2.0 - 1.0
+    };
+    (0..n).map(|_| next()).collect()
 }
 
-fn values(tensor: &Tensor) -> Vec<f32> {
-    tensor.flatten_all().unwrap().to_vec1().unwrap()
-}
-
-fn assert_close(ours: &[f32], theirs: &Tensor, tolerance: f32, what: &str) {
-    let theirs = values(theirs);
+#[track_caller]
+fn assert_close(ours: &[f32], theirs: &[f32], tolerance: f32, what: &str) {
     assert_eq!(ours.len(), theirs.len(), "{what}");
-    for (i, (a, b)) in ours.iter().zip(&theirs).enumerate() {
+    for (i, (a, b)) in ours.iter().zip(theirs).enumerate() {
         assert!((a - b).abs() <= tolerance * (1.0 + b.abs()), "{what}, value {i}: {a} {b}");
     }
 }
 
-fn pack(w: &Tensor, columns: Columns) -> Packed {
-    let (n, k) = w.dims2().unwrap();
-    let numbers = values(w);
-    Packed::new(n, k, Form::F32, columns, &|row, (): &mut (), out| {
-        out.f32.clear();
-        out.f32.extend_from_slice(&numbers[row * k..(row + 1) * k]);
-    })
-    .unwrap()
-}
-
 /// A step: rows of the given (context, len), each with its own blocks.
 struct Step {
-    tokens: Vec<u32>,
     positions: Vec<u32>,
     slots: Vec<u32>,
     rows: Vec<BatchRow>,
@@ -53,7 +37,7 @@ struct Step {
 
 fn step(rows: &[(usize, usize)], block_size: usize) -> Step {
     let (mut start, mut next) = (0, 0u32);
-    let mut step = Step { tokens: vec![], positions: vec![], slots: vec![], rows: vec![], blocks: 0 };
+    let mut step = Step { positions: vec![], slots: vec![], rows: vec![], blocks: 0 };
     for (context, len) in rows {
         let count = context.div_ceil(block_size) as u32;
         // Descending, so that the order of blocks matters.
@@ -64,156 +48,354 @@ fn step(rows: &[(usize, usize)], block_size: usize) -> Step {
         step.rows.push(BatchRow { start, len: *len, context: *context, blocks: Arc::new(blocks) });
         start += len;
     }
-    step.tokens = vec![0; start];
     step.blocks = next as usize;
     step
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+/// What attention is tried on.
+struct Case<'a> {
+    attention: AttentionSpec,
+    ropes: &'a [RopeTable],
+    q_norm: Vec<f32>,
+    k_norm: Vec<f32>,
+    sinks: Option<Vec<f32>>,
+    block_size: usize,
+    /// Of every slot of the cache, as earlier steps left it.
+    earlier: Vec<f32>,
+}
 
-    /// The whole of a layer's attention, in both forms, for random rows; then the same tokens one row at a time, to the bit.
+impl Case<'_> {
+    fn weights<B: Backend>(&self, backend: &B) -> AttentionWeights<B::Vector> {
+        let vector = |values: &Vec<f32>| backend.vector(values.clone()).unwrap();
+        let norms = self.attention.qk_norm.is_some();
+        AttentionWeights {
+            q_norm: norms.then(|| vector(&self.q_norm)),
+            k_norm: norms.then(|| vector(&self.k_norm)),
+            sinks: self.sinks.as_ref().map(vector),
+        }
+    }
+
+    /// Stores keys and values of every slot, each as if it was computed at the position of its number.
+    fn filled_cache<B: Backend>(&self, backend: &mut B, blocks: usize) -> B::KvCache {
+        let (all, weights) = (blocks * self.block_size, self.weights(backend));
+        let mut cache = backend.kv_cache(self.attention.kv_shape(blocks, self.block_size)).unwrap();
+        let everywhere: Vec<u32> = (0..all as u32).collect();
+        let rows = [BatchRow { start: 0, len: all, context: all, blocks: Arc::new((0..blocks as u32).collect()) }];
+        let mut qkv = write(backend, &self.earlier, self.attention.qkv_width());
+        backend.begin(&Batch { tokens: &everywhere, positions: &everywhere, slots: &everywhere, rows: &rows, ropes: self.ropes }).unwrap();
+        backend.rope_and_store(&mut qkv, &self.attention, &weights, &mut cache).unwrap();
+        cache
+    }
+
+    /// Queries after rope, and what attention gives, of a step.
+    fn run<B: Backend>(
+        &self,
+        backend: &mut B,
+        cache: &mut B::KvCache,
+        rows: &[BatchRow],
+        (positions, slots): (&[u32], &[u32]),
+        x: &[f32],
+    ) -> (Vec<f32>, Vec<f32>) {
+        let (weights, width) = (self.weights(backend), self.attention.qkv_width());
+        let mut qkv = write(backend, x, width);
+        backend.begin(&Batch { tokens: positions, positions, slots, rows, ropes: self.ropes }).unwrap();
+        backend.rope_and_store(&mut qkv, &self.attention, &weights, cache).unwrap();
+        let mut out = backend.buffer(positions.len(), self.attention.q_width()).unwrap();
+        backend.attend(&qkv, &self.attention, &weights, cache, &mut out).unwrap();
+        let q = read(backend, &mut qkv);
+        let width = q.len() / positions.len();
+        let q = q.chunks_exact(width).flat_map(|row| row[..self.attention.q_width()].to_vec()).collect();
+        backend.end();
+        (q, read(backend, &mut out))
+    }
+}
+
+fn cpu(max_tokens: usize, widest: usize, attention: &[AttentionSpec], block_size: usize, threads: usize) -> Cpu {
+    let limits =
+        StepLimits { max_tokens, max_logits: 1, widest, block_size, attention: attention.to_vec(), frequencies: 64, experts: None };
+    Cpu::new(&limits, threads, ComputeDtype::F32).unwrap()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Rope, norms of queries and keys, and attention of every kind, for random rows; then the same tokens one at a time, to the bit.
     #[test]
     fn attention_and_rope(
         contexts in prop::collection::vec((1usize..70, 1usize..20), 1..7), kv in 1usize..4, group in 1usize..14,
         d in prop::sample::select(vec![4usize, 8, 10, 16, 32, 64, 72]), block_size in prop::sample::select(vec![1usize, 4, 16, 20, 32, 48]),
-        half in any::<bool>(), scores in 1usize..3000, gathered in 1usize..20_000, long in 0usize..900, threads in 1usize..4, mut seed in any::<u64>(),
+        half in any::<bool>(), bounds in (1usize..3000, 1usize..20_000), long in 0usize..900, threads in 1usize..4,
+        window in prop::option::of(1usize..400), soft_cap in prop::option::of(0.5f32..5.0), norm in 0usize..5, part in 0usize..3,
+        has_sinks in any::<bool>(), value_norm in any::<bool>(), grows in any::<bool>(), mut seed in any::<u64>(),
     ) {
         let mut rows: Vec<(usize, usize)> = contexts.into_iter().map(|(context, len)| (context, len.min(context))).collect();
         rows[0].0 += long;
         let step = step(&rows, block_size);
         let heads = kv * group;
-        let t = step.tokens.len();
-        let width = (heads + 2 * kv) * d;
-        let sizes = Sizes { max_tokens: t, max_logits: 1, hidden: width, heads, kv, d, intermediate: 2, vocab: 2, block_size };
-        let frequencies: Vec<f32> = values(&random(&[d / 2], &mut seed));
-        let inputs = Inputs { tokens: &step.tokens, positions: &step.positions, slots: &step.slots, rows: &step.rows, frequencies: &frequencies };
-        let rope = if half { Rope::Half } else { Rope::Interleaved };
-        // Keys and values of earlier steps: stored as if they were computed, every position of every row.
-        let earlier = random(&[step.blocks * block_size, width], &mut seed);
-        let identity = {
-            let mut numbers = vec![0f32; width * width];
-            (0..width).for_each(|i| numbers[i * width + i] = 1.0);
-            Tensor::from_vec(numbers, (width, width), &Device::Cpu).unwrap()
+        let pairs = match part { 0 => 0, 1 => d / 2, _ => d / 4 };
+        let pairing = if half { Pairing::Half } else { Pairing::Interleaved };
+        let extent = if norm % 2 == 0 { NormExtent::Head } else { NormExtent::Token };
+        let attention = AttentionSpec {
+            window,
+            soft_cap,
+            rope: (pairs > 0).then_some(Rope { table: 1, pairing }),
+            qk_norm: (norm > 0).then_some(QkNorm { extent, after_rope: norm > 2, eps: 1e-5 }),
+            value_norm: value_norm.then_some(1e-6),
+            query_growth: grows.then_some(QueryGrowth { beta: 0.1, length: 16 }),
+            ..plain_attention(heads, kv, d)
         };
-        let packed = pack(&identity, Columns::Plain);
-        let weight = Tensor::ones(width, DType::F32, &Device::Cpu).unwrap();
-        let x = random(&[t, width], &mut seed);
+        let norm_width = |heads: usize| if extent == NormExtent::Head { d } else { heads * d };
+        let ropes = [
+            RopeTable { frequencies: random(3, &mut seed), factor: 1.0 },
+            RopeTable { frequencies: random(pairs, &mut seed), factor: 1.2 },
+        ];
+        let width = attention.qkv_width();
+        let case = Case {
+            attention,
+            ropes: &ropes,
+            q_norm: random(norm_width(heads), &mut seed),
+            k_norm: random(norm_width(kv), &mut seed),
+            sinks: has_sinks.then(|| random(heads, &mut seed)),
+            block_size,
+            earlier: random(step.blocks * block_size * width, &mut seed),
+        };
+        let x = random(step.positions.len() * width, &mut seed);
+        let places = (step.positions.as_slice(), step.slots.as_slice());
 
-        let mut cache = cpu::Cache::new(step.blocks, Shape { kv, d, block_size }).unwrap();
-        let zeros = || Tensor::zeros((step.blocks, block_size, kv, d), DType::F32, &Device::Cpu).unwrap();
-        let tensors = composed::KvCache { k: zeros(), v: zeros() };
-        let all = step.blocks * block_size;
-        let everywhere: Vec<u32> = (0..all as u32).collect();
-        {
-            let row = [BatchRow { start: 0, len: all, context: all, blocks: Arc::new((0..step.blocks as u32).collect()) }];
-            let inputs = Inputs { tokens: &everywhere, positions: &everywhere, slots: &everywhere, rows: &row, frequencies: &frequencies };
-            let mut ours = cpu::Activations::new(Sizes { max_tokens: all, ..sizes }, threads, Products::F32).unwrap();
-            ours.begin(&inputs).unwrap();
-            ours.set_x(&values(&earlier));
-            ours.norm(&weight, 1e-5).unwrap();
-            ours.project(&packed, None).unwrap();
-            ours.rope_and_store(rope, &mut cache).unwrap();
-            let mut theirs = composed::Activations::new(&Device::Cpu, block_size);
-            theirs.begin(&inputs).unwrap();
-            theirs.set_x(earlier);
-            theirs.norm(&weight, 1e-5).unwrap();
-            theirs.project(&Matrix::Tensor(identity.clone()), None).unwrap();
-            theirs.rope_and_store(heads, rope, &tensors).unwrap();
-        }
-
-        let mut ours = cpu::Activations::new(sizes, threads, Products::F32).unwrap();
-        ours.begin(&inputs).unwrap();
-        ours.set_x(&values(&x));
-        ours.norm(&weight, 1e-5).unwrap();
-        ours.project(&packed, None).unwrap();
-        ours.rope_and_store(rope, &mut cache).unwrap();
-        ours.attend(&cache).unwrap();
-        let attended = ours.values("attended").to_vec();
-
-        let mut theirs = composed::Activations::new(&Device::Cpu, block_size);
-        theirs.begin(&inputs).unwrap();
-        theirs.set_x(x.clone());
-        theirs.norm(&weight, 1e-5).unwrap();
-        theirs.project(&Matrix::Tensor(identity.clone()), None).unwrap();
-        theirs.rope_and_store(heads, rope, &tensors).unwrap();
-        theirs.attend(&tensors).unwrap();
-        assert_close(&attended, theirs.value("attended").unwrap(), 3e-5, "attended");
-        let q = theirs.value("qkv").unwrap();
-        let our_q: Vec<f32> = ours.values("qkv").chunks_exact(width).flat_map(|row| row[..heads * d].to_vec()).collect();
-        assert_close(&our_q, q, 2e-5, "q");
+        let mut ours = cpu(step.blocks * block_size, width, &[attention], block_size, threads);
+        let mut cache = case.filled_cache(&mut ours, step.blocks);
+        let (our_q, attended) = case.run(&mut ours, &mut cache, &step.rows, places, &x);
+        let mut theirs = Candle::new(&Device::Cpu);
+        let mut tensors = case.filled_cache(&mut theirs, step.blocks);
+        let (q, expected) = case.run(&mut theirs, &mut tensors, &step.rows, places, &x);
+        assert_close(&our_q, &q, 2e-5, "q");
+        assert_close(&attended, &expected, 5e-5, "attended");
         for slot in &step.slots {
             for head in 0..kv {
                 let (key, value) = cache.read(*slot as usize, head);
-                let at = |cache: &Tensor| {
+                let at = |cache: &candle_core::Tensor| {
                     let block = cache.get(*slot as usize / block_size).unwrap();
-                    block.get(*slot as usize % block_size).unwrap().get(head).unwrap()
+                    block.get(*slot as usize % block_size).unwrap().get(head).unwrap().to_vec1::<f32>().unwrap()
                 };
                 assert_close(&key, &at(&tensors.k), 2e-5, "key");
                 assert_close(&value, &at(&tensors.v), 2e-5, "value");
             }
         }
         // Cut finely, too.
-        let batch = composed::Batch::new(&inputs, block_size, &Device::Cpu).unwrap();
-        let groups = composed::groups(&batch, heads, kv * d, composed::Bounds { scores, gathered }, &Device::Cpu).unwrap();
-        let cut = composed::Batch { groups: groups.into(), ..batch };
-        assert_close(&attended, &composed::paged_attention(q, &cut, &tensors).unwrap(), 3e-5, "cut finely");
+        theirs.bounds = Bounds { scores: bounds.0, gathered: bounds.1 };
+        let (_, cut) = case.run(&mut theirs, &mut tensors, &step.rows, places, &x);
+        assert_close(&attended, &cut, 5e-5, "cut finely");
 
         // Token by token, alone: the same bits.
-        let (x, mut alone) = (values(&x), cpu::Activations::new(sizes, 1, Products::F32).unwrap());
+        let mut alone = cpu(1, width, &[attention], block_size, 1);
         for row in &step.rows {
             for i in 0..row.len {
                 let at = row.start + i;
                 let rows = [BatchRow { start: 0, len: 1, context: row.context - row.len + i + 1, blocks: row.blocks.clone() }];
-                let one = |all: &[u32]| [all[at]];
-                let (tokens, positions, slots) = (one(&step.tokens), one(&step.positions), one(&step.slots));
-                alone.begin(&Inputs { tokens: &tokens, positions: &positions, slots: &slots, rows: &rows, frequencies: &frequencies }).unwrap();
-                alone.set_x(&x[at * width..(at + 1) * width]);
-                alone.norm(&weight, 1e-5).unwrap();
-                alone.project(&packed, None).unwrap();
-                alone.rope_and_store(rope, &mut cache).unwrap();
-                alone.attend(&cache).unwrap();
-                prop_assert_eq!(alone.values("attended"), &attended[at * heads * d..(at + 1) * heads * d]);
+                let places = (&step.positions[at..at + 1], &step.slots[at..at + 1]);
+                let (_, one) = case.run(&mut alone, &mut cache, &rows, places, &x[at * width..(at + 1) * width]);
+                prop_assert_eq!(&one[..], &attended[at * heads * d..(at + 1) * heads * d]);
             }
         }
     }
 
     #[test]
-    fn rows(t in 1usize..30, hidden in 1usize..70, half in 1usize..40, vocab in 1usize..70, mut seed in any::<u64>()) {
-        let sizes = Sizes { max_tokens: t, max_logits: t, hidden, heads: 1, kv: 1, d: 2, intermediate: half, vocab, block_size: 16 };
-        let (x, weight) = (random(&[t, hidden], &mut seed), random(&[hidden], &mut seed));
-        let (gate_up, bias) = ((random(&[2 * half, hidden], &mut seed) * 0.5).unwrap(), random(&[2 * half], &mut seed));
-        let (down, down_bias, table) = (random(&[hidden, half], &mut seed), random(&[hidden], &mut seed), random(&[vocab, hidden], &mut seed));
-        let tokens: Vec<u32> = (0..t as u32).map(|i| i * 7 % vocab as u32).collect();
-        let positions: Vec<u32> = (0..t as u32).collect();
-        let rows = [BatchRow { start: 0, len: t, context: t, blocks: Arc::new((0..t.div_ceil(16) as u32).collect()) }];
-        let inputs = Inputs { tokens: &tokens, positions: &positions, slots: &positions, rows: &rows, frequencies: &[1.0] };
-        let (mut ours, mut theirs) = (cpu::Activations::new(sizes, 2, Products::F32).unwrap(), composed::Activations::new(&Device::Cpu, 16));
-        ours.begin(&inputs).unwrap();
-        theirs.begin(&inputs).unwrap();
-        let packed = pack(&table, Columns::Plain);
-        ours.embed(&packed).unwrap();
-        theirs.embed(&Matrix::Tensor(table.clone())).unwrap();
-        assert_close(ours.values("x"), theirs.value("x").unwrap(), 0.0, "embed");
-        ours.set_x(&values(&x));
-        theirs.set_x(x);
-        ours.norm(&weight, 1e-5).unwrap();
-        theirs.norm(&weight, 1e-5).unwrap();
-        assert_close(ours.values("normed"), theirs.value("normed").unwrap(), 1e-5, "norm");
-        for bias in [None, Some(&bias)] {
-            ours.gate(&pack(&gate_up, Columns::Gated), bias).unwrap();
-            theirs.gate(&Matrix::Tensor(gate_up.clone()), bias).unwrap();
-            assert_close(ours.values("gated"), theirs.value("gated").unwrap(), 1e-5, "gate");
+    fn rows(t in 1usize..30, hidden in 1usize..70, half in 1usize..40, vocab in 1usize..70, seed in any::<u64>()) {
+        let ours = rows_on(&mut cpu(t.max(vocab), hidden.max(half), &[plain_attention(1, 1, 2)], 16, 2), t, hidden, half, vocab, seed);
+        let theirs = rows_on(&mut Candle::new(&Device::Cpu), t, hidden, half, vocab, seed);
+        for ((name, tolerance, ours), (_, _, theirs)) in ours.iter().zip(&theirs) {
+            assert_close(ours, theirs, *tolerance, name);
         }
-        for bias in [None, Some(&down_bias)] {
-            ours.add_gated(&pack(&down, Columns::Plain), bias).unwrap();
-            theirs.add_gated(&Matrix::Tensor(down.clone()), bias).unwrap();
-            assert_close(ours.values("x"), theirs.value("x").unwrap(), 2e-5, "down");
-        }
-        let picked: Vec<usize> = (0..t).step_by(2).collect();
-        ours.head(&picked, &weight, 1e-5, &packed).unwrap();
-        theirs.head(&picked, &weight, 1e-5, &Matrix::Tensor(table.clone())).unwrap();
-        assert_close(ours.logits(), theirs.logits().unwrap(), 3e-5, "logits");
-        prop_assert!(super::Activations::Cpu(Box::new(ours)).embed(&Matrix::Tensor(table)).is_err());
     }
+
+    #[test]
+    fn experts(t in 1usize..24, hidden in 1usize..40, inner in 1usize..30, count in 2usize..9, top_k in 1usize..4, fn_of in 0usize..3,
+        biased in any::<bool>(), seed in any::<u64>(),
+    ) {
+        let score = [RouterScore::Softmax, RouterScore::TopKSoftmax, RouterScore::Sigmoid][fn_of];
+        let normalize = biased.then_some(Normalize { epsilon: 1e-20, least: 0.0 });
+        let routing = RoutingSpec { experts: count, top_k: top_k.min(count), score, normalize, scale: 1.5 };
+        let limits = ExpertLimits { hidden, intermediate: inner, experts: count, top_k };
+        let limits = StepLimits { experts: Some(limits), ..limits_of(t, hidden.max(inner).max(count)) };
+        let mut ours = Cpu::new(&limits, 2, ComputeDtype::F32).unwrap();
+        let (all, _) = experts_on(&mut ours, routing, biased, t, hidden, inner, seed, None);
+        let (expected, _) = experts_on(&mut Candle::new(&Device::Cpu), routing, biased, t, hidden, inner, seed, None);
+        assert_close(&all, &expected, 3e-5, "experts");
+        for row in 0..t {
+            let (one, _) = experts_on(&mut ours, routing, biased, t, hidden, inner, seed, Some(row));
+            prop_assert_eq!(&one[..], &all[row * hidden..(row + 1) * hidden], "row {} alone", row);
+        }
+    }
+}
+
+fn limits_of(max_tokens: usize, widest: usize) -> StepLimits {
+    let attention = vec![plain_attention(1, 1, 2)];
+    StepLimits { max_tokens, max_logits: 1, widest, block_size: 16, attention, frequencies: 1, experts: None }
+}
+
+/// The operations on rows, each with its tolerance and its result.
+fn rows_on<B: Backend>(
+    backend: &mut B,
+    t: usize,
+    hidden: usize,
+    half: usize,
+    vocab: usize,
+    mut seed: u64,
+) -> Vec<(&'static str, f32, Vec<f32>)> {
+    let mut numbers = |n: usize| random(n, &mut seed);
+    let (x_values, weight, bias) = (numbers(t * hidden), numbers(hidden), numbers(hidden));
+    let gate_up = TestMatrix::new(numbers(2 * half * hidden).into_iter().map(|x| x * 0.5).collect(), hidden);
+    let (gate_bias, down, down_bias) = (numbers(2 * half), TestMatrix::new(numbers(hidden * half), half), numbers(hidden));
+    let table = TestMatrix::new(numbers(vocab * hidden), hidden);
+    let mut results = Vec::new();
+
+    let mut x = write(backend, &x_values, hidden);
+    let tokens: Vec<u32> = (0..t as u32).map(|i| i * 7 % vocab as u32).collect();
+    let row = BatchRow { start: 0, len: t, context: t, blocks: Arc::new(vec![0]) };
+    backend.begin(&Batch { tokens: &tokens, positions: &tokens, slots: &tokens, rows: &[row], ropes: &[] }).unwrap();
+    let table = table.linear(backend, Columns::Plain, None);
+    let mut out = backend.buffer(t, hidden).unwrap();
+    backend.embed(&table.weight, 1.0, &mut out).unwrap();
+    results.push(("embed", 0.0, read(backend, &mut out)));
+    backend.embed(&table.weight, 3.5, &mut out).unwrap();
+    results.push(("embed scaled", 1e-6, read(backend, &mut out)));
+
+    for (name, kind) in [("rms norm", NormKind::Rms), ("layer norm", NormKind::Layer)] {
+        let bias = (kind == NormKind::Layer).then(|| backend.vector(bias.clone()).unwrap());
+        let norm = Norm { kind, weight: backend.vector(weight.clone()).unwrap(), bias, eps: 1e-3 };
+        backend.norm(&x, &norm, &mut out).unwrap();
+        results.push((name, 2e-5, read(backend, &mut out)));
+        backend.norm_add(&x, &norm, 0.5, &mut out).unwrap();
+        results.push((name, 4e-5, read(backend, &mut out)));
+    }
+    let mut inner = backend.buffer(t, 2 * half).unwrap();
+    for bias in [None, Some(gate_bias.as_slice())] {
+        for activation in [Activation::Silu, Activation::GeluTanh, Activation::Relu2] {
+            let gated = gate_up.linear(backend, Columns::Gated, bias);
+            backend.linear(&x, &gated, Epilogue::Gated(activation), &mut inner).unwrap();
+            results.push(("gated", 2e-5, read(backend, &mut inner)));
+            let plain = gate_up.linear(backend, Columns::Plain, bias);
+            backend.linear(&x, &plain, Epilogue::Activate(activation), &mut inner).unwrap();
+            results.push(("activated", 2e-5, read(backend, &mut inner)));
+        }
+    }
+    let gated = gate_up.linear(backend, Columns::Gated, None);
+    backend.linear(&x, &gated, Epilogue::Gated(Activation::Silu), &mut inner).unwrap();
+    for (bias, factor) in [(None, 1.0), (Some(down_bias.as_slice()), 0.25)] {
+        let down = down.linear(backend, Columns::Plain, bias);
+        backend.linear(&inner, &down, Epilogue::Add(factor), &mut x).unwrap();
+        results.push(("down", 5e-5, read(backend, &mut x)));
+    }
+    let picked: Vec<usize> = (0..t).step_by(2).collect();
+    let (mut some, mut logits) = (backend.buffer(t, hidden).unwrap(), backend.buffer(t, vocab).unwrap());
+    backend.pick(&x, &picked, &mut some).unwrap();
+    backend.linear(&some, &table, Epilogue::Store, &mut logits).unwrap();
+    results.push(("logits", 1e-4, read(backend, &mut logits)));
+    backend.scale_and_cap(&mut logits, 0.5, Some(3.0)).unwrap();
+    results.push(("logits with a cap", 1e-4, read(backend, &mut logits)));
+    backend.scale_and_cap(&mut logits, 2.0, None).unwrap();
+    results.push(("logits scaled", 1e-4, read(backend, &mut logits)));
+    backend.copy(&x, &mut out).unwrap();
+    results.push(("copy", 5e-5, read(backend, &mut out)));
+    results
+}
+
+/// The routed experts of every row, or of one of them alone; and the router's logits.
+#[allow(clippy::too_many_arguments)]
+fn experts_on<B: Backend>(
+    backend: &mut B,
+    routing: RoutingSpec,
+    biased: bool,
+    t: usize,
+    hidden: usize,
+    inner: usize,
+    mut seed: u64,
+    alone: Option<usize>,
+) -> (Vec<f32>, Vec<f32>) {
+    let mut numbers = |n: usize| random(n, &mut seed);
+    let (x, before, logits) = (numbers(t * hidden), numbers(t * hidden), numbers(t * routing.experts));
+    let choice_bias = numbers(routing.experts);
+    let experts = (0..routing.experts).map(|_| {
+        let (gate_up, bias) = (TestMatrix::new(numbers(2 * inner * hidden), hidden), numbers(2 * inner));
+        let (down, down_bias) = (TestMatrix::new(numbers(hidden * inner), inner), numbers(hidden));
+        Expert {
+            gate_up: gate_up.linear(backend, Columns::Gated, biased.then_some(&bias[..])),
+            down: down.linear(backend, Columns::Plain, biased.then_some(&down_bias[..])),
+        }
+    });
+    let experts = experts.collect();
+    let choice_bias = biased.then(|| backend.vector(choice_bias).unwrap());
+    let experts = Experts { routing, choice_bias, activation: Activation::Silu, experts };
+    let of = |values: &[f32], width: usize| alone.map_or(values.to_vec(), |row| values[row * width..(row + 1) * width].to_vec());
+    let x = write(backend, &of(&x, hidden), hidden);
+    let mut router = write(backend, &of(&logits, routing.experts), routing.experts);
+    let mut out = write(backend, &of(&before, hidden), hidden);
+    backend.experts(&x, &router, &experts, Epilogue::Add(0.5), &mut out).unwrap();
+    let added = read(backend, &mut out);
+    backend.experts(&x, &router, &experts, Epilogue::Store, &mut out).unwrap();
+    let stored = read(backend, &mut out);
+    for ((added, stored), before) in added.iter().zip(&stored).zip(of(&before, hidden)) {
+        assert!((added - (before + 0.5 * stored)).abs() < 1e-4 * (1.0 + added.abs()), "{added} {before} {stored}");
+    }
+    (stored, read(backend, &mut router))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    /// Panels and ggml's blocks hold the numbers that the encoders give and take the bytes that were planned; candle's arithmetic on its
+    /// blocks is near to f32 on the same numbers.
+    #[test]
+    fn both_backends_hold_the_same_quantized_weights(
+        n in 1usize..70, supers in 1usize..4, t in 1usize..20, four in any::<bool>(), mut seed in any::<u64>(),
+    ) {
+        let k = supers * quantize::SUPER_BLOCK;
+        let format = if four { WeightFormat::Int4 } else { WeightFormat::Int8 };
+        let matrix = TestMatrix::new(random(n * k, &mut seed), k);
+        let read_row = |row: &[f32]| match format {
+            WeightFormat::Int4 => quantize::row4(row).unwrap().dequantize(),
+            _ => quantize::row8(row).unwrap().dequantize(),
+        };
+        let exact: Vec<Vec<f32>> = matrix.values.chunks_exact(k).map(read_row).collect();
+        let ours = cpu(1, k, &[plain_attention(1, 1, 2)], 16, 1);
+        let packed = matrix.load(&ours, Some(format), Columns::Plain);
+        prop_assert_eq!((packed.format, packed.bytes()), Cpu::weight_bytes(n, k, false, Some(format), Columns::Plain));
+        let mut row = vec![0.0; k];
+        for (i, exact) in exact.iter().enumerate() {
+            packed.row(i, &mut row);
+            prop_assert_eq!(&row, exact);
+        }
+        let mut theirs = Candle::new(&Device::Cpu);
+        let weight = matrix.load(&theirs, Some(format), Columns::Plain);
+        let candle::Matrix::Blocks(blocks) = &weight else { unreachable!() };
+        prop_assert_eq!(blocks.storage_size_in_bytes(), Candle::weight_bytes(n, k, false, Some(format), Columns::Plain).1);
+        prop_assert_eq!(blocks.dequantize(&Device::Cpu).unwrap().to_vec2::<f32>().unwrap(), exact.clone());
+        let x = random(t * k, &mut seed);
+        let mut out = theirs.buffer(t, n).unwrap();
+        let buffer = write(&mut theirs, &x, k);
+        theirs.linear(&buffer, &Linear { weight, bias: None }, Epilogue::Store, &mut out).unwrap();
+        // Activations are rounded to 1/127 of the largest of 256, each by half a step at most and in a random direction.
+        let tolerance = 4.0 * (k as f32).sqrt() / 254.0;
+        let got = read(&mut theirs, &mut out);
+        for (got, x) in got.chunks_exact(n).zip(x.chunks_exact(k)) {
+            for (got, weights) in got.iter().zip(&exact) {
+                let want: f32 = weights.iter().zip(x).map(|(w, x)| w * x).sum();
+                prop_assert!((got - want).abs() < tolerance, "{} {}", got, want);
+            }
+        }
+    }
+}
+
+#[test]
+fn what_does_not_belong_together_is_an_error() {
+    let mut backend = cpu(4, 8, &[plain_attention(1, 1, 2)], 16, 1);
+    let x = write(&mut backend, &[1.0; 8], 4);
+    let matrix = TestMatrix::new(vec![1.0; 8], 4);
+    let gated = matrix.linear(&backend, Columns::Gated, None);
+    let mut out = backend.buffer(4, 2).unwrap();
+    assert!(backend.linear(&x, &gated, Epilogue::Store, &mut out).is_err(), "gates are not a sum");
+    let plain = matrix.linear(&backend, Columns::Plain, None);
+    assert!(backend.linear(&x, &plain, Epilogue::Gated(Activation::Silu), &mut out).is_err());
+    assert!(backend.linear(&out, &plain, Epilogue::Store, &mut backend.buffer(4, 2).unwrap()).is_err(), "another width");
+    assert!(backend.pick(&x, &[2], &mut out).is_err(), "a row that is not there");
 }

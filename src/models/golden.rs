@@ -6,12 +6,20 @@ use std::sync::Arc;
 use half::bf16;
 use serde_json::json;
 
-use super::architecture::Architecture;
-use super::files::{ModelFiles, Source};
+use super::families::Model;
 use super::runner::ModelRunner;
-use super::weights::Checkpoint;
-use super::{Draw, Plan, Row, Runner};
+use super::tensors::Tensors;
+use super::{Plan, Row, Runner, SamplingMetadata, SamplingParams};
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::files::{ModelFiles, Source};
 use crate::config::{DeviceChoice, EngineSettings};
+use crate::kernels::candle::Candle;
+use crate::kernels::cpu::Cpu;
+use crate::kernels::testing::{TestMatrix, plain_attention, read};
+use crate::kernels::{
+    Activation, AttentionSpec, AttentionWeights, Backend, Batch, BatchRow, Columns, ComputeDtype, Epilogue, Norm, NormKind, Pairing, Rope,
+    RopeTable, StepLimits,
+};
 
 const IDS: [u32; 6] = [1, 5, 9, 3, 14, 7];
 const TOLERANCE: f32 = 1e-4;
@@ -143,8 +151,8 @@ fn load(files: &ModelFiles) -> Result<ModelRunner, crate::error::Failure> {
     ModelRunner::load(files, || Ok(usize::MAX), &settings)
 }
 
-pub(crate) fn greedy() -> Draw {
-    Draw { temperature: 0.0, ..Default::default() }
+pub(crate) fn greedy() -> SamplingMetadata {
+    SamplingParams { temperature: 0.0, ..Default::default() }.into()
 }
 
 /// A plan that runs `ids[from..to]` of one sequence whose blocks are scattered over the pool.
@@ -155,7 +163,15 @@ pub(crate) fn chunk(ids: &[u32], from: usize, to: usize, block_size: usize) -> P
         tokens: ids[from..to].to_vec(),
         positions: (from as u32..to as u32).collect(),
         slots: (from..to).map(slot).collect(),
-        rows: vec![Row { start: 0, len: to - from, context: to, blocks: Arc::new(blocks), draw: Some(greedy()), proposed: 0, score: None }],
+        rows: vec![Row {
+            start: 0,
+            len: to - from,
+            context: to,
+            blocks: Arc::new(blocks),
+            sampling: Some(greedy()),
+            draft_len: 0,
+            score: None,
+        }],
     }
 }
 
@@ -355,9 +371,10 @@ fn a_stored_head_counts_where_it_differs_from_the_embedding() {
     let embedding = named(&pt, "embed_tokens.weight");
     let with_head = |head: Weights| [&pt[..], &[Weights { name: "lm_head.weight".into(), ..head }]].concat();
     let opened = |files: &ModelFiles| {
-        let shape = Architecture::from_files(files).unwrap();
-        let checkpoint = Checkpoint::open(files, &shape).unwrap();
-        (checkpoint.tied, checkpoint.warnings(&shape), checkpoint.unused())
+        let model = Model::from_files(files).unwrap();
+        let checkpoint = Checkpoint::open(files, None).unwrap();
+        let tensors = Tensors::find(&checkpoint, &model).unwrap();
+        (tensors.tied, tensors.warnings.clone(), tensors.unused())
     };
     for (head, layout) in [(embedding.clone(), "[out, in]"), (embedding.transposed(), "[in, out]")] {
         let equal = files(safetensors(&with_head(head), "model.", Stored::F32));
@@ -385,8 +402,8 @@ fn a_quantization_over_plain_tensors_is_told_and_packed_ones_are_refused() {
     let mut quantized = config();
     quantized["quantization_config"] = json!({"quant_method": "gptq", "bits": 4});
     let plain = files_with(quantized.clone(), safetensors(&tiny(), "model.", Stored::F32));
-    let shape = Architecture::from_files(&plain).unwrap();
-    let warnings = Checkpoint::open(&plain, &shape).unwrap().warnings(&shape);
+    let model = Model::from_files(&plain).unwrap();
+    let warnings = Tensors::find(&Checkpoint::open(&plain, None).unwrap(), &model).unwrap().warnings;
     assert!(
         warnings.len() == 1 && warnings[0].contains("quantization_config (gptq)") && warnings[0].contains("not applied"),
         "{warnings:?}"
@@ -441,102 +458,100 @@ fn a_cut_file_is_an_error() {
 }
 
 /// The specification's intermediate values of layer 0 and the final norm, at the last position: they tell which kernel is wrong when the logits are.
-#[test]
-fn the_values_inside_the_layers() {
-    use crate::kernels::cpu::packed::{Columns, Form, Packed};
-    use crate::kernels::{Activations, BatchRow, Inputs, KvCache, Matrix, Products, Rope, Sizes, composed, cpu};
-    use candle_core::{DType, Device, Tensor};
+fn values_inside_the_layers<B: Backend>(mut backend: B, what: &str) {
     let all = tiny();
-    let tensor = |name: &str| {
+    let weights = |name: &str| {
         let weights = named(&all, &format!("{name}.weight"));
-        Tensor::from_vec(weights.values, weights.shape, &Device::Cpu).unwrap()
+        let width = *weights.shape.last().unwrap();
+        TestMatrix::new(weights.values, width)
     };
-    let sizes = Sizes {
-        max_tokens: 8,
-        max_logits: 1,
-        hidden: 8,
-        heads: 4,
-        kv: 2,
-        d: 4,
-        intermediate: tensor("layers.0.mlp.up_proj").dim(0).unwrap(),
-        vocab: 16,
-        block_size: 8,
+    let stacked = |names: &[&str]| {
+        let parts: Vec<TestMatrix> = names.iter().map(|name| weights(name)).collect();
+        TestMatrix::new(parts.iter().flat_map(|part| part.values.clone()).collect(), parts[0].width)
     };
-    let sizes = Sizes { vocab: tensor("embed_tokens").dim(0).unwrap(), ..sizes };
     let t = IDS.len();
-    let frequencies: Vec<f32> = (0..2).map(|i| 500_000f32.powf(-2.0 * i as f32 / 4.0)).collect();
     let positions: Vec<u32> = (0..t as u32).collect();
     let rows = [BatchRow { start: 0, len: t, context: t, blocks: Arc::new(vec![0]) }];
-    let inputs = Inputs { tokens: &IDS, positions: &positions, slots: &positions, rows: &rows, frequencies: &frequencies };
-    for on_tensors in [false, true] {
-        let mut values = if on_tensors {
-            Activations::Tensors(Box::new(composed::Activations::new(&Device::Cpu, 8)))
-        } else {
-            Activations::Cpu(Box::new(cpu::Activations::new(sizes, 2, Products::F32).unwrap()))
-        };
-        let pack = |tensor: &Tensor, columns: Columns| {
-            let rows = tensor.to_vec2::<f32>().unwrap();
-            let fill = |row: usize, (): &mut (), out: &mut cpu::packed::Row| out.f32 = rows[row].clone();
-            Matrix::Packed(Packed::new(rows.len(), rows[0].len(), Form::F32, columns, &fill).unwrap())
-        };
-        let form = |tensor: Tensor, columns: Columns| {
-            if on_tensors { Matrix::Tensor(tensor) } else { pack(&tensor, columns) }
-        };
-        let last = |values: &Activations, name: &str| -> Vec<f32> {
-            match values {
-                Activations::Cpu(values) => values.values(name).chunks_exact(values.values(name).len() / t).next_back().unwrap().to_vec(),
-                Activations::Tensors(values) => values.value(name).unwrap().get(t - 1).unwrap().to_vec1().unwrap(),
-            }
-        };
-        let embedding = form(tensor("embed_tokens"), Columns::Plain);
-        values.begin(&inputs).unwrap();
-        values.embed(&embedding).unwrap();
-        for n in 0..2 {
-            let what = |what: &str| format!("{what}, tensors: {on_tensors}");
-            let weight = |name: &str| tensor(&format!("layers.{n}.{name}"));
-            let plain = |name: &str| form(weight(name), Columns::Plain);
-            let zeros = || Tensor::zeros((1, 8, 2, 4), DType::F32, &Device::Cpu).unwrap();
-            let mut cache = if on_tensors {
-                KvCache::Tensors(composed::KvCache { k: zeros(), v: zeros() })
-            } else {
-                KvCache::Cpu(cpu::Cache::new(1, cpu::attention::Shape { kv: 2, d: 4, block_size: 8 }).unwrap())
-            };
-            let projections = [weight("self_attn.q_proj"), weight("self_attn.k_proj"), weight("self_attn.v_proj")];
-            let gate_up = Tensor::cat(&[weight("mlp.gate_proj"), weight("mlp.up_proj")], 0).unwrap();
-            values.norm(&weight("input_layernorm"), 1e-5).unwrap();
-            let normed = last(&values, "normed");
-            values.project(&form(Tensor::cat(&projections, 0).unwrap(), Columns::Plain), None).unwrap();
-            let qkv = last(&values, "qkv");
-            values.rope_and_store(4, Rope::Interleaved, &mut cache).unwrap();
-            let q = last(&values, "qkv");
-            values.attend(&cache).unwrap();
-            let before = last(&values, "x");
-            values.add_attended(&plain("self_attn.o_proj"), None).unwrap();
-            let attended: Vec<f32> = last(&values, "x").iter().zip(&before).map(|(after, before)| after - before).collect();
-            values.norm(&weight("post_attention_layernorm"), 1e-5).unwrap();
-            values.gate(&form(gate_up, Columns::Gated), None).unwrap();
-            values.add_gated(&plain("mlp.down_proj"), None).unwrap();
-            if n == 0 {
-                let norm = [0.05375, -0.68647, -1.34548, -1.20313, 0.35758, 0.42115, -0.16891, 1.98315];
-                close(&normed, &norm, TOLERANCE, &what("input norm"));
-                close(&qkv[..4], &[0.67490, 2.45845, 1.76291, 1.30635], TOLERANCE, &what("q before rope"));
-                close(&q[..4], &[2.54891, 0.05019, 1.75363, 1.31878], TOLERANCE, &what("q after rope"));
-                let output = [1.82623, 4.48758, 1.69352, 0.27170, -6.48794, -1.84224, -0.56767, -4.05965];
-                close(&attended, &output, TOLERANCE, &what("attention output"));
-                let output = [-1.15668, 14.35059, -2.46583, 2.17769, -11.50883, -5.31448, 0.13706, -10.63215];
-                close(&last(&values, "x"), &output, TOLERANCE, &what("layer output"));
-            }
+    let frequencies = (0..2).map(|i| 500_000f32.powf(-2.0 * i as f32 / 4.0)).collect();
+    let ropes = [RopeTable { frequencies, factor: 1.0 }];
+    let rope = Rope { table: 0, pairing: Pairing::Interleaved };
+    let attention = AttentionSpec { rope: Some(rope), ..plain_attention(4, 2, 4) };
+    let vectors = AttentionWeights::default();
+    let norm = |backend: &B, name: &str| Norm {
+        kind: NormKind::Rms,
+        weight: backend.vector(weights(name).values).unwrap(),
+        bias: None,
+        eps: 1e-5,
+    };
+    let buffer = |backend: &B, width: usize| backend.buffer(8, width).unwrap();
+    let (mut x, mut normed, mut qkv) = (buffer(&backend, 8), buffer(&backend, 8), buffer(&backend, 32));
+    let (mut attended, mut hidden, mut output) = (buffer(&backend, 16), buffer(&backend, 12), buffer(&backend, 8));
+    let last = |backend: &mut B, buffer: &mut B::Buffer| {
+        let values = read(backend, buffer);
+        values[values.len() / t * (t - 1)..].to_vec()
+    };
+    let embedding = weights("embed_tokens").linear(&backend, Columns::Plain, None);
+    backend.begin(&Batch { tokens: &IDS, positions: &positions, slots: &positions, rows: &rows, ropes: &ropes }).unwrap();
+    backend.embed(&embedding.weight, 1.0, &mut x).unwrap();
+    for n in 0..2 {
+        let what = |value: &str| format!("{what}: {value}");
+        let name = |part: &str| format!("layers.{n}.{part}");
+        let mut cache = backend.kv_cache(attention.kv_shape(1, 8)).unwrap();
+        let input_norm = norm(&backend, &name("input_layernorm"));
+        backend.norm(&x, &input_norm, &mut normed).unwrap();
+        let projections = stacked(&[&name("self_attn.q_proj"), &name("self_attn.k_proj"), &name("self_attn.v_proj")]);
+        let projections = projections.linear(&backend, Columns::Plain, None);
+        backend.linear(&normed, &projections, Epilogue::Store, &mut qkv).unwrap();
+        let (first_norm, before_rope) = (last(&mut backend, &mut normed), last(&mut backend, &mut qkv));
+        backend.rope_and_store(&mut qkv, &attention, &vectors, &mut cache).unwrap();
+        let after_rope = last(&mut backend, &mut qkv);
+        backend.attend(&qkv, &attention, &vectors, &cache, &mut attended).unwrap();
+        let projection = weights(&name("self_attn.o_proj")).linear(&backend, Columns::Plain, None);
+        backend.linear(&attended, &projection, Epilogue::Store, &mut output).unwrap();
+        let attention_output = last(&mut backend, &mut output);
+        backend.linear(&attended, &projection, Epilogue::Add(1.0), &mut x).unwrap();
+        let post_norm = norm(&backend, &name("post_attention_layernorm"));
+        backend.norm(&x, &post_norm, &mut normed).unwrap();
+        let gate_up = stacked(&[&name("mlp.gate_proj"), &name("mlp.up_proj")]).linear(&backend, Columns::Gated, None);
+        backend.linear(&normed, &gate_up, Epilogue::Gated(Activation::Silu), &mut hidden).unwrap();
+        let down = weights(&name("mlp.down_proj")).linear(&backend, Columns::Plain, None);
+        backend.linear(&hidden, &down, Epilogue::Add(1.0), &mut x).unwrap();
+        if n == 0 {
+            let want = [0.05375, -0.68647, -1.34548, -1.20313, 0.35758, 0.42115, -0.16891, 1.98315];
+            close(&first_norm, &want, TOLERANCE, &what("input norm"));
+            close(&before_rope[..4], &[0.67490, 2.45845, 1.76291, 1.30635], TOLERANCE, &what("q before rope"));
+            close(&after_rope[..4], &[2.54891, 0.05019, 1.75363, 1.31878], TOLERANCE, &what("q after rope"));
+            let want = [1.82623, 4.48758, 1.69352, 0.27170, -6.48794, -1.84224, -0.56767, -4.05965];
+            close(&attention_output, &want, TOLERANCE, &what("attention output"));
+            let want = [-1.15668, 14.35059, -2.46583, 2.17769, -11.50883, -5.31448, 0.13706, -10.63215];
+            close(&last(&mut backend, &mut x), &want, TOLERANCE, &what("layer output"));
         }
-        values.head(&[t - 1], &tensor("norm"), 1e-5, &embedding).unwrap();
-        let logits: Vec<f32> = match &mut values {
-            Activations::Cpu(values) => values.logits().to_vec(),
-            Activations::Tensors(values) => values.logits().unwrap().get(0).unwrap().to_vec1().unwrap(),
-        };
-        close(&logits, &LAST, TOLERANCE, "logits");
-        let log_sum = logits.iter().map(|logit| logit.exp()).sum::<f32>().ln();
-        close(&[logits[6] - log_sum, logits[3] - log_sum], &[-0.05537, -3.67661], TOLERANCE, "log-softmax at 6 and 3");
-        values.norm(&tensor("norm"), 1e-5).unwrap();
-        let norm = [0.33707, 2.35069, -1.01576, -0.46335, -1.07550, -0.91664, -0.98052, -0.63853];
-        close(&last(&values, "normed"), &norm, TOLERANCE, "final norm");
     }
+    let final_norm = norm(&backend, "norm");
+    backend.norm(&x, &final_norm, &mut normed).unwrap();
+    let want = [0.33707, 2.35069, -1.01576, -0.46335, -1.07550, -0.91664, -0.98052, -0.63853];
+    close(&last(&mut backend, &mut normed), &want, TOLERANCE, &format!("{what}: final norm"));
+    let (mut picked, mut logits) = (buffer(&backend, 8), buffer(&backend, 16));
+    backend.pick(&x, &[t - 1], &mut picked).unwrap();
+    backend.norm(&picked, &final_norm, &mut normed).unwrap();
+    backend.linear(&normed, &embedding, Epilogue::Store, &mut logits).unwrap();
+    let logits = read(&mut backend, &mut logits);
+    close(&logits, &LAST, TOLERANCE, &format!("{what}: logits"));
+    let log_sum = logits.iter().map(|logit| logit.exp()).sum::<f32>().ln();
+    close(&[logits[6] - log_sum, logits[3] - log_sum], &[-0.05537, -3.67661], TOLERANCE, "log-softmax at 6 and 3");
+}
+
+#[test]
+fn the_values_inside_the_layers() {
+    let limits = StepLimits {
+        max_tokens: 8,
+        max_logits: 1,
+        widest: 16,
+        block_size: 8,
+        attention: vec![plain_attention(4, 2, 4)],
+        frequencies: 2,
+        experts: None,
+    };
+    values_inside_the_layers(Cpu::new(&limits, 2, ComputeDtype::F32).unwrap(), "our kernels");
+    values_inside_the_layers(Candle::new(&candle_core::Device::Cpu), "candle");
 }

@@ -2,12 +2,13 @@
 
 use serde::Deserialize;
 
-use super::files::{ModelFiles, Source};
+use super::Runner;
 use super::golden::chunk;
 use super::runner::ModelRunner;
-use super::tokenizer::{Special, Tokenizer};
-use super::{Runner, demo};
+use crate::checkpoint::demo;
+use crate::checkpoint::files::{ModelFiles, Source};
 use crate::config::{DeviceChoice, EngineSettings};
+use crate::text::tokenizer::{Special, Tokenizer};
 
 const BLOCK: usize = 16;
 

@@ -4,21 +4,24 @@
 use std::collections::HashMap;
 use std::sync::OnceLock;
 
-use candle_core::Device;
 use half::bf16;
 use safetensors::tensor::{Dtype, TensorView};
 
-use super::architecture::Architecture;
-use super::files::{ModelFiles, Source};
+use super::Runner;
+use super::decoder::{Decoder, Place, format_of};
+use super::families::Model;
 use super::quality::{Comparison, logits_of};
-use super::quantize::{Bits, Place, row4, row8};
-use super::runner::{ModelRunner, Planned};
-use super::tokenizer::{Special, Tokenizer};
-use super::transformer::Transformer;
-use super::weights::Checkpoint;
-use super::{Runner, demo};
+use super::runner::{self, ModelRunner};
+use super::tensors::Tensors;
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::demo;
+use crate::checkpoint::files::{ModelFiles, Source};
 use crate::config::{DeviceChoice, EngineSettings, Quantization};
+use crate::kernels::cpu::Cpu;
 use crate::kernels::cpu::matmul::has_bf16;
+use crate::kernels::quantize::{row4, row8};
+use crate::kernels::{ComputeDtype, WeightFormat};
+use crate::text::tokenizer::{Special, Tokenizer};
 
 const STRATEGIES: [Quantization; 3] = [Quantization::AsStored, Quantization::Wint8, Quantization::Wint4];
 
@@ -85,10 +88,10 @@ fn dequantized(quantization: Quantization) -> ModelFiles {
 /// A matrix `[n, k]`, quantized row by row and read back.
 fn rows(values: &[f32], n: usize, k: usize, place: Place, quantization: Quantization) -> Vec<f32> {
     assert_eq!(values.len(), n * k);
-    let read = |row: &[f32]| match Bits::of(quantization, place, k) {
-        Bits::Four => row4(row).unwrap().dequantize(),
-        Bits::Eight => row8(row).unwrap().dequantize(),
-        Bits::AsStored => row.to_vec(),
+    let read = |row: &[f32]| match format_of(quantization, place, k) {
+        Some(WeightFormat::Int4) => row4(row).unwrap().dequantize(),
+        Some(WeightFormat::Int8) => row8(row).unwrap().dequantize(),
+        _ => row.to_vec(),
     };
     values.chunks_exact(k).flat_map(read).collect()
 }
@@ -166,14 +169,17 @@ fn activations_of_bf16() {
 #[test]
 fn the_plan_is_what_is_held() {
     let files = demo::files();
-    let shape = Architecture::from_files(&files).unwrap();
-    let checkpoint = Checkpoint::open(&files, &shape).unwrap();
+    let model = Model::from_files(&files).unwrap();
+    let checkpoint = Checkpoint::open(&files, None).unwrap();
+    let tensors = Tensors::find(&checkpoint, &model).unwrap();
     let mut sizes = Vec::new();
     for quantization in STRATEGIES {
-        let plan = Planned::new(&shape, &checkpoint, 1500, &settings(quantization)).unwrap();
-        let model = Transformer::load(shape.clone(), &checkpoint, &Device::Cpu, quantization).unwrap();
-        assert_eq!((plan.weights.bytes, &plan.weights.form), (model.bytes_in_memory(), &model.weight_form()));
-        sizes.push((plan.weights.form, plan.weights.bytes));
+        let sized = runner::sized::<Cpu>(&model, &tensors, quantization).unwrap();
+        let limits = model.spec.step_limits(1, 1, 16);
+        let cpu = Cpu::new(&limits, 1, ComputeDtype::F32).unwrap();
+        let decoder = Decoder::load(model.spec.clone(), &tensors, &cpu, quantization, &limits).unwrap();
+        assert_eq!(sized.weight_bytes, decoder.weight_bytes());
+        sizes.push((sized.formats, sized.weight_bytes));
     }
     assert_eq!(sizes[0].0, "bf16");
     assert_eq!(sizes[1].0, "8-bit (Q8_0 form)");

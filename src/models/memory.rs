@@ -1,9 +1,10 @@
-//! What the machine has, and what the model will take of it: planned before anything is allocated.
+//! The memory plan: how much the machine has, and how much of it the model will take. It is made before anything is allocated.
 
-use crate::config::EngineSettings;
+use crate::config::{EngineSettings, defaults};
 use crate::error::Failure;
-use crate::kernels::cpu;
-use crate::models::architecture::Architecture;
+use crate::kernels::Footprint;
+use crate::models::decoder::buffer_bytes;
+use crate::models::spec::ModelSpec;
 use crate::models::{Shape, sample};
 
 mod host;
@@ -12,70 +13,61 @@ mod tests;
 
 pub use host::{host_memory, peak_rss_mb, threads};
 
-/// Defaults where a setting says nothing.
-const CPU_SEQS: usize = 16;
-const GPU_SEQS: usize = 256;
-const CPU_BATCHED_TOKENS: usize = 256;
-const GPU_BATCHED_TOKENS: usize = 2_048;
-const BLOCK_SIZE: usize = 32;
-/// Share of the memory left after the weights that the KV cache takes on a CPU, where others live too.
-const CPU_KV_SHARE: f64 = 0.25;
-const GPU_UTILIZATION: f64 = 0.9;
-/// Rows of logits made at a time: bounds their memory when many tokens are drawn or scored in one step.
+/// Rows of logits computed at a time. It bounds their memory when many tokens are sampled or scored in one step.
 pub const LOGITS_ROWS: usize = 16;
 
 /// The kind of memory a plan is made for.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Memory {
     pub gpu: bool,
-    /// Bytes in all, and bytes free now.
+    /// All of it, in bytes.
     pub total: usize,
+    /// What is free now, in bytes.
     pub free: usize,
 }
 
-/// Bytes by purpose, and the shape they allow.
+/// How many bytes each purpose takes, and the shape of the engine that they allow.
 #[derive(Debug, Clone)]
 pub struct MemoryPlan {
     pub shape: Shape,
     pub weights_bytes: usize,
     pub kv_bytes: usize,
-    /// Buffers of a step, made at start, and what each thread keeps for drawing; 0 where they are not ours.
+    /// The buffers of a step, allocated at the start, and the threads' buffers for sampling; 0 on a GPU, where candle allocates them.
     pub step_bytes: usize,
     pub kv_bytes_per_token: usize,
     pub memory: Memory,
-    /// What to lower when the KV cache cannot be had.
+    /// The setting to lower when the KV cache cannot be allocated.
     pub kv_setting: String,
-    /// Said once at start.
+    /// To be logged once, at the start.
     pub warnings: Vec<String>,
-    /// Which batch limit follows the other.
+    /// A remark for the log, when one batch limit was set and the other follows it.
     follows: Option<&'static str>,
 }
 
 impl MemoryPlan {
-    /// Decides blocks, context and batch limits. `weights_bytes` is what the loaded weights take, `kv_element` bytes per cached number.
-    pub fn new(
-        model: &Architecture,
+    /// Decides blocks, context and batch limits for a device whose backend is `F`. `weights_bytes` is what the loaded weights take.
+    pub fn new<F: Footprint>(
+        model: &ModelSpec,
         vocab_size: usize,
         weights_bytes: usize,
-        kv_element: usize,
         memory: Memory,
         settings: &EngineSettings,
     ) -> Result<Self, Failure> {
-        let limit = model.max_position_embeddings;
+        let limit = model.max_positions;
         if let Some(asked) = settings.max_model_len.filter(|asked| *asked > limit) {
             return Err(Failure::internal(format!(
                 "MAX_MODEL_LEN={asked} is more than the {limit} positions this model has; lower it, or leave it unset for auto"
             )));
         }
-        let need = Need::new(model, weights_bytes, kv_element, memory, settings)?;
+        let need = Need::new::<F>(model, weights_bytes, memory, settings)?;
         let Need { batch, block_size, block_bytes, .. } = need;
         let wanted = settings.max_model_len.unwrap_or(limit);
-        // More than this no set of sequences can ever use. Who gives a size gets it: the rest keeps prefixes.
+        // More blocks than this cannot all be in use at once. A size that was set is kept all the same: the prefix cache uses the rest.
         let useful = match settings.kv_cache_gb {
             Some(_) => usize::MAX,
             None => batch.seqs.saturating_mul(wanted.div_ceil(block_size)),
         };
-        // Slots are counted in 32 bits.
+        // Slots are numbered in 32 bits.
         let most = u32::MAX as usize / block_size;
         let blocks = match settings.num_blocks {
             Some(blocks) if blocks > most => {
@@ -144,14 +136,17 @@ fn mib(bytes: usize) -> String {
 struct Batch {
     seqs: usize,
     tokens: usize,
-    /// Says so when one limit is not its default because of the other.
+    /// A remark for the log, when one limit is not its default because the other one was set.
     follows: Option<&'static str>,
 }
 
 impl Batch {
-    /// Each sequence takes at least a token of a step, so the limit that was not given follows the one that was.
+    /// Every sequence takes at least one token of a step, so a limit that is not set follows the one that is.
     fn new(gpu: bool, settings: &EngineSettings) -> Result<Self, Failure> {
-        let (seqs, tokens) = if gpu { (GPU_SEQS, GPU_BATCHED_TOKENS) } else { (CPU_SEQS, CPU_BATCHED_TOKENS) };
+        let (seqs, tokens) = match gpu {
+            true => (defaults::GPU_SEQS, defaults::GPU_BATCHED_TOKENS),
+            false => (defaults::CPU_SEQS, defaults::CPU_BATCHED_TOKENS),
+        };
         if let Some(message) = settings.contradicting_batch() {
             return Err(Failure::internal(format!("MAX_NUM_BATCHED_TOKENS: {message}")));
         }
@@ -167,40 +162,37 @@ impl Batch {
     }
 }
 
-/// What the model asks of the memory at hand, before its KV cache is sized.
+/// How much memory the model needs before its KV cache is sized.
 struct Need<'a> {
     settings: &'a EngineSettings,
     memory: Memory,
     weights: usize,
     batch: Batch,
-    /// Of the buffers of a step. On a GPU candle takes about as much as it goes.
+    /// Bytes of the buffers of a step. On a GPU candle allocates about as many while a step runs.
     step_bytes: usize,
-    /// The same if no setting made a step larger than it is by default.
+    /// What `step_bytes` would be if no setting made a step larger than it is by default.
     usual_step_bytes: usize,
     block_size: usize,
-    /// Over all layers.
+    /// Bytes of one block of the KV cache, over all layers.
     block_bytes: usize,
 }
 
 impl<'a> Need<'a> {
-    fn new(model: &Architecture, weights: usize, kv_element: usize, memory: Memory, settings: &'a EngineSettings) -> Result<Self, Failure> {
-        let block_size = settings.block_size.unwrap_or(BLOCK_SIZE);
+    fn new<F: Footprint>(model: &ModelSpec, weights: usize, memory: Memory, settings: &'a EngineSettings) -> Result<Self, Failure> {
+        let block_size = settings.block_size.unwrap_or(defaults::BLOCK_SIZE);
         let batch = Batch::new(memory.gpu, settings)?;
         let usual = Batch::new(memory.gpu, &EngineSettings::default())?;
-        let block_bytes = if memory.gpu {
-            model.kv_bytes_per_token(kv_element) * block_size
-        } else {
-            cpu::attention::Shape { kv: model.kv_heads, d: model.head_dim, block_size }.block_bytes() * model.layers
-        };
+        let block_bytes = model.layers.iter().map(|layer| F::kv_block_bytes(layer.attention.spec.kv_shape(1, block_size))).sum();
         let threads = threads(settings);
         let step_bytes = |tokens: usize| {
-            let drawing = threads.checked_mul(sample::scratch_bytes(model.vocab_size))?;
-            cpu::Activations::bytes(&model.sizes(tokens, LOGITS_ROWS, block_size), threads)?.checked_add(drawing)
+            let sampling = threads.checked_mul(sample::scratch_bytes(model.vocab_size))?;
+            let limits = model.step_limits(tokens, LOGITS_ROWS, block_size);
+            F::own_bytes(&limits, threads)?.checked_add(buffer_bytes::<F>(model, &limits)?)?.checked_add(sampling)
         };
         let bytes_or_all = |tokens| step_bytes(tokens).unwrap_or(usize::MAX);
         let (step_bytes, usual_step_bytes) = (bytes_or_all(batch.tokens), bytes_or_all(usual.tokens.min(batch.tokens)));
         let need = Self { settings, memory, weights, batch, step_bytes, usual_step_bytes, block_size, block_bytes };
-        // On a GPU the weights are the KV cache's affair: what is left for it decides.
+        // On a GPU the weights are not counted here: whether the rest is enough for a KV cache is checked when that is sized.
         let fixed = if memory.gpu { step_bytes } else { step_bytes.saturating_add(weights) };
         if fixed > memory.total {
             return Err(need.too_large());
@@ -208,21 +200,21 @@ impl<'a> Need<'a> {
         Ok(need)
     }
 
-    /// Bytes for the KV cache beside step buffers of so many bytes.
+    /// How many bytes the KV cache may take when the step buffers take `step_bytes`.
     fn kv_budget(&self, step_bytes: usize) -> usize {
         let Memory { gpu, total, free } = self.memory;
         if let Some(gb) = self.settings.kv_cache_gb {
             return (gb * (1u64 << 30) as f64) as usize;
         }
         if gpu {
-            let share = self.settings.gpu_memory_utilization.unwrap_or(GPU_UTILIZATION);
+            let share = self.settings.gpu_memory_utilization.unwrap_or(defaults::GPU_UTILIZATION);
             let used = total - free.min(total);
             return ((total as f64 * share) as usize).saturating_sub(used.saturating_add(self.weights));
         }
-        (free.saturating_sub(self.weights.saturating_add(step_bytes)) as f64 * CPU_KV_SHARE) as usize
+        (free.saturating_sub(self.weights.saturating_add(step_bytes)) as f64 * defaults::CPU_KV_SHARE) as usize
     }
 
-    /// The setting that makes step buffers larger than usual, as it was given.
+    /// The setting that makes the step buffers larger than usual, with its value.
     fn batch_setting(&self) -> Option<String> {
         let settings = self.settings;
         let given = settings.max_num_batched_tokens.map(|tokens| format!("MAX_NUM_BATCHED_TOKENS={tokens}"));
@@ -231,13 +223,13 @@ impl<'a> Need<'a> {
             .filter(|_| self.step_bytes > self.usual_step_bytes)
     }
 
-    /// The setting that the KV cache's size was given by.
+    /// The setting that gives the size of the KV cache, with its value.
     fn kv_setting(&self) -> Option<String> {
         let blocks = self.settings.num_blocks.map(|blocks| format!("NUM_GPU_BLOCKS_OVERRIDE={blocks}"));
         blocks.or_else(|| Some(format!("KV_CACHE_GB={} (or KV_CACHE_MEMORY_BYTES)", self.settings.kv_cache_gb?)))
     }
 
-    /// Who else is in the memory, for errors.
+    /// What else is in the memory, for error messages.
     fn others(&self) -> String {
         let step = match self.step_bytes {
             usize::MAX => "step buffers beyond counting".into(),
@@ -246,7 +238,7 @@ impl<'a> Need<'a> {
         format!("weights of {} and {step}", mib(self.weights))
     }
 
-    /// Weights and step buffers alone are more than there is.
+    /// The error when the weights and the step buffers alone are more than all memory.
     fn too_large(&self) -> Failure {
         let fits = self.weights.saturating_add(self.usual_step_bytes) <= self.memory.total;
         let advice = match (self.batch_setting().filter(|_| fits), self.settings.threads) {
@@ -257,7 +249,7 @@ impl<'a> Need<'a> {
         Failure::internal(format!("{} are more than the {} there is in all; {advice}", self.others(), mib(self.memory.total)))
     }
 
-    /// The KV cache holds less than one sequence.
+    /// The error when the KV cache holds less than one sequence.
     fn too_few(&self, blocks: usize) -> Failure {
         let asked = self.settings.max_model_len;
         let needed = asked.unwrap_or(self.block_size);
@@ -282,8 +274,8 @@ impl<'a> Need<'a> {
         ))
     }
 
-    /// Bytes of the KV cache, and a warning if that is more than what is free now. More than there is in all is refused: the system would
-    /// end the process when it is filled.
+    /// The bytes of the KV cache, and a warning if everything together is more than what is free now. If it is more than there is in all, that
+    /// is an error: the system would end the process once the cache is filled.
     fn fits(&self, blocks: usize) -> Result<(usize, Vec<String>), Failure> {
         let Memory { gpu, total, free } = self.memory;
         let fixed = self.weights.saturating_add(if gpu { 0 } else { self.step_bytes });

@@ -8,21 +8,19 @@ use std::sync::Arc;
 pub use crate::config::LogprobsMode;
 use crate::error::Failure;
 
-pub mod architecture;
-pub mod demo;
-pub mod files;
-pub mod hub;
+pub use sample::{SamplingMetadata, SamplingParams, TokenCounts};
+
+mod config;
+pub mod decoder;
+pub mod device;
+pub mod families;
 pub mod memory;
-mod packing;
-mod protobuf;
 pub mod quality;
-pub mod quantize;
+mod rope;
 pub mod runner;
 pub mod sample;
-pub mod sentencepiece;
-pub mod tokenizer;
-pub mod transformer;
-pub mod weights;
+pub mod spec;
+pub mod tensors;
 
 /// One step for the device: which tokens to run, where their keys and values go, and which rows to sample.
 ///
@@ -59,11 +57,11 @@ pub struct Row {
     pub context: usize,
     /// The blocks that hold those tokens, in order.
     pub blocks: Arc<Vec<u32>>,
-    /// How to draw the next token from the last token's logits; `None` while a prefill is unfinished.
-    pub draw: Option<Draw>,
-    /// The last so many tokens of this row are guesses at what will be drawn (speculation). A token is drawn after the one before
-    /// them and after each of them: `proposed + 1` draws with indices from `draw.index` on. 0 without a draw.
-    pub proposed: usize,
+    /// How to sample the next token from the last token's logits; `None` while a prefill is unfinished.
+    pub sampling: Option<SamplingMetadata>,
+    /// How many of this row's tokens, counted from its end, are draft tokens (speculation). One token is sampled after the token before
+    /// the drafts and one after each draft: `draft_len + 1` samples, with indices from `sampling.index` on. 0 when nothing is sampled.
+    pub draft_len: usize,
     /// Asks how probable the prompt's tokens were: for each token of this row, the log probability of the one that follows it.
     pub score: Option<Score>,
 }
@@ -71,7 +69,7 @@ pub struct Row {
 /// What [`Row::score`] asks for.
 #[derive(Debug, Clone)]
 pub struct Score {
-    /// The token after each token of the row, `[len]`; one less when the last of them is the prompt's last.
+    /// The token that follows each token of the row, `[len]`. One fewer when the row ends with the prompt's last token, which none follows.
     pub targets: Vec<u32>,
     pub logprobs: LogprobsSpec,
 }
@@ -79,7 +77,7 @@ pub struct Score {
 /// How log probabilities are reported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LogprobsSpec {
-    /// Alternatives, most probable first; 0 = the token itself only.
+    /// How many of the most probable tokens to report beside the token itself.
     pub top: u32,
     pub mode: LogprobsMode,
 }
@@ -91,88 +89,28 @@ pub struct Logprobs {
     pub own: f32,
     /// How many tokens of the vocabulary were at least as probable, itself included.
     pub rank: u32,
-    /// The most probable tokens with their values, most probable first, ties by id. Ids without a token are none of them.
+    /// The most probable tokens with their values, most probable first, ties by id. Ids without a token are left out.
     pub top: Vec<(u32, f32)>,
-    /// The token's log probability by the model's own logits, whatever the mode: answers are ranked by it (`best_of`).
+    /// The token's log probability by the model's unchanged logits, in every mode: `best_of` ranks answers by it.
     pub raw: f32,
-}
-
-/// How one row draws its next token. Plain data; the arithmetic is in `models::sample`.
-///
-/// Order of operations (FastDeploy's): suppressed ids → bias → repetition, frequency and presence penalties → temperature
-/// → min_p → top_k → top_p → draw.
-#[derive(Debug, Clone)]
-pub struct Draw {
-    /// 0 = greedy.
-    pub temperature: f32,
-    /// In `(0, 1]`; 1 = off.
-    pub top_p: f32,
-    /// 0 = off.
-    pub top_k: u32,
-    /// In `[0, 1]`; 0 = off.
-    pub min_p: f32,
-    pub presence_penalty: f32,
-    pub frequency_penalty: f32,
-    /// Over prompt and output tokens; 1 = off.
-    pub repetition_penalty: f32,
-    /// Added to the logits, by id.
-    pub bias: Arc<Vec<(u32, f32)>>,
-    /// Ids that must not be drawn in this step (end of sequence before `min_tokens`).
-    pub suppressed: Arc<Vec<u32>>,
-    /// What was seen so far; empty unless a penalty asks for it.
-    pub seen: Arc<Seen>,
-    /// The request's seed, and the index of the token to draw: together they fix the random number, whatever else is in the step.
-    pub seed: u64,
-    pub index: u64,
-    /// Report how probable the drawn token was.
-    pub logprobs: Option<LogprobsSpec>,
-}
-
-/// Temperature 1 and everything else off.
-impl Default for Draw {
-    fn default() -> Self {
-        Self {
-            temperature: 1.0,
-            top_p: 1.0,
-            top_k: 0,
-            min_p: 0.0,
-            presence_penalty: 0.0,
-            frequency_penalty: 0.0,
-            repetition_penalty: 1.0,
-            bias: Arc::default(),
-            suppressed: Arc::default(),
-            seen: Arc::default(),
-            seed: 0,
-            index: 0,
-            logprobs: None,
-        }
-    }
-}
-
-/// Token statistics for the penalties.
-#[derive(Debug, Clone, Default)]
-pub struct Seen {
-    /// Distinct ids of the prompt.
-    pub prompt: Vec<u32>,
-    /// Output ids with their counts.
-    pub output: Vec<(u32, u32)>,
 }
 
 /// What a step gave.
 #[derive(Debug, Default, Clone)]
 pub struct Output {
-    /// Drawn tokens of the rows with a [`Draw`], in row order, `proposed + 1` of each.
+    /// The sampled tokens of all rows with [`SamplingMetadata`], in row order: `draft_len + 1` tokens for each row.
     pub tokens: Vec<u32>,
-    /// As long as `tokens` when any draw asked for them, else empty.
+    /// The log probabilities of `tokens`, when any row asked for them; otherwise empty.
     pub logprobs: Vec<Option<Logprobs>>,
-    /// One of each target of the rows with a [`Score`], in row order.
+    /// The log probabilities of all targets of the rows with a [`Score`], in row order.
     pub scores: Vec<Logprobs>,
-    /// Whose logits gave nothing to draw or score by: indices into `tokens`, and from its length on into `scores`. What stands there is no result.
+    /// Results without meaning, because their logits were not finite or every token was suppressed. An index below `tokens.len()` is one of
+    /// `tokens`; from there on it is `tokens.len()` plus an index of `scores`.
     pub failed: Vec<usize>,
 }
 
 impl Output {
-    /// Empty, with its room kept.
+    /// Makes it empty; the memory stays for the next step.
     pub fn clear(&mut self) {
         self.tokens.clear();
         self.logprobs.clear();
@@ -181,19 +119,19 @@ impl Output {
     }
 }
 
-/// Which ids of a model's rows have a token that it may write.
+/// The token ids that a model may sample. Its logits may have more rows than that.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Vocabulary {
-    /// Ids below this have one,
+    /// All ids with a token are below this.
     pub size: usize,
-    /// but for these, ascending.
-    pub holes: Vec<u32>,
+    /// The ids below `size` that have no token all the same, ascending.
+    pub unassigned: Vec<u32>,
 }
 
-/// Without holes.
+/// Every id below the size has a token.
 impl From<usize> for Vocabulary {
     fn from(size: usize) -> Self {
-        Self { size, holes: Vec::new() }
+        Self { size, unassigned: Vec::new() }
     }
 }
 
@@ -202,7 +140,7 @@ impl From<usize> for Vocabulary {
 pub struct Shape {
     /// Longest sequence (prompt and output) the model and the memory allow.
     pub max_model_len: usize,
-    /// Ids from here on have no token and are never drawn.
+    /// Ids from here on have no token and are never sampled.
     pub vocab_size: usize,
     pub block_size: usize,
     /// Blocks in the KV pool.
@@ -211,7 +149,7 @@ pub struct Shape {
     pub max_num_seqs: usize,
     /// Most tokens in one step.
     pub max_num_batched_tokens: usize,
-    /// The pool, not the model or a setting, bounds `max_model_len`.
+    /// `max_model_len` is bounded by the size of the KV cache, and not by the model or a setting.
     pub memory_bound: bool,
 }
 
@@ -242,14 +180,14 @@ impl StepError {
     }
 }
 
-/// A plain failure is a request's own.
+/// A failure without a known fault is taken to be the request's.
 impl From<Failure> for StepError {
     fn from(failure: Failure) -> Self {
         Self::new(Fault::Request, failure)
     }
 }
 
-/// Where nobody asks what it says of the worker.
+/// For callers to whom a failed step says nothing about the worker.
 impl From<StepError> for Failure {
     fn from(error: StepError) -> Self {
         error.failure
@@ -272,15 +210,18 @@ pub trait Runner {
     fn step(&mut self, plan: &Plan) -> Result<Output, StepError>;
     /// Takes an output back that was read, so that the next step need not allocate one.
     fn recycle(&mut self, _output: Output) {}
-    /// Makes about `most` bytes more of the planned memory resident, between two steps; false when all of it is. Taking it when it is
-    /// planned would cost the cold start, and never taking it would let the process grow with every request.
-    fn take_memory(&mut self, _most: usize) -> bool {
+    /// Touches about `most` bytes more of the KV cache and the step buffers, so that they become resident; false once all of them are.
+    /// The engine calls it between steps. To do all of it at the start would cost the cold start; never to do it would let the process
+    /// grow with every request.
+    fn prefault(&mut self, _most: usize) -> bool {
         false
     }
 }
 
 #[cfg(test)]
 mod golden;
+#[cfg(test)]
+mod golden_families;
 #[cfg(test)]
 mod golden_files;
 #[cfg(test)]

@@ -1,11 +1,11 @@
-//! How far a model in another form is from the original: next-token distributions compared position by position.
+//! How far a quantized model is from the original: compares their next-token distributions, position by position.
 
 use std::sync::Arc;
 
 use crate::error::Failure;
 use crate::models::runner::ModelRunner;
 use crate::models::sample::argmax;
-use crate::models::{Draw, Plan, Row, Runner};
+use crate::models::{Plan, Row, Runner, SamplingParams};
 
 /// The logits after every token of a text, `[ids, vocab]`.
 pub fn logits_of(runner: &mut ModelRunner, ids: &[u32]) -> Result<Vec<Vec<f32>>, Failure> {
@@ -14,15 +14,15 @@ pub fn logits_of(runner: &mut ModelRunner, ids: &[u32]) -> Result<Vec<Vec<f32>>,
     let mut logits = Vec::new();
     for (part, tokens) in ids.chunks(most).enumerate() {
         let (from, to) = (part * most, part * most + tokens.len());
-        // Every token but the first as a guess: so all have their logits asked for.
-        let draw = Draw { temperature: 0.0, ..Default::default() };
+        // All tokens but the first are called draft tokens: then a token is sampled, and so logits are made, after each of them.
+        let greedy = SamplingParams { temperature: 0.0, ..Default::default() };
         let row = Row {
             start: 0,
             len: tokens.len(),
             context: to,
             blocks: blocks.clone(),
-            draw: Some(draw),
-            proposed: tokens.len() - 1,
+            sampling: Some(greedy.into()),
+            draft_len: tokens.len() - 1,
             score: None,
         };
         let positions: Vec<u32> = (from as u32..to as u32).collect();
@@ -31,12 +31,12 @@ pub fn logits_of(runner: &mut ModelRunner, ids: &[u32]) -> Result<Vec<Vec<f32>>,
     Ok(logits)
 }
 
-/// What is found over many positions.
+/// The differences found over many positions.
 #[derive(Debug, Clone, Default)]
 pub struct Comparison {
     /// Kullback-Leibler divergence in nats of each position, from the original's distribution to the other's.
     pub divergences: Vec<f64>,
-    /// Positions where both find the same token most probable.
+    /// How many positions have the same most probable token in both.
     pub same_top: usize,
 }
 
@@ -48,7 +48,7 @@ impl Comparison {
             let (a, b) = (f64::from(*a) - p, f64::from(*b) - q);
             a.exp() * (a - b)
         };
-        // Below 0 by rounding alone.
+        // The divergence is never negative, but rounding can make it so.
         self.divergences.push(original.iter().zip(other).map(term).sum::<f64>().max(0.0));
         self.same_top += usize::from(argmax(original) == argmax(other));
     }

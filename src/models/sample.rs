@@ -1,36 +1,37 @@
-//! The arithmetic of drawing one token from one row of logits. Order of operations: see [`Draw`].
+//! Samples one token from one row of logits. Order of operations: see [`SamplingMetadata`].
 //!
-//! −∞ is a token that must not be drawn, NaN is no token at all: neither counts in any sum, and the second is not even told of.
+//! A logit of −∞ stands for a token that must not be sampled; NaN stands for an id without a token. Neither has any weight, and an id
+//! without a token is not reported among the most probable ones either.
 //!
-//! Nothing is allocated once a thread has drawn its first token: what a draw needs beside the row lies in a buffer of the thread's own.
+//! A thread allocates its buffers when it samples its first token, and nothing after that.
 
 use std::cell::RefCell;
 
 use crate::kernels::cpu::softmax::{self, BLOCK};
-use crate::models::{Draw, Logprobs, LogprobsMode, LogprobsSpec};
+use crate::models::{Logprobs, LogprobsMode, LogprobsSpec};
 
 mod nucleus;
+mod params;
 #[cfg(test)]
 mod reference_tests;
 mod report;
 #[cfg(test)]
 mod tests;
 
-/// Temperatures and top_p below this are greedy (FastDeploy's and FastChat's limit).
-pub const GREEDY_BELOW: f32 = 1e-5;
+pub use params::{SamplingMetadata, SamplingParams, TokenCounts};
 
-/// What a draw needs beside the logits; kept by each computing thread.
+/// Buffers for sampling; each computing thread keeps its own.
 #[derive(Default)]
 struct Scratch {
-    /// Sums of weights by block of the row.
+    /// The sum of weights of each block of the row.
     sums: Vec<f64>,
-    /// Tokens that the filters have left, with their logits.
+    /// The tokens that the filters have left, with their logits.
     kept: Vec<(u32, f32)>,
-    /// The row as the model gave it, when that is to be reported and something has changed it.
+    /// A copy of the model's own logits, made when they are to be reported and something is about to change them.
     raw: Vec<f32>,
 }
 
-/// Bytes that a computing thread keeps for drawing from rows of `vocab` logits.
+/// Bytes that a computing thread keeps for sampling from rows of `vocab` logits.
 pub fn scratch_bytes(vocab: usize) -> usize {
     // The sums grow by doubling.
     vocab.div_ceil(BLOCK).next_power_of_two() * size_of::<f64>() + vocab * (size_of::<(u32, f32)>() + size_of::<f32>())
@@ -40,81 +41,83 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-/// Draws a token from `logits [vocab]`, which is used up: the `nth` of its row, so with the random number of `draw.index + nth`. `holes` are
-/// ids without a token.
+/// Samples a token from `logits [vocab]`, which are changed on the way. `nth` counts the samples of a row with draft tokens from 0: the random
+/// number is that of output token `sampling.index + nth`. `unassigned` are the ids without a token.
 ///
-/// `None` when there is nothing to draw by: the model gave NaN or infinity, or every token is suppressed.
-pub fn sample(logits: &mut [f32], holes: &[u32], draw: &Draw, nth: u64) -> Option<(u32, Option<Logprobs>)> {
+/// `None` when nothing can be sampled: the model gave NaN or infinity, or every token is suppressed.
+pub fn sample(logits: &mut [f32], unassigned: &[u32], sampling: &SamplingMetadata, nth: u64) -> Option<(u32, Option<Logprobs>)> {
+    let params = &*sampling.params;
     if !are_numbers(logits) {
         return None;
     }
-    cover(logits, holes);
+    mask(logits, unassigned);
     SCRATCH.with_borrow_mut(|scratch| {
         if scratch.kept.capacity() < logits.len() {
             scratch.kept = Vec::with_capacity(logits.len());
         }
-        let changed = draw.logprobs.is_some() && draw.changes_logits();
+        let changed = params.logprobs.is_some() && sampling.changes_logits();
         if changed {
             scratch.raw.clear();
             scratch.raw.extend_from_slice(logits);
         }
-        adjust(logits, draw);
+        adjust(logits, sampling);
         let max = softmax::max(logits);
         if !max.is_finite() {
             return None;
         }
-        let token = token(logits, draw, max, draw.index.wrapping_add(nth), scratch);
-        let logprobs = draw.logprobs.map(|spec| {
-            let temperature = if spec.mode.is_raw() || draw.is_greedy() { 1.0 } else { draw.temperature };
+        let token = token(logits, params, max, sampling.index.wrapping_add(nth), scratch);
+        let logprobs = params.logprobs.map(|spec| {
+            let temperature = if spec.mode.is_raw() || params.is_greedy() { 1.0 } else { params.temperature };
             let raw = if changed { scratch.raw.as_slice() } else { &*logits };
-            let told = if spec.mode.is_raw() { raw } else { &*logits };
-            let rows = report::Rows { told, temperature, raw };
+            let reported = if spec.mode.is_raw() { raw } else { &*logits };
+            let rows = report::Rows { reported, temperature, raw };
             report::report(&rows, token, spec, &mut scratch.sums, &mut scratch.kept)
         });
         Some((token, logprobs))
     })
 }
 
-/// How probable `target` was; `None` as for [`sample`]. Nothing was drawn here, so the processed modes are the same as the raw ones.
-pub fn score(logits: &mut [f32], holes: &[u32], target: u32, spec: LogprobsSpec) -> Option<Logprobs> {
+/// How probable `target` was; `None` as for [`sample`]. No parameters have changed these logits, so the processed modes report what the
+/// raw ones do.
+pub fn score(logits: &mut [f32], unassigned: &[u32], target: u32, spec: LogprobsSpec) -> Option<Logprobs> {
     if !are_numbers(logits) {
         return None;
     }
-    cover(logits, holes);
+    mask(logits, unassigned);
     if !softmax::max(logits).is_finite() {
         return None;
     }
-    let rows = report::Rows { told: logits, temperature: 1.0, raw: logits };
+    let rows = report::Rows { reported: logits, temperature: 1.0, raw: logits };
     SCRATCH.with_borrow_mut(|scratch| Some(report::report(&rows, target, spec, &mut scratch.sums, &mut scratch.kept)))
 }
 
-/// Takes the ids without a token out of the row.
-pub fn cover(logits: &mut [f32], holes: &[u32]) {
-    holes.iter().for_each(|id| logits[*id as usize] = f32::NAN);
+/// Sets the logits of ids without a token to NaN.
+pub fn mask(logits: &mut [f32], unassigned: &[u32]) {
+    unassigned.iter().for_each(|id| logits[*id as usize] = f32::NAN);
 }
 
-/// No NaN among them, which alone is not at least −∞.
+/// None of them is NaN. (NaN alone is not at least −∞.)
 fn are_numbers(logits: &[f32]) -> bool {
     softmax::count_at_least(logits, f32::NEG_INFINITY) as usize == logits.len()
 }
 
 /// `max`: the greatest logit, a finite one. Ties go to the lower id.
-fn token(logits: &[f32], draw: &Draw, max: f32, index: u64, scratch: &mut Scratch) -> u32 {
-    if draw.is_greedy() {
+fn token(logits: &[f32], params: &SamplingParams, max: f32, index: u64, scratch: &mut Scratch) -> u32 {
+    if params.is_greedy() {
         return first(logits, max);
     }
-    let u = uniform(draw.seed, index);
-    let scale = 1.0 / draw.temperature;
-    if draw.min_p <= 0.0 && draw.top_k == 0 && draw.top_p >= 1.0 {
+    let u = uniform(params.seed, index);
+    let scale = 1.0 / params.temperature;
+    if params.min_p <= 0.0 && params.top_k == 0 && params.top_p >= 1.0 {
         return from_all(logits, max, scale, u, &mut scratch.sums);
     }
-    nucleus::keep(logits, draw, max, scale, scratch);
+    nucleus::keep(logits, params, max, scale, scratch);
     let weight = |logit: f32| f64::from(softmax::weight((logit - max) * scale));
     let total: f64 = scratch.kept.iter().map(|(_, logit)| weight(*logit)).sum();
     pick(scratch.kept.iter().map(|(id, logit)| (*id, weight(*logit))), u * total)
 }
 
-/// Draws from the whole distribution: finds the block in which the running sum passes the target, then the token in it.
+/// Samples from the whole distribution: finds the block in which the running sum passes the target, then the token in it.
 fn from_all(logits: &[f32], max: f32, scale: f32, u: f64, sums: &mut Vec<f64>) -> u32 {
     softmax::exp_sums(logits, max, scale, sums);
     let mut target = u * sums.iter().sum::<f64>();
@@ -146,24 +149,6 @@ fn pick(items: impl Iterator<Item = (u32, f64)>, target: f64) -> u32 {
     last
 }
 
-impl Draw {
-    /// No randomness: the most probable token.
-    pub fn is_greedy(&self) -> bool {
-        self.temperature < GREEDY_BELOW || self.top_p < GREEDY_BELOW || self.top_k == 1
-    }
-
-    /// Greedy and without any change to the logits: an argmax on the device answers it.
-    pub fn is_plain_greedy(&self) -> bool {
-        self.is_greedy() && !self.changes_logits()
-    }
-
-    /// Something comes before the temperature.
-    fn changes_logits(&self) -> bool {
-        let penalized = self.presence_penalty != 0.0 || self.frequency_penalty != 0.0 || self.repetition_penalty != 1.0;
-        penalized || !self.bias.is_empty() || !self.suppressed.is_empty()
-    }
-}
-
 impl LogprobsMode {
     fn is_raw(self) -> bool {
         matches!(self, LogprobsMode::RawLogprobs | LogprobsMode::RawLogits)
@@ -175,30 +160,32 @@ impl LogprobsMode {
     }
 }
 
-/// Suppressed ids, bias and penalties; everything before the temperature.
-pub fn adjust(logits: &mut [f32], draw: &Draw) {
-    for id in draw.suppressed.iter() {
+/// Applies suppressed ids, logit bias and penalties: everything before the temperature.
+pub fn adjust(logits: &mut [f32], sampling: &SamplingMetadata) {
+    let SamplingMetadata { params, suppressed, counts, .. } = sampling;
+    for id in suppressed.iter() {
         if let Some(logit) = logits.get_mut(*id as usize) {
             *logit = f32::NEG_INFINITY;
         }
     }
-    for (id, bias) in draw.bias.iter() {
+    for (id, bias) in params.logit_bias.iter() {
         if let Some(logit) = logits.get_mut(*id as usize) {
             *logit += bias;
         }
     }
-    if draw.repetition_penalty != 1.0 {
-        let output = draw.seen.output.iter().map(|(id, _)| *id).filter(|id| draw.seen.prompt.binary_search(id).is_err());
-        for id in draw.seen.prompt.iter().copied().chain(output) {
+    let repetition = params.repetition_penalty;
+    if repetition != 1.0 {
+        let output = counts.output.iter().map(|(id, _)| *id).filter(|id| counts.prompt.binary_search(id).is_err());
+        for id in counts.prompt.iter().copied().chain(output) {
             if let Some(logit) = logits.get_mut(id as usize) {
-                *logit = if *logit > 0.0 { *logit / draw.repetition_penalty } else { *logit * draw.repetition_penalty };
+                *logit = if *logit > 0.0 { *logit / repetition } else { *logit * repetition };
             }
         }
     }
-    if draw.frequency_penalty != 0.0 || draw.presence_penalty != 0.0 {
-        for (id, count) in &draw.seen.output {
+    if params.frequency_penalty != 0.0 || params.presence_penalty != 0.0 {
+        for (id, count) in &counts.output {
             if let Some(logit) = logits.get_mut(*id as usize) {
-                *logit -= draw.frequency_penalty * *count as f32 + draw.presence_penalty;
+                *logit -= params.frequency_penalty * *count as f32 + params.presence_penalty;
             }
         }
     }

@@ -1,4 +1,4 @@
-//! The job protocol's requests: take, stop, stream, done. What to do with their answers is decided elsewhere, except retries of posts.
+//! The requests of the job protocol: take, stop, stream, done. Posts are retried here; all other answers are acted on elsewhere.
 
 use std::sync::{PoisonError, RwLock};
 use std::time::Duration;
@@ -8,12 +8,12 @@ use reqwest::{RequestBuilder, Response, StatusCode};
 use serde_json::Value;
 
 use super::job::{Entry, Outcome, elements, id_text};
-use super::pacing::{Backoff, Pacing, jittered};
+use super::retry::{RetryPolicy, jittered, retry};
 use super::urls::Urls;
 use crate::config::RunpodSettings;
 use crate::error::{Failure, Kind};
 
-/// A refused result larger than this is taken to have been refused for its size.
+/// When a result larger than this is refused, its size is taken to be the reason.
 const LARGE_RESULT: usize = 256 * 1024;
 
 /// One worker's connection to the platform.
@@ -21,10 +21,10 @@ pub(crate) struct Client {
     http: RwLock<Connection>,
     settings: RunpodSettings,
     pub urls: Urls,
-    pub pacing: Pacing,
+    pub policy: RetryPolicy,
 }
 
-/// The pooled connections, and how often they were thrown away.
+/// The pooled connections, and how often they have been replaced.
 #[derive(Clone)]
 struct Connection {
     http: reqwest::Client,
@@ -39,7 +39,7 @@ pub(crate) enum Taken {
     Nothing,
     /// 400: no jobs while the platform has parked this worker.
     Parked,
-    /// 200 with something that holds no job: the text says what.
+    /// 200 with something that is no job; the text says what it is.
     Odd(String),
     RateLimited,
     Refused(StatusCode),
@@ -76,9 +76,9 @@ enum PostError {
 
 impl Client {
     /// Errors name the setting at fault.
-    pub fn new(settings: &RunpodSettings, worker_id: &str, pacing: Pacing) -> Result<Self, String> {
+    pub fn new(settings: &RunpodSettings, worker_id: &str, policy: RetryPolicy) -> Result<Self, String> {
         let http = RwLock::new(Connection { http: http_client(settings)?, generation: 0 });
-        Ok(Self { http, settings: settings.clone(), urls: Urls::new(settings, worker_id)?, pacing })
+        Ok(Self { http, settings: settings.clone(), urls: Urls::new(settings, worker_id)?, policy })
     }
 
     /// One long poll for up to `jobs` jobs.
@@ -95,7 +95,7 @@ impl Client {
             StatusCode::OK => match read_json(response).await {
                 Ok(body) => match elements(&body) {
                     Some(elements) => {
-                        Taken::Entries(elements.into_iter().map(|element| Entry::read(element, &self.pacing.job_limits)).collect())
+                        Taken::Entries(elements.into_iter().map(|element| Entry::read(element, &self.policy.job_limits)).collect())
                     }
                     None => Taken::Odd("something that holds no job".into()),
                 },
@@ -131,24 +131,24 @@ impl Client {
     /// Posts one piece of a stream, in at most `attempts` attempts; false when it was not accepted.
     pub async fn stream(&self, job_id: &str, body: String, attempts: u32) -> bool {
         let Some(url) = self.urls.stream(job_id) else { return true };
-        let pacing = &self.pacing;
-        let mut failures = 0;
-        loop {
-            let error = match self.post(&url, &body, job_id, pacing.stream_timeout).await {
-                Ok(()) => return true,
-                Err(PostError::Passing(error)) => error,
-                Err(PostError::Refused(status, text)) => {
-                    tracing::warn!("a piece of the stream ({} bytes) was refused and is skipped: HTTP {status} {text}", body.len());
-                    return false;
-                }
-            };
-            failures += 1;
-            if failures >= attempts {
-                tracing::warn!("a piece of the stream ({} bytes) was skipped after {failures} attempts: {error}", body.len());
-                return false;
+        let policy = &self.policy;
+        let result = retry(
+            || self.post(&url, &body, job_id, policy.stream_timeout),
+            |error, failures| {
+                let again = matches!(error, PostError::Passing(_)) && failures < attempts;
+                again.then(|| jittered(policy.stream_backoff.pause(failures)))
+            },
+        );
+        match result.await {
+            Ok(()) => return true,
+            Err(PostError::Passing(error)) => {
+                tracing::warn!("a piece of the stream ({} bytes) was skipped after {attempts} attempts: {error}", body.len());
             }
-            tokio::time::sleep(jittered(pacing.stream_backoff.pause(failures))).await;
+            Err(PostError::Refused(status, text)) => {
+                tracing::warn!("a piece of the stream ({} bytes) was refused and is skipped: HTTP {status} {text}", body.len());
+            }
         }
+        false
     }
 
     /// Posts the final result, as long as it takes. A result too large for the platform becomes an error
@@ -156,8 +156,8 @@ impl Client {
     pub async fn done(&self, job_id: &str, outcome: &Outcome, stop_pod: bool) -> Delivery {
         let body = outcome.body(stop_pod);
         let size = body.len();
-        let refused = if size > self.pacing.result_limit {
-            format!("the platform takes at most {}", self.pacing.result_limit)
+        let refused = if size > self.policy.result_limit {
+            format!("the platform takes at most {}", self.policy.result_limit)
         } else {
             match self.done_body(job_id, outcome.is_stream(), body).await {
                 Ok(()) => return Delivery::Arrived,
@@ -191,23 +191,26 @@ impl Client {
     /// Retries what may pass until the pauses add up to the window.
     async fn done_body(&self, job_id: &str, is_stream: bool, body: String) -> Result<(), PostError> {
         let url = self.urls.done(job_id, is_stream);
-        let Pacing { result_backoff, result_window, result_timeout, .. } = self.pacing;
-        let mut waited = Duration::ZERO;
-        let mut failures = 0;
-        loop {
-            let error = match self.post(&url, &body, job_id, result_timeout).await {
-                Err(PostError::Passing(error)) => error,
-                settled => return settled,
-            };
-            failures += 1;
-            if waited >= result_window {
-                return Err(PostError::Passing(format!("{error} (attempt {failures}, the last)")));
-            }
-            let pause = jittered(Backoff::pause(result_backoff, failures));
-            tracing::warn!("returning the result failed, trying again in {} ms: {error}", pause.as_millis());
-            tokio::time::sleep(pause).await;
-            waited += pause;
-        }
+        let RetryPolicy { result_backoff, result_window, result_timeout, .. } = self.policy;
+        let (mut waited, mut attempts) = (Duration::ZERO, 0);
+        let result = retry(
+            || self.post(&url, &body, job_id, result_timeout),
+            |error, failures| {
+                attempts = failures;
+                let PostError::Passing(error) = error else { return None };
+                if waited >= result_window {
+                    return None;
+                }
+                let pause = jittered(result_backoff.pause(failures));
+                tracing::warn!("returning the result failed, trying again in {} ms: {error}", pause.as_millis());
+                waited += pause;
+                Some(pause)
+            },
+        );
+        result.await.map_err(|error| match error {
+            PostError::Passing(error) => PostError::Passing(format!("{error} (attempt {attempts}, the last)")),
+            refused => refused,
+        })
     }
 
     async fn post(&self, url: &str, body: &str, job_id: &str, timeout: Duration) -> Result<(), PostError> {
@@ -233,7 +236,7 @@ impl Client {
     }
 
     async fn poll(&self, url: &str) -> reqwest::Result<Response> {
-        self.send(|http| http.get(url).timeout(self.pacing.poll_timeout).header(CONTENT_TYPE, "application/json")).await
+        self.send(|http| http.get(url).timeout(self.policy.poll_timeout).header(CONTENT_TYPE, "application/json")).await
     }
 
     /// Sends; after an error later requests open new connections.

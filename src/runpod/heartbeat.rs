@@ -8,11 +8,11 @@ use tokio::sync::oneshot;
 use tokio::time::MissedTickBehavior;
 
 use super::client::{describe, http_client};
-use super::held::Held;
+use super::in_flight::InFlight;
+use super::retry::retry;
 use super::urls::{self, encode, with_query};
-use crate::config::RunpodSettings;
+use crate::config::{RunpodSettings, defaults};
 
-const PING_INTERVAL: Duration = Duration::from_secs(10);
 const PING_RETRIES: u32 = 3;
 /// Most bytes of job ids in one ping, as they stand in its address: long ones are refused on the way.
 const IDS_BYTES: usize = 2048;
@@ -26,7 +26,7 @@ struct Pinger {
     http: reqwest::Client,
     url: String,
     version: String,
-    held: Arc<Held>,
+    in_flight: Arc<InFlight>,
     /// The last id of the ping before, where there were more than fit.
     told: Option<String>,
     interval: Duration,
@@ -34,7 +34,7 @@ struct Pinger {
 }
 
 /// Starts the thread; the first ping goes at once. `Ok(None)`: the platform asked for no pings, or gave no key or worker id to send.
-pub(crate) fn start(settings: &RunpodSettings, held: Arc<Held>, retry: Duration) -> Result<Option<Heartbeat>, String> {
+pub(crate) fn start(settings: &RunpodSettings, in_flight: Arc<InFlight>, retry: Duration) -> Result<Option<Heartbeat>, String> {
     let (Some(worker_id), Some(_)) = (&settings.worker_id, &settings.api_key) else {
         tracing::debug!("no heartbeat: RUNPOD_POD_ID or RUNPOD_AI_API_KEY is not set");
         return Ok(None);
@@ -47,8 +47,8 @@ pub(crate) fn start(settings: &RunpodSettings, held: Arc<Held>, retry: Duration)
         .enable_all()
         .build()
         .map_err(|error| format!("cannot set up the heartbeat's runtime: {error}"))?;
-    let interval = settings.ping_interval.filter(|interval| !interval.is_zero()).unwrap_or(PING_INTERVAL);
-    let pinger = Pinger { http: http_client(settings)?, url, version: version(settings), held, told: None, interval, retry };
+    let interval = settings.ping_interval.filter(|interval| !interval.is_zero()).unwrap_or(defaults::PING_INTERVAL);
+    let pinger = Pinger { http: http_client(settings)?, url, version: version(settings), in_flight, told: None, interval, retry };
     let (alive, ended) = oneshot::channel();
     std::thread::Builder::new()
         .name("heartbeat".into())
@@ -88,28 +88,24 @@ impl Pinger {
 
     /// One ping with its retries.
     async fn ping(&mut self) -> Result<(), String> {
-        let mut retries = 0;
-        let ids = some_of(self.held.ids(), self.told.as_deref(), IDS_BYTES);
+        let ids = some_of(self.in_flight.ids(), self.told.as_deref(), IDS_BYTES);
         self.told = ids.last().cloned();
         let ids = ids.join(",");
-        loop {
-            let version = ("runpod_version", self.version.as_str());
-            let parameters = [("job_id", ids.as_str()), version];
-            let url = with_query(&self.url, if ids.is_empty() { &parameters[1..] } else { &parameters });
-            let error = match self.http.get(url).timeout(self.interval * 2).send().await {
-                Ok(response) if response.status().is_success() => return Ok(()),
-                Ok(response) if !worth_retrying(response.status()) => return Err(format!("HTTP {}", response.status())),
-                Ok(response) => format!("HTTP {}", response.status()),
-                Err(error) => describe(error),
-            };
-            if retries == PING_RETRIES {
-                return Err(error);
+        let parameters = [("job_id", ids.as_str()), ("runpod_version", self.version.as_str())];
+        let url = with_query(&self.url, if ids.is_empty() { &parameters[1..] } else { &parameters });
+        // The error, and whether another attempt may help.
+        let attempt = || async {
+            match self.http.get(&url).timeout(self.interval * 2).send().await {
+                Ok(response) if response.status().is_success() => Ok(()),
+                Ok(response) => Err((worth_retrying(response.status()), format!("HTTP {}", response.status()))),
+                Err(error) => Err((true, describe(error))),
             }
-            if retries > 0 {
-                tokio::time::sleep(self.retry * 2_u32.pow(retries - 1)).await;
-            }
-            retries += 1;
-        }
+        };
+        let pause = |(again, _): &(bool, String), failures: u32| match failures {
+            1 => again.then_some(Duration::ZERO),
+            _ => (*again && failures <= PING_RETRIES).then(|| self.retry * 2_u32.pow(failures - 2)),
+        };
+        retry(attempt, pause).await.map_err(|(_, error)| error)
     }
 }
 

@@ -22,17 +22,17 @@ pub struct Job {
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Entry {
     Job(Job),
-    /// It cannot be run, and somebody waits for an answer to it: it gets this error.
+    /// It cannot be run. It is answered with this error, because somebody waits for it.
     Faulty {
         id: String,
         failure: Failure,
     },
-    /// Cannot be answered.
+    /// Without an id it cannot even be answered.
     NoId,
 }
 
-/// Splits the body of a take's answer, an object or a list of them, into elements. Each is then read for itself, since one that holds
-/// what our JSON parser refuses must not take the others with it. `None`: nothing that could hold a job.
+/// Splits the body of a take's answer, an object or a list of them, into elements. Each is then read separately, so that one which our JSON
+/// parser refuses does not fail the others. `None` when the body is neither.
 pub(crate) fn elements(body: &[u8]) -> Option<Vec<&[u8]>> {
     let body = body.trim_ascii();
     if body.starts_with(b"{") {
@@ -77,7 +77,8 @@ impl Entry {
         }
     }
 
-    /// The parser refuses some well-formed JSON: half of a surrogate pair, deep nesting, too much. Its id can be read all the same.
+    /// An element that was refused. Some of what the parser refuses is well-formed JSON (half of a surrogate pair, deep nesting, too much of it),
+    /// and then its id can still be read.
     fn unreadable(element: &[u8], failure: Failure) -> Self {
         #[derive(Deserialize)]
         struct Named {

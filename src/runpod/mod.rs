@@ -4,7 +4,8 @@
 //! and its result off in order (`outbox`), listens for cancellations (`stop`), and tells the platform that it lives (`heartbeat`, a
 //! thread of its own). Every job taken is answered exactly once: a result, an error, or, when the platform stopped it, silence.
 //!
-//! The worker does not know the engine. It drives a [`Handler`], which the assembly makes from the service that also answers HTTP.
+//! The worker drives a [`Handler`], which the assembly makes from the service that also answers HTTP. Of the engine it knows only
+//! whether it is sound ([`Health`](crate::engine::Health)).
 
 use std::sync::Arc;
 
@@ -16,11 +17,11 @@ use crate::error::Failure;
 
 mod client;
 mod heartbeat;
-mod held;
+mod in_flight;
 mod job;
 mod outbox;
-mod pacing;
 mod poll;
+mod retry;
 mod stop;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -29,7 +30,7 @@ mod worker;
 
 pub use heartbeat::report_unhealthy;
 pub use job::Job;
-pub use pacing::Pacing;
+pub use retry::RetryPolicy;
 pub use worker::{Ended, Worker};
 
 /// Whether a worker can run with these settings: the platform's URL templates and key. The error names the variable.

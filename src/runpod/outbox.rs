@@ -1,7 +1,7 @@
-//! Carries one job's answer off: its pieces in order, never more than one post under way, and its outcome.
+//! Posts one job's answer: its pieces in order, with never more than one post under way, and then its outcome.
 //!
-//! Pieces are pulled. While a post is under way nothing is pulled, and what was generated meanwhile comes as one piece: a slow platform
-//! gets fewer and larger posts, and never slows the engine.
+//! While a post is under way no piece is pulled, and all that is generated meanwhile comes as one piece. So a slow platform gets fewer and
+//! larger posts, and never slows the engine.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,7 +16,7 @@ use crate::api::{Answer, Pieces};
 use crate::config::BatchGrowth;
 use crate::error::{Failure, Kind};
 
-/// No piece waits longer than this for a batch to fill.
+/// A piece waits at most this long for a batch to fill.
 const LONGEST_GATHERING: Duration = Duration::from_secs(1);
 
 /// How pieces become posts.
@@ -49,12 +49,12 @@ impl Outbox {
     async fn deliver_stream(&self, pieces: Pieces) -> Outcome {
         let mut source = Source { pieces, next: None, failure: None, ended: false };
         let mut pace = Pace::new(self.rules);
-        let mut posted = Posted { limit: self.client.pacing.result_limit, ..Default::default() };
+        let mut posted = Posted { limit: self.client.policy.result_limit, ..Default::default() };
         loop {
             tokio::time::sleep_until(pace.next).await;
-            let Some(piece) = source.gather(pace.wanted(), self.client.pacing.chunk_limit).await else { break };
+            let Some(piece) = source.gather(pace.wanted(), self.client.policy.chunk_limit).await else { break };
             pace.flush(piece.is_string());
-            for part in split_piece(piece, self.client.pacing.chunk_limit) {
+            for part in split_piece(piece, self.client.policy.chunk_limit) {
                 self.post(part, &mut posted).await;
             }
         }
@@ -72,21 +72,21 @@ impl Outbox {
         posted.posts += 1;
         posted.bytes += body.len();
         // When the last one failed in all its attempts, more attempts would only add to the delay of what follows.
-        let attempts = if posted.last_failed { 1 } else { self.client.pacing.stream_attempts };
+        let attempts = if posted.last_failed { 1 } else { self.client.policy.stream_attempts };
         posted.last_failed = !self.client.stream(&self.job_id, body, attempts).await;
         posted.skipped += usize::from(posted.last_failed);
         posted.keep(piece);
     }
 }
 
-/// What has been posted: the aggregate, as far as it can be returned.
+/// What has been posted so far. The pieces are kept because they are returned as the job's result, unless they are too large for that.
 #[derive(Default)]
 struct Posted {
     pieces: Vec<Value>,
     posts: usize,
     skipped: usize,
     last_failed: bool,
-    /// Of all bodies, each a little longer than its share in the aggregate.
+    /// Bytes of all bodies. Each is a little longer than its part of the aggregate.
     bytes: usize,
     limit: usize,
 }
@@ -94,7 +94,7 @@ struct Posted {
 impl Posted {
     fn keep(&mut self, piece: Value) {
         if self.too_large() {
-            // It will not be returned: do not hold on to it.
+            // These pieces will not be returned, so they need not be kept.
             self.pieces = Vec::new();
         } else {
             self.pieces.push(piece);

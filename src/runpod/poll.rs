@@ -8,8 +8,8 @@ use reqwest::StatusCode;
 use tokio::time::Instant;
 
 use super::client::Taken;
-use super::pacing::{jittered, sleep_awake};
-use super::worker::{Ended, Jobs, fault};
+use super::retry::{jittered, sleep_awake};
+use super::worker::{Ended, Jobs};
 
 /// A take under way, which outlives the loop that began it.
 type Take<'a> = Pin<Box<dyn Future<Output = Taken> + Send + 'a>>;
@@ -20,23 +20,23 @@ pub(crate) async fn run(jobs: &Arc<Jobs>, concurrency: usize, drain_timeout: Dur
     let ended = tokio::select! {
         biased;
         () = shutdown => Ended::Drained,
-        _ = fault(&jobs.faults) => Ended::Unhealthy,
+        _ = jobs.health.failed() => Ended::Unhealthy,
         () = poll.forever() => Ended::Drained,
     };
     let limit = match ended {
         Ended::Drained => {
-            tracing::info!("shutting down: no more jobs are taken, {} in progress", jobs.held.len());
+            tracing::info!("shutting down: no more jobs are taken, {} in progress", jobs.in_flight.len());
             drain_timeout
         }
         Ended::Unhealthy => {
-            tracing::error!("the engine is beyond repair: no more jobs are taken, {} in progress", jobs.held.len());
-            drain_timeout.min(jobs.client.pacing.broken_drain)
+            tracing::error!("the engine is beyond repair: no more jobs are taken, {} in progress", jobs.in_flight.len());
+            drain_timeout.min(jobs.client.policy.broken_drain)
         }
     };
     let hold = poll.longest_hold();
     drain(jobs, poll.pending, hold, limit).await;
     // The engine may have broken meanwhile.
-    if jobs.fault().is_some() { Ended::Unhealthy } else { ended }
+    if jobs.health.failure().is_some() { Ended::Unhealthy } else { ended }
 }
 
 /// The last thing said about takes, so that each change is said once.
@@ -57,17 +57,17 @@ struct Poll<'a> {
     single_until: Option<Instant>,
     failures: u32,
     state: State,
-    /// The longest that the server has held a poll, known from the first one that came back empty.
+    /// The longest that the server has held a poll; `None` until one came back empty.
     hold: Option<Duration>,
-    /// The take under way. Kept here and not on the stack of `forever`, since a drain goes on with it.
+    /// The take under way. It is kept here and not on the stack of `forever`, because a drain goes on with it.
     pending: Option<Take<'a>>,
 }
 
 impl<'a> Poll<'a> {
     async fn forever(&mut self) {
         loop {
-            self.jobs.held.below(self.concurrency).await;
-            let free = self.concurrency.saturating_sub(self.jobs.held.len()).max(1);
+            self.jobs.in_flight.below(self.concurrency).await;
+            let free = self.concurrency.saturating_sub(self.jobs.in_flight.len()).max(1);
             let began = Instant::now();
             let (url, batch) = self.next_url(free);
             let jobs = self.jobs;
@@ -81,7 +81,7 @@ impl<'a> Poll<'a> {
         }
     }
 
-    /// An empty answer tells how long the server holds polls; one with jobs, that it is no shorter.
+    /// Learns how long the server holds polls: an empty answer shows it, and an answer with jobs shows that it is at least that long.
     fn learn(&mut self, taken: &Taken, lasted: Duration) {
         let empty = match taken {
             Taken::Nothing => true,
@@ -93,16 +93,16 @@ impl<'a> Poll<'a> {
         }
     }
 
-    /// How long the last poll may be held: a quarter more than any before it.
+    /// The longest that the last poll may be held, which is taken to be a quarter more than any before it.
     fn longest_hold(&self) -> Duration {
-        let pacing = &self.jobs.client.pacing;
-        self.hold.map_or(pacing.unknown_hold, |hold| hold.mul_f64(1.25).max(pacing.least_hold)).min(pacing.poll_timeout)
+        let policy = &self.jobs.client.policy;
+        self.hold.map_or(policy.unknown_hold, |hold| hold.mul_f64(1.25).max(policy.least_hold)).min(policy.poll_timeout)
     }
 
     /// The address of the next take, and whether it is the batch route.
     fn next_url(&mut self, free: usize) -> (String, bool) {
         let urls = &self.jobs.client.urls;
-        let busy = self.jobs.held.len() > 0;
+        let busy = self.jobs.in_flight.len() > 0;
         if self.single_until.is_some_and(|until| until <= Instant::now()) {
             self.single_until = None;
         }
@@ -115,21 +115,21 @@ impl<'a> Poll<'a> {
 
     /// Acts on what a take gave; returns the pause before the next one.
     fn settle(&mut self, taken: Taken, lasted: Duration, batch: bool) -> Duration {
-        let pacing = &self.jobs.client.pacing;
+        let policy = &self.jobs.client.policy;
         let (state, pause) = match taken {
-            Taken::Entries(entries) if entries.is_empty() => (State::Working, pacing.shortest_poll.saturating_sub(lasted)),
+            Taken::Entries(entries) if entries.is_empty() => (State::Working, policy.shortest_poll.saturating_sub(lasted)),
             Taken::Entries(entries) => match self.jobs.accept(entries) {
                 None => (State::Working, Duration::ZERO),
                 Some(fault) => return self.fail(State::Odd(fault.into())),
             },
-            Taken::Nothing => (State::Working, pacing.shortest_poll.saturating_sub(lasted)),
-            Taken::Parked => (State::Parked, pacing.parked.saturating_sub(lasted)),
-            Taken::Odd(what) => (State::Odd(what), jittered(pacing.shortest_poll)),
-            Taken::RateLimited => (State::RateLimited, jittered(pacing.rate_limited)),
+            Taken::Nothing => (State::Working, policy.shortest_poll.saturating_sub(lasted)),
+            Taken::Parked => (State::Parked, policy.parked.saturating_sub(lasted)),
+            Taken::Odd(what) => (State::Odd(what), jittered(policy.shortest_poll)),
+            Taken::RateLimited => (State::RateLimited, jittered(policy.rate_limited)),
             // Some servers have no batch route, or a broken one; the plain one may work.
             Taken::Refused(status) if batch && (status == StatusCode::NOT_FOUND || status.is_server_error()) => {
                 tracing::info!("the platform refused to hand out several jobs at once (HTTP {status}); taking them one by one");
-                self.single_until = Some(Instant::now() + pacing.batch_retry);
+                self.single_until = Some(Instant::now() + policy.batch_retry);
                 return if status == StatusCode::NOT_FOUND { Duration::ZERO } else { self.fail(State::Refused(status)) };
             }
             Taken::Refused(status) => return self.fail(State::Refused(status)),
@@ -148,7 +148,7 @@ impl<'a> Poll<'a> {
     fn fail(&mut self, state: State) -> Duration {
         self.failures = self.failures.saturating_add(1);
         self.enter(state);
-        jittered(self.jobs.client.pacing.take_backoff.pause(self.failures))
+        jittered(self.jobs.client.policy.take_backoff.pause(self.failures))
     }
 
     fn enter(&mut self, state: State) {
@@ -171,11 +171,11 @@ impl<'a> Poll<'a> {
     }
 }
 
-/// Waits until every job is answered, for at most `limit`. The pending take is part of it: it ends by itself, or is dropped once nothing runs
-/// and `hold` is over, the longest that the server may hold it. A job that it brings is answered like any other; where the engine is broken,
-/// with that as its failure, since a job that nobody answers would be lost without a word.
+/// Waits until every job is answered, for at most `limit`. The pending take ends by itself, or is dropped once nothing runs and `hold` is over,
+/// the longest that the server may hold it. A job that it brings is answered like any other. When the engine is broken, the answer is that
+/// failure: a job that nobody answers would be lost without a word.
 async fn drain(jobs: &Arc<Jobs>, mut pending: Option<Take<'_>>, hold: Duration, limit: Duration) {
-    let pacing = &jobs.client.pacing;
+    let policy = &jobs.client.policy;
     let mut expired = pin!(sleep_awake(limit));
     let mut last_poll = pin!(sleep_awake(hold));
     let mut waiting_for_poll = true;
@@ -198,17 +198,17 @@ async fn drain(jobs: &Arc<Jobs>, mut pending: Option<Take<'_>>, hold: Duration, 
                 }
             }
             () = &mut last_poll, if waiting_for_poll => waiting_for_poll = false,
-            () = jobs.held.below(1), if !polling || !waiting_for_poll => return,
+            () = jobs.in_flight.below(1), if !polling || !waiting_for_poll => return,
         }
     }
     drop(pending);
-    if jobs.held.len() == 0 {
+    if jobs.in_flight.len() == 0 {
         return;
     }
-    tracing::warn!("{} jobs are unfinished after {} s of draining: they fail now", jobs.held.len(), limit.as_secs());
+    tracing::warn!("{} jobs are unfinished after {} s of draining: they fail now", jobs.in_flight.len(), limit.as_secs());
     jobs.expired.send_replace(true);
-    let longest_post = pacing.result_window + pacing.result_timeout * 2;
-    if tokio::time::timeout(longest_post, jobs.held.below(1)).await.is_err() {
-        tracing::error!("these jobs could not be answered: {}", jobs.held.ids().join(", "));
+    let longest_post = policy.result_window + policy.result_timeout * 2;
+    if tokio::time::timeout(longest_post, jobs.in_flight.below(1)).await.is_err() {
+        tracing::error!("these jobs could not be answered: {}", jobs.in_flight.ids().join(", "));
     }
 }

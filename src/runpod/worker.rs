@@ -9,30 +9,25 @@ use tokio::task::JoinError;
 use tracing::Instrument;
 
 use super::client::{Client, Delivery};
-use super::held::{Held, Holding};
+use super::in_flight::{InFlight, InFlightJob};
 use super::job::{Entry, Job, Outcome};
 use super::outbox::{Outbox, Rules};
-use super::pacing::Pacing;
+use super::retry::RetryPolicy;
 use super::{Handler, heartbeat, poll, stop};
 use crate::api::Answer;
 use crate::api::tally::{End, Tally};
-use crate::config::RunpodSettings;
+use crate::config::{RunpodSettings, defaults};
+use crate::engine::Health;
 use crate::error::{Failure, Kind};
-
-const STREAM_INTERVAL: Duration = Duration::from_millis(50);
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// A queue worker, ready to [`run`](Worker::run).
 pub struct Worker {
     settings: RunpodSettings,
     concurrency: usize,
     handler: Handler,
-    faults: Faults,
-    pacing: Pacing,
+    health: Health,
+    policy: RetryPolicy,
 }
-
-/// Tells what broke the engine, once something has.
-pub(crate) type Faults = watch::Receiver<Option<Failure>>;
 
 /// Why a worker ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,21 +45,21 @@ impl Worker {
             settings: settings.clone(),
             concurrency: concurrency.max(1),
             handler,
-            faults: watch::channel(None).1,
-            pacing: Pacing::default(),
+            health: Health::default(),
+            policy: RetryPolicy::default(),
         }
     }
 
     /// Where the worker hears that its engine is beyond repair. It then takes no more jobs, answers those it holds with the reason, asks the
     /// platform to be replaced (`stopPod`, an unhealthy ping), and ends: better than failing one job after the other at full speed.
-    pub fn faults(mut self, faults: watch::Receiver<Option<Failure>>) -> Self {
-        self.faults = faults;
+    pub fn health(mut self, health: Health) -> Self {
+        self.health = health;
         self
     }
 
     /// Other waits and limits than the platform's.
-    pub fn pacing(mut self, pacing: Pacing) -> Self {
-        self.pacing = pacing;
+    pub fn retry_policy(mut self, policy: RetryPolicy) -> Self {
+        self.policy = policy;
         self
     }
 
@@ -74,30 +69,30 @@ impl Worker {
     ///   jobs run, and a job that it brings is run. Cutting it off could lose a job which the server hands out at that moment;
     /// * running jobs go on for `drain_timeout`, with heartbeats; those still unfinished are then answered with an error.
     ///
-    /// A broken engine ends it too, within `Pacing::broken_drain`: then no job is run any more, also not one that the last poll brings.
+    /// A broken engine ends it too, within `RetryPolicy::broken_drain`: then no job is run any more, also not one that the last poll brings.
     ///
     /// Fails at once, naming the variable, when the settings cannot work.
     pub async fn run(self, shutdown: impl Future<Output = ()> + Send) -> Result<Ended, String> {
         let mut settings = self.settings;
         let worker_id = settings.worker_id.get_or_insert_with(|| uuid::Uuid::new_v4().to_string()).clone();
-        let held = Held::new();
-        let client = Arc::new(Client::new(&settings, &worker_id, self.pacing.clone())?);
-        let heartbeat = heartbeat::start(&settings, Arc::clone(&held), self.pacing.ping_retry)?;
+        let in_flight = InFlight::new();
+        let client = Arc::new(Client::new(&settings, &worker_id, self.policy.clone())?);
+        let heartbeat = heartbeat::start(&settings, Arc::clone(&in_flight), self.policy.ping_retry)?;
         let jobs = Arc::new(Jobs {
             client: Arc::clone(&client),
-            held: Arc::clone(&held),
+            in_flight: Arc::clone(&in_flight),
             handler: self.handler,
-            faults: self.faults.clone(),
-            rules: Rules { interval: settings.stream_interval.unwrap_or(STREAM_INTERVAL), batch: settings.batch },
+            health: self.health.clone(),
+            rules: Rules { interval: settings.stream_interval.unwrap_or(defaults::STREAM_INTERVAL), batch: settings.batch },
             expired: watch::Sender::new(false),
         });
-        let faults = self.faults;
+        let health = self.health;
         let report = tokio::spawn({
             let settings = settings.clone();
-            async move { heartbeat::report_unhealthy(&settings, "engine", &fault(&faults).await.message).await }
+            async move { heartbeat::report_unhealthy(&settings, "engine", &health.failed().await.message).await }
         });
-        let stops = tokio::spawn(stop::listen(client, held));
-        let drain_timeout = settings.drain_timeout.unwrap_or(DRAIN_TIMEOUT);
+        let stops = tokio::spawn(stop::listen(client, in_flight));
+        let drain_timeout = settings.drain_timeout.unwrap_or(defaults::DRAIN_TIMEOUT);
         let ended = poll::run(&jobs, self.concurrency, drain_timeout, shutdown).await;
         stops.abort();
         drop(heartbeat);
@@ -110,22 +105,12 @@ impl Worker {
     }
 }
 
-/// Waits until the engine is beyond repair.
-pub(crate) async fn fault(faults: &Faults) -> Failure {
-    let known = faults.clone().wait_for(Option::is_some).await.map(|failure| failure.clone());
-    match known {
-        Ok(Some(failure)) => failure,
-        // Nobody is left who could tell of one.
-        _ => std::future::pending().await,
-    }
-}
-
 /// What all jobs of a worker share.
 pub(crate) struct Jobs {
     pub client: Arc<Client>,
-    pub held: Arc<Held>,
+    pub in_flight: Arc<InFlight>,
     handler: Handler,
-    pub faults: Faults,
+    pub health: Health,
     rules: Rules,
     /// Becomes true when the drain's deadline has passed.
     pub expired: watch::Sender<bool>,
@@ -157,7 +142,7 @@ impl Jobs {
             };
             repeated += usize::from(!started);
         }
-        tracing::debug!("Jobs in progress: {}", self.held.len());
+        tracing::debug!("Jobs in progress: {}", self.in_flight.len());
         // Else a queue that hands out the same jobs again and again would be asked at full speed.
         if count > 0 && repeated == count { Some("only jobs that run already") } else { fault }
     }
@@ -165,20 +150,20 @@ impl Jobs {
     /// False: the job runs already.
     fn start(self: &Arc<Self>, id: &str, batch_id: Option<String>, job: Result<Job, Failure>) -> bool {
         // A job that has ended may come again: a retry. One that still runs was delivered twice, and runs once.
-        let Some((holding, stopped)) = self.held.hold(id) else {
+        let Some((guard, stopped)) = self.in_flight.begin(id) else {
             tracing::warn!(request_id = %id, "the job was delivered again while it runs; once is enough");
             return false;
         };
         // Of the highest level, so that also a log of errors alone names the job.
         let span = tracing::error_span!("job", request_id = %id, batch_id = batch_id.as_deref());
-        tokio::spawn(Arc::clone(self).answer(id.to_owned(), job, holding, stopped).instrument(span));
+        tokio::spawn(Arc::clone(self).answer(id.to_owned(), job, guard, stopped).instrument(span));
         true
     }
 
     /// Runs one job and posts its result: once, or never if the platform stops it.
-    async fn answer(self: Arc<Self>, id: String, job: Result<Job, Failure>, holding: Holding, mut stopped: oneshot::Receiver<()>) {
+    async fn answer(self: Arc<Self>, id: String, job: Result<Job, Failure>, guard: InFlightJob, mut stopped: oneshot::Receiver<()>) {
         let tally = Tally::begin();
-        let outcome = match (job, self.fault()) {
+        let outcome = match (job, self.health.failure()) {
             (Ok(job), None) => self.outcome(job, &tally, &mut stopped).await,
             // A broken engine runs nothing.
             (Err(failure), _) | (Ok(_), Some(failure)) => Some(Outcome::Failed { failure, streamed: false }),
@@ -200,7 +185,7 @@ impl Jobs {
             }
             (Some(Delivery::Arrived), _) => End::Completed,
         });
-        drop(holding);
+        drop(guard);
     }
 
     /// `None`: the platform stopped the job.
@@ -229,7 +214,7 @@ impl Jobs {
             Ok(()) = &mut *stopped => None,
             result = &mut work => return Some(result.unwrap_or_else(|error| panicked(&error, streamed.load(Ordering::Relaxed)))),
             _ = expired.wait_for(|&expired| expired) => {
-                Some(self.fault().unwrap_or_else(|| {
+                Some(self.health.failure().unwrap_or_else(|| {
                     Failure::new(Kind::Draining, "The worker was shut down before this job ended. Try again.").code("worker_shutdown")
                 }))
             }
@@ -240,14 +225,9 @@ impl Jobs {
         failure.map(|failure| Outcome::Failed { failure, streamed: streamed.load(Ordering::Relaxed) })
     }
 
-    /// What broke the engine, if anything has.
-    pub fn fault(&self) -> Option<Failure> {
-        self.faults.borrow().clone()
-    }
-
     fn beyond_repair(&self, outcome: &Outcome) -> bool {
         let internal = matches!(outcome, Outcome::Failed { failure, .. } if failure.kind == Kind::Internal);
-        internal && self.fault().is_some()
+        internal && self.health.failure().is_some()
     }
 }
 

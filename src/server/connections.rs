@@ -25,6 +25,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::wire::Refusal;
+use crate::config::defaults;
 use crate::error::{Failure, Kind};
 
 /// Places beyond [`ConnectionLimits::most`], where only health checks are answered.
@@ -50,10 +51,10 @@ pub struct ConnectionLimits {
 impl Default for ConnectionLimits {
     fn default() -> Self {
         Self {
-            header_timeout: Some(Duration::from_secs(10)),
-            idle_timeout: Some(Duration::from_secs(75)),
+            header_timeout: Some(defaults::HEADER_TIMEOUT),
+            idle_timeout: Some(defaults::KEEP_ALIVE_TIMEOUT),
             most: 1024,
-            health_path: "/ping".to_owned(),
+            health_path: defaults::HEALTH_PATH.to_owned(),
         }
     }
 }

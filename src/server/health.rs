@@ -1,7 +1,7 @@
 //! Readiness, and the routes that tell it: `/ping` for RunPod's load balancer, `/health` for container platforms.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use axum::Router;
 use axum::extract::State;
@@ -10,6 +10,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use serde_json::json;
 
+use crate::engine::Health;
 use crate::error::{Failure, Kind};
 
 /// Where the model behind this server stands.
@@ -25,7 +26,12 @@ pub enum Phase {
 
 /// The phase, shared between whoever loads the model and the routes. Starts as [`Phase::Loading`].
 #[derive(Debug, Default)]
-pub struct Readiness(AtomicU8);
+pub struct Readiness {
+    /// As it was set; a broken engine comes before it.
+    phase: AtomicU8,
+    /// The engine's own word, once there is an engine.
+    engine: OnceLock<Health>,
+}
 
 impl Readiness {
     pub fn new(phase: Phase) -> Arc<Self> {
@@ -35,11 +41,20 @@ impl Readiness {
     }
 
     pub fn set(&self, phase: Phase) {
-        self.0.store(phase as u8, Ordering::Release);
+        self.phase.store(phase as u8, Ordering::Release);
+    }
+
+    /// From here on requests are answered, for as long as the engine is sound.
+    pub fn ready(&self, engine: Health) {
+        let _ = self.engine.set(engine);
+        self.set(Phase::Ready);
     }
 
     pub fn phase(&self) -> Phase {
-        match self.0.load(Ordering::Acquire) {
+        if self.engine.get().is_some_and(|engine| engine.failure().is_some()) {
+            return Phase::Failed;
+        }
+        match self.phase.load(Ordering::Acquire) {
             0 => Phase::Loading,
             1 => Phase::Ready,
             2 => Phase::Draining,

@@ -15,7 +15,7 @@ use axum::middleware;
 use tokio::net::TcpListener;
 
 use crate::api::body::BodyLimits;
-use crate::config::{Secret, ServerSettings};
+use crate::config::{Secret, ServerSettings, defaults};
 use crate::error::{Failure, Kind};
 
 pub mod auth;
@@ -62,7 +62,7 @@ impl Default for Options {
         Self {
             api_keys: Vec::new(),
             allowed_origins: Vec::new(),
-            health_path: "/ping".to_owned(),
+            health_path: defaults::HEALTH_PATH.to_owned(),
             body_limit: BodyLimits::default().bytes,
             model_limits: None,
             pace: sse::Pace::default(),

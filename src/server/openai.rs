@@ -79,7 +79,7 @@ impl Front {
 
     /// By path, method and readiness alone.
     fn admit(&self, parts: &Parts, path: &str) -> Result<Admitted, Refusal> {
-        let Some(allowed) = api::openai::allow(path) else {
+        let Some(allowed) = api::routes::allow(path) else {
             let message = format!("There is no route {} {path}.", parts.method);
             return Err(Failure::new(Kind::NotFound, message).code("unknown_route").into());
         };

@@ -1,19 +1,18 @@
-//! Counts and histograms as plain data, and their text form for Prometheus.
-//!
-//! Whoever counts owns the numbers and gives out copies: no lock and no atomic on the way of a token.
+//! Counts and histograms as plain data, and their text form for Prometheus. There is no lock in here: one thread keeps the numbers, and others get
+//! copies.
 
 use std::fmt::Write as _;
 use std::time::Duration;
 
-/// Most bounds a histogram may have.
+/// The most bounds that a histogram may have.
 const MOST: usize = 20;
 
-/// Values by size, cumulative only when written. Copied as a whole: no heap.
+/// Counts values by their size. The counts become cumulative only when they are written. A copy takes no memory from the heap.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Histogram {
     /// Upper bounds, ascending.
     bounds: &'static [f64],
-    /// One more than bounds: the last is for what is above them all.
+    /// One count for each bound, and a last one for values above all bounds.
     counts: [u64; MOST + 1],
     sum: f64,
 }
@@ -36,7 +35,7 @@ pub struct Total {
 }
 
 impl Total {
-    /// Of the values that have come since.
+    /// The mean of the values that have come since `before`; `None` when there are none.
     pub fn mean_since(self, before: Self) -> Option<f64> {
         (self.count > before.count).then(|| (self.sum - before.sum) / (self.count - before.count) as f64)
     }
@@ -74,7 +73,7 @@ impl Histogram {
 /// Metrics in Prometheus' text format, one after another.
 pub struct Exposition {
     prefix: String,
-    /// `name="value"`, of every line.
+    /// The labels of every line, as `name="value"`.
     labels: String,
     text: String,
 }

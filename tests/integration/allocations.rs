@@ -9,10 +9,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::alone;
+use worker_candle::checkpoint::demo;
 use worker_candle::config::{DeviceChoice, EngineSettings, Quantization};
-use worker_candle::engine::{self, Event, Generation, Lookup, Request, SamplingParams};
+use worker_candle::engine::{self, Event, Generation, NgramProposer, Request, SamplingParams};
 use worker_candle::models::runner::ModelRunner;
-use worker_candle::models::{Draw, LogprobsMode, LogprobsSpec, Plan, Row, Runner, Seen, demo};
+use worker_candle::models::{LogprobsMode, LogprobsSpec, Plan, Row, Runner, SamplingMetadata, TokenCounts};
 
 /// Counts what all threads allocate.
 struct Counting;
@@ -37,29 +38,30 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// Buffers that two threads make when they first draw a token.
-const FIRST_DRAWS: usize = 2 * 4;
+/// Buffers that two threads make when they first sample a token.
+const FIRST_SAMPLES: usize = 2 * 4;
 const BLOCK: usize = 16;
 const SEQUENCES: usize = 3;
 /// Blocks of each sequence.
 const BLOCKS: usize = 16;
 
-/// Guesses in each row that has some.
-const GUESSES: usize = 3;
+/// Draft tokens in each row that has some.
+const DRAFTS: usize = 3;
 
-/// Each sequence's next `len` tokens from position `from` on, the last `guesses` of them guesses.
-fn plan(from: usize, len: usize, guesses: usize, draw: &Draw) -> Plan {
+/// Each sequence's next `len` tokens from position `from` on, the last `draft_len` of them draft tokens.
+fn plan(from: usize, len: usize, draft_len: usize, sampling: &SamplingMetadata) -> Plan {
     let mut plan = Plan::default();
     for sequence in 0..SEQUENCES {
+        let params = Arc::new(SamplingParams { seed: sequence as u64, ..(*sampling.params).clone() });
         let blocks: Vec<u32> = (0..BLOCKS).map(|block| (sequence * BLOCKS + block) as u32).collect();
         let positions = from..from + len;
         plan.rows.push(Row {
             start: plan.tokens.len(),
             len,
             context: from + len,
-            draw: Some(Draw { seed: sequence as u64, index: from as u64, ..draw.clone() }),
+            sampling: Some(SamplingMetadata { params: params.clone(), index: from as u64, ..sampling.clone() }),
             blocks: Arc::new(blocks),
-            proposed: guesses,
+            draft_len,
             score: None,
         });
         plan.tokens.extend(positions.clone().map(|position| (position * 7 % 300 + sequence) as u32));
@@ -94,43 +96,48 @@ fn the_engine_allocates_less_than_once_in_ten_tokens() {
 #[test]
 #[ignore = "run by a_warm_step_allocates_nothing_but_what_it_reports"]
 fn measured_steps() {
-    let penalties = Draw {
+    let penalties = SamplingParams {
         temperature: 0.8,
         presence_penalty: 0.5,
         frequency_penalty: 0.1,
         repetition_penalty: 1.1,
-        bias: Arc::new(vec![(5, 1.0)]),
-        suppressed: Arc::new(vec![2]),
-        seen: Arc::new(Seen { prompt: (0..100).collect(), output: (50..150).map(|id| (id, 2)).collect() }),
-        ..Draw::default()
+        logit_bias: Arc::new(vec![(5, 1.0)]),
+        ..Default::default()
     };
+    // With suppressed ids and counts.
+    let full = |params: SamplingParams| SamplingMetadata {
+        suppressed: Arc::new(vec![2]),
+        counts: Arc::new(TokenCounts { prompt: (0..100).collect(), output: (50..150).map(|id| (id, 2)).collect() }),
+        ..params.into()
+    };
+    let plain = |temperature, top_p| SamplingParams { temperature, top_p, ..Default::default() };
     let told = |mode, top| Some(LogprobsSpec { top, mode });
     // The last number: what one reported token may allocate, the list of its alternatives.
-    let draws = [
-        ("greedy", Draw { temperature: 0.0, ..Draw::default() }, 0),
-        ("temperature", Draw { temperature: 0.8, ..Draw::default() }, 0),
-        ("top_p", Draw { temperature: 0.8, top_p: 0.8, ..Draw::default() }, 0),
-        ("a wide top_p", Draw { temperature: 2.0, top_p: 0.999, ..Draw::default() }, 0),
-        ("top_p, top_k, min_p", Draw { temperature: 0.9, top_p: 0.9, top_k: 40, min_p: 0.01, ..Draw::default() }, 0),
-        ("penalties", penalties.clone(), 0),
-        ("logprobs of the token alone", Draw { logprobs: told(LogprobsMode::RawLogprobs, 0), ..penalties.clone() }, 0),
-        ("logprobs", Draw { logprobs: told(LogprobsMode::ProcessedLogprobs, 20), ..penalties }, 1),
+    let ways = [
+        ("greedy", plain(0.0, 1.0).into(), 0),
+        ("temperature", plain(0.8, 1.0).into(), 0),
+        ("top_p", plain(0.8, 0.8).into(), 0),
+        ("a wide top_p", plain(2.0, 0.999).into(), 0),
+        ("top_p, top_k, min_p", SamplingParams { top_k: 40, min_p: 0.01, ..plain(0.9, 0.9) }.into(), 0),
+        ("penalties", full(penalties.clone()), 0),
+        ("logprobs of the token alone", full(SamplingParams { logprobs: told(LogprobsMode::RawLogprobs, 0), ..penalties.clone() }), 0),
+        ("logprobs", full(SamplingParams { logprobs: told(LogprobsMode::ProcessedLogprobs, 20), ..penalties }), 1),
     ];
     for quantization in [Quantization::AsStored, Quantization::Wint8, Quantization::Wint4] {
         let mut runner = ModelRunner::load(&demo::files(), || Ok(usize::MAX), &settings(quantization)).unwrap();
-        for ((name, draw, reported), guesses) in draws.iter().flat_map(|draw| [(draw, 0), (draw, GUESSES)]) {
-            let step = |at| plan(at, 1 + guesses, guesses, draw);
+        for ((name, sampling, reported), draft_len) in ways.iter().flat_map(|way| [(way, 0), (way, DRAFTS)]) {
+            let step = |at| plan(at, 1 + draft_len, draft_len, sampling);
             // Warm: a prompt, and as many tokens as make every buffer as long as it will be.
-            for plan in std::iter::once(plan(0, 40, 0, draw)).chain((40..80).map(step)) {
+            for plan in std::iter::once(plan(0, 40, 0, sampling)).chain((40..80).map(step)) {
                 let output = runner.step(&plan).unwrap();
                 runner.recycle(output);
             }
             let plans: Vec<Plan> = (80..200).map(step).collect();
             let before = ALLOCATIONS.load(Ordering::Relaxed);
-            let mut drawn = 0;
+            let mut sampled = 0;
             for plan in &plans {
                 let output = runner.step(plan).unwrap();
-                drawn += output.tokens.len();
+                sampled += output.tokens.len();
                 assert!(
                     plan.rows.iter().all(|row| Arc::strong_count(&row.blocks) == 1),
                     "a block table is still held: to grow it would be copied"
@@ -138,10 +145,10 @@ fn measured_steps() {
                 runner.recycle(output);
             }
             let made = ALLOCATIONS.load(Ordering::Relaxed) - before;
-            assert_eq!(drawn, plans.len() * SEQUENCES * (1 + guesses));
-            // A computing thread that draws for the first time makes its own few buffers, whenever that is.
-            let most = FIRST_DRAWS + reported * drawn;
-            assert!(made <= most, "{made} allocations in {} steps: {quantization:?}, {name}, {guesses} guesses", plans.len());
+            assert_eq!(sampled, plans.len() * SEQUENCES * (1 + draft_len));
+            // A computing thread that samples for the first time makes its own few buffers, whenever that is.
+            let most = FIRST_SAMPLES + reported * sampled;
+            assert!(made <= most, "{made} allocations in {} steps: {quantization:?}, {name}, {draft_len} drafts", plans.len());
         }
     }
 }
@@ -157,7 +164,7 @@ async fn follow(generation: &mut Generation, seen: &mut usize, until: usize) {
     }
 }
 
-/// Planning, drawing, settling, and the channels to whoever reads along: blocks of the channels, block tables that grow, entries of the prefix
+/// Planning, sampling, settling, and the channels to whoever reads along: blocks of the channels, block tables that grow, entries of the prefix
 /// cache.
 #[test]
 #[ignore = "run by the_engine_allocates_less_than_once_in_ten_tokens"]
@@ -165,8 +172,8 @@ fn measured_engine() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let load = || ModelRunner::load(&demo::files(), || Ok(usize::MAX), &settings(Quantization::AsStored));
-        let lookup = Some(Lookup::default());
-        let engine = engine::start(load, engine::Options { lookup, log_stats: false, ..Default::default() }).await.unwrap();
+        let proposer = Some(NgramProposer::default());
+        let engine = engine::start(load, engine::Options { proposer, log_stats: false, ..Default::default() }).await.unwrap();
         for (name, temperature, penalty) in [("greedy", 0.0, 0.0), ("sampled", 0.8, 0.0), ("with penalties", 0.8, 0.5)] {
             // The first round warms everything, at every length.
             let mut made = [0, 0];

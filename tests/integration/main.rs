@@ -5,6 +5,7 @@
 
 mod allocations;
 mod dependency_rule;
+mod docs;
 #[cfg(target_os = "linux")]
 mod memory;
 mod worker_and_endpoint;

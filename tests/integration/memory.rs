@@ -1,9 +1,10 @@
 //! The memory of the plan is taken after the load, not during it, and then the process has it.
 
 use super::alone;
+use worker_candle::checkpoint::demo;
 use worker_candle::config::{DeviceChoice, EngineSettings};
+use worker_candle::models::Runner;
 use worker_candle::models::runner::ModelRunner;
-use worker_candle::models::{Runner, demo};
 
 const MIB: usize = 1 << 20;
 
@@ -35,7 +36,7 @@ fn measured_pool() {
     let loaded = resident().unwrap();
     assert!(loaded < before + POOL / 3, "{before} MiB before the load, {loaded} after");
     let mut slices = 1;
-    while runner.take_memory(4 * MIB) {
+    while runner.prefault(4 * MIB) {
         slices += 1;
     }
     let taken = resident().unwrap();
@@ -43,7 +44,7 @@ fn measured_pool() {
     // No slice is larger than it was asked to be.
     assert!(slices >= POOL / 4, "{slices} slices");
     // Nothing comes of asking once more.
-    assert!(!runner.take_memory(usize::MAX));
+    assert!(!runner.prefault(usize::MAX));
     let again = resident().unwrap();
     assert!(again <= taken + 1, "{taken} MiB, then {again}");
 }

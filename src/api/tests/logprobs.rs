@@ -3,6 +3,8 @@
 use serde_json::{Value, json};
 
 use super::*;
+use crate::api::fields::Fields;
+use crate::api::logprobs::LogprobsForm;
 use crate::config::LogprobsMode;
 
 fn strings<'a>(list: &'a Value, key: &str) -> Vec<&'a str> {
@@ -334,7 +336,7 @@ async fn the_mode_of_the_settings_reaches_the_engine() {
     let settings = ApiSettings { logprobs_mode: LogprobsMode::ProcessedLogits, ..ApiSettings::default() };
     let world = world_with(&[vec![Say::Text("a")]], settings, files(&[]), Duration::ZERO).await.unwrap();
     let fields = json!({"logprobs": 3, "echo": true});
-    let options = world.service.options(&crate::api::Fields::new(&fields).unwrap(), crate::api::Form::Text).unwrap();
+    let options = world.service.served().options(&Fields::new(&fields).unwrap(), LogprobsForm::Text).unwrap();
     let spec = LogprobsSpec { top: 3, mode: LogprobsMode::ProcessedLogits };
     assert_eq!((options.sampling.logprobs, options.prompt_logprobs), (Some(spec), Some(spec)));
 }
@@ -343,7 +345,7 @@ async fn the_mode_of_the_settings_reaches_the_engine() {
 async fn bad_words_are_cut_as_at_a_beginning_and_after_a_space() {
     let world = saying("a").await;
     let fields = json!({"bad_words": ["Hello", " w"], "bad_words_token_ids": [7, 5]});
-    let options = world.service.options(&crate::api::Fields::new(&fields).unwrap(), crate::api::Form::Text).unwrap();
+    let options = world.service.served().options(&Fields::new(&fields).unwrap(), LogprobsForm::Text).unwrap();
     let mut want = vec![
         vec![5],
         vec![7],

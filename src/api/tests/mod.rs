@@ -7,12 +7,12 @@ use futures::StreamExt;
 use serde_json::{Value, json};
 
 use crate::api::{Answer, Call, ModelInfo, Service};
+use crate::checkpoint::files::{ModelFiles, Source};
 use crate::config::ApiSettings;
 use crate::engine;
 use crate::error::Failure;
-use crate::models::files::{ModelFiles, Source};
-use crate::models::tokenizer::{Special, Tokenizer};
 use crate::models::{Logprobs, LogprobsMode, LogprobsSpec, Output, Plan, Runner, Shape, StepError};
+use crate::text::tokenizer::{Special, Tokenizer};
 
 mod errors;
 mod logprobs;
@@ -38,14 +38,15 @@ impl Runner for Scripted {
     fn step(&mut self, plan: &Plan) -> Result<Output, StepError> {
         std::thread::sleep(self.pace);
         let mut output = Output::default();
-        for draw in plan.rows.iter().filter_map(|row| row.draw.as_ref()) {
-            let script = &self.scripts[draw.seed as usize % self.scripts.len()];
-            let token = match script.get(draw.index as usize) {
+        for sampling in plan.rows.iter().filter_map(|row| row.sampling.as_ref()) {
+            let params = &sampling.params;
+            let script = &self.scripts[params.seed as usize % self.scripts.len()];
+            let token = match script.get(sampling.index as usize) {
                 Some(token) => token.ok_or_else(|| Failure::internal("told to fail"))?,
                 None => 2,
             };
             output.tokens.push(token);
-            output.logprobs.push(draw.logprobs.map(|spec| logprobs(token, -0.5 - (draw.seed % 8) as f32, spec)));
+            output.logprobs.push(params.logprobs.map(|spec| logprobs(token, -0.5 - (params.seed % 8) as f32, spec)));
         }
         for score in plan.rows.iter().filter_map(|row| row.score.as_ref()) {
             output.scores.extend(score.targets.iter().map(|target| logprobs(*target, -0.125, score.logprobs)));

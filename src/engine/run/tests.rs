@@ -13,7 +13,7 @@ const PANIC: u32 = 90;
 const FAIL: u32 = 91;
 const NO_MEMORY: u32 = 93;
 const NO_DEVICE: u32 = 94;
-/// Gives nothing to draw once the context ends with it.
+/// Gives nothing to sample once the context ends with it.
 const BROKEN: u32 = 92;
 
 impl Runner for Scripted {
@@ -31,10 +31,10 @@ impl Runner for Scripted {
                 return Err(StepError::new(fault, Failure::internal("told to fail")));
             }
         }
-        let draws = || plan.rows.iter().filter(|row| row.draw.is_some());
+        let samples = || plan.rows.iter().filter(|row| row.sampling.is_some());
         Ok(Output {
-            tokens: draws().map(|row| row.context as u32 % 50).collect(),
-            failed: (0..).zip(draws()).filter(|(_, row)| plan.tokens[row.start + row.len - 1] == BROKEN).map(|(at, _)| at).collect(),
+            tokens: samples().map(|row| row.context as u32 % 50).collect(),
+            failed: (0..).zip(samples()).filter(|(_, row)| plan.tokens[row.start + row.len - 1] == BROKEN).map(|(at, _)| at).collect(),
             ..Default::default()
         })
     }

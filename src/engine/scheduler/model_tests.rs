@@ -4,13 +4,14 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::*;
+use crate::checkpoint::demo;
 use crate::config::{DeviceChoice, EngineSettings};
 use crate::engine::{Request, SamplingParams};
 use crate::models::runner::ModelRunner;
-use crate::models::{LogprobsMode, LogprobsSpec, Runner, Vocabulary, demo, sample};
+use crate::models::{LogprobsMode, LogprobsSpec, Runner, Vocabulary, sample};
 
-/// Logits of every token drawn, and the tokens, by sequence.
-type Drawn = HashMap<SequenceId, Vec<(u32, Vec<f32>)>>;
+/// Logits of every token sampled, and the tokens, by sequence.
+type Sampled = HashMap<SequenceId, Vec<(u32, Vec<f32>)>>;
 
 /// On a thread of its own, since a runner makes its thread a computing one for good.
 fn with_model<T: Send>(f: impl FnOnce(&mut ModelRunner) -> T + Send) -> T {
@@ -38,23 +39,23 @@ fn sequence(id: SequenceId, prompt: Vec<u32>, max_tokens: usize, temperature: f3
 }
 
 /// Runs everything to its end, greedily.
-fn run(scheduler: &mut Scheduler, runner: &mut ModelRunner, drawn: &mut Drawn) {
+fn run(scheduler: &mut Scheduler, runner: &mut ModelRunner, sampled: &mut Sampled) {
     let (mut plan, mut outcomes) = (Plan::default(), Vec::new());
     while scheduler.plan(&mut plan) {
         let logits = runner.logits(&plan).unwrap();
         let tokens: Vec<u32> = logits.iter().map(|row| sample::argmax(row)).collect();
-        // Several rows of logits for one sequence, where it guesses.
+        // Several rows of logits for one sequence, where it drafts.
         let mut rows: HashMap<SequenceId, Vec<Vec<f32>>> = HashMap::new();
         let mut logits = logits.into_iter();
-        for (row, in_flight) in plan.rows.iter().zip(&scheduler.in_flight).filter(|(row, _)| row.draw.is_some()) {
-            rows.insert(in_flight.id, logits.by_ref().take(row.proposed + 1).collect());
+        for (row, in_flight) in plan.rows.iter().zip(&scheduler.in_flight).filter(|(row, _)| row.sampling.is_some()) {
+            rows.insert(in_flight.id, logits.by_ref().take(row.draft_len + 1).collect());
         }
         plan.clear();
         scheduler.settle(Output { tokens, ..Default::default() }, &mut outcomes);
         scheduler.check_invariants();
         for outcome in outcomes.drain(..) {
             let logits = rows.get_mut(&outcome.id).unwrap().remove(0);
-            drawn.entry(outcome.id).or_default().push((outcome.token.id, logits));
+            sampled.entry(outcome.id).or_default().push((outcome.token.id, logits));
         }
     }
 }
@@ -72,21 +73,21 @@ fn logits_are_bit_identical_with_and_without_the_prefix_cache() {
             [(0, 100, 1, 5), (0, 100, 2, 40), (0, 48, 3, 3), (0, 47, 4, 20), (5, 16, 6, 1), (0, 100, 1, 5), (0, 90, 7, 30)]
                 .map(|(shared, len, own, more)| [words(shared, len), words(own, more)].concat())
                 .to_vec();
-        let (mut plain, mut cached, mut warm) = (Drawn::new(), Drawn::new(), Drawn::new());
+        let (mut plain, mut cached, mut warm) = (Sampled::new(), Sampled::new(), Sampled::new());
         for (id, prompt) in prompts.iter().enumerate() {
             let mut alone = Scheduler::new(runner.shape().clone(), false, None);
             alone.add(sequence(id as u64, prompt.clone(), 12, 0.0));
             run(&mut alone, runner, &mut plain);
         }
         let mut scheduler = Scheduler::new(runner.shape().clone(), true, None);
-        for drawn in [&mut cached, &mut warm] {
+        for sampled in [&mut cached, &mut warm] {
             for (id, prompt) in prompts.iter().enumerate() {
                 scheduler.add(sequence(id as u64, prompt.clone(), 12, 0.0));
             }
-            run(&mut scheduler, runner, drawn);
+            run(&mut scheduler, runner, sampled);
         }
         assert!(scheduler.totals().prefix_hits > 800, "{:?}", scheduler.totals());
-        assert!(plain.values().all(|drawn| drawn.len() == 12));
+        assert!(plain.values().all(|sampled| sampled.len() == 12));
         assert!(plain == cached, "sharing among prompts changed a bit");
         assert!(plain == warm, "blocks from earlier requests changed a bit");
     });
@@ -100,18 +101,18 @@ fn repetitive() -> Vec<Vec<u32>> {
 #[test]
 fn speculation_leaves_every_bit_of_greedy_decoding_as_it_is() {
     with_model(|runner| {
-        let (mut plain, mut guessed) = (Drawn::new(), Drawn::new());
-        for (lookup, drawn) in [(None, &mut plain), (Some(Lookup { max_rows: 16, ..Default::default() }), &mut guessed)] {
-            let mut scheduler = Scheduler::new(runner.shape().clone(), true, lookup);
+        let (mut plain, mut drafted) = (Sampled::new(), Sampled::new());
+        for (proposer, sampled) in [(None, &mut plain), (Some(NgramProposer { max_rows: 16, ..Default::default() }), &mut drafted)] {
+            let mut scheduler = Scheduler::new(runner.shape().clone(), true, proposer);
             for (id, prompt) in repetitive().into_iter().enumerate() {
                 scheduler.add(sequence(id as u64, prompt, 40, 0.0));
             }
-            run(&mut scheduler, runner, drawn);
+            run(&mut scheduler, runner, sampled);
             let totals = scheduler.totals();
-            assert!(lookup.is_none() || (totals.accepted > 100 && totals.accepted < totals.guessed), "guesses of both kinds: {totals:?}");
+            assert!(proposer.is_none() || (totals.accepted > 100 && totals.accepted < totals.drafted), "drafts of both kinds: {totals:?}");
         }
         assert_eq!(plain.len(), 24);
-        assert!(plain == guessed);
+        assert!(plain == drafted);
     });
 }
 
@@ -119,36 +120,36 @@ fn speculation_leaves_every_bit_of_greedy_decoding_as_it_is() {
 fn speculation_leaves_seeded_sampling_as_it_is() {
     with_model(|runner| {
         let mut texts = Vec::new();
-        for lookup in [None, Some(Lookup { max_rows: 16, ..Default::default() })] {
-            let mut scheduler = Scheduler::new(runner.shape().clone(), true, lookup);
+        for proposer in [None, Some(NgramProposer { max_rows: 16, ..Default::default() })] {
+            let mut scheduler = Scheduler::new(runner.shape().clone(), true, proposer);
             for (id, prompt) in repetitive().into_iter().enumerate() {
                 scheduler.add(sequence(id as u64, prompt, 40, 0.7));
             }
             let (mut plan, mut outcomes) = (Plan::default(), Vec::new());
-            let mut drawn: HashMap<SequenceId, Vec<u32>> = HashMap::new();
+            let mut sampled: HashMap<SequenceId, Vec<u32>> = HashMap::new();
             while scheduler.plan(&mut plan) {
                 let output = runner.step(&plan).unwrap();
                 plan.clear();
                 scheduler.settle(output, &mut outcomes);
-                outcomes.drain(..).for_each(|outcome| drawn.entry(outcome.id).or_default().push(outcome.token.id));
+                outcomes.drain(..).for_each(|outcome| sampled.entry(outcome.id).or_default().push(outcome.token.id));
             }
-            assert!(lookup.is_none() || scheduler.totals().accepted > 0, "{:?}", scheduler.totals());
-            texts.push(drawn);
+            assert!(proposer.is_none() || scheduler.totals().accepted > 0, "{:?}", scheduler.totals());
+            texts.push(sampled);
         }
         assert_eq!(texts[0], texts[1]);
     });
 }
 
 /// What every sequence draws, and its log probabilities, to the end of all.
-fn drawn(scheduler: &mut Scheduler, runner: &mut ModelRunner) -> HashMap<SequenceId, Vec<Token>> {
-    let (mut plan, mut outcomes, mut drawn) = (Plan::default(), Vec::new(), HashMap::<_, Vec<_>>::new());
+fn sampled(scheduler: &mut Scheduler, runner: &mut ModelRunner) -> HashMap<SequenceId, Vec<Token>> {
+    let (mut plan, mut outcomes, mut sampled) = (Plan::default(), Vec::new(), HashMap::<_, Vec<_>>::new());
     while scheduler.plan(&mut plan) {
         let output = runner.step(&plan).unwrap();
         plan.clear();
         scheduler.settle(output, &mut outcomes);
-        outcomes.drain(..).for_each(|outcome| drawn.entry(outcome.id).or_default().push(outcome.token));
+        outcomes.drain(..).for_each(|outcome| sampled.entry(outcome.id).or_default().push(outcome.token));
     }
-    drawn
+    sampled
 }
 
 #[test]
@@ -173,7 +174,7 @@ fn what_is_put_back_draws_the_same_again() {
         for id in 0..3 {
             let mut scheduler = Scheduler::new(runner.shape().clone(), true, None);
             scheduler.add(Sequence::new(id, &request(id), 1024));
-            alone.insert(id, ids(&drawn(&mut scheduler, runner)[&id]));
+            alone.insert(id, ids(&sampled(&mut scheduler, runner)[&id]));
             assert_eq!(alone[&id].len(), 330);
         }
         for caching in [true, false] {
@@ -181,7 +182,7 @@ fn what_is_put_back_draws_the_same_again() {
             let shape = Shape { blocks: 36, ..runner.shape().clone() };
             let mut scheduler = Scheduler::new(shape, caching, None);
             (0..3).for_each(|id| scheduler.add(Sequence::new(id, &request(id), 1024)));
-            let together = drawn(&mut scheduler, runner);
+            let together = sampled(&mut scheduler, runner);
             assert!(scheduler.totals().preempted > 0, "{:?}", scheduler.totals());
             for (id, alone) in &alone {
                 assert_eq!(ids(&together[id]), *alone, "sequence {id}");
@@ -191,21 +192,21 @@ fn what_is_put_back_draws_the_same_again() {
 }
 
 #[test]
-fn ids_without_a_token_are_never_drawn_nor_told_of() {
+fn ids_without_a_token_are_never_sampled_nor_told_of() {
     // What the model likes best to say is made to be no token; then again, and again.
-    let (mut holes, prompts): (Vec<u32>, Vec<Vec<u32>>) = (Vec::new(), (0..6).map(|text| words(text, 12).repeat(3)).collect());
-    let lookup = Some(Lookup { max_rows: 16, min: 1, ..Default::default() });
+    let (mut unassigned, prompts): (Vec<u32>, Vec<Vec<u32>>) = (Vec::new(), (0..6).map(|text| words(text, 12).repeat(3)).collect());
+    let proposer = Some(NgramProposer { max_rows: 16, min: 1, ..Default::default() });
     for round in 0..3 {
-        let vocabulary = Vocabulary { size: usize::MAX, holes: holes.clone() };
+        let vocabulary = Vocabulary { size: usize::MAX, unassigned: unassigned.clone() };
         let said = with_vocabulary(vocabulary, |runner| {
-            let mut scheduler = Scheduler::new(runner.shape().clone(), true, lookup);
+            let mut scheduler = Scheduler::new(runner.shape().clone(), true, proposer);
             for (id, prompt) in (0..).zip(&prompts) {
                 let params = SamplingParams {
                     temperature: if id % 2 == 0 { 0.0 } else { 0.8 },
                     top_p: if id % 3 == 0 { 1.0 } else { 0.9 },
                     logprobs: (id < 4).then_some(LogprobsSpec { top: u32::MAX, mode: LogprobsMode::ProcessedLogprobs }),
                     bad_words: Arc::new(if id == 2 { vec![vec![400]] } else { Vec::new() }),
-                    logit_bias: Arc::new(if id == 3 { holes.iter().map(|id| (*id, 100.0)).collect() } else { Vec::new() }),
+                    logit_bias: Arc::new(if id == 3 { unassigned.iter().map(|id| (*id, 100.0)).collect() } else { Vec::new() }),
                     max_tokens: 30,
                     seed: id,
                     ..Default::default()
@@ -213,19 +214,19 @@ fn ids_without_a_token_are_never_drawn_nor_told_of() {
                 let request = Request { id: "t".into(), prompt: Arc::new(prompt.clone()), params, prompt_logprobs: None, deadline: None };
                 scheduler.add(Sequence::new(id, &request, 1024));
             }
-            let said = drawn(&mut scheduler, runner);
+            let said = sampled(&mut scheduler, runner);
             for token in said.values().flatten() {
-                assert!(!holes.contains(&token.id), "round {round}: {}", token.id);
+                assert!(!unassigned.contains(&token.id), "round {round}: {}", token.id);
                 let told = token.logprobs.iter().flat_map(|logprobs| &logprobs.top);
-                assert!(told.clone().all(|(id, _)| !holes.contains(id)));
+                assert!(told.clone().all(|(id, _)| !unassigned.contains(id)));
                 let count = told.count();
-                assert!(count == 0 || count == runner.shape().vocab_size - holes.len(), "all the others are told of: {count}");
+                assert!(count == 0 || count == runner.shape().vocab_size - unassigned.len(), "all the others are told of: {count}");
             }
             said
         });
-        holes.extend(said.values().flatten().map(|token| token.id));
-        holes.sort_unstable();
-        holes.dedup();
+        unassigned.extend(said.values().flatten().map(|token| token.id));
+        unassigned.sort_unstable();
+        unassigned.dedup();
     }
-    assert!(holes.len() > 20, "{holes:?}");
+    assert!(unassigned.len() > 20, "{unassigned:?}");
 }

@@ -9,7 +9,7 @@ fn next(tokens: &[u32]) -> u32 {
     tokens.iter().fold(17u32, |hash, token| hash.wrapping_mul(31).wrapping_add(*token)) % 97 + 3
 }
 
-/// What a forgetful one says: it sees the last two tokens and soon runs in circles, so that guesses come true.
+/// What a forgetful one says: it sees the last two tokens and soon runs in circles, so that drafts come true.
 fn next_of_two(tokens: &[u32]) -> u32 {
     next(&tokens[tokens.len().saturating_sub(2)..]) % 4
 }
@@ -56,12 +56,12 @@ impl Scripted {
             let context: Vec<u32> = (0..row.context)
                 .map(|p| self.cache[row.blocks[p / self.block_size] as usize * self.block_size + p % self.block_size])
                 .collect();
-            if let Some(draw) = &row.draw {
-                for nth in 0..=row.proposed {
-                    let context = &context[..row.context - row.proposed + nth];
+            if let Some(sampling) = &row.sampling {
+                for nth in 0..=row.draft_len {
+                    let context = &context[..row.context - row.draft_len + nth];
                     let token = (self.next)(context);
                     output.tokens.push(token);
-                    output.logprobs.push(draw.logprobs.map(|_| logprobs(context, token)));
+                    output.logprobs.push(sampling.params.logprobs.map(|_| logprobs(context, token)));
                 }
             }
             if let Some(score) = &row.score {
@@ -117,12 +117,12 @@ proptest! {
     #[test]
     fn any_schedule_ends_with_the_right_tokens_and_no_leak(
         blocks in 2usize..14, block_size in 1usize..6, seqs in 1usize..6, batched in 1usize..12, caching in prop::bool::weighted(0.8),
-        forgetful in any::<bool>(), depth in 0usize..6,
+        forgetful in any::<bool>(), draft_len in 0usize..6,
         arrivals in prop::collection::vec(arrival(), 1..7),
     ) {
         let shape = shape(blocks, block_size, seqs, batched.max(seqs));
-        let lookup = (depth > 0).then(|| Lookup { depth, max_rows: 3, ..Default::default() });
-        let mut scheduler = Scheduler::new(shape.clone(), caching, lookup);
+        let proposer = (draft_len > 0).then(|| NgramProposer { draft_len, max_rows: 3, ..Default::default() });
+        let mut scheduler = Scheduler::new(shape.clone(), caching, proposer);
         let mut model = scripted(&shape);
         if forgetful {
             model.next = next_of_two;
@@ -184,20 +184,20 @@ proptest! {
     /// A short prompt behind a long one is read within a bounded number of steps, and the long one goes on in each of them.
     #[test]
     fn a_short_prompt_gets_past_a_long_one(
-        budget in 4usize..40, long in 200u32..400, head_start in 0usize..5, short in 1u32..30, decoding in 0u64..3, depth in 0usize..60,
+        budget in 4usize..40, long in 200u32..400, head_start in 0usize..5, short in 1u32..30, decoding in 0u64..3, draft_len in 0usize..60,
     ) {
         let shape = shape(800, 4, 8, budget);
-        let lookup = (depth > 0).then(|| Lookup { depth, min: 1, ..Default::default() });
-        let mut scheduler = Scheduler::new(shape.clone(), true, lookup);
+        let proposer = (draft_len > 0).then(|| NgramProposer { draft_len, min: 1, ..Default::default() });
+        let mut scheduler = Scheduler::new(shape.clone(), true, proposer);
         let mut model = scripted(&shape);
-        if depth > 0 {
+        if draft_len > 0 {
             // Guesses come true, so that as many are made as may be.
             model.next = |_| 7;
         }
         for id in 0..decoding {
             scheduler.add(Sequence::new(10 + id, &request(vec![90 + id as u32], 500), 3_000));
         }
-        for _ in 0..=depth.min(10) {
+        for _ in 0..=draft_len.min(10) {
             step(&mut scheduler, &mut model);
         }
         scheduler.add(Sequence::new(1, &request((1000..1000 + long).collect(), 5), 3_000));
@@ -223,16 +223,16 @@ proptest! {
 }
 
 #[test]
-fn guesses_leave_waiting_prompts_their_share() {
+fn drafts_leave_waiting_prompts_their_share() {
     for budget in [2, 3, 4, 9, 40] {
         let shape = shape(400, 4, 4, budget);
-        let mut scheduler = Scheduler::new(shape.clone(), true, Some(Lookup { depth: 64, min: 1, ..Default::default() }));
+        let mut scheduler = Scheduler::new(shape.clone(), true, Some(NgramProposer { draft_len: 64, min: 1, ..Default::default() }));
         let mut model = Scripted { next: |_| 7, ..scripted(&shape) };
         scheduler.add(Sequence::new(1, &request(vec![7; 6], 1_000), 1_600));
         for _ in 0..20 {
             step(&mut scheduler, &mut model);
         }
-        let alone = scheduler.totals().guessed;
+        let alone = scheduler.totals().drafted;
         assert!(alone > 0, "alone, a stream has the whole budget");
         scheduler.add(Sequence::new(2, &request((100..100 + 2 * budget as u32).collect(), 1), 1_600));
         let share = (budget / MIXED_SHARE).max(1).min(budget - 1);
@@ -244,7 +244,7 @@ fn guesses_leave_waiting_prompts_their_share() {
 #[test]
 fn a_draw_that_failed_ends_its_sequence_alone_and_leaves_no_block() {
     let shape = shape(100, 4, 8, 64);
-    let mut scheduler = Scheduler::new(shape.clone(), true, Some(Lookup { min: 1, ..Default::default() }));
+    let mut scheduler = Scheduler::new(shape.clone(), true, Some(NgramProposer { min: 1, ..Default::default() }));
     let mut model = Scripted { next: next_of_two, ..scripted(&shape) };
     for id in 0..3 {
         let mut request = request(vec![1, 2, 3, id as u32], 60);
@@ -253,18 +253,19 @@ fn a_draw_that_failed_ends_its_sequence_alone_and_leaves_no_block() {
     }
     let (mut plan, mut outcomes, mut tokens) = (Plan::default(), Vec::new(), HashMap::<SequenceId, Vec<u32>>::new());
     let mut broken = Vec::new();
-    let mut guessing = false;
+    let mut drafting = false;
     while scheduler.plan(&mut plan) {
         let mut output = model.step(&plan);
         if !output.scores.is_empty() {
             // A score of the third one.
             output.failed.push(output.tokens.len() + 1);
         }
-        // The first sequence's first guess comes true, and after it there is nothing.
-        if let Some(row) = plan.rows.first().filter(|row| row.proposed > 1 && !guessing && output.tokens[0] == plan.tokens[row.start + 1]) {
+        // The first sequence's first draft token is accepted, and after it there is nothing.
+        if let Some(row) = plan.rows.first().filter(|row| row.draft_len > 1 && !drafting && output.tokens[0] == plan.tokens[row.start + 1])
+        {
             assert_eq!(row.start, 0);
             output.failed.extend([1, 2]);
-            guessing = true;
+            drafting = true;
         }
         plan.clear();
         scheduler.settle(output, &mut outcomes);
@@ -340,11 +341,11 @@ fn the_last_token_is_computed_even_if_all_are_cached() {
 }
 
 #[test]
-fn guesses_that_come_true_save_steps() {
+fn drafts_that_come_true_save_steps() {
     let shape = shape(100, 4, 8, 64);
     let mut steps = [0, 0];
-    for (lookup, steps) in [None, Some(Lookup::default())].into_iter().zip(&mut steps) {
-        let mut scheduler = Scheduler::new(shape.clone(), true, lookup);
+    for (proposer, steps) in [None, Some(NgramProposer::default())].into_iter().zip(&mut steps) {
+        let mut scheduler = Scheduler::new(shape.clone(), true, proposer);
         let mut model = Scripted { next: next_of_two, ..scripted(&shape) };
         let mut greedy = request(vec![1, 2, 3], 100);
         greedy.params.presence_penalty = 0.0;
@@ -356,17 +357,17 @@ fn guesses_that_come_true_save_steps() {
         }
         assert_eq!(tokens, expected(&[1, 2, 3], 100, 400, next_of_two));
         let totals = scheduler.totals();
-        assert!(totals.accepted <= totals.guessed && totals.accepted as usize + *steps == 100, "{totals:?}, {steps} steps");
+        assert!(totals.accepted <= totals.drafted && totals.accepted as usize + *steps == 100, "{totals:?}, {steps} steps");
     }
     assert!(steps[0] == 100 && steps[1] < 40, "{steps:?} steps");
 }
 
 #[test]
-fn nothing_is_guessed_where_a_draw_depends_on_the_ones_before_or_many_rows_run() {
+fn nothing_is_drafted_where_a_sample_depends_on_the_ones_before_or_many_rows_run() {
     let shape = shape(100, 4, 8, 64);
-    let lookup = Some(Lookup { max_rows: 2, ..Default::default() });
-    let guessed = |sequences: u64, penalty: f32| {
-        let mut scheduler = Scheduler::new(shape.clone(), true, lookup);
+    let proposer = Some(NgramProposer { max_rows: 2, ..Default::default() });
+    let drafted = |sequences: u64, penalty: f32| {
+        let mut scheduler = Scheduler::new(shape.clone(), true, proposer);
         let mut model = Scripted { next: next_of_two, ..scripted(&shape) };
         for id in 0..sequences {
             let mut request = request(vec![1, 2, 3], 30);
@@ -374,10 +375,10 @@ fn nothing_is_guessed_where_a_draw_depends_on_the_ones_before_or_many_rows_run()
             scheduler.add(Sequence::new(id, &request, 400));
         }
         while step(&mut scheduler, &mut model).is_some() {}
-        scheduler.totals().guessed
+        scheduler.totals().drafted
     };
-    assert!(guessed(2, 0.0) > 0);
-    assert_eq!((guessed(2, 0.5), guessed(3, 0.0)), (0, 0));
+    assert!(drafted(2, 0.0) > 0);
+    assert_eq!((drafted(2, 0.5), drafted(3, 0.0)), (0, 0));
 }
 
 #[test]
@@ -396,14 +397,14 @@ fn decodes_go_on_while_a_long_prompt_is_read_in_chunks() {
         assert!(scheduler.plan(&mut plan));
         // Half the budget beside the stream.
         assert_eq!((plan.rows[0].len, plan.tokens.len()), (1, 1 + 4), "step {step}");
-        assert!(plan.rows[1].draw.is_none());
+        assert!(plan.rows[1].sampling.is_none());
         plan.clear();
         scheduler.settle(drawn.clone(), &mut outcomes);
         assert_eq!(outcomes.len(), 1);
     }
     assert!(scheduler.plan(&mut plan));
     assert_eq!((plan.rows[1].len, plan.rows[1].context), (2, 18));
-    assert!(plan.rows[1].draw.is_some());
+    assert!(plan.rows[1].sampling.is_some());
 }
 
 #[test]
@@ -413,10 +414,10 @@ fn ends_are_told_apart() {
     request.params.stop_token_ids = Arc::new(vec![7]);
     request.params.min_tokens = 2;
     let mut sequence = Sequence::new(1, &request, 100);
-    assert_eq!(*sequence.draw().suppressed, [2, 7]);
+    assert_eq!(*sequence.sampling().suppressed, [2, 7]);
     assert_eq!(sequence.push(5), None);
     assert_eq!(sequence.push(6), None);
-    assert!(sequence.draw().suppressed.is_empty());
+    assert!(sequence.sampling().suppressed.is_empty());
     assert_eq!(sequence.push(7), Some(Finish::StopToken(7)));
     assert_eq!(Sequence::new(1, &request, 100).push(2), Some(Finish::Stop));
     request.params.ignore_eos = true;
@@ -433,10 +434,10 @@ fn bad_words_are_kept_from_completion() {
     request.params.min_tokens = 1;
     let mut sequence = Sequence::new(1, &request, 100);
     assert!(!sequence.may_speculate());
-    assert_eq!(*sequence.draw().suppressed, [9, 2], "only the output counts, not the prompt");
+    assert_eq!(*sequence.sampling().suppressed, [9, 2], "only the output counts, not the prompt");
     let mut then = |token| {
         sequence.push(token);
-        sequence.draw().suppressed.to_vec()
+        sequence.sampling().suppressed.to_vec()
     };
     assert_eq!(then(6), [9, 7]);
     assert_eq!(then(6), [9, 7, 8]);
@@ -453,6 +454,6 @@ fn penalties_see_prompt_and_output() {
     for token in [8, 9, 8] {
         sequence.push(token);
     }
-    let seen = sequence.draw().seen;
-    assert_eq!((&seen.prompt[..], &seen.output[..]), (&[3, 5][..], &[(8, 2), (9, 1)][..]));
+    let counts = sequence.sampling().counts;
+    assert_eq!((&counts.prompt[..], &counts.output[..]), (&[3, 5][..], &[(8, 2), (9, 1)][..]));
 }

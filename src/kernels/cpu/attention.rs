@@ -6,14 +6,14 @@
 //!
 //! Keys lie transposed in their block, so that a vector holds one component of neighbouring positions and no sum crosses lanes.
 
-use super::super::BatchRow;
-use super::elementwise::exp;
+use super::elementwise::{exp, tanh};
 use super::matmul::tile_rows;
 use super::packed::pages;
 use super::pool::Pool;
-use super::resident;
+use super::prefault;
 use super::simd::{Simd, dispatch};
 use super::{Ptr, PtrMut};
+use crate::{AttentionSpec, BatchRow, KvShape};
 
 /// Positions of a segment, as far as blocks fill it evenly.
 const SEGMENT: usize = 256;
@@ -23,49 +23,40 @@ const TASK_ROWS: usize = 32;
 const PAD: usize = 16;
 
 /// Keys and values of one layer, in f32: keys `[blocks, kv, d, block_size padded to 16]`, values `[blocks, kv, block_size, d]`.
-pub struct Cache {
+pub struct KvCache {
     k: memmap2::MmapMut,
     v: memmap2::MmapMut,
-    pub blocks: usize,
-    pub shape: Shape,
+    pub shape: KvShape,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shape {
-    pub kv: usize,
-    pub d: usize,
-    pub block_size: usize,
+/// Numbers from one component of a block's keys to the next.
+fn padded(shape: KvShape) -> usize {
+    shape.block_size.next_multiple_of(PAD)
 }
 
-impl Shape {
-    fn padded(self) -> usize {
-        self.block_size.next_multiple_of(PAD)
-    }
-
-    /// Bytes of a block of one layer.
-    pub fn block_bytes(self) -> usize {
-        4 * self.kv * self.d * (self.padded() + self.block_size)
-    }
+/// Bytes of a block of one layer.
+pub fn block_bytes(shape: KvShape) -> usize {
+    4 * shape.kv_heads * shape.head_dim * (padded(shape) + shape.block_size)
 }
 
-impl Cache {
-    /// Zeroed; pages are taken when they are first written, or by [`super::resident::take`].
-    pub fn new(blocks: usize, shape: Shape) -> std::io::Result<Self> {
-        let width = 4 * blocks * shape.kv * shape.d;
-        Ok(Self { k: pages(width * shape.padded())?, v: pages(width * shape.block_size)?, blocks, shape })
+impl KvCache {
+    /// Zeroed; pages are taken when they are first written, or by [`super::prefault::touch`].
+    pub fn new(shape: KvShape) -> std::io::Result<Self> {
+        let width = 4 * shape.blocks * shape.kv_heads * shape.head_dim;
+        Ok(Self { k: pages(width * padded(shape))?, v: pages(width * shape.block_size)?, shape })
     }
 
     /// The memory of keys and of values.
-    pub fn areas(&mut self) -> [&mut [u8]; 2] {
+    pub fn memory(&mut self) -> [&mut [u8]; 2] {
         [&mut self.k, &mut self.v]
     }
 
     /// A key, and a value, of one slot and head, for tests.
     pub fn read(&self, slot: usize, head: usize) -> (Vec<f32>, Vec<f32>) {
-        let Shape { kv, d, block_size } = self.shape;
+        let KvShape { kv_heads: kv, head_dim: d, block_size, .. } = self.shape;
         let (block, offset) = (slot / block_size, slot % block_size);
         let number = |map: &[u8], at: usize| f32::from_le_bytes([map[4 * at], map[4 * at + 1], map[4 * at + 2], map[4 * at + 3]]);
-        let key = (0..d).map(|i| number(&self.k, ((block * kv + head) * d + i) * self.shape.padded() + offset)).collect();
+        let key = (0..d).map(|i| number(&self.k, ((block * kv + head) * d + i) * padded(self.shape) + offset)).collect();
         let value = (0..d).map(|i| number(&self.v, ((block * kv + head) * block_size + offset) * d + i)).collect();
         (key, value)
     }
@@ -84,6 +75,8 @@ struct Tile {
 #[derive(Debug, Default)]
 pub struct Scratch {
     tiles: Vec<Tile>,
+    /// Tokens of a tile that the tiles were cut for; 0: for no kind of attention yet.
+    tile_tokens: usize,
     numbers: Vec<f32>,
 }
 
@@ -97,10 +90,10 @@ struct Layout {
 }
 
 impl Layout {
-    fn new(heads: usize, shape: Shape) -> Self {
-        let group = heads / shape.kv;
-        let segment = shape.block_size * (SEGMENT / shape.block_size).max(1);
-        Self { rows: (TASK_ROWS / group).max(1) * group, segment, d: shape.d }
+    fn new(spec: &AttentionSpec, block_size: usize) -> Self {
+        let group = spec.heads / spec.kv_heads;
+        let segment = block_size * (SEGMENT / block_size).max(1);
+        Self { rows: (TASK_ROWS / group).max(1) * group, segment, d: spec.head_dim }
     }
 
     fn stride(self) -> usize {
@@ -110,26 +103,42 @@ impl Layout {
     fn numbers(self) -> usize {
         (self.rows * (2 * self.d + self.stride() + 2)).next_multiple_of(PAD) + PAD
     }
+
+    /// Numbers a thread needs for the largest of these kinds.
+    fn most_numbers(specs: &[AttentionSpec], block_size: usize) -> usize {
+        specs.iter().map(|spec| Self::new(spec, block_size).numbers()).max().unwrap_or(0)
+    }
 }
 
 impl Scratch {
-    pub fn new(max_tokens: usize, threads: usize, heads: usize, shape: Shape) -> Self {
-        Self { tiles: Vec::with_capacity(max_tokens), numbers: vec![0.0; threads * Layout::new(heads, shape).numbers()] }
+    /// For steps of every kind of attention in `specs`.
+    pub fn new(max_tokens: usize, threads: usize, specs: &[AttentionSpec], block_size: usize) -> Self {
+        let numbers = vec![0.0; threads * Layout::most_numbers(specs, block_size)];
+        Self { tiles: Vec::with_capacity(max_tokens), tile_tokens: 0, numbers }
     }
 
     /// Bytes of one that is made for this; `None`: more than can be counted.
-    pub fn bytes(max_tokens: usize, threads: usize, heads: usize, shape: Shape) -> Option<usize> {
+    pub fn bytes(max_tokens: usize, threads: usize, specs: &[AttentionSpec], block_size: usize) -> Option<usize> {
         let tiles = max_tokens.checked_mul(size_of::<Tile>())?;
-        threads.checked_mul(4 * Layout::new(heads, shape).numbers())?.checked_add(tiles)
+        threads.checked_mul(4 * Layout::most_numbers(specs, block_size))?.checked_add(tiles)
     }
 
-    pub fn areas(&mut self) -> impl Iterator<Item = &mut [u8]> {
-        std::iter::once(resident::bytes_of(&mut self.numbers))
+    pub fn memory(&mut self) -> &mut [u8] {
+        prefault::bytes_of(&mut self.numbers)
     }
 
-    /// Cuts the rows of a step; every layer looks at the same.
-    pub fn plan(&mut self, rows: &[BatchRow], heads: usize, kv: usize) {
-        let most = (TASK_ROWS / (heads / kv)).max(1);
+    /// Another step: its rows are not cut yet.
+    pub fn begin(&mut self) {
+        self.tile_tokens = 0;
+    }
+
+    /// Cuts the rows of a step; layers of one kind look at the same tiles.
+    fn cut(&mut self, rows: &[BatchRow], spec: &AttentionSpec) {
+        let most = (TASK_ROWS / (spec.heads / spec.kv_heads)).max(1);
+        if self.tile_tokens == most {
+            return;
+        }
+        self.tile_tokens = most;
         self.tiles.clear();
         for (row, r) in rows.iter().enumerate() {
             for first in (0..r.len).step_by(most) {
@@ -147,35 +156,40 @@ struct Job<'a> {
     k: Ptr<f32>,
     v: Ptr<f32>,
     out: PtrMut<f32>,
-    heads: usize,
-    shape: Shape,
+    spec: &'a AttentionSpec,
+    /// `[heads]`
+    sinks: Option<&'a [f32]>,
+    shape: KvShape,
     layout: Layout,
     rows: &'a [BatchRow],
 }
 
-/// `q`: rows of `q_stride` numbers that begin with `heads · d` queries → `out [t, heads·d]`, for the tokens that `scratch` was planned for.
+/// `q`: rows of `q_stride` numbers that begin with `heads · d` queries → `out [t, heads·d]`; `sinks [heads]`.
 #[allow(clippy::too_many_arguments)]
 pub fn paged(
     pool: &mut Pool,
     q: &[f32],
     q_stride: usize,
-    cache: &Cache,
+    spec: &AttentionSpec,
+    sinks: Option<&[f32]>,
+    cache: &KvCache,
     rows: &[BatchRow],
-    heads: usize,
     scratch: &mut Scratch,
     out: &mut [f32],
 ) {
-    let shape = cache.shape;
-    let layout = Layout::new(heads, shape);
+    let (shape, width) = (cache.shape, spec.q_width());
+    let layout = Layout::new(spec, shape.block_size);
+    assert!(
+        (shape.kv_heads, shape.head_dim) == (spec.kv_heads, spec.head_dim) && sinks.is_none_or(|sinks| sinks.len() == spec.heads),
+        "attention of {spec:?} over {shape:?}"
+    );
     for row in rows {
         assert!(row.blocks.len() * shape.block_size >= row.context && row.context >= row.len, "block table shorter than the context");
-        assert!(row.blocks.iter().all(|block| (*block as usize) < cache.blocks), "block outside the KV cache");
-        assert!(
-            (row.start + row.len) * q_stride <= q.len() && (row.start + row.len) * heads * shape.d <= out.len(),
-            "rows outside the step"
-        );
+        assert!(row.blocks.iter().all(|block| (*block as usize) < shape.blocks), "block outside the KV cache");
+        assert!((row.start + row.len) * q_stride <= q.len() && (row.start + row.len) * width <= out.len(), "rows outside the step");
     }
-    assert!(scratch.numbers.len() >= pool.threads() * layout.numbers() && heads * shape.d <= q_stride, "attention scratch");
+    assert!(scratch.numbers.len() >= pool.threads() * layout.numbers() && width <= q_stride, "attention scratch");
+    scratch.cut(rows, spec);
     let numbers = PtrMut(scratch.numbers.as_mut_ptr());
     let tiles = &scratch.tiles;
     let job = Job {
@@ -184,16 +198,17 @@ pub fn paged(
         k: Ptr(cache.k.as_ptr().cast()),
         v: Ptr(cache.v.as_ptr().cast()),
         out: PtrMut(out.as_mut_ptr()),
-        heads,
+        spec,
+        sinks,
         shape,
         layout,
         rows,
     };
-    let tasks = tiles.len() * shape.kv;
+    let tasks = tiles.len() * shape.kv_heads;
     pool.run(tasks, &|task, thread| {
         // The last tokens of a prompt see most: they go first, so that threads end together.
         let task = tasks - 1 - task;
-        let (tile, head) = (tiles[task / shape.kv], task % shape.kv);
+        let (tile, head) = (tiles[task / shape.kv_heads], task % shape.kv_heads);
         let numbers = PtrMut(numbers.ptr().wrapping_add(thread * layout.numbers()));
         dispatch!(attend::<>(job: Job<'_>, tile: Tile, head: usize, numbers: PtrMut<f32>));
     });
@@ -203,15 +218,18 @@ pub fn paged(
 /// The job's pointers are valid for its shapes, blocks lie in the cache, nobody else writes this tile's heads or these numbers.
 #[inline(always)]
 unsafe fn attend<S: Simd>(job: Job<'_>, tile: Tile, head: usize, numbers: PtrMut<f32>) {
-    let Shape { kv, d, block_size } = job.shape;
-    let padded = job.shape.padded();
-    let group = job.heads / kv;
+    let KvShape { kv_heads: kv, head_dim: d, block_size, .. } = job.shape;
+    let padded = padded(job.shape);
+    let group = job.spec.heads / kv;
     let row = &job.rows[tile.row];
     let count = tile.tokens * group;
     let before = row.context - row.len + tile.first;
-    // Positions that query row `r` sees.
+    // Query row `r` sees the positions from `lowest(r)` up to, but not with, `limit(r)`.
     let limit = |r: usize| before + r / group + 1;
+    let lowest = |r: usize| job.spec.window.map_or(0, |window| limit(r).saturating_sub(window));
     let stride = job.layout.stride();
+    // SAFETY: `paged` has checked that every block lies in the cache and every row in q and out. `numbers` holds what `Layout::numbers` counts:
+    // queries, sums, scores, maxima and totals, one after another, for at most `layout.rows` rows, and `count` is no more than that.
     unsafe {
         let q = numbers.0;
         let rows = job.layout.rows;
@@ -220,14 +238,21 @@ unsafe fn attend<S: Simd>(job: Job<'_>, tile: Tile, head: usize, numbers: PtrMut
         let sum = max.add(rows);
         let offset = |r: usize| (row.start + tile.first + r / group, (head * group + r % group) * d);
         gather_queries::<S>(&job, count, &offset, q);
+        for r in 0..count {
+            // A sink is a key seen before all others, whose value is zero.
+            let sink = job.sinks.map(|sinks| sinks[head * group + r % group]);
+            (*max.add(r), *sum.add(r)) = sink.map_or((f32::NEG_INFINITY, 0.0), |sink| (sink, 1.0));
+        }
+        std::slice::from_raw_parts_mut(acc, count * d).fill(0.0);
         let longest = limit(count - 1);
-        let mut start = 0;
+        // NOTE: segments begin at multiples of their length whatever the window, so that sums are cut at the same places in every step.
+        let mut start = lowest(0) / job.layout.segment * job.layout.segment;
         while start < longest {
             let len = job.layout.segment.min(longest - start);
             let blocks = &row.blocks[start / block_size..(start + len).div_ceil(block_size)];
             let keys = |block: u32| job.k.0.add((block as usize * kv + head) * d * padded);
             for (i, block) in blocks.iter().enumerate() {
-                // Blocks lie anywhere: ask for the next one while this one is computed, and after the last for the first values.
+                // The next block may lie anywhere, so it is prefetched while this one is computed; after the last block, the first values.
                 let next =
                     blocks.get(i + 1).map_or_else(|| job.v.0.add((blocks[0] as usize * kv + head) * block_size * d), |next| keys(*next));
                 let count_here = block_size.min(len - i * block_size);
@@ -235,13 +260,16 @@ unsafe fn attend<S: Simd>(job: Job<'_>, tile: Tile, head: usize, numbers: PtrMut
             }
             for r in 0..count {
                 let visible = limit(r).saturating_sub(start).min(len);
+                let hidden = lowest(r).saturating_sub(start).min(visible);
                 let scores = std::slice::from_raw_parts_mut(scores.add(r * stride), len);
-                let (max, sum, acc) = (&mut *max.add(r), &mut *sum.add(r), std::slice::from_raw_parts_mut(acc.add(r * d), d));
-                if start == 0 {
-                    (*max, *sum) = (f32::NEG_INFINITY, 0.0);
-                    acc.fill(0.0);
+                scores[..hidden].fill(0.0);
+                scores[visible..].fill(0.0);
+                let scores = &mut scores[hidden..visible];
+                if let Some(cap) = job.spec.soft_cap {
+                    scores.iter_mut().for_each(|score| *score = cap * tanh(*score / cap));
                 }
-                let most = greatest::<S>(&scores[..visible]);
+                let (max, sum, acc) = (&mut *max.add(r), &mut *sum.add(r), std::slice::from_raw_parts_mut(acc.add(r * d), d));
+                let most = greatest::<S>(scores);
                 if most > *max {
                     // What was summed so far becomes relative to the new maximum.
                     let factor = exp(*max - most);
@@ -249,15 +277,14 @@ unsafe fn attend<S: Simd>(job: Job<'_>, tile: Tile, head: usize, numbers: PtrMut
                     acc.iter_mut().for_each(|acc| *acc *= factor);
                     *max = most;
                 }
-                *sum += exponentials::<S>(&mut scores[..visible], *max);
-                scores[visible..].fill(0.0);
+                *sum += exponentials::<S>(scores, *max);
             }
             Segment { job: &job, row, head, start, len }.weighted_values::<S>(scores, count, acc);
             start += len;
         }
         for r in 0..count {
             let (token, column) = offset(r);
-            let (out, acc, inverse) = (job.out.0.add(token * job.heads * d + column), acc.add(r * d), 1.0 / *sum.add(r));
+            let (out, acc, inverse) = (job.out.0.add(token * job.spec.heads * d + column), acc.add(r * d), 1.0 / *sum.add(r));
             for i in 0..d {
                 *out.add(i) = *acc.add(i) * inverse;
             }
@@ -265,11 +292,13 @@ unsafe fn attend<S: Simd>(job: Job<'_>, tile: Tile, head: usize, numbers: PtrMut
     }
 }
 
-/// Queries times d^-½, the rows of a register tile side by side.
+/// Queries times the scale of scores, the rows of a register tile side by side.
+///
+/// # Safety
+/// The rows that `offset` names lie in the job's queries, and `q` has room for `count` rows.
 #[inline(always)]
 unsafe fn gather_queries<S: Simd>(job: &Job<'_>, count: usize, offset: &impl Fn(usize) -> (usize, usize), q: *mut f32) {
-    let d = job.shape.d;
-    let scale = 1.0 / (d as f32).sqrt();
+    let (d, scale) = (job.spec.head_dim, job.spec.scale);
     unsafe {
         let mut from = 0;
         while from < count {
@@ -287,6 +316,10 @@ unsafe fn gather_queries<S: Simd>(job: &Job<'_>, count: usize, offset: &impl Fn(
 }
 
 /// `scores[r, i] = q[r] · key[i]` for one block.
+///
+/// # Safety
+/// `q` holds `rows` gathered queries, `keys` is one head of a whole block, `scores` has room for `rows` rows of `stride` scores, of which whole
+/// vectors are written. `next` is only prefetched.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
 unsafe fn block_scores<S: Simd>(
@@ -305,7 +338,7 @@ unsafe fn block_scores<S: Simd>(
         while r < rows {
             let tile = tile_rows(rows - r, S::MR);
             let (q, scores) = (q.add(r * d), scores.add(r * stride));
-            // Once is enough.
+            // Only the first rows need to prefetch it.
             let next = if r == 0 { next } else { keys };
             let mut i = 0;
             while i < count {
@@ -334,6 +367,8 @@ unsafe fn block_scores<S: Simd>(
     }
 }
 
+/// # Safety
+/// As for [`block_scores`], for `R` rows and `V` vectors of positions.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
 unsafe fn dots<S: Simd, const R: usize, const V: usize>(
@@ -375,6 +410,7 @@ unsafe fn dots<S: Simd, const R: usize, const V: usize>(
 /// The greatest score.
 #[inline(always)]
 unsafe fn greatest<S: Simd>(scores: &[f32]) -> f32 {
+    // SAFETY: reads whole vectors inside the slice.
     unsafe {
         let whole = scores.len() - scores.len() % S::LANES;
         let mut most = S::splat(f32::NEG_INFINITY);
@@ -391,6 +427,7 @@ unsafe fn greatest<S: Simd>(scores: &[f32]) -> f32 {
 #[inline(always)]
 unsafe fn exponentials<S: Simd>(scores: &mut [f32], max: f32) -> f32 {
     scores.iter_mut().for_each(|score| *score = exp(*score - max));
+    // SAFETY: reads whole vectors inside the slice.
     unsafe {
         let whole = scores.len() - scores.len() % S::LANES;
         let mut acc = S::zero();
@@ -416,9 +453,12 @@ struct Segment<'a> {
 impl Segment<'_> {
     /// `acc[r] += Σ weight[r, i] · value[i]` for `count` query rows, in order of positions. Block by block: a block stays in the nearest cache
     /// while all rows use it.
+    ///
+    /// # Safety
+    /// As for [`attend`]; `weights` holds `count` rows of `stride` weights, and `acc` as many rows of one head.
     #[inline(always)]
     unsafe fn weighted_values<S: Simd>(&self, weights: *const f32, count: usize, acc: *mut f32) {
-        let Shape { kv, d, block_size } = self.job.shape;
+        let KvShape { kv_heads: kv, head_dim: d, block_size, .. } = self.job.shape;
         let stride = self.job.layout.stride();
         unsafe {
             let mut from = 0;
@@ -469,6 +509,10 @@ impl Segment<'_> {
     }
 }
 
+/// Adds `positions` weighted values to `R` rows of sums, `D` vectors of each.
+///
+/// # Safety
+/// `weights` and `acc` hold `R` rows, `values` holds `positions` rows of `d` numbers, and `D` vectors lie inside a row. `next` is only prefetched.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
 unsafe fn accumulate<S: Simd, const R: usize, const D: usize>(
@@ -516,8 +560,8 @@ unsafe fn accumulate<S: Simd, const R: usize, const D: usize>(
 /// # Safety
 /// `k` and `v` hold `kv · d` numbers, the slot is inside the cache, and nobody else writes it.
 pub(super) unsafe fn store(cache: &CachePtr, slot: usize, k: *const f32, v: *const f32) {
-    let Shape { kv, d, block_size } = cache.shape;
-    let (block, offset, padded) = (slot / block_size, slot % block_size, cache.shape.padded());
+    let KvShape { kv_heads: kv, head_dim: d, block_size, .. } = cache.shape;
+    let (block, offset, padded) = (slot / block_size, slot % block_size, padded(cache.shape));
     unsafe {
         for head in 0..kv {
             let keys = cache.k.0.add((block * kv + head) * d * padded + offset);
@@ -535,10 +579,10 @@ pub(super) unsafe fn store(cache: &CachePtr, slot: usize, k: *const f32, v: *con
 pub(super) struct CachePtr {
     k: PtrMut<f32>,
     v: PtrMut<f32>,
-    shape: Shape,
+    shape: KvShape,
 }
 
-impl Cache {
+impl KvCache {
     pub(super) fn writer(&mut self) -> CachePtr {
         CachePtr { k: PtrMut(self.k.as_mut_ptr().cast()), v: PtrMut(self.v.as_mut_ptr().cast()), shape: self.shape }
     }

@@ -1,7 +1,9 @@
 //! Normalisation, activation and rotation of single rows.
+//!
+//! Functions over [`Simd`] are unsafe because of the processor's features alone, which `dispatch!` has checked; all memory they use is in slices.
 
-use super::super::Rope;
 use super::simd::{Simd, dispatch};
+use crate::{Activation, Pairing};
 
 /// `out = x · (mean(x²) + eps)^-½ · w`, all of one width.
 pub fn rms_norm(x: &[f32], w: &[f32], eps: f32, out: &mut [f32]) {
@@ -20,6 +22,7 @@ unsafe fn rms_norm_row<S: Simd>(x: &[f32], w: &[f32], eps: f32, out: &mut [f32])
 
 #[inline(always)]
 unsafe fn sum_of_squares<S: Simd>(x: &[f32]) -> f32 {
+    // SAFETY: reads whole vectors inside x only.
     unsafe {
         let whole = x.len() - x.len() % S::LANES;
         let mut acc = S::zero();
@@ -81,29 +84,86 @@ pub fn exp(x: f32) -> f32 {
     value * f32::from_bits((rounded.to_bits() << 23).wrapping_add(1f32.to_bits()))
 }
 
-/// Rotates the heads of one row by the `d/2` angles of its position.
-pub fn rope_row(heads: &mut [f32], d: usize, rope: Rope, cos: &[f32], sin: &[f32]) {
-    dispatch!(rope_heads::<>(heads: &mut [f32], d: usize, rope: Rope, cos: &[f32], sin: &[f32]));
+/// Hyperbolic tangent to about 2e-7.
+#[inline(always)]
+pub fn tanh(x: f32) -> f32 {
+    // Beyond 9 it is 1 in f32; near 0 the difference below would lose digits, and the series does not.
+    let e = exp(2.0 * x.clamp(-9.1, 9.1));
+    let far = 1.0 - 2.0 / (e + 1.0);
+    let square = x * x;
+    let near = x * (1.0 - square * (1.0 / 3.0 - square * (2.0 / 15.0 - square * (17.0 / 315.0 - square * (62.0 / 2835.0)))));
+    if square < 0.0625 { near } else { far }
 }
 
-// Generic for `dispatch!` alone: the compiler vectorises it.
-#[allow(clippy::extra_unused_type_parameters)]
+/// Replaces numbers by their activation.
 #[inline(always)]
-unsafe fn rope_heads<S: Simd>(heads: &mut [f32], d: usize, rope: Rope, cos: &[f32], sin: &[f32]) {
-    heads.chunks_exact_mut(d).for_each(|head| rope_head(head, rope, cos, sin));
+pub fn activate(activation: Activation, x: &mut [f32]) {
+    match activation {
+        Activation::Silu => x.iter_mut().for_each(|x| *x /= 1.0 + exp(-*x)),
+        Activation::GeluTanh => x.iter_mut().for_each(|x| {
+            let inner = 0.797_884_6 * (*x + 0.044_715 * *x * *x * *x);
+            *x = 0.5 * *x * (1.0 + tanh(inner));
+        }),
+        Activation::Relu2 => x.iter_mut().for_each(|x| *x = if *x > 0.0 { *x * *x } else { 0.0 }),
+    }
+}
+
+/// `out = (x − mean(x)) · (variance(x) + eps)^-½ · w + bias`, all of one width.
+pub fn layer_norm(x: &[f32], w: &[f32], bias: Option<&[f32]>, eps: f32, out: &mut [f32]) {
+    dispatch!(layer_norm_row::<>(x: &[f32], w: &[f32], bias: Option<&[f32]>, eps: f32, out: &mut [f32]));
 }
 
 #[inline(always)]
-fn rope_head(head: &mut [f32], rope: Rope, cos: &[f32], sin: &[f32]) {
-    match rope {
-        Rope::Interleaved => {
+unsafe fn layer_norm_row<S: Simd>(x: &[f32], w: &[f32], bias: Option<&[f32]>, eps: f32, out: &mut [f32]) {
+    let width = x.len() as f64;
+    let mean = (x.iter().map(|x| f64::from(*x)).sum::<f64>() / width) as f32;
+    let variance = (x.iter().map(|x| f64::from(x - mean).powi(2)).sum::<f64>() / width) as f32;
+    let scale = 1.0 / (variance + eps).sqrt();
+    for ((out, x), w) in out.iter_mut().zip(x).zip(w) {
+        *out = (x - mean) * scale * w;
+    }
+    if let Some(bias) = bias {
+        out.iter_mut().zip(bias).for_each(|(out, bias)| *out += bias);
+    }
+}
+
+/// `x = x · (mean(x²) + eps)^-½ · w` in place, without `w` only the first two.
+pub fn rms_norm_in_place(x: &mut [f32], w: Option<&[f32]>, eps: f32) {
+    dispatch!(rms_norm_row_in_place::<>(x: &mut [f32], w: Option<&[f32]>, eps: f32));
+}
+
+#[inline(always)]
+unsafe fn rms_norm_row_in_place<S: Simd>(x: &mut [f32], w: Option<&[f32]>, eps: f32) {
+    // SAFETY: reads whole vectors inside x only.
+    let mean = unsafe { sum_of_squares::<S>(x) } / x.len() as f32;
+    let scale = 1.0 / (mean + eps).sqrt();
+    match w {
+        Some(w) => x.iter_mut().zip(w).for_each(|(x, w)| *x = *x * scale * w),
+        None => x.iter_mut().for_each(|x| *x *= scale),
+    }
+}
+
+/// Rotates the heads of one row, `d` numbers each, by the angles of its position: one for each pair. What is left of a head stays.
+pub fn rope_row(heads: &mut [f32], d: usize, pairing: Pairing, cos: &[f32], sin: &[f32]) {
+    dispatch!(rope_heads::<>(heads: &mut [f32], d: usize, pairing: Pairing, cos: &[f32], sin: &[f32]));
+}
+
+#[inline(always)]
+unsafe fn rope_heads<S: Simd>(heads: &mut [f32], d: usize, pairing: Pairing, cos: &[f32], sin: &[f32]) {
+    heads.chunks_exact_mut(d).for_each(|head| rope_head(&mut head[..2 * cos.len()], pairing, cos, sin));
+}
+
+#[inline(always)]
+fn rope_head(head: &mut [f32], pairing: Pairing, cos: &[f32], sin: &[f32]) {
+    match pairing {
+        Pairing::Interleaved => {
             for ((pair, cos), sin) in head.chunks_exact_mut(2).zip(cos).zip(sin) {
                 let (a, b) = (pair[0], pair[1]);
                 pair[0] = a * cos - b * sin;
                 pair[1] = b * cos + a * sin;
             }
         }
-        Rope::Half => {
+        Pairing::Half => {
             let (first, second) = head.split_at_mut(cos.len());
             for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
                 (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
@@ -129,18 +189,18 @@ mod tests {
     fn rope_of_the_spec() {
         let inv_freq = [1.0f32, 500_000f32.powf(-0.5)];
         let cases = [
-            (1.0, Rope::Interleaved, [-1.142_639_7, 1.922_075_6, 2.994_340_2, 4.004_238_6]),
-            (3.0, Rope::Interleaved, [-1.272_232_5, -1.838_865, 2.983_002_5, 4.012_692]),
-            (1.0, Rope::Half, [-1.984_110_7, 1.994_341_1, 2.462_378, 4.002_824_4]),
-            (3.0, Rope::Half, [-1.413_353, 1.983_012, -2.828_857, 4.008_449]),
+            (1.0, Pairing::Interleaved, [-1.142_639_7, 1.922_075_6, 2.994_340_2, 4.004_238_6]),
+            (3.0, Pairing::Interleaved, [-1.272_232_5, -1.838_865, 2.983_002_5, 4.012_692]),
+            (1.0, Pairing::Half, [-1.984_110_7, 1.994_341_1, 2.462_378, 4.002_824_4]),
+            (3.0, Pairing::Half, [-1.413_353, 1.983_012, -2.828_857, 4.008_449]),
         ];
-        for (position, rope, want) in cases {
+        for (position, pairing, want) in cases {
             let cos = inv_freq.map(|f| (position * f).cos());
             let sin = inv_freq.map(|f| (position * f).sin());
             let mut out = [1.0, 2.0, 3.0, 4.0];
-            rope_row(&mut out, 4, rope, &cos, &sin);
+            rope_row(&mut out, 4, pairing, &cos, &sin);
             for (got, want) in out.iter().zip(want) {
-                assert!((got - want).abs() < 1e-5, "{rope:?} {position}: {got} {want}");
+                assert!((got - want).abs() < 1e-5, "{pairing:?} {position}: {got} {want}");
             }
         }
     }
@@ -161,5 +221,39 @@ mod tests {
         }
         assert!(exp(-1e9) < 1e-37 && exp(-1e9) >= 0.0);
         assert_eq!(exp(0.0), 1.0);
+    }
+
+    #[test]
+    fn activations_are_close_everywhere() {
+        for i in -1_200..1_200 {
+            let x = i as f32 / 100.0 + 0.003;
+            let wide = f64::from(x);
+            let of = |activation| {
+                let mut values = [x];
+                activate(activation, &mut values);
+                f64::from(values[0])
+            };
+            assert!((f64::from(tanh(x)) - wide.tanh()).abs() < 4e-7, "tanh({x}) = {}", tanh(x));
+            let gelu = 0.5 * wide * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (wide + 0.044715 * wide.powi(3))).tanh());
+            assert!((of(Activation::GeluTanh) - gelu).abs() < 1e-6 * (1.0 + gelu.abs()), "gelu({x})");
+            let silu = wide / (1.0 + (-wide).exp());
+            assert!((of(Activation::Silu) - silu).abs() < 1e-6 * (1.0 + silu.abs()), "silu({x})");
+        }
+        let mut values = [-2.0, 0.0, 3.0];
+        activate(Activation::Relu2, &mut values);
+        assert_eq!(values, [0.0, 0.0, 9.0]);
+    }
+
+    #[test]
+    fn norms_of_rows() {
+        let mut out = [0f32; 4];
+        layer_norm(&[1.0, -2.0, 3.0, 4.0], &[1.0, 0.5, 2.0, 1.0], Some(&[0.0, 1.0, 0.0, 0.0]), 1e-5, &mut out);
+        // Mean 1.5, variance 5.25.
+        for (got, want) in out.iter().zip([-0.218_217_7, 0.236_237_9, 1.309_306_2, 1.091_088_5]) {
+            assert!((got - want).abs() < 1e-5, "{got} {want}");
+        }
+        let mut partly = [1.0, 2.0, 3.0, 4.0];
+        rope_row(&mut partly, 4, Pairing::Half, &[0.0], &[1.0]);
+        assert_eq!(partly, [-2.0, 1.0, 3.0, 4.0], "components beyond the angles stay");
     }
 }

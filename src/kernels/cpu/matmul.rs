@@ -7,13 +7,14 @@
 //! Weights of 8 and 4 bits meet activations rounded to 8 bits, a scale for each 32 of a row: products are summed exactly in integers
 //! over those 32, then in f32.
 
-use super::packed::{BLOCK, BLOCK8, Columns, Form, PANEL, Packed, SUB4, SUPER, SUPER4};
+use super::packed::{self, BLOCK, BLOCK8, PANEL, Packed, SUB4, SUPER, SUPER4};
 use super::pool::Pool;
-use super::resident;
+use super::prefault;
 #[cfg(target_arch = "x86_64")]
 use super::simd::Level;
 use super::simd::{self, Simd, dispatch};
-use super::{Products, Ptr, PtrMut, elementwise::exp};
+use super::{Ptr, PtrMut, elementwise};
+use crate::{Columns, ComputeDtype, Epilogue, WeightFormat};
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;
@@ -36,17 +37,9 @@ const LINE: usize = 16;
 /// Rows up to which memory is still as slow as the arithmetic, so that tasks are longer than a panel.
 const FEW_ROWS: usize = 64;
 
-/// What becomes of the sums.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Then {
-    Store,
-    /// Added to what is there: the residual connection.
-    Add,
-}
-
 /// How weights meet activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
+enum MatmulKernel {
     /// Weights widened to f32, multiplied and added at once.
     Fused,
     /// Activations of 8 bits.
@@ -62,24 +55,24 @@ enum Way {
     TilesSplit,
 }
 
-impl Way {
-    fn of(form: Form, products: Products) -> Self {
-        match (form, simd::level(), products) {
-            (Form::Int8 | Form::Int4, ..) => Self::Integers,
+impl MatmulKernel {
+    fn of(format: WeightFormat, dtype: ComputeDtype) -> Self {
+        match (format, simd::level(), dtype) {
+            (WeightFormat::Int8 | WeightFormat::Int4, ..) => Self::Integers,
             #[cfg(target_arch = "x86_64")]
-            (Form::Bf16, Level::Amx, Products::Bf16) => Self::Tiles,
+            (WeightFormat::Bf16, Level::Amx, ComputeDtype::Bf16) => Self::Tiles,
             #[cfg(target_arch = "x86_64")]
-            (Form::Bf16, Level::Amx, Products::F32) => Self::TilesSplit,
+            (WeightFormat::Bf16, Level::Amx, ComputeDtype::F32) => Self::TilesSplit,
             #[cfg(target_arch = "x86_64")]
-            (Form::Bf16, Level::Avx512Bf16, Products::Bf16) => Self::Pairs,
+            (WeightFormat::Bf16, Level::Avx512Bf16, ComputeDtype::Bf16) => Self::Pairs,
             _ => Self::Fused,
         }
     }
 }
 
-/// Whether this processor has products of bf16, so that [`Products::Bf16`] makes a difference.
+/// Whether this processor has products of bf16, so that [`ComputeDtype::Bf16`] makes a difference.
 pub fn has_bf16() -> bool {
-    !matches!(Way::of(Form::Bf16, Products::Bf16), Way::Fused)
+    !matches!(MatmulKernel::of(WeightFormat::Bf16, ComputeDtype::Bf16), MatmulKernel::Fused)
 }
 
 /// Activations that [`Scratch`] needs room for: `t` rows of `k`, in whole tiles; `None`: more than can be counted.
@@ -96,14 +89,14 @@ pub struct Scratch {
     scales: Vec<f32>,
     /// Sums of 32 rounded values.
     sums: Vec<i32>,
-    products: Products,
+    dtype: ComputeDtype,
 }
 
 impl Scratch {
     /// For up to `values` activations.
-    pub fn with_capacity(values: usize, products: Products) -> Self {
+    pub fn with_capacity(values: usize, dtype: ComputeDtype) -> Self {
         Self {
-            products,
+            dtype,
             x: vec![0.0; values + LINE],
             values: vec![0; values],
             scales: vec![0.0; values / BLOCK],
@@ -117,19 +110,26 @@ impl Scratch {
         x.wrapping_add(x.align_offset(4 * LINE))
     }
 
+    /// Room for other rows of so many numbers, between two products.
+    pub(super) fn rows(&mut self, values: usize) -> PtrMut<f32> {
+        self.reserve(values);
+        PtrMut(self.aligned())
+    }
+
     /// Bytes of one for so many values; `None`: more than can be counted.
     pub fn bytes(values: usize) -> Option<usize> {
         values.checked_mul(4 + 1)?.checked_add(values / BLOCK * (4 + 4) + 4 * LINE)
     }
 
-    pub fn areas(&mut self) -> impl Iterator<Item = &mut [u8]> {
-        let numbers = [resident::bytes_of(&mut self.x), resident::bytes_of(&mut self.scales)];
-        numbers.into_iter().chain([resident::bytes_of(&mut self.values), resident::bytes_of(&mut self.sums)])
+    /// The memory behind it.
+    pub fn memory(&mut self) -> impl Iterator<Item = &mut [u8]> {
+        let numbers = [prefault::bytes_of(&mut self.x), prefault::bytes_of(&mut self.scales)];
+        numbers.into_iter().chain([prefault::bytes_of(&mut self.values), prefault::bytes_of(&mut self.sums)])
     }
 
     fn reserve(&mut self, values: usize) {
         if self.values.len() < values {
-            *self = Self::with_capacity(values, self.products);
+            *self = Self::with_capacity(values, self.dtype);
         }
     }
 }
@@ -150,63 +150,65 @@ struct Job {
     /// One number per row of the weight matrix, or null.
     bias: Ptr<f32>,
     columns: Columns,
-    then: Then,
+    epilogue: Epilogue,
 }
 
 /// `x [m, k]` → `out [m, n]`, or `[m, n/2]` for gated columns; `bias [n]`.
-pub fn matmul(pool: &mut Pool, x: &[f32], w: &Packed, bias: Option<&[f32]>, then: Then, scratch: &mut Scratch, out: &mut [f32]) {
+pub fn matmul(pool: &mut Pool, x: &[f32], w: &Packed, bias: Option<&[f32]>, epilogue: Epilogue, scratch: &mut Scratch, out: &mut [f32]) {
     let (m, k) = (x.len() / w.k, w.k);
     let n = if w.columns == Columns::Gated { w.n / 2 } else { w.n };
     assert!(x.len() == m * k && out.len() == m * n, "matmul: x of {}, out of {} for {w:?}", x.len(), out.len());
     assert!(bias.is_none_or(|bias| bias.len() == w.n), "matmul: bias for {w:?}");
-    let way = Way::of(w.form, scratch.products);
-    match way {
-        Way::Integers => round(pool, x, k, scratch),
-        Way::Fused if m > 1 => interleave(pool, x, k, scratch),
-        Way::Fused => {}
+    assert!(matches!(epilogue, Epilogue::Gated(_)) == (w.columns == Columns::Gated), "matmul: {epilogue:?} of {w:?}");
+    let kernel = MatmulKernel::of(w.format, scratch.dtype);
+    match kernel {
+        MatmulKernel::Integers => round(pool, x, k, scratch),
+        MatmulKernel::Fused if m > 1 => interleave(pool, x, k, scratch),
+        MatmulKernel::Fused => {}
         #[cfg(target_arch = "x86_64")]
-        Way::Pairs => pairs::arrange(pool, x, k, scratch),
+        MatmulKernel::Pairs => pairs::arrange(pool, x, k, scratch),
         #[cfg(target_arch = "x86_64")]
-        Way::Tiles => amx::arrange::<1>(pool, x, k, scratch),
+        MatmulKernel::Tiles => amx::arrange::<1>(pool, x, k, scratch),
         #[cfg(target_arch = "x86_64")]
-        Way::TilesSplit => amx::arrange::<2>(pool, x, k, scratch),
+        MatmulKernel::TilesSplit => amx::arrange::<2>(pool, x, k, scratch),
     }
     let job = Job {
         m,
         k,
         n,
-        x: Ptr(if way == Way::Fused && m == 1 { x.as_ptr() } else { scratch.aligned() }),
+        x: Ptr(if kernel == MatmulKernel::Fused && m == 1 { x.as_ptr() } else { scratch.aligned() }),
         values: Ptr(scratch.values.as_ptr()),
         scales: Ptr(scratch.scales.as_ptr()),
         sums: Ptr(scratch.sums.as_ptr()),
         w: Ptr(w.data()),
-        panel_bytes: w.form.panel_bytes(k),
+        panel_bytes: packed::panel_bytes(w.format, k),
         out: PtrMut(out.as_mut_ptr()),
         bias: Ptr(bias.map_or(std::ptr::null(), <[f32]>::as_ptr)),
         columns: w.columns,
-        then,
+        epilogue,
     };
-    // SAFETY: what a way needs of the processor, `Way::of` has seen.
-    let run: fn(Job, usize, usize) = match (way, w.form) {
+    // SAFETY: `MatmulKernel::of` chose a kernel whose instructions this processor has. The job's pointers are valid for its shape, by the asserts
+    // above, and every task has panels of its own.
+    let run: fn(Job, usize, usize) = match (kernel, w.format) {
         #[cfg(target_arch = "x86_64")]
-        (Way::Pairs, _) => |job, from, to| unsafe { pairs::panels(job, from, to) },
+        (MatmulKernel::Pairs, _) => |job, from, to| unsafe { pairs::panels(job, from, to) },
         #[cfg(target_arch = "x86_64")]
-        (Way::Tiles, _) => |job, from, to| unsafe { amx::panels::<1>(job, from, to) },
+        (MatmulKernel::Tiles, _) => |job, from, to| unsafe { amx::panels::<1>(job, from, to) },
         #[cfg(target_arch = "x86_64")]
-        (Way::TilesSplit, _) => |job, from, to| unsafe { amx::panels::<2>(job, from, to) },
-        (_, Form::F32) => |job, from, to| dispatch!(panels::<WeightsF32>(job: Job, from: usize, to: usize)),
-        (_, Form::Bf16) => |job, from, to| dispatch!(panels::<WeightsBf16>(job: Job, from: usize, to: usize)),
-        (_, Form::Int8) => |job, from, to| dispatch!(panels::<Weights8>(job: Job, from: usize, to: usize)),
-        (_, Form::Int4) => |job, from, to| dispatch!(panels::<Weights4>(job: Job, from: usize, to: usize)),
+        (MatmulKernel::TilesSplit, _) => |job, from, to| unsafe { amx::panels::<2>(job, from, to) },
+        (_, WeightFormat::F32) => |job, from, to| dispatch!(panels::<WeightsF32>(job: Job, from: usize, to: usize)),
+        (_, WeightFormat::Bf16) => |job, from, to| dispatch!(panels::<WeightsBf16>(job: Job, from: usize, to: usize)),
+        (_, WeightFormat::Int8) => |job, from, to| dispatch!(panels::<Weights8>(job: Job, from: usize, to: usize)),
+        (_, WeightFormat::Int4) => |job, from, to| dispatch!(panels::<Weights4>(job: Job, from: usize, to: usize)),
     };
     let panels = w.panels();
     if m * panels * PANEL * k <= SERIAL_WORK {
         return run(job, 0, panels);
     }
     // Long streams for few rows; for many, one panel is work enough, and the last tasks end together.
-    let many = match way {
+    let many = match kernel {
         #[cfg(target_arch = "x86_64")]
-        Way::Tiles | Way::TilesSplit => amx::PANELS,
+        MatmulKernel::Tiles | MatmulKernel::TilesSplit => amx::PANELS,
         _ => 1,
     };
     let least = if m > FEW_ROWS { many } else { TASK_BYTES.div_ceil(job.panel_bytes) };
@@ -239,12 +241,13 @@ trait Weights {
     unsafe fn tile<S: Simd, const MR: usize>(job: &Job, panel: *const u8, row: usize, pass: usize, next: Next) -> [[S::V; 2]; MR];
 }
 
-/// Panels `from..to` for all rows.
+/// Computes panels `from..to` for all rows.
 ///
 /// # Safety
 /// The job's pointers are valid for its shape, and no other thread writes these columns.
 #[inline(always)]
 unsafe fn panels<S: Simd, W: Weights>(job: Job, from: usize, to: usize) {
+    // SAFETY: `from..to` are panels of the weights, and tiles end at the last row. What comes after the panel is only prefetched.
     unsafe {
         for index in from..to {
             let panel = job.w.0.add(index * job.panel_bytes);
@@ -283,6 +286,10 @@ pub(super) fn tile_rows(left: usize, most: usize) -> usize {
     [12, 8, 6, 4, 3, 2].into_iter().find(|rows| *rows <= share.min(most)).unwrap_or(1)
 }
 
+/// Multiplies `MR` rows by one panel and writes the sums. Returns `MR`.
+///
+/// # Safety
+/// As for [`panels`]; `MR` rows from `row` on are inside the job.
 #[inline(always)]
 unsafe fn strip<S: Simd, W: Weights, const MR: usize>(
     job: &Job,
@@ -302,6 +309,10 @@ unsafe fn strip<S: Simd, W: Weights, const MR: usize>(
     MR
 }
 
+/// Writes the sums of a tile. Columns past the matrix's width are padding, and are not written.
+///
+/// # Safety
+/// As for [`panels`]; `MR` rows from `row` on are inside out.
 #[inline(always)]
 unsafe fn finish<S: Simd, const MR: usize>(job: &Job, sums: &[[S::V; 2]; MR], column: usize, row: usize) {
     unsafe {
@@ -314,17 +325,29 @@ unsafe fn finish<S: Simd, const MR: usize>(job: &Job, sums: &[[S::V; 2]; MR], co
                     if !job.bias.0.is_null() {
                         sum = S::add(sum, S::load(job.bias.0.add(column)));
                     }
-                    if job.then == Then::Add {
+                    if let Epilogue::Add(factor) = job.epilogue {
+                        if factor != 1.0 {
+                            sum = S::mul(sum, S::splat(factor));
+                        }
                         sum = S::add(S::load(out), sum);
                     }
                     S::store(out, sum);
+                    if let Epilogue::Activate(activation) = job.epilogue {
+                        elementwise::activate(activation, std::slice::from_raw_parts_mut(out, S::LANES));
+                    }
                 } else if column < job.n {
                     let mut values = [0f32; 16];
                     S::store(values.as_mut_ptr(), *sum);
                     for (i, value) in values[..job.n - column].iter().enumerate() {
                         let bias = if job.bias.0.is_null() { 0.0 } else { *job.bias.0.add(column + i) };
-                        let before = if job.then == Then::Add { *out.add(i) } else { 0.0 };
-                        *out.add(i) = before + (value + bias);
+                        let sum = value + bias;
+                        *out.add(i) = match job.epilogue {
+                            Epilogue::Add(factor) => *out.add(i) + if factor == 1.0 { sum } else { sum * factor },
+                            _ => sum,
+                        };
+                    }
+                    if let Epilogue::Activate(activation) = job.epilogue {
+                        elementwise::activate(activation, std::slice::from_raw_parts_mut(out, job.n - column));
                     }
                 }
             }
@@ -332,7 +355,10 @@ unsafe fn finish<S: Simd, const MR: usize>(job: &Job, sums: &[[S::V; 2]; MR], co
     }
 }
 
-/// `silu(gate) · up`; the tile's first vector are gates, its second what they gate.
+/// `activation(gate) · up`; the tile's first vector holds gates, its second what they gate.
+///
+/// # Safety
+/// As for [`finish`].
 #[inline(always)]
 unsafe fn finish_gated<S: Simd, const MR: usize>(job: &Job, sums: &[[S::V; 2]; MR], column: usize, row: usize) {
     if column >= job.n {
@@ -350,8 +376,11 @@ unsafe fn finish_gated<S: Simd, const MR: usize>(job: &Job, sums: &[[S::V; 2]; M
                     ups[i] += *job.bias.0.add(job.n + column + i);
                 }
             }
+            if let Epilogue::Gated(activation) = job.epilogue {
+                elementwise::activate(activation, &mut gates);
+            }
             for i in 0..16 {
-                gates[i] = gates[i] / (1.0 + exp(-gates[i])) * ups[i];
+                gates[i] *= ups[i];
             }
             std::ptr::copy_nonoverlapping(gates.as_ptr(), job.out.0.add((row + r) * job.n + column), width);
         }

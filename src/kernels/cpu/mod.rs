@@ -1,25 +1,34 @@
-//! CPU kernels, all ours, in f32; weights may be bf16, or of 8 or 4 bits.
+//! The CPU backend: kernels of our own, in f32; weights may be bf16, or of 8 or 4 bits.
 //!
-//! [`Activations`] holds every buffer of a step: made once, so that a step allocates nothing.
+//! Every buffer is made once, so that a step allocates nothing, and a row's result depends on that row alone: not on what else is in the
+//! step, nor on the number of threads.
 
-use candle_core::{CpuStorage, Error, Result, Storage, Tensor};
+use std::io;
 
-use super::{BatchRow, Inputs, Products, Rope, Sizes};
+use candle_core::{Error, Result};
+
+use super::ops::{
+    AttentionSpec, AttentionWeights, Batch, BatchRow, Columns, ComputeDtype, Epilogue, Experts, KvShape, Linear, Norm, NormExtent,
+    NormKind, QkNorm, QueryGrowth, WeightFormat,
+};
+use super::{Backend, Footprint, MatrixSource, RowVisitor, StepLimits};
 
 pub mod attention;
 mod elementwise;
+mod experts;
+pub(crate) mod load;
 pub mod matmul;
 pub mod packed;
 pub mod pool;
-pub mod resident;
+pub mod prefault;
 pub(crate) mod simd;
 pub mod softmax;
 pub(crate) mod vectorize;
 
-pub use attention::Cache;
-use matmul::Then;
-use packed::{Columns, Packed};
+pub use attention::KvCache;
+use packed::Packed;
 use pool::Pool;
+pub use simd::{Level, level};
 
 /// A pointer that tasks of one kernel share; each reads or writes a part of its own.
 #[derive(Clone, Copy)]
@@ -50,283 +59,439 @@ const PARALLEL_VALUES: usize = 16 * 1024;
 /// Rows one task takes of an elementwise kernel.
 const TASK_ROWS: usize = 4;
 
-/// Runs `f` on the values of a contiguous f32 tensor on the CPU.
-fn with_values<R>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
-    let (storage, layout) = tensor.storage_and_layout();
-    let Storage::Cpu(CpuStorage::F32(values)) = &*storage else { return Err(Error::Msg("expected a tensor of f32 on the CPU".into())) };
-    match layout.contiguous_offsets() {
-        Some((from, to)) => f(&values[from..to]),
-        None => Err(Error::Msg(format!("expected a contiguous tensor, got {layout:?}"))),
-    }
-}
-
 /// Reads `values` as fast as one thread can, and returns their sum: for measuring memory.
 pub fn read(values: &[f32]) -> f32 {
     elementwise::sum(values)
 }
 
-/// The buffers of a step, and the threads that fill them.
-pub struct Activations {
-    pool: Pool,
-    sizes: Sizes,
-    /// Tokens of this step.
-    t: usize,
-    tokens: Vec<u32>,
-    slots: Vec<u32>,
-    cos: Vec<f32>,
-    sin: Vec<f32>,
-    rows: Vec<BatchRow>,
-    /// `[t, hidden]`: the residual stream.
-    x: Vec<f32>,
-    /// `[t, hidden]`
-    normed: Vec<f32>,
-    /// `[t, (h + 2 kv)·d]`
-    qkv: Vec<f32>,
-    /// `[t, h·d]`
-    attended: Vec<f32>,
-    /// `[t, intermediate]`
-    gated: Vec<f32>,
-    /// `[picked, vocab]`
-    logits: Vec<f32>,
-    picked: usize,
-    scratch: matmul::Scratch,
-    attention: attention::Scratch,
+/// Rows of f32.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Buffer {
+    /// `[capacity, width]`
+    values: Vec<f32>,
+    width: usize,
+    /// Rows that hold something.
+    rows: usize,
 }
 
-impl Activations {
-    pub fn new(sizes: Sizes, threads: usize, products: Products) -> std::io::Result<Self> {
-        let pool = Pool::new(threads)?;
-        let t = sizes.max_tokens;
-        let qkv = (sizes.heads + 2 * sizes.kv) * sizes.d;
-        let widest = sizes.hidden.max(sizes.heads * sizes.d).max(sizes.intermediate);
-        let shape = attention::Shape { kv: sizes.kv, d: sizes.d, block_size: sizes.block_size };
-        Ok(Self {
-            t: 0,
-            tokens: Vec::with_capacity(t),
-            slots: Vec::with_capacity(t),
-            cos: Vec::with_capacity(t * sizes.d / 2),
-            sin: Vec::with_capacity(t * sizes.d / 2),
-            rows: Vec::with_capacity(t),
-            x: vec![0.0; t * sizes.hidden],
-            normed: vec![0.0; t * sizes.hidden],
-            qkv: vec![0.0; t * qkv],
-            attended: vec![0.0; t * sizes.heads * sizes.d],
-            gated: vec![0.0; t * sizes.intermediate],
-            logits: vec![0.0; sizes.max_logits * sizes.vocab],
-            picked: 0,
-            scratch: matmul::Scratch::with_capacity(matmul::scratch_values(t, widest).ok_or(std::io::ErrorKind::OutOfMemory)?, products),
-            attention: attention::Scratch::new(t, pool.threads(), sizes.heads, shape),
-            pool,
-            sizes,
-        })
+impl Buffer {
+    pub fn new(capacity: usize, width: usize) -> Self {
+        Self { values: vec![0.0; capacity * width], width, rows: 0 }
     }
 
-    /// Bytes of all buffers; `None`: more than can be counted.
-    pub fn bytes(sizes: &Sizes, threads: usize) -> Option<usize> {
-        let widest = sizes.hidden.max(sizes.heads * sizes.d).max(sizes.intermediate);
-        // Of a token: id and slot, angles, row of the plan, values.
-        let values = 2 * sizes.hidden + (2 * sizes.heads + 2 * sizes.kv) * sizes.d + sizes.intermediate;
-        let per_token = 4 + 4 + 4 * sizes.d + size_of::<BatchRow>() + 4 * values;
-        let shape = attention::Shape { kv: sizes.kv, d: sizes.d, block_size: sizes.block_size };
+    /// A buffer of exactly these rows.
+    pub fn of(values: Vec<f32>, width: usize) -> Self {
+        let rows = values.len() / width;
+        Self { values, width, rows }
+    }
+
+    /// `[rows, width]`
+    pub fn values(&self) -> &[f32] {
+        &self.values[..self.rows * self.width]
+    }
+
+    fn values_mut(&mut self) -> &mut [f32] {
+        &mut self.values[..self.rows * self.width]
+    }
+
+    /// Makes it hold `rows` rows of `width`; layers may differ in their widths.
+    fn resize(&mut self, rows: usize, width: usize) -> Result<()> {
+        if rows * width > self.values.len() {
+            return Err(Error::Msg(format!("{rows} rows of {width} numbers, and room for {} numbers", self.values.len())));
+        }
+        (self.rows, self.width) = (rows, width);
+        Ok(())
+    }
+}
+
+/// The processor's threads, and what they need for a step beside its buffers.
+pub struct Cpu {
+    pool: Pool,
+    tokens: Vec<u32>,
+    positions: Vec<u32>,
+    slots: Vec<u32>,
+    rows: Vec<BatchRow>,
+    angles: Angles,
+    limits: StepLimits,
+    scratch: matmul::Scratch,
+    attention: attention::Scratch,
+    experts: experts::Scratch,
+}
+
+impl Cpu {
+    /// `threads` in all, the calling one included.
+    pub fn new(limits: &StepLimits, threads: usize, dtype: ComputeDtype) -> io::Result<Self> {
+        let pool = Pool::new(threads)?;
+        let t = limits.max_tokens;
+        let activations = matmul::scratch_values(t, limits.widest).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self {
+            tokens: Vec::with_capacity(t),
+            positions: Vec::with_capacity(t),
+            slots: Vec::with_capacity(t),
+            rows: Vec::with_capacity(t),
+            angles: Angles::with_capacity(t, limits.frequencies),
+            scratch: matmul::Scratch::with_capacity(activations, dtype),
+            attention: attention::Scratch::new(t, pool.threads(), &limits.attention, limits.block_size),
+            experts: experts::Scratch::new(t, limits.experts),
+            limits: limits.clone(),
+            pool,
+        })
+    }
+}
+
+impl Footprint for Cpu {
+    fn weight_bytes(rows: usize, width: usize, is_bf16: bool, format: Option<WeightFormat>, columns: Columns) -> (WeightFormat, usize) {
+        let format = load::format(is_bf16, format);
+        (format, Packed::bytes_of(rows, width, format, columns))
+    }
+
+    fn kv_block_bytes(shape: KvShape) -> usize {
+        attention::block_bytes(shape)
+    }
+
+    fn buffer_bytes(rows: usize, width: usize) -> Option<usize> {
+        rows.checked_mul(width)?.checked_mul(4)
+    }
+
+    fn own_bytes(limits: &StepLimits, threads: usize) -> Option<usize> {
+        // Of a token: id, position and slot, row of the batch, angles.
+        let per_token = 3 * 4 + size_of::<BatchRow>() + 2 * 4 * limits.frequencies;
         let parts = [
-            sizes.max_tokens.checked_mul(per_token)?,
-            4 * sizes.max_logits * sizes.vocab,
-            matmul::Scratch::bytes(matmul::scratch_values(sizes.max_tokens, widest)?)?,
-            attention::Scratch::bytes(sizes.max_tokens, threads, sizes.heads, shape)?,
+            limits.max_tokens.checked_mul(per_token)?,
+            matmul::Scratch::bytes(matmul::scratch_values(limits.max_tokens, limits.widest)?)?,
+            attention::Scratch::bytes(limits.max_tokens, threads, &limits.attention, limits.block_size)?,
+            experts::Scratch::bytes(limits.max_tokens, limits.experts)?,
         ];
         parts.into_iter().try_fold(0usize, usize::checked_add)
     }
+}
 
-    /// The memory of all buffers worth taking, between two steps.
-    pub fn areas(&mut self) -> impl Iterator<Item = &mut [u8]> {
-        let values = [&mut self.x, &mut self.normed, &mut self.qkv, &mut self.attended, &mut self.gated, &mut self.logits];
-        let values = values.into_iter().map(|values| resident::bytes_of(values));
-        values.chain(self.scratch.areas()).chain(self.attention.areas())
+impl Backend for Cpu {
+    type Buffer = Buffer;
+    type Weight = Packed;
+    type Vector = Vec<f32>;
+    type KvCache = KvCache;
+
+    fn buffer(&self, rows: usize, width: usize) -> Result<Buffer> {
+        Ok(Buffer::new(rows, width))
     }
 
-    pub fn begin(&mut self, inputs: &Inputs<'_>) -> Result<()> {
-        if inputs.tokens.len() > self.sizes.max_tokens {
-            return Err(Error::Msg(format!("a step of {} tokens, and room for {}", inputs.tokens.len(), self.sizes.max_tokens)));
+    fn weight<S: MatrixSource>(&self, source: &S, format: Option<WeightFormat>, columns: Columns) -> Result<Packed> {
+        load::pack(source, format, columns)
+    }
+
+    fn vector(&self, values: Vec<f32>) -> Result<Vec<f32>> {
+        Ok(values)
+    }
+
+    fn kv_cache(&self, shape: KvShape) -> Result<KvCache> {
+        KvCache::new(shape).map_err(Error::wrap)
+    }
+
+    fn begin(&mut self, batch: &Batch<'_>) -> Result<()> {
+        let t = batch.tokens.len();
+        if t > self.limits.max_tokens {
+            return Err(Error::Msg(format!("a step of {t} tokens, and room for {}", self.limits.max_tokens)));
         }
-        self.t = inputs.tokens.len();
-        self.tokens.clear();
-        self.tokens.extend_from_slice(inputs.tokens);
-        self.slots.clear();
-        self.slots.extend_from_slice(inputs.slots);
-        self.cos.clear();
-        self.sin.clear();
-        for position in inputs.positions {
-            for f in inputs.frequencies {
-                let angle = *position as f32 * f;
-                self.cos.push(angle.cos());
-                self.sin.push(angle.sin());
-            }
+        fn refill<T: Clone>(target: &mut Vec<T>, source: &[T]) {
+            target.clear();
+            target.extend_from_slice(source);
         }
-        self.rows.clear();
-        self.rows.extend_from_slice(inputs.rows);
-        self.attention.plan(&self.rows, self.sizes.heads, self.sizes.kv);
+        refill(&mut self.tokens, batch.tokens);
+        refill(&mut self.positions, batch.positions);
+        refill(&mut self.slots, batch.slots);
+        refill(&mut self.rows, batch.rows);
+        self.angles.fill(batch);
+        self.attention.begin();
         Ok(())
     }
 
-    /// See [`super::Activations::end`].
-    pub fn end(&mut self) {
+    fn end(&mut self) {
         self.rows.clear();
     }
 
-    pub fn embed(&mut self, table: &Packed) -> Result<()> {
-        let hidden = self.sizes.hidden;
-        for (id, x) in self.tokens.iter().zip(self.x.chunks_exact_mut(hidden)) {
+    fn embed(&mut self, table: &Packed, scale: f32, out: &mut Buffer) -> Result<()> {
+        out.resize(self.tokens.len(), table.k)?;
+        for (id, x) in self.tokens.iter().zip(out.values.chunks_exact_mut(table.k)) {
             if *id as usize >= table.n {
                 return Err(Error::Msg(format!("token id {id} is outside the vocabulary of {}", table.n)));
             }
             table.row(*id as usize, x);
+            if scale != 1.0 {
+                x.iter_mut().for_each(|x| *x *= scale);
+            }
         }
         Ok(())
     }
 
-    pub fn norm(&mut self, w: &Tensor, eps: f32) -> Result<()> {
-        let (t, hidden) = (self.t, self.sizes.hidden);
-        with_values(w, |w| {
-            let (x, out) = (Ptr(self.x.as_ptr()), PtrMut(self.normed.as_mut_ptr()));
-            by_rows(&mut self.pool, t, hidden, &|row| {
-                // SAFETY: rows below t lie inside both, and each is one task's.
-                let (x, out) = unsafe {
-                    (
-                        std::slice::from_raw_parts(x.ptr().add(row * hidden), hidden),
-                        std::slice::from_raw_parts_mut(out.ptr().add(row * hidden), hidden),
-                    )
-                };
-                elementwise::rms_norm(x, w, eps, out);
-            });
-            Ok(())
-        })
+    fn norm(&mut self, x: &Buffer, norm: &Norm<Vec<f32>>, out: &mut Buffer) -> Result<()> {
+        out.resize(x.rows, x.width)?;
+        let (width, target) = (x.width, PtrMut(out.values.as_mut_ptr()));
+        by_rows(&mut self.pool, x.rows, width, &|row| {
+            // SAFETY: a row of the buffer, of this task alone.
+            let out = unsafe { std::slice::from_raw_parts_mut(target.ptr().add(row * width), width) };
+            norm_row(&x.values[row * width..(row + 1) * width], norm, out);
+        });
+        Ok(())
     }
 
-    /// `qkv = normed · wᵀ + b`
-    pub fn project(&mut self, w: &Packed, bias: Option<&Tensor>) -> Result<()> {
-        let x = &self.normed[..self.t * w.k];
-        linear(&mut self.pool, x, w, bias, Then::Store, &mut self.scratch, &mut self.qkv[..self.t * w.n])
+    fn norm_add(&mut self, x: &Buffer, norm: &Norm<Vec<f32>>, factor: f32, out: &mut Buffer) -> Result<()> {
+        if (x.rows, x.width) != (out.rows, out.width) {
+            return Err(Error::Msg(format!("[{}, {}] cannot be added to [{}, {}]", x.rows, x.width, out.rows, out.width)));
+        }
+        let (width, target) = (x.width, PtrMut(out.values.as_mut_ptr()));
+        let normed = self.scratch.rows(x.rows * width);
+        by_rows(&mut self.pool, x.rows, width, &|row| {
+            // SAFETY: a row of both, of this task alone.
+            let (out, normed) = unsafe {
+                let at = row * width;
+                (std::slice::from_raw_parts_mut(target.ptr().add(at), width), std::slice::from_raw_parts_mut(normed.ptr().add(at), width))
+            };
+            norm_row(&x.values[row * width..(row + 1) * width], norm, normed);
+            out.iter_mut().zip(normed).for_each(|(out, normed)| *out += *normed * factor);
+        });
+        Ok(())
     }
 
-    /// Rotates queries and keys in place; keys and values go to their slots.
-    pub fn rope_and_store(&mut self, rope: Rope, cache: &mut Cache) -> Result<()> {
-        let Sizes { heads, kv, d, .. } = self.sizes;
-        let width = (heads + 2 * kv) * d;
-        let slots = &self.slots;
-        if let Some(slot) = slots.iter().find(|slot| **slot as usize >= cache.blocks * cache.shape.block_size) {
+    fn linear(&mut self, x: &Buffer, linear: &Linear<Packed, Vec<f32>>, epilogue: Epilogue, out: &mut Buffer) -> Result<()> {
+        let w = &linear.weight;
+        let width = check_linear(w, x.width, epilogue)?;
+        if !matches!(epilogue, Epilogue::Add(_)) {
+            out.resize(x.rows, width)?;
+        }
+        if (out.rows, out.width) != (x.rows, width) {
+            return Err(Error::Msg(format!("[{}, {width}] cannot be added to [{}, {}]", x.rows, out.rows, out.width)));
+        }
+        matmul::matmul(&mut self.pool, x.values(), w, linear.bias.as_deref(), epilogue, &mut self.scratch, out.values_mut());
+        Ok(())
+    }
+
+    fn rope_and_store(
+        &mut self,
+        qkv: &mut Buffer,
+        attention: &AttentionSpec,
+        weights: &AttentionWeights<Vec<f32>>,
+        cache: &mut KvCache,
+    ) -> Result<()> {
+        let (t, width, d) = (self.tokens.len(), attention.qkv_width(), attention.head_dim);
+        if (qkv.rows, qkv.width) != (t, width) || (cache.shape.kv_heads, cache.shape.head_dim) != (attention.kv_heads, d) {
+            return Err(Error::Msg(format!("queries, keys and values of {} numbers for {attention:?}", qkv.width)));
+        }
+        if let Some(slot) = self.slots.iter().find(|slot| **slot as usize >= cache.shape.blocks * cache.shape.block_size) {
             return Err(Error::Msg(format!("slot {slot} is outside the KV cache")));
         }
-        let (cos, sin) = (&self.cos, &self.sin);
-        let (qkv, writer) = (PtrMut(self.qkv.as_mut_ptr()), cache.writer());
-        by_rows(&mut self.pool, self.t, width, &|row| {
-            let angles = row * d / 2..(row + 1) * d / 2;
+        let Self { pool, slots, positions, angles, .. } = self;
+        let row = QkvRow { attention, weights, angles: angles.of(attention)? };
+        let (values, writer) = (PtrMut(qkv.values.as_mut_ptr()), cache.writer());
+        by_rows(pool, t, width, &|index| {
             // SAFETY: the row is this task's alone, and so is its slot.
             unsafe {
-                let qkv = std::slice::from_raw_parts_mut(qkv.ptr().add(row * width), width);
-                elementwise::rope_row(&mut qkv[..(heads + kv) * d], d, rope, &cos[angles.clone()], &sin[angles]);
-                attention::store(&writer, slots[row] as usize, qkv[heads * d..].as_ptr(), qkv[(heads + kv) * d..].as_ptr());
+                let qkv = std::slice::from_raw_parts_mut(values.ptr().add(index * width), width);
+                row.prepare(index, positions[index], qkv);
+                let k = qkv[attention.q_width()..].as_ptr();
+                attention::store(&writer, slots[index] as usize, k, k.add(attention.kv_width()));
             }
         });
         Ok(())
     }
 
-    pub fn attend(&mut self, cache: &Cache) -> Result<()> {
-        let Sizes { heads, kv, d, .. } = self.sizes;
-        let width = (heads + 2 * kv) * d;
-        let (q, out) = (&self.qkv[..self.t * width], &mut self.attended[..self.t * heads * d]);
-        attention::paged(&mut self.pool, q, width, cache, &self.rows, heads, &mut self.attention, out);
+    fn attend(
+        &mut self,
+        qkv: &Buffer,
+        attention: &AttentionSpec,
+        weights: &AttentionWeights<Vec<f32>>,
+        cache: &KvCache,
+        out: &mut Buffer,
+    ) -> Result<()> {
+        out.resize(qkv.rows, attention.q_width())?;
+        let (q, sinks, target) = (qkv.values(), weights.sinks.as_deref(), &mut out.values[..qkv.rows * attention.q_width()]);
+        attention::paged(&mut self.pool, q, qkv.width, attention, sinks, cache, &self.rows, &mut self.attention, target);
         Ok(())
     }
 
-    /// `x += attended · wᵀ + b`
-    pub fn add_attended(&mut self, w: &Packed, bias: Option<&Tensor>) -> Result<()> {
-        let x = &self.attended[..self.t * w.k];
-        linear(&mut self.pool, x, w, bias, Then::Add, &mut self.scratch, &mut self.x[..self.t * w.n])
-    }
-
-    /// `gated = silu(normed · gateᵀ) · (normed · upᵀ)`
-    pub fn gate(&mut self, w: &Packed, bias: Option<&Tensor>) -> Result<()> {
-        let x = &self.normed[..self.t * w.k];
-        linear(&mut self.pool, x, w, bias, Then::Store, &mut self.scratch, &mut self.gated[..self.t * w.n / 2])
-    }
-
-    /// `x += gated · wᵀ + b`
-    pub fn add_gated(&mut self, w: &Packed, bias: Option<&Tensor>) -> Result<()> {
-        let x = &self.gated[..self.t * w.k];
-        linear(&mut self.pool, x, w, bias, Then::Add, &mut self.scratch, &mut self.x[..self.t * w.n])
-    }
-
-    /// Logits of the tokens `positions`, at most `max_logits`; the residual stream stays.
-    pub fn head(&mut self, positions: &[usize], norm: &Tensor, eps: f32, w: &Packed) -> Result<()> {
-        let hidden = self.sizes.hidden;
-        if positions.len() > self.sizes.max_logits || positions.iter().any(|position| *position >= self.t) {
-            return Err(Error::Msg(format!("logits of {} tokens, and room for {}", positions.len(), self.sizes.max_logits)));
+    fn experts(
+        &mut self,
+        x: &Buffer,
+        router: &Buffer,
+        experts: &Experts<Packed, Vec<f32>>,
+        epilogue: Epilogue,
+        out: &mut Buffer,
+    ) -> Result<()> {
+        if epilogue == Epilogue::Store {
+            out.resize(x.rows, x.width)?;
+            out.values_mut().fill(0.0);
         }
-        self.picked = positions.len();
-        with_values(norm, |norm| {
-            for (position, out) in positions.iter().zip(self.normed.chunks_exact_mut(hidden)) {
-                elementwise::rms_norm(&self.x[position * hidden..(position + 1) * hidden], norm, eps, out);
-            }
-            Ok(())
-        })?;
-        let x = &self.normed[..self.picked * hidden];
-        linear(&mut self.pool, x, w, None, Then::Store, &mut self.scratch, &mut self.logits[..self.picked * w.n])
-    }
-
-    /// What [`Activations::head`] made, `[picked, vocab]`.
-    pub fn logits(&mut self) -> &mut [f32] {
-        &mut self.logits[..self.picked * self.sizes.vocab]
-    }
-
-    /// Runs `f(row, logits)` for each row of logits, on all threads.
-    pub fn each_logits(&mut self, f: &(dyn Fn(usize, &mut [f32]) + Sync)) {
-        let vocab = self.sizes.vocab;
-        let logits = PtrMut(self.logits.as_mut_ptr());
-        self.pool.run(self.picked, &|row, _| {
-            // SAFETY: one row, one task.
-            f(row, unsafe { std::slice::from_raw_parts_mut(logits.ptr().add(row * vocab), vocab) });
-        });
-    }
-
-    /// A buffer's values of this step, for tests: `x`, `normed`, `qkv`, `attended` or `gated`.
-    pub fn values(&self, name: &str) -> &[f32] {
-        let Sizes { heads, kv, d, hidden, intermediate, .. } = self.sizes;
-        let (buffer, width) = match name {
-            "x" => (&self.x, hidden),
-            "normed" => (&self.normed, hidden),
-            "qkv" => (&self.qkv, (heads + 2 * kv) * d),
-            "attended" => (&self.attended, heads * d),
-            _ => (&self.gated, intermediate),
+        let factor = match epilogue {
+            Epilogue::Add(factor) => factor,
+            Epilogue::Store => 1.0,
+            other => return Err(Error::Msg(format!("experts have no epilogue {other:?}"))),
         };
-        &buffer[..self.t * width]
+        self.experts.run(&mut self.pool, &mut self.scratch, x, router, experts, factor, out)
     }
 
-    /// Sets the residual stream of this step, for tests.
-    pub fn set_x(&mut self, x: &[f32]) {
-        self.x[..x.len()].copy_from_slice(x);
+    fn copy(&mut self, x: &Buffer, out: &mut Buffer) -> Result<()> {
+        out.resize(x.rows, x.width)?;
+        out.values_mut().copy_from_slice(x.values());
+        Ok(())
+    }
+
+    fn pick(&mut self, x: &Buffer, rows: &[usize], out: &mut Buffer) -> Result<()> {
+        out.resize(rows.len(), x.width)?;
+        for (row, out) in rows.iter().zip(out.values.chunks_exact_mut(x.width)) {
+            if *row >= x.rows {
+                return Err(Error::Msg(format!("row {row} of {}", x.rows)));
+            }
+            out.copy_from_slice(&x.values[row * x.width..(row + 1) * x.width]);
+        }
+        Ok(())
+    }
+
+    fn scale_and_cap(&mut self, x: &mut Buffer, scale: f32, cap: Option<f32>) -> Result<()> {
+        let (rows, width, values) = (x.rows, x.width, PtrMut(x.values.as_mut_ptr()));
+        self.pool.run(rows, &|row, _| {
+            // SAFETY: one row, one task.
+            let row = unsafe { std::slice::from_raw_parts_mut(values.ptr().add(row * width), width) };
+            match cap {
+                Some(cap) => row.iter_mut().for_each(|x| *x = cap * elementwise::tanh(*x * scale / cap)),
+                None => row.iter_mut().for_each(|x| *x *= scale),
+            }
+        });
+        Ok(())
+    }
+
+    fn each_row(&mut self, x: &mut Buffer, visit: RowVisitor<'_>) -> Result<()> {
+        let (rows, width, values) = (x.rows, x.width, PtrMut(x.values.as_mut_ptr()));
+        self.pool.run(rows, &|row, _| {
+            // SAFETY: one row, one task.
+            visit(row, unsafe { std::slice::from_raw_parts_mut(values.ptr().add(row * width), width) });
+        });
+        Ok(())
+    }
+
+    fn buffer_memory(buffer: &mut Buffer) -> &mut [u8] {
+        prefault::bytes_of(&mut buffer.values)
+    }
+
+    fn cache_memory(cache: &mut KvCache) -> [&mut [u8]; 2] {
+        cache.memory()
+    }
+
+    fn own_memory(&mut self) -> Vec<&mut [u8]> {
+        self.scratch.memory().chain([self.attention.memory()]).chain(self.experts.memory()).collect()
     }
 }
 
-fn linear(
-    pool: &mut Pool,
-    x: &[f32],
-    w: &Packed,
-    bias: Option<&Tensor>,
-    then: Then,
-    scratch: &mut matmul::Scratch,
-    out: &mut [f32],
-) -> Result<()> {
-    if w.columns == Columns::Gated && then == Then::Add {
-        return Err(Error::Msg("gated columns are not added".into()));
+/// The width of the output, if these belong together.
+fn check_linear(w: &Packed, width: usize, epilogue: Epilogue) -> Result<usize> {
+    let gated = matches!(epilogue, Epilogue::Gated(_));
+    if w.k != width || gated != (w.columns == Columns::Gated) {
+        return Err(Error::Msg(format!("rows of {width} numbers cannot be multiplied with {w:?} and end in {epilogue:?}")));
     }
-    match bias {
-        None => matmul::matmul(pool, x, w, None, then, scratch, out),
-        Some(bias) => with_values(bias, |bias| {
-            matmul::matmul(pool, x, w, Some(bias), then, scratch, out);
-            Ok(())
-        })?,
+    Ok(if gated { w.n / 2 } else { w.n })
+}
+
+fn norm_row(x: &[f32], norm: &Norm<Vec<f32>>, out: &mut [f32]) {
+    match norm.kind {
+        NormKind::Rms => elementwise::rms_norm(x, &norm.weight, norm.eps, out),
+        NormKind::Layer => elementwise::layer_norm(x, &norm.weight, norm.bias.as_deref(), norm.eps, out),
     }
-    Ok(())
+}
+
+/// Cosines and sines of the tokens of a step.
+#[derive(Debug, Default)]
+struct Angles {
+    /// Of each rope table `[t, pairs]`, one table after another.
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+    /// Of each rope table.
+    pairs: Vec<usize>,
+    tokens: usize,
+}
+
+/// Those of one rope table, `[t, pairs]` each.
+#[derive(Clone, Copy)]
+struct TableAngles<'a> {
+    cos: &'a [f32],
+    sin: &'a [f32],
+    pairs: usize,
+}
+
+impl Angles {
+    fn with_capacity(tokens: usize, frequencies: usize) -> Self {
+        let numbers = || Vec::with_capacity(tokens * frequencies);
+        Self { cos: numbers(), sin: numbers(), pairs: Vec::with_capacity(8), tokens: 0 }
+    }
+
+    fn fill(&mut self, batch: &Batch<'_>) {
+        self.tokens = batch.tokens.len();
+        self.cos.clear();
+        self.sin.clear();
+        self.pairs.clear();
+        for table in batch.ropes {
+            self.pairs.push(table.frequencies.len());
+            for position in batch.positions {
+                for frequency in &table.frequencies {
+                    let angle = *position as f32 * frequency;
+                    self.cos.push(angle.cos() * table.factor);
+                    self.sin.push(angle.sin() * table.factor);
+                }
+            }
+        }
+    }
+
+    /// The angles of a kind of attention; none where nothing is rotated.
+    fn of(&self, attention: &AttentionSpec) -> Result<Option<TableAngles<'_>>> {
+        let Some(rope) = attention.rope else { return Ok(None) };
+        let Some(pairs) = self.pairs.get(rope.table).copied().filter(|pairs| 2 * pairs <= attention.head_dim) else {
+            return Err(Error::Msg(format!("no rope table {} for heads of {}", rope.table, attention.head_dim)));
+        };
+        let start = self.tokens * self.pairs[..rope.table].iter().sum::<usize>();
+        let range = start..start + self.tokens * pairs;
+        Ok(Some(TableAngles { cos: &self.cos[range.clone()], sin: &self.sin[range], pairs }))
+    }
+}
+
+/// What happens to one token's queries, keys and values before attention.
+struct QkvRow<'a> {
+    attention: &'a AttentionSpec,
+    weights: &'a AttentionWeights<Vec<f32>>,
+    angles: Option<TableAngles<'a>>,
+}
+
+impl QkvRow<'_> {
+    /// `qkv`: of the step's token `index`, in place.
+    fn prepare(&self, index: usize, position: u32, qkv: &mut [f32]) {
+        let AttentionSpec { head_dim: d, rope, qk_norm, value_norm, query_growth, .. } = *self.attention;
+        let (q, kv) = qkv.split_at_mut(self.attention.q_width());
+        let (k, v) = kv.split_at_mut(self.attention.kv_width());
+        if let Some(norm) = qk_norm.filter(|norm| !norm.after_rope) {
+            self.norm(norm, q, k);
+        }
+        if let (Some(rope), Some(TableAngles { cos, sin, pairs })) = (rope, self.angles) {
+            let of_token = index * pairs..(index + 1) * pairs;
+            let (cos, sin) = (&cos[of_token.clone()], &sin[of_token]);
+            elementwise::rope_row(q, d, rope.pairing, cos, sin);
+            elementwise::rope_row(k, d, rope.pairing, cos, sin);
+        }
+        if let Some(norm) = qk_norm.filter(|norm| norm.after_rope) {
+            self.norm(norm, q, k);
+        }
+        if let Some(eps) = value_norm {
+            v.chunks_exact_mut(d).for_each(|head| elementwise::rms_norm_in_place(head, None, eps));
+        }
+        if let Some(growth) = query_growth {
+            let factor = QueryGrowth::factor(&growth, position);
+            q.iter_mut().for_each(|q| *q *= factor);
+        }
+    }
+
+    fn norm(&self, norm: QkNorm, q: &mut [f32], k: &mut [f32]) {
+        let d = self.attention.head_dim;
+        for (x, weight) in [(q, &self.weights.q_norm), (k, &self.weights.k_norm)] {
+            let extent = if norm.extent == NormExtent::Head { d } else { x.len() };
+            x.chunks_exact_mut(extent).for_each(|x| elementwise::rms_norm_in_place(x, weight.as_deref(), norm.eps));
+        }
+    }
 }
 
 /// Runs `f` for each of `rows` rows, on all threads when it is worth it.
@@ -341,30 +506,37 @@ fn by_rows(pool: &mut Pool, rows: usize, width: usize, f: &(dyn Fn(usize) + Sync
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ExpertLimits;
+    use crate::testing::plain_attention;
 
     #[test]
     fn bytes_are_what_is_allocated() {
-        let sizes = |max_tokens, block_size| Sizes {
+        let limits = |max_tokens, block_size, experts| StepLimits {
             max_tokens,
             max_logits: 16,
-            hidden: 256,
-            heads: 8,
-            kv: 2,
-            d: 64,
-            intermediate: 768,
-            vocab: 1000,
+            widest: 768,
             block_size,
+            attention: vec![plain_attention(8, 2, 64), plain_attention(4, 1, 128)],
+            frequencies: 96,
+            experts,
         };
-        for (max_tokens, block_size, threads) in [(1, 16, 1), (37, 48, 2), (256, 32, 4), (2048, 64, 3)] {
-            let sizes = sizes(max_tokens, block_size);
-            let mut values = Activations::new(sizes, threads, Products::F32).unwrap();
-            let ids = 4 * (values.tokens.capacity() + values.slots.capacity() + values.cos.capacity() + values.sin.capacity());
-            let rows = values.rows.capacity() * size_of::<BatchRow>();
-            let tiles = attention::Scratch::bytes(max_tokens, 0, 8, attention::Shape { kv: 2, d: 64, block_size }).unwrap();
-            let areas: usize = values.areas().map(|area| area.len()).sum();
-            assert_eq!(Activations::bytes(&sizes, threads), Some(areas + ids + rows + tiles), "{max_tokens} tokens, {threads} threads");
+        let routed = Some(ExpertLimits { hidden: 64, intermediate: 96, experts: 8, top_k: 3 });
+        for (max_tokens, block_size, threads, experts) in [(1, 16, 1, None), (37, 48, 2, None), (256, 32, 4, routed), (2048, 64, 3, routed)]
+        {
+            let limits = limits(max_tokens, block_size, experts);
+            let mut cpu = Cpu::new(&limits, threads, ComputeDtype::F32).unwrap();
+            let ids = 4 * (cpu.tokens.capacity() + cpu.positions.capacity() + cpu.slots.capacity());
+            let angles = 4 * (cpu.angles.cos.capacity() + cpu.angles.sin.capacity());
+            let rows = cpu.rows.capacity() * size_of::<BatchRow>();
+            let tiles = attention::Scratch::bytes(max_tokens, 0, &limits.attention, block_size).unwrap();
+            let lists = cpu.experts.list_bytes();
+            let buffers: usize = cpu.own_memory().iter().map(|memory| memory.len()).sum();
+            let all = buffers + ids + angles + rows + tiles + lists;
+            assert_eq!(Cpu::own_bytes(&limits, threads), Some(all), "{max_tokens} tokens, {threads} threads");
         }
-        assert_eq!(Activations::bytes(&sizes(usize::MAX / 1000, 16), 1), None);
-        assert_eq!(Activations::bytes(&sizes(1, 16), usize::MAX / 8), None);
+        assert_eq!(Cpu::own_bytes(&limits(usize::MAX / 1000, 16, None), 1), None);
+        assert_eq!(Cpu::own_bytes(&limits(1, 16, None), usize::MAX / 8), None);
+        assert_eq!(Cpu::buffer_bytes(3, 5), Some(60));
+        assert_eq!(Cpu::buffer_bytes(usize::MAX / 8, 8), None);
     }
 }

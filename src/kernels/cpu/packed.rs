@@ -3,7 +3,7 @@
 //! A panel is 32 columns of the output (rows of the weight matrix) over all of k. Within it, numbers that meet the same activations lie
 //! side by side, so that one vector of weights is multiplied by one number of x, sums stay in their lanes, and a panel is one stream of memory:
 //!
-//! | form | in a panel | bits a weight |
+//! | format | in a panel | bits a weight |
 //! |---|---|---|
 //! | f32 | `[k][32]` | 32 |
 //! | bf16 | `[k/2][32][2]` | 16 |
@@ -14,6 +14,7 @@ use half::{bf16, f16};
 use memmap2::MmapMut;
 
 use super::simd;
+use crate::{Columns, WeightFormat};
 
 /// Columns of a panel.
 pub const PANEL: usize = 32;
@@ -25,26 +26,7 @@ pub(super) const BLOCK8: usize = 2 * PANEL + BLOCK * PANEL;
 pub(super) const SUB4: usize = 2 * PANEL + BLOCK * PANEL / 2;
 pub(super) const SUPER4: usize = 4 * PANEL + 8 * SUB4;
 
-/// How weights are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Form {
-    F32,
-    Bf16,
-    /// Q8_0: 32 weights share one f16 scale.
-    Int8,
-    /// Q4_K with its 6-bit scales in bytes of their own: 256 weights share two f16, 32 of them a scale and a minimum.
-    Int4,
-}
-
-/// What the columns of the output are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Columns {
-    Plain,
-    /// The first half are gates, the second half what they gate: a panel holds 16 of each, the kernel gives `silu(gate) · up`.
-    Gated,
-}
-
-/// One row of weights in the form it is to be packed in; buffers are reused from row to row.
+/// One row of weights in the format it is to be packed in; buffers are reused from row to row.
 #[derive(Debug, Default)]
 pub struct Row {
     pub f32: Vec<f32>,
@@ -64,7 +46,7 @@ pub struct Row {
 pub struct Packed {
     pub n: usize,
     pub k: usize,
-    pub form: Form,
+    pub format: WeightFormat,
     pub columns: Columns,
     /// Columns side by side of one kind: the lanes of a vector when gated.
     run: usize,
@@ -73,7 +55,7 @@ pub struct Packed {
 
 impl std::fmt::Debug for Packed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "[{}, {}] {:?} {:?}", self.n, self.k, self.form, self.columns)
+        write!(f, "[{}, {}] {:?} {:?}", self.n, self.k, self.format, self.columns)
     }
 }
 
@@ -87,53 +69,32 @@ pub(crate) fn pages(bytes: usize) -> std::io::Result<MmapMut> {
     Ok(map)
 }
 
-impl Form {
-    /// Bytes of a panel of width `k`.
-    pub fn panel_bytes(self, k: usize) -> usize {
-        match self {
-            Form::F32 => k * PANEL * 4,
-            Form::Bf16 => k.div_ceil(2) * PANEL * 4,
-            Form::Int8 => k / BLOCK * BLOCK8,
-            Form::Int4 => k / SUPER * SUPER4,
-        }
-    }
-
-    /// For reports.
-    pub fn name(self) -> &'static str {
-        match self {
-            Form::F32 => "f32",
-            Form::Bf16 => "bf16",
-            Form::Int8 => "8-bit (Q8_0 form)",
-            Form::Int4 => "4-bit (Q4_K form)",
-        }
-    }
-
-    /// Whether a matrix of width `k` can have this form.
-    pub fn fits(self, k: usize) -> bool {
-        match self {
-            Form::F32 | Form::Bf16 => true,
-            Form::Int8 => k.is_multiple_of(BLOCK),
-            Form::Int4 => k.is_multiple_of(SUPER),
-        }
+/// Bytes of a panel of width `k`.
+pub(super) fn panel_bytes(format: WeightFormat, k: usize) -> usize {
+    match format {
+        WeightFormat::F32 => k * PANEL * 4,
+        WeightFormat::Bf16 => k.div_ceil(2) * PANEL * 4,
+        WeightFormat::Int8 => k / BLOCK * BLOCK8,
+        WeightFormat::Int4 => k / SUPER * SUPER4,
     }
 }
 
 impl Packed {
-    /// Packs `[n, k]`; `fill(row, kept, buffers)` writes the buffers of the form, and may keep something of its own from row to row. Rows are
+    /// Packs `[n, k]`; `fill(row, kept, buffers)` writes the buffers of the format, and may keep something of its own from row to row. Rows are
     /// asked for on all of rayon's threads, those of a panel one after another.
     pub fn new<T: Default>(
         n: usize,
         k: usize,
-        form: Form,
+        format: WeightFormat,
         columns: Columns,
         fill: &(dyn Fn(usize, &mut T, &mut Row) + Sync),
     ) -> std::io::Result<Self> {
-        assert!(form.fits(k), "rows of {k} weights cannot be {form:?}");
+        assert!(k.is_multiple_of(format.block()), "rows of {k} weights cannot be {format:?}");
         assert!(columns == Columns::Plain || n.is_multiple_of(2), "gates and what they gate are as many");
         let per_panel = if columns == Columns::Plain { PANEL } else { PANEL / 2 };
         let panels = (if columns == Columns::Plain { n } else { n / 2 }).div_ceil(per_panel);
-        let bytes = form.panel_bytes(k);
-        let mut packed = Self { n, k, form, columns, run: simd::lanes(), data: pages(panels * bytes)? };
+        let bytes = panel_bytes(format, k);
+        let mut packed = Self { n, k, format, columns, run: simd::lanes(), data: pages(panels * bytes)? };
         let mut data = std::mem::replace(&mut packed.data, MmapMut::map_anon(1)?);
         use rayon::prelude::*;
         data[..panels * bytes].par_chunks_exact_mut(bytes).enumerate().for_each_init(
@@ -142,14 +103,14 @@ impl Packed {
                 for column in 0..PANEL {
                     if let Some(row) = packed.row_at(panel, column) {
                         fill(row, kept, buffers);
-                        place(form, k, buffers, column, bytes);
-                    } else if form == Form::Int8 {
+                        place(format, k, buffers, column, bytes);
+                    } else if format == WeightFormat::Int8 {
                         // The stored zero.
                         buffers.int8.clear();
                         buffers.int8.resize(k, 0);
                         buffers.scales8.clear();
                         buffers.scales8.resize(k / BLOCK, f16::ZERO);
-                        place(form, k, buffers, column, bytes);
+                        place(format, k, buffers, column, bytes);
                     }
                 }
             },
@@ -164,12 +125,12 @@ impl Packed {
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        Self::bytes_of(self.n, self.k, self.form, self.columns)
+        Self::bytes_of(self.n, self.k, self.format, self.columns)
     }
 
     /// Bytes that a matrix would take.
-    pub fn bytes_of(n: usize, k: usize, form: Form, columns: Columns) -> usize {
-        panels(n, columns) * form.panel_bytes(k)
+    pub fn bytes_of(n: usize, k: usize, format: WeightFormat, columns: Columns) -> usize {
+        panels(n, columns) * panel_bytes(format, k)
     }
 
     pub(super) fn data(&self) -> *const u8 {
@@ -191,25 +152,25 @@ impl Packed {
     /// Row `row` of the matrix in f32, which for a tied head is the embedding of that token.
     pub fn row(&self, row: usize, out: &mut [f32]) {
         assert!(self.columns == Columns::Plain && row < self.n && out.len() == self.k, "row {row} of {self:?}");
-        let bytes = self.form.panel_bytes(self.k);
+        let bytes = panel_bytes(self.format, self.k);
         let panel = &self.data[row / PANEL * bytes..][..bytes];
         let column = row % PANEL;
         let half = |at: usize| f16::from_le_bytes([panel[at], panel[at + 1]]).to_f32();
-        match self.form {
-            Form::F32 => out.iter_mut().enumerate().for_each(|(i, out)| {
+        match self.format {
+            WeightFormat::F32 => out.iter_mut().enumerate().for_each(|(i, out)| {
                 let at = (i * PANEL + column) * 4;
                 *out = f32::from_le_bytes([panel[at], panel[at + 1], panel[at + 2], panel[at + 3]]);
             }),
-            Form::Bf16 => out.iter_mut().enumerate().for_each(|(i, out)| {
+            WeightFormat::Bf16 => out.iter_mut().enumerate().for_each(|(i, out)| {
                 let at = ((i / 2 * PANEL + column) * 2 + i % 2) * 2;
                 *out = bf16::from_le_bytes([panel[at], panel[at + 1]]).to_f32();
             }),
-            Form::Int8 => out.iter_mut().enumerate().for_each(|(i, out)| {
+            WeightFormat::Int8 => out.iter_mut().enumerate().for_each(|(i, out)| {
                 let block = i / BLOCK * BLOCK8;
                 let at = block + 2 * PANEL + (i % BLOCK / 4 * PANEL + column) * 4 + i % 4;
                 *out = half(block + 2 * column) * (i32::from(panel[at]) - 128) as f32;
             }),
-            Form::Int4 => out.iter_mut().enumerate().for_each(|(i, out)| {
+            WeightFormat::Int4 => out.iter_mut().enumerate().for_each(|(i, out)| {
                 let start = i / SUPER * SUPER4;
                 let sub = start + 4 * PANEL + i % SUPER / BLOCK * SUB4;
                 let group = i % BLOCK / 4;
@@ -230,19 +191,19 @@ fn panels(n: usize, columns: Columns) -> usize {
 }
 
 /// Writes one row to its column of a panel.
-fn place(form: Form, k: usize, row: &Row, column: usize, panel: &mut [u8]) {
-    match form {
-        Form::F32 => {
+fn place(format: WeightFormat, k: usize, row: &Row, column: usize, panel: &mut [u8]) {
+    match format {
+        WeightFormat::F32 => {
             for (i, value) in row.f32[..k].iter().enumerate() {
                 panel[(i * PANEL + column) * 4..][..4].copy_from_slice(&value.to_le_bytes());
             }
         }
-        Form::Bf16 => {
+        WeightFormat::Bf16 => {
             for (i, value) in row.bf16[..k].iter().enumerate() {
                 panel[((i / 2 * PANEL + column) * 2 + i % 2) * 2..][..2].copy_from_slice(&value.to_le_bytes());
             }
         }
-        Form::Int8 => {
+        WeightFormat::Int8 => {
             for (block, (values, scale)) in panel.chunks_exact_mut(BLOCK8).zip(row.int8[..k].chunks_exact(BLOCK).zip(&row.scales8)) {
                 block[2 * column..][..2].copy_from_slice(&scale.to_le_bytes());
                 for (i, value) in values.iter().enumerate() {
@@ -250,7 +211,7 @@ fn place(form: Form, k: usize, row: &Row, column: usize, panel: &mut [u8]) {
                 }
             }
         }
-        Form::Int4 => {
+        WeightFormat::Int4 => {
             for (index, block) in panel.chunks_exact_mut(SUPER4).enumerate() {
                 block[2 * column..][..2].copy_from_slice(&row.d[index].to_le_bytes());
                 block[2 * PANEL + 2 * column..][..2].copy_from_slice(&row.dmin[index].to_le_bytes());

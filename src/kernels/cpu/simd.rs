@@ -59,6 +59,7 @@ pub trait Simd: Copy {
     #[cfg(any(target_arch = "x86_64", test))]
     #[inline(always)]
     unsafe fn dot_bf16(acc: Self::V, w: *const bf16, x: *const u32) -> Self::V {
+        // SAFETY: as the trait says; `x` is valid for one pair.
         unsafe {
             let ((even, odd), x) = (Self::load_bf16_pairs(w), *x);
             let acc = Self::mul_add(Self::splat(f32::from_bits(x << 16)), even, acc);
@@ -100,29 +101,48 @@ pub enum Level {
 }
 
 /// The best level, found once. `WORKER_CANDLE_SIMD=portable|avx2|avx2vnni|avx512|avx512vnni|avx512bf16|amx`, or
-/// `portable|neon|neondot`, lowers it, for tests.
+/// `portable|neon|neondot`, lowers it, for tests; a level that this processor lacks becomes the next lower one that it has.
 pub fn level() -> Level {
     static LEVEL: std::sync::OnceLock<Level> = std::sync::OnceLock::new();
     *LEVEL.get_or_init(|| detect(&std::env::var("WORKER_CANDLE_SIMD").unwrap_or_default()))
 }
 
-#[cfg(target_arch = "x86_64")]
 fn detect(asked: &str) -> Level {
+    let levels = levels();
+    let from = levels.iter().position(|level| level.name == asked).unwrap_or(0);
+    let usable = |known: &&KnownLevel| known.is_here && (known.is_fast || known.name == asked);
+    levels[from..].iter().find(usable).map_or(Level::Portable, |known| known.level)
+}
+
+/// A level of this kind of processor.
+#[derive(Debug, Clone, Copy)]
+pub struct KnownLevel {
+    /// In `WORKER_CANDLE_SIMD`.
+    pub name: &'static str,
+    /// This processor has it.
+    pub is_here: bool,
+    /// Where it is there, it is faster than the next lower one, and is taken without being asked for.
+    pub is_fast: bool,
+    pub level: Level,
+}
+
+/// Every level of this kind of processor, best first.
+#[cfg(target_arch = "x86_64")]
+pub fn levels() -> [KnownLevel; 7] {
+    let known = |name, is_here, level| KnownLevel { name, is_here, is_fast: true, level };
     let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
     let avx512 = avx2 && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
     let bf16 = avx512 && is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512bf16");
-    let levels = [
-        ("amx", bf16 && super::matmul::amx::available(), Level::Amx),
+    [
+        known("amx", bf16 && super::matmul::amx::available(), Level::Amx),
         // Measured: twice the products of fused multiply-adds on Zen 4, half of them on Sapphire Rapids.
-        ("avx512bf16", bf16 && (is_amd() || asked == "avx512bf16"), Level::Avx512Bf16),
-        ("avx512vnni", avx512 && is_x86_feature_detected!("avx512vnni"), Level::Avx512Vnni),
-        ("avx512", avx512, Level::Avx512),
-        ("avx2vnni", avx2 && is_x86_feature_detected!("avxvnni"), Level::Avx2Vnni),
-        ("avx2", avx2, Level::Avx2),
-        ("portable", true, Level::Portable),
-    ];
-    let from = levels.iter().position(|(name, ..)| *name == asked).unwrap_or(0);
-    levels[from..].iter().find(|(_, there, _)| *there).map_or(Level::Portable, |(.., level)| *level)
+        KnownLevel { is_fast: is_amd(), ..known("avx512bf16", bf16, Level::Avx512Bf16) },
+        known("avx512vnni", avx512 && is_x86_feature_detected!("avx512vnni"), Level::Avx512Vnni),
+        known("avx512", avx512, Level::Avx512),
+        known("avx2vnni", avx2 && is_x86_feature_detected!("avxvnni"), Level::Avx2Vnni),
+        known("avx2", avx2, Level::Avx2),
+        known("portable", true, Level::Portable),
+    ]
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -131,19 +151,21 @@ fn is_amd() -> bool {
     [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).concat() == b"AuthenticAMD"
 }
 
+/// Every level of this kind of processor, best first.
 #[cfg(target_arch = "aarch64")]
-fn detect(asked: &str) -> Level {
-    match asked {
-        "portable" => Level::Portable,
-        "neon" => Level::Neon,
-        _ if std::arch::is_aarch64_feature_detected!("dotprod") => Level::NeonDot,
-        _ => Level::Neon,
-    }
+pub fn levels() -> [KnownLevel; 3] {
+    let known = |name, is_here, level| KnownLevel { name, is_here, is_fast: true, level };
+    [
+        known("neondot", std::arch::is_aarch64_feature_detected!("dotprod"), Level::NeonDot),
+        known("neon", true, Level::Neon),
+        known("portable", true, Level::Portable),
+    ]
 }
 
+/// Every level of this kind of processor, best first.
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-fn detect(_asked: &str) -> Level {
-    Level::Portable
+pub fn levels() -> [KnownLevel; 1] {
+    [KnownLevel { name: "portable", is_here: true, is_fast: true, level: Level::Portable }]
 }
 
 /// Lanes of the level in use.
@@ -170,51 +192,52 @@ pub fn most_rows() -> usize {
 
 /// `dispatch!(kernel::<T>(arg: Type, …))`: runs the generic kernel `kernel::<S, T>` with the best vectors.
 ///
-/// Defines, at the call site, one wrapper per level that carries the target features; types must therefore be concrete.
+/// Defines, at the call site, one wrapper per level that carries the target features; types must therefore be concrete. A wrapper and the kernel in
+/// it rely on two things: the processor has those features, which `level` has found out, and the arguments are what the kernel asks for.
 macro_rules! dispatch {
     ($kernel:ident :: <$($generic:ty),*> ( $($arg:ident : $type:ty),* $(,)? )) => {{
         #[cfg(target_arch = "x86_64")]
         #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
         unsafe fn avx512vnni($($arg: $type),*) {
-            unsafe { $kernel::<$crate::kernels::cpu::simd::x86::Avx512Vnni, $($generic),*>($($arg),*) }
+            unsafe { $kernel::<$crate::cpu::simd::x86::Avx512Vnni, $($generic),*>($($arg),*) }
         }
         #[cfg(target_arch = "x86_64")]
         #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
         unsafe fn avx512($($arg: $type),*) {
-            unsafe { $kernel::<$crate::kernels::cpu::simd::x86::Avx512, $($generic),*>($($arg),*) }
+            unsafe { $kernel::<$crate::cpu::simd::x86::Avx512, $($generic),*>($($arg),*) }
         }
         #[cfg(target_arch = "x86_64")]
         #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
         unsafe fn avx2vnni($($arg: $type),*) {
-            unsafe { $kernel::<$crate::kernels::cpu::simd::x86::Avx2Vnni, $($generic),*>($($arg),*) }
+            unsafe { $kernel::<$crate::cpu::simd::x86::Avx2Vnni, $($generic),*>($($arg),*) }
         }
         #[cfg(target_arch = "x86_64")]
         #[target_feature(enable = "avx2,fma,f16c")]
         unsafe fn avx2($($arg: $type),*) {
-            unsafe { $kernel::<$crate::kernels::cpu::simd::x86::Avx2, $($generic),*>($($arg),*) }
+            unsafe { $kernel::<$crate::cpu::simd::x86::Avx2, $($generic),*>($($arg),*) }
         }
         #[cfg(target_arch = "aarch64")]
         #[target_feature(enable = "neon,dotprod")]
         unsafe fn neondot($($arg: $type),*) {
-            unsafe { $kernel::<$crate::kernels::cpu::simd::neon::NeonDot, $($generic),*>($($arg),*) }
+            unsafe { $kernel::<$crate::cpu::simd::neon::NeonDot, $($generic),*>($($arg),*) }
         }
         // SAFETY: `level` has seen the features on this processor.
         unsafe {
-            match $crate::kernels::cpu::simd::level() {
+            match $crate::cpu::simd::level() {
                 #[cfg(target_arch = "x86_64")]
-                $crate::kernels::cpu::simd::Level::Avx512Vnni | $crate::kernels::cpu::simd::Level::Avx512Bf16 | $crate::kernels::cpu::simd::Level::Amx => avx512vnni($($arg),*),
+                $crate::cpu::simd::Level::Avx512Vnni | $crate::cpu::simd::Level::Avx512Bf16 | $crate::cpu::simd::Level::Amx => avx512vnni($($arg),*),
                 #[cfg(target_arch = "x86_64")]
-                $crate::kernels::cpu::simd::Level::Avx512 => avx512($($arg),*),
+                $crate::cpu::simd::Level::Avx512 => avx512($($arg),*),
                 #[cfg(target_arch = "x86_64")]
-                $crate::kernels::cpu::simd::Level::Avx2Vnni => avx2vnni($($arg),*),
+                $crate::cpu::simd::Level::Avx2Vnni => avx2vnni($($arg),*),
                 #[cfg(target_arch = "x86_64")]
-                $crate::kernels::cpu::simd::Level::Avx2 => avx2($($arg),*),
+                $crate::cpu::simd::Level::Avx2 => avx2($($arg),*),
                 #[cfg(target_arch = "aarch64")]
-                $crate::kernels::cpu::simd::Level::NeonDot => neondot($($arg),*),
+                $crate::cpu::simd::Level::NeonDot => neondot($($arg),*),
                 // Every processor of this kind has it: no features beyond those of the build.
                 #[cfg(target_arch = "aarch64")]
-                $crate::kernels::cpu::simd::Level::Neon => $kernel::<$crate::kernels::cpu::simd::neon::Neon, $($generic),*>($($arg),*),
-                $crate::kernels::cpu::simd::Level::Portable => $kernel::<$crate::kernels::cpu::simd::Portable, $($generic),*>($($arg),*),
+                $crate::cpu::simd::Level::Neon => $kernel::<$crate::cpu::simd::neon::Neon, $($generic),*>($($arg),*),
+                $crate::cpu::simd::Level::Portable => $kernel::<$crate::cpu::simd::Portable, $($generic),*>($($arg),*),
             }
         }
     }};

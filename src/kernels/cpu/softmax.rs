@@ -23,6 +23,7 @@ pub fn max(values: &[f32]) -> f32 {
     out
 }
 
+// The kernels here are unsafe because of the processor's features alone, which `dispatch!` has checked; all memory they use is in slices.
 #[inline(always)]
 unsafe fn max_of<S: Simd>(values: &[f32], target: &mut f32) {
     let greater = |a: f32, b: f32| if b > a { b } else { a };

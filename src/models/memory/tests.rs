@@ -1,6 +1,9 @@
 use serde_json::json;
 
 use super::*;
+use crate::kernels::candle::Candle;
+use crate::kernels::cpu::Cpu;
+use crate::models::families::Model;
 
 const GIB: usize = 1 << 30;
 const WEIGHTS: usize = 721_496_064;
@@ -13,8 +16,9 @@ fn settings() -> EngineSettings {
 fn plan_in(memory: Memory, settings: &EngineSettings) -> Result<MemoryPlan, Failure> {
     let config = json!({"model_type": "ernie4_5", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 18, "num_attention_heads": 16,
         "num_key_value_heads": 2, "head_dim": 128, "vocab_size": 103424});
-    let model = Architecture::from_config(&config).unwrap();
-    MemoryPlan::new(&model, 100_295, WEIGHTS, if memory.gpu { 2 } else { 4 }, memory, settings)
+    let model = Model::from_config(&config).unwrap().spec;
+    let plan = if memory.gpu { MemoryPlan::new::<Candle> } else { MemoryPlan::new::<Cpu> };
+    plan(&model, 100_295, WEIGHTS, memory, settings)
 }
 
 fn plan(settings: &EngineSettings, free: usize) -> Result<MemoryPlan, Failure> {
@@ -161,6 +165,6 @@ fn every_thread_has_room_to_draw_and_to_attend() {
     let step = |threads| plan(&EngineSettings { threads: Some(threads), ..settings() }, 16 * GIB).unwrap().step_bytes;
     let more = step(3) - step(2);
     // Twelve bytes of a token of the vocabulary, and 32 rows of queries, sums and scores of a segment.
-    let (draw, attend) = (103_424 * 12, 32 * (2 * 128 + 256) * 4);
-    assert!(more > draw + attend && more < (draw + attend) * 11 / 10, "{more}");
+    let (sampling, attend) = (103_424 * 12, 32 * (2 * 128 + 256) * 4);
+    assert!(more > sampling + attend && more < (sampling + attend) * 11 / 10, "{more}");
 }

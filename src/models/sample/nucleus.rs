@@ -1,51 +1,50 @@
-//! min_p, then top_k, then top_p: which tokens may be drawn. Whole sorts of the vocabulary are avoided: what is kept is nearly always short.
+//! min_p, then top_k, then top_p: which tokens may be sampled. The vocabulary is never sorted as a whole, because nearly always few tokens are kept.
 
-use super::Scratch;
+use super::{SamplingParams, Scratch};
 use crate::kernels::cpu::softmax;
-use crate::models::Draw;
 
 /// Most tokens kept in order by insertion; beyond it a partial selection is cheaper.
 const INSERTED: usize = 128;
-/// Distances below the greatest logit, in units of the temperature, within which the nucleus is looked for: the tokens of more than
-/// e⁻⁶ of the greatest probability, those of more than e⁻¹², all.
+/// The nucleus is looked for among the tokens of more than e⁻⁶ of the greatest probability, then of more than e⁻¹², then among all. These
+/// are the distances from the greatest logit, divided by the temperature.
 const REACHES: [f32; 3] = [6.0, 12.0, f32::INFINITY];
 
-/// Leaves in `scratch.kept` the tokens that may be drawn, with their logits, by id. `max`: the greatest logit; `scale`: 1 / temperature.
+/// Leaves in `scratch.kept` the tokens that may be sampled, with their logits, by id. `max`: the greatest logit; `scale`: 1 / temperature.
 ///
-/// A token's weight is its probability relative to the greatest one, which is just what min_p speaks of.
-pub fn keep(logits: &[f32], draw: &Draw, max: f32, scale: f32, scratch: &mut Scratch) {
-    filter(logits, draw, max, scale, scratch);
+/// A token's weight is its probability divided by the greatest one. `min_p` is a limit on just that.
+pub fn keep(logits: &[f32], params: &SamplingParams, max: f32, scale: f32, scratch: &mut Scratch) {
+    filter(logits, params, max, scale, scratch);
     scratch.kept.sort_unstable_by_key(|(id, _)| *id);
 }
 
-fn filter(logits: &[f32], draw: &Draw, max: f32, scale: f32, scratch: &mut Scratch) {
+fn filter(logits: &[f32], params: &SamplingParams, max: f32, scale: f32, scratch: &mut Scratch) {
     let weight = |logit: f32| softmax::weight((logit - max) * scale);
-    let least = if draw.min_p > 0.0 { draw.min_p } else { f32::MIN_POSITIVE };
-    // Most logits are told apart without an exponential: these are certainly too low.
+    let least = if params.min_p > 0.0 { params.min_p } else { f32::MIN_POSITIVE };
+    // A logit below this is certainly too low: no exponential is needed to tell.
     let low = least.ln() - 0.01;
     let allowed = |logit: f32| (logit - max) * scale >= low && (weight(logit) >= least || logit == max);
     let Scratch { sums, kept, .. } = scratch;
-    let k = draw.top_k as usize;
+    let k = params.top_k as usize;
     let limited = k > 0 && k < logits.len();
     if limited {
         greatest(logits, k, kept);
         kept.retain(|(_, logit)| allowed(*logit));
-    } else if draw.min_p > 0.0 {
+    } else if params.min_p > 0.0 {
         gather(logits, allowed, kept);
     }
-    if draw.top_p >= 1.0 {
-        if !limited && draw.min_p <= 0.0 {
+    if params.top_p >= 1.0 {
+        if !limited && params.min_p <= 0.0 {
             gather(logits, allowed, kept);
         }
         return;
     }
     let mass_of = |kept: &[(u32, f32)]| kept.iter().map(|(_, logit)| f64::from(weight(*logit))).sum::<f64>();
-    if limited || draw.min_p > 0.0 {
-        let target = f64::from(draw.top_p) * mass_of(kept);
+    if limited || params.min_p > 0.0 {
+        let target = f64::from(params.top_p) * mass_of(kept);
         return cut(kept, target, |logit| f64::from(weight(logit)));
     }
     softmax::exp_sums(logits, max, scale, sums);
-    let target = f64::from(draw.top_p) * sums.iter().sum::<f64>();
+    let target = f64::from(params.top_p) * sums.iter().sum::<f64>();
     for reach in REACHES {
         gather(logits, |logit| (max - logit) * scale <= reach && allowed(logit), kept);
         if reach.is_infinite() || mass_of(kept) >= target {
@@ -79,7 +78,7 @@ pub fn greatest(logits: &[f32], k: usize, kept: &mut Vec<(u32, f32)>) {
     if k == 0 {
         return;
     }
-    // What a logit must exceed to come in. Ids ascend, so that of equal logits the first stays.
+    // A logit must exceed this to be kept. Ids ascend, so of equal logits the lower id stays.
     let mut bar = f32::NEG_INFINITY;
     for (id, logit) in logits.iter().enumerate() {
         let full = kept.len() == k;
@@ -96,8 +95,8 @@ pub fn greatest(logits: &[f32], k: usize, kept: &mut Vec<(u32, f32)>) {
     }
 }
 
-/// Keeps the shortest beginning, in order of logits, whose weights reach `target`: the token that crosses it stays. A search by halves,
-/// so that nothing is sorted as a whole.
+/// Keeps the greatest logits whose weights together reach `target`, and no more of them than that takes. It searches by halving, so that
+/// nothing is sorted as a whole.
 fn cut(kept: &mut Vec<(u32, f32)>, target: f64, weight: impl Fn(f32) -> f64) {
     // Everything before `from` stays, everything from `to` on goes.
     let (mut from, mut to, mut mass) = (0, kept.len(), 0.0);

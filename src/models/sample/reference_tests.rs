@@ -10,7 +10,6 @@ use serde::Deserialize;
 
 use super::tests::{fast, score};
 use super::*;
-use crate::models::Seen;
 
 #[derive(Deserialize)]
 struct Recorded {
@@ -54,19 +53,22 @@ impl Default for Case {
 }
 
 impl Case {
-    fn draw(&self) -> Draw {
+    fn sampling(&self) -> SamplingMetadata {
         let mut prompt = self.context.clone();
         prompt.sort_unstable();
         prompt.dedup();
-        Draw {
+        let params = SamplingParams {
             temperature: self.temperature,
             top_p: self.top_p,
             top_k: self.top_k,
             min_p: self.min_p,
             repetition_penalty: self.repetition_penalty,
-            seen: Arc::new(Seen { prompt, output: Vec::new() }),
+            ..Default::default()
+        };
+        SamplingMetadata {
+            counts: Arc::new(TokenCounts { prompt, output: Vec::new() }),
             suppressed: Arc::new(self.bad_ids.clone()),
-            ..Draw::default()
+            ..params.into()
         }
     }
 }
@@ -81,13 +83,13 @@ fn every_recorded_case_is_the_same() {
     let recorded: Recorded = serde_json::from_str(include_str!("reference.json")).unwrap();
     assert!(recorded.cases.len() >= 40, "{} cases", recorded.cases.len());
     for (number, case) in recorded.cases.iter().enumerate() {
-        let (row, draw) = (&recorded.rows[case.row], case.draw());
-        let mut kept = fast(row, &draw);
+        let (row, sampling) = (&recorded.rows[case.row], case.sampling());
+        let mut kept = fast(row, &sampling);
         kept.sort_unstable();
         let want: Vec<u32> = (0u32..).zip(&case.processed).filter(|(_, z)| z.is_some()).map(|(id, _)| id).collect();
         assert_eq!(kept, want, "case {number}");
         let mut z = row.clone();
-        adjust(&mut z, &draw);
+        adjust(&mut z, &sampling);
         for (id, want) in case.processed.iter().enumerate() {
             if let Some(want) = want {
                 assert!(near(z[id] / case.temperature, *want), "case {number}, token {id}: {} {want}", z[id] / case.temperature);

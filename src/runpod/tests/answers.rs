@@ -110,9 +110,9 @@ async fn a_large_result_that_is_refused_becomes_a_small_error() {
 #[tokio::test]
 async fn a_result_over_the_limit_is_not_even_tried() {
     let queue = Queue::start().await;
-    let pacing = Pacing { result_limit: 1000, ..pacing() };
+    let policy = RetryPolicy { result_limit: 1000, ..policy() };
     let large = handler(|_| async { Ok(Answer::Whole(json!("x".repeat(1000)))) });
-    let running = Running::worker(&queue, Worker::new(&settings(&queue.base), 1, large).pacing(pacing));
+    let running = Running::worker(&queue, Worker::new(&settings(&queue.base), 1, large).retry_policy(policy));
     running.give("a", json!({}));
     let done = queue.wait(Route::Done, 1).await;
     running.end().await;
@@ -125,7 +125,7 @@ async fn without_a_key_jobs_are_still_done() {
     let queue = Queue::start().await;
     let mut settings = settings(&queue.base);
     settings.api_key = None;
-    let running = Running::worker(&queue, Worker::new(&settings, 1, echo()).pacing(pacing()));
+    let running = Running::worker(&queue, Worker::new(&settings, 1, echo()).retry_policy(policy()));
     running.give("a", json!(1));
     assert_eq!(queue.wait(Route::Done, 1).await[0].headers.get("authorization"), None);
     running.end().await;

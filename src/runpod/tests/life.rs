@@ -32,8 +32,8 @@ async fn a_stopped_job_is_dropped_and_says_nothing() {
 #[tokio::test]
 async fn a_stop_reaches_a_job_whose_result_does_not_arrive() {
     let queue = Queue::start().await;
-    let pacing = Pacing { result_window: Duration::from_secs(600), ..pacing() };
-    let running = Running::worker(&queue, Worker::new(&settings(&queue.base), 1, echo()).pacing(pacing));
+    let policy = RetryPolicy { result_window: Duration::from_secs(600), ..policy() };
+    let running = Running::worker(&queue, Worker::new(&settings(&queue.base), 1, echo()).retry_policy(policy));
     queue.script(Route::Done, std::iter::repeat_n(Reply::Status(500), 10_000));
     running.give("a", json!(1));
     queue.wait(Route::Done, 3).await;
@@ -81,8 +81,8 @@ async fn a_shutdown_lets_running_jobs_end() {
 #[tokio::test]
 async fn a_job_that_comes_with_the_last_poll_is_run() {
     let queue = Queue::start().await;
-    let pacing = Pacing { unknown_hold: Duration::from_secs(10), ..pacing() };
-    let mut running = Running::worker(&queue, Worker::new(&settings(&queue.base), 4, echo()).pacing(pacing));
+    let policy = RetryPolicy { unknown_hold: Duration::from_secs(10), ..policy() };
+    let mut running = Running::worker(&queue, Worker::new(&settings(&queue.base), 4, echo()).retry_policy(policy));
     queue.wait(Route::Take, 1).await;
     running.shut_down();
     tokio::time::sleep(Duration::from_millis(20)).await;
@@ -96,7 +96,7 @@ async fn a_job_that_comes_with_the_last_poll_is_run() {
 #[tokio::test]
 async fn the_last_poll_is_waited_for_as_long_as_polls_were_held() {
     let queue = Queue::start().await;
-    let mut running = Running::worker(&queue, Worker::new(&settings(&queue.base), 4, echo()).pacing(pacing()));
+    let mut running = Running::worker(&queue, Worker::new(&settings(&queue.base), 4, echo()).retry_policy(policy()));
     queue.wait(Route::Take, 1).await;
     tokio::time::sleep(Duration::from_millis(800)).await;
     queue.script(Route::Take, [Reply::Status(204)]);
@@ -118,8 +118,8 @@ async fn a_last_poll_that_never_ends_is_dropped() {
         let queue = Queue::start().await;
         let mut settings = settings(&queue.base);
         settings.drain_timeout = Some(Duration::from_millis(if learned { 60_000 } else { 100 }));
-        let pacing = Pacing { unknown_hold: Duration::from_secs(60), ..pacing() };
-        let mut running = Running::worker(&queue, Worker::new(&settings, 4, echo()).pacing(pacing));
+        let policy = RetryPolicy { unknown_hold: Duration::from_secs(60), ..policy() };
+        let mut running = Running::worker(&queue, Worker::new(&settings, 4, echo()).retry_policy(policy));
         if learned {
             queue.script(Route::Take, [Reply::Status(204)]);
             queue.wait(Route::Take, 2).await;
@@ -137,7 +137,7 @@ async fn what_is_unfinished_at_the_deadline_fails() {
     let queue = Queue::start().await;
     let mut settings = settings(&queue.base);
     settings.drain_timeout = Some(Duration::from_millis(30));
-    let mut running = Running::worker(&queue, Worker::new(&settings, 4, endless(&dropped)).pacing(pacing()));
+    let mut running = Running::worker(&queue, Worker::new(&settings, 4, endless(&dropped)).retry_policy(policy()));
     queue.script(Route::Take, [Reply::Json(json!([{"id": "a", "input": 1}, {"id": "b", "input": 2}]))]);
     queue.wait(Route::Stream, 2).await;
     running.shut_down();
@@ -172,7 +172,7 @@ async fn hearts_beat_while_handlers_block_every_thread() {
             Ok(Answer::Whole(json!(named() >= 5)))
         }
     });
-    let running = Running::worker(&queue, Worker::new(&settings, 4, blocking).pacing(pacing()));
+    let running = Running::worker(&queue, Worker::new(&settings, 4, blocking).retry_policy(policy()));
     queue.wait(Route::Ping, 2).await;
     queue.script(Route::Ping, [Reply::Status(500), Reply::Cut, Reply::Status(404)]);
     queue.script(Route::Take, [Reply::Json(json!([{"id": "a", "input": 1}, {"id": "b", "input": 2}]))]);
@@ -190,7 +190,7 @@ async fn no_key_no_ping() {
     let mut settings = settings(&queue.base);
     settings.ping = Some(format!("{}/ping/$RUNPOD_POD_ID", queue.base));
     settings.api_key = None;
-    let running = Running::worker(&queue, Worker::new(&settings, 1, echo()).pacing(pacing()));
+    let running = Running::worker(&queue, Worker::new(&settings, 1, echo()).retry_policy(policy()));
     running.give("a", json!(1));
     queue.wait(Route::Done, 1).await;
     assert!(running.end().await.lines(Route::Ping).is_empty());
@@ -226,7 +226,7 @@ async fn a_broken_engine_ends_the_worker_and_asks_for_another() {
             }
         }
     });
-    let worker = Worker::new(&settings, 1, failing).pacing(pacing()).faults(faults);
+    let worker = Worker::new(&settings, 1, failing).retry_policy(policy()).health(faults.into());
     let mut running = Running::worker(&queue, worker);
     running.give("client", json!({}));
     running.give("device", json!({}));
@@ -251,8 +251,8 @@ async fn a_job_that_comes_to_a_broken_engine_fails_with_the_reason() {
         counter.fetch_add(1, Ordering::SeqCst);
         async { Ok(Answer::Whole(json!(1))) }
     });
-    let pacing = Pacing { unknown_hold: Duration::from_secs(10), ..pacing() };
-    let worker = Worker::new(&settings(&queue.base), 4, counting).pacing(pacing).faults(faults);
+    let policy = RetryPolicy { unknown_hold: Duration::from_secs(10), ..policy() };
+    let worker = Worker::new(&settings(&queue.base), 4, counting).retry_policy(policy).health(faults.into());
     let mut running = Running::worker(&queue, worker);
     queue.wait(Route::Take, 1).await;
     // Nobody holds a job: the worker hears of it all the same.
@@ -271,8 +271,8 @@ async fn a_job_that_comes_to_a_broken_engine_fails_with_the_reason() {
 async fn a_broken_engine_whose_poll_and_job_never_end_ends_all_the_same() {
     let queue = Queue::start().await;
     let (broken, faults) = tokio::sync::watch::channel(None);
-    let pacing = Pacing { unknown_hold: Duration::from_secs(60), broken_drain: Duration::from_millis(100), ..pacing() };
-    let worker = Worker::new(&settings(&queue.base), 4, handler(|_| std::future::pending())).pacing(pacing).faults(faults);
+    let policy = RetryPolicy { unknown_hold: Duration::from_secs(60), broken_drain: Duration::from_millis(100), ..policy() };
+    let worker = Worker::new(&settings(&queue.base), 4, handler(|_| std::future::pending())).retry_policy(policy).health(faults.into());
     let mut running = Running::worker(&queue, worker);
     running.give("stuck", json!(1));
     queue.wait(Route::Take, 2).await;

@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
-use super::pacing::Backoff;
-use super::{Ended, Handler, Job, Pacing, Worker};
+use super::retry::Backoff;
+use super::{Ended, Handler, Job, RetryPolicy, Worker};
 use crate::api::{Answer, Pieces};
 use crate::config::{RunpodSettings, Secret};
 use crate::error::Failure;
@@ -36,9 +36,9 @@ fn settings(base: &str) -> RunpodSettings {
 }
 
 /// Waits so short that a test is over at once.
-fn pacing() -> Pacing {
+fn policy() -> RetryPolicy {
     let backoff = Backoff { first: Duration::from_millis(2), cap: Duration::from_millis(10) };
-    Pacing {
+    RetryPolicy {
         shortest_poll: Duration::from_millis(5),
         parked: Duration::from_millis(5),
         rate_limited: Duration::from_millis(5),
@@ -64,12 +64,12 @@ struct Running {
 impl Running {
     async fn start(handler: Handler) -> Self {
         let queue = Queue::start().await;
-        Self::worker(&queue, Worker::new(&settings(&queue.base), 4, handler).pacing(pacing()))
+        Self::worker(&queue, Worker::new(&settings(&queue.base), 4, handler).retry_policy(policy()))
     }
 
     async fn single(handler: Handler) -> Self {
         let queue = Queue::start().await;
-        Self::worker(&queue, Worker::new(&settings(&queue.base), 1, handler).pacing(pacing()))
+        Self::worker(&queue, Worker::new(&settings(&queue.base), 1, handler).retry_policy(policy()))
     }
 
     fn worker(queue: &Queue, worker: Worker) -> Self {

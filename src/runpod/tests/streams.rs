@@ -89,7 +89,7 @@ async fn batches_grow_when_asked_to() {
             })
             .boxed()
     });
-    let running = Running::worker(&queue, Worker::new(&settings, 1, slow).pacing(pacing()));
+    let running = Running::worker(&queue, Worker::new(&settings, 1, slow).retry_policy(policy()));
     running.give("a", json!({}));
     queue.wait(Route::Done, 1).await;
     running.end().await;
@@ -110,7 +110,8 @@ async fn without_a_stream_address_there_is_only_the_aggregate() {
     let queue = Queue::start().await;
     let mut settings = settings(&queue.base);
     settings.post_stream = None;
-    let running = Running::worker(&queue, Worker::new(&settings, 1, values(vec![Ok(json!({"n": 1})), Ok(json!("x"))])).pacing(pacing()));
+    let running =
+        Running::worker(&queue, Worker::new(&settings, 1, values(vec![Ok(json!({"n": 1})), Ok(json!("x"))])).retry_policy(policy()));
     running.give("a", json!({}));
     let done = queue.wait(Route::Done, 1).await;
     running.end().await;
@@ -136,8 +137,8 @@ async fn a_piece_that_does_not_arrive_is_skipped() {
 async fn a_piece_too_large_for_one_post_is_split_between_frames() {
     let queue = Queue::start().await;
     let text: String = (0..500).map(frame).collect();
-    let pacing = Pacing { chunk_limit: 1000, ..pacing() };
-    let running = Running::worker(&queue, Worker::new(&settings(&queue.base), 1, values(vec![Ok(json!(text))])).pacing(pacing));
+    let policy = RetryPolicy { chunk_limit: 1000, ..policy() };
+    let running = Running::worker(&queue, Worker::new(&settings(&queue.base), 1, values(vec![Ok(json!(text))])).retry_policy(policy));
     running.give("a", json!({}));
     let done = queue.wait(Route::Done, 1).await;
     running.end().await;
@@ -153,9 +154,9 @@ async fn a_piece_too_large_for_one_post_is_split_between_frames() {
 #[tokio::test]
 async fn an_aggregate_over_the_limit_becomes_an_error_with_sizes() {
     let queue = Queue::start().await;
-    let pacing = Pacing { result_limit: 1000, ..pacing() };
+    let policy = RetryPolicy { result_limit: 1000, ..policy() };
     let pieces = (0..30).map(|_| Ok(json!({"text": "x".repeat(88)}))).collect();
-    let running = Running::worker(&queue, Worker::new(&settings(&queue.base), 1, values(pieces)).pacing(pacing));
+    let running = Running::worker(&queue, Worker::new(&settings(&queue.base), 1, values(pieces)).retry_policy(policy));
     running.give("a", json!({}));
     let done = queue.wait(Route::Done, 1).await;
     running.end().await;

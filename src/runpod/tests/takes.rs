@@ -39,7 +39,7 @@ async fn one_slot_takes_singly_and_knows_when_it_is_busy() {
         }
     });
     let queue = Queue::start().await;
-    let running = Running::worker(&queue, Worker::new(&settings(&queue.base), 2, waiting).pacing(pacing()));
+    let running = Running::worker(&queue, Worker::new(&settings(&queue.base), 2, waiting).retry_policy(policy()));
     running.give("a", json!({}));
     queue.wait(Route::Take, 2).await;
     running.give("b", json!({}));
@@ -101,8 +101,8 @@ async fn survives_every_answer_without_a_job() {
 #[tokio::test]
 async fn takes_a_held_poll_again_after_its_deadline() {
     let queue = Queue::start().await;
-    let pacing = Pacing { poll_timeout: Duration::from_millis(30), ..pacing() };
-    let running = Running::worker(&queue, Worker::new(&settings(&queue.base), 1, echo()).pacing(pacing));
+    let policy = RetryPolicy { poll_timeout: Duration::from_millis(30), ..policy() };
+    let running = Running::worker(&queue, Worker::new(&settings(&queue.base), 1, echo()).retry_policy(policy));
     queue.wait(Route::Take, 3).await;
     running.end().await;
 }
@@ -216,7 +216,7 @@ async fn the_test_harness_is_enough() {
         ..Default::default()
     };
     let pieces = streamer(|| stream::iter([Ok(json!({"n": 1}))]).boxed());
-    let running = Running::worker(&queue, Worker::new(&settings, 8, pieces).pacing(pacing()));
+    let running = Running::worker(&queue, Worker::new(&settings, 8, pieces).retry_policy(policy()));
     queue.script(Route::Stop, [Reply::Status(404)]);
     queue.script(Route::Take, [Reply::Status(404), Reply::Status(500), Reply::Status(204)]);
     running.give("a", json!({}));

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::Endpoints;
 use super::state::Verdict;
-use super::workers::Sign;
+use super::workers::Contact;
 use crate::config::Secret;
 use crate::error::{Failure, Kind};
 use crate::server::wire::{self, Refusal};
@@ -116,7 +116,7 @@ async fn done(State(endpoints): State<Endpoints>, Path((id, worker, job)): Path<
     let (worker, job) = (segment(&worker), segment(&job));
     let (body, bytes) = read(queue.options.run_limit.max(queue.options.sync_limit), request).await?;
     let verdict = queue.change(|state, now| {
-        let _ = state.workers.seen(worker, Sign::Post, now);
+        let _ = state.workers.seen(worker, Contact::Post, now);
         state.done(worker, job, body, bytes, now)
     });
     answer(verdict, bytes)
@@ -127,7 +127,7 @@ async fn stream(State(endpoints): State<Endpoints>, Path((id, worker, job)): Pat
     let (worker, job) = (segment(&worker), segment(&job));
     let (body, bytes) = read(queue.options.chunk_limit, request).await?;
     let verdict = queue.change(|state, now| {
-        let _ = state.workers.seen(worker, Sign::Post, now);
+        let _ = state.workers.seen(worker, Contact::Post, now);
         state.chunk(worker, job, body, bytes)
     });
     answer(verdict, bytes)
@@ -166,7 +166,7 @@ async fn ping(State(endpoints): State<Endpoints>, Path((id, worker)): Path<(Stri
     let ids: Vec<&str> = params.get("job_id").map(|ids| ids.split(',').filter(|id| !id.is_empty()).collect()).unwrap_or_default();
     queue
         .change(|state, now: Instant| {
-            state.workers.seen(worker, Sign::Ping, now)?;
+            state.workers.seen(worker, Contact::Ping, now)?;
             if params.get("status").is_some_and(|status| status == "unhealthy") {
                 let reason = params.get("reason").cloned().unwrap_or_default();
                 tracing::warn!("worker {worker} is unhealthy: {reason}");

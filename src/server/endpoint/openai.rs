@@ -60,7 +60,7 @@ impl Incoming {
     pub async fn read(request: Request, route: &str, limit: usize) -> Result<Self, Refusal> {
         let (parts, body) = request.into_parts();
         // Workers of other makes have routes of their own.
-        let allowed = match api::openai::allow(route) {
+        let allowed = match api::routes::allow(route) {
             Some("GET") => "GET, HEAD",
             Some(other) => other,
             None => "GET, HEAD, POST",

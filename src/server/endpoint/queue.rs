@@ -11,7 +11,7 @@ use super::Options;
 use super::job::{Offer, Order, Status};
 use super::state::{Notice, Progress, State};
 use super::webhook::Webhooks;
-use super::workers::Sign;
+use super::workers::Contact;
 use crate::error::{Failure, Kind};
 
 pub struct Queue {
@@ -103,7 +103,7 @@ impl Queue {
     /// `holds_nothing`: the worker says that it has no job.
     pub async fn take(&self, worker: &str, want: usize, holds_nothing: bool) -> Result<Vec<Offer>, Failure> {
         self.change(|state, now| {
-            state.workers.seen(worker, Sign::Take, now)?;
+            state.workers.seen(worker, Contact::Take, now)?;
             if holds_nothing {
                 state.holds_nothing(worker, now);
             }
@@ -114,7 +114,7 @@ impl Queue {
 
     /// The long poll of a worker's stop channel.
     pub async fn stops(&self, worker: &str) -> Result<Vec<String>, Failure> {
-        self.change_quietly(|state| state.workers.seen(worker, Sign::Stop, Instant::now()))?;
+        self.change_quietly(|state| state.workers.seen(worker, Contact::Stop, Instant::now()))?;
         Ok(self.poll(worker, |state, _| state.workers.take_stops(worker)).await)
     }
 

@@ -15,6 +15,9 @@ use super::job::{Job, Offer, Order, Origin, Status, unknown};
 use super::workers::{Worker, Workers};
 use crate::error::{Failure, Kind};
 
+/// Bytes of ids up to which a ping names all the jobs of its worker.
+const WHOLE_LIST: usize = 1024;
+
 /// Everything about one endpoint.
 pub struct State {
     options: Arc<Options>,
@@ -249,9 +252,11 @@ impl State {
         })
     }
 
-    /// A heartbeat, with the ids of the jobs the worker holds.
+    /// A heartbeat, with the ids of the jobs the worker holds. A worker with many of them may name some in each ping, in turn: what a long list
+    /// leaves out is not lost.
     pub fn ping(&mut self, worker: &str, ids: &[&str], now: Instant) {
-        let lists = self.workers.listed(worker, !ids.is_empty());
+        let is_whole = ids.iter().map(|id| id.len() + 1).sum::<usize>() < WHOLE_LIST;
+        let lists = self.workers.listed(worker, !ids.is_empty()) && is_whole;
         for id in ids {
             // A worker that was thought lost, or missed a stop, still works on what is no longer its own.
             let stale = self.jobs.get(*id).is_none_or(|job| match job.status {
@@ -326,7 +331,7 @@ impl State {
         let limit = self.options.lost_after;
         let unlisted = job.unlisted.is_some_and(|since| since + limit <= now);
         let gone = match job.worker.as_deref().and_then(|name| self.workers.get(name)) {
-            Some(worker) if worker.beats() => worker.silent(limit, now),
+            Some(worker) if worker.has_heartbeat() => worker.silent(limit, now),
             // It only ever took: while it works on a job it says nothing, however healthy.
             Some(worker) => worker.silent(self.options.silent_after, now),
             None => true,
@@ -368,7 +373,7 @@ impl State {
             running.extend(job.worker.as_deref());
         }
         let alive: Vec<(&String, &Worker)> =
-            self.workers.iter().filter(|(_, worker)| !worker.silent(self.options.lost_after, now) || !worker.beats()).collect();
+            self.workers.iter().filter(|(_, worker)| !worker.silent(self.options.lost_after, now) || !worker.has_heartbeat()).collect();
         let unhealthy = alive.iter().filter(|(_, worker)| worker.unhealthy.is_some()).count();
         let busy = alive.iter().filter(|(name, worker)| worker.unhealthy.is_none() && running.contains(name.as_str())).count();
         let starting =
@@ -478,7 +483,7 @@ mod tests {
                     Step::Submit => ids.push(state.submit(Order::new(Origin::Run, "1".into(), 10), now).unwrap()),
                     Step::Take(worker, want) => {
                         let name = format!("w{worker}");
-                        state.workers.seen(&name, super::super::workers::Sign::Take, now).unwrap();
+                        state.workers.seen(&name, super::super::workers::Contact::Take, now).unwrap();
                         let before: Vec<String> = state.waiting.iter().take(want).cloned().collect();
                         let offers: Vec<String> = state.take(&name, want, now).into_iter().map(|job| job.id).collect();
                         prop_assert_eq!(before, offers);
@@ -499,7 +504,7 @@ mod tests {
                     }
                     Step::Ping(worker) => {
                         let name = format!("w{worker}");
-                        state.workers.seen(&name, super::super::workers::Sign::Ping, now).unwrap();
+                        state.workers.seen(&name, super::super::workers::Contact::Ping, now).unwrap();
                         let jobs: Vec<String> = state.jobs.values().filter(|job| job.held_by(&name)).map(|job| job.id.clone()).collect();
                         state.ping(&name, &jobs.iter().map(String::as_str).collect::<Vec<_>>(), now);
                     }

@@ -17,8 +17,8 @@ pub struct Worker {
     seen: Instant,
     /// Long polls it has open: while there is one, it is alive.
     polls: usize,
-    /// It has pinged or polled its stop channel: it can be heard while it works.
-    beats: bool,
+    /// It has pinged or polled its stop channel, so it is heard of while it works too.
+    has_heartbeat: bool,
     /// It has asked for jobs.
     pub polled: bool,
     /// Its pings name the jobs it holds.
@@ -33,14 +33,14 @@ impl Worker {
         self.polls == 0 && self.seen + limit <= now
     }
 
-    pub fn beats(&self) -> bool {
-        self.beats
+    pub fn has_heartbeat(&self) -> bool {
+        self.has_heartbeat
     }
 }
 
-/// By which route a worker was heard of.
+/// The route by which a worker was heard of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Sign {
+pub enum Contact {
     Take,
     Stop,
     Ping,
@@ -53,10 +53,10 @@ pub struct Workers {
 }
 
 impl Workers {
-    /// Notes a sign of life.
-    pub fn seen(&mut self, name: &str, sign: Sign, now: Instant) -> Result<(), Failure> {
+    /// Notes that a worker was heard of.
+    pub fn seen(&mut self, name: &str, contact: Contact, now: Instant) -> Result<(), Failure> {
         if !self.known.contains_key(name) {
-            if sign == Sign::Post {
+            if contact == Contact::Post {
                 return Ok(());
             }
             if self.known.len() >= MOST {
@@ -66,20 +66,20 @@ impl Workers {
         let worker = self.known.entry(name.to_owned()).or_insert_with(|| Worker {
             seen: now,
             polls: 0,
-            beats: false,
+            has_heartbeat: false,
             polled: false,
             lists: false,
             unhealthy: None,
             stops: Vec::new(),
         });
         worker.seen = now;
-        match sign {
-            Sign::Take => {
+        match contact {
+            Contact::Take => {
                 worker.polled = true;
                 worker.unhealthy = None;
             }
-            Sign::Ping | Sign::Stop => worker.beats = true,
-            Sign::Post => {}
+            Contact::Ping | Contact::Stop => worker.has_heartbeat = true,
+            Contact::Post => {}
         }
         Ok(())
     }

@@ -10,9 +10,9 @@ use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
 
 use super::{AHEAD, Columns, FAR, Job, PANEL, Scratch, finish, finish_gated, pairs::nearest};
-use crate::kernels::cpu::pool::Pool;
-use crate::kernels::cpu::simd::{Simd, dispatch, x86::Avx512Vnni};
-use crate::kernels::cpu::{Ptr, PtrMut};
+use crate::cpu::pool::Pool;
+use crate::cpu::simd::{Simd, dispatch, x86::Avx512Vnni};
+use crate::cpu::{Ptr, PtrMut};
 
 /// Rows and columns of a tile of sums.
 const TILE: usize = 16;
@@ -82,14 +82,18 @@ pub(super) fn arrange<const TERMS: usize>(pool: &mut Pool, x: &[f32], k: usize, 
 
 #[inline(always)]
 unsafe fn rounded<S: Simd>(x: Ptr<f32>, rows: usize, k: usize, out: PtrMut<u16>) {
+    // SAFETY: as for `tiles`.
     unsafe { tiles::<1>(x, rows, k, out) }
 }
 
 #[inline(always)]
 unsafe fn split<S: Simd>(x: Ptr<f32>, rows: usize, k: usize, out: PtrMut<u16>) {
+    // SAFETY: as for `tiles`.
     unsafe { tiles::<2>(x, rows, k, out) }
 }
 
+/// # Safety
+/// `x` holds `rows` rows of `k` numbers, at most a tile's; `out` has room for `TERMS` tiles of every step.
 #[inline(always)]
 unsafe fn tiles<const TERMS: usize>(x: Ptr<f32>, rows: usize, k: usize, out: PtrMut<u16>) {
     // SAFETY: `rows` rows of x, and sixteen of the tiles.

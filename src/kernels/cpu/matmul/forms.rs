@@ -1,9 +1,13 @@
 //! The inner loops: one tile of sums from weights of each form, at every level.
+//!
+//! Every unsafe block here relies on what [`Weights::tile`] asks of its caller: `panel` is a whole panel of the form, `MR` rows of activations from
+//! `row` on are inside the job's (in the order and type that this form reads), and the processor has the features of `S`. A prefetch may
+//! name any address.
 
 use half::f16;
 
 use super::{AHEAD, BLOCK, BLOCK8, Job, Next, PANEL, SUB4, SUPER, SUPER4, Weights};
-use crate::kernels::cpu::simd::Simd;
+use crate::cpu::simd::Simd;
 
 pub(super) struct WeightsF32;
 pub(super) struct WeightsBf16;

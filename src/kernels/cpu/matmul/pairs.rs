@@ -4,9 +4,9 @@
 use half::bf16;
 
 use super::{AHEAD, Job, Next, PANEL, Scratch, Weights};
-use crate::kernels::cpu::pool::Pool;
-use crate::kernels::cpu::simd::{self, Simd, dispatch};
-use crate::kernels::cpu::{Ptr, PtrMut};
+use crate::cpu::pool::Pool;
+use crate::cpu::simd::{self, Simd, dispatch};
+use crate::cpu::{Ptr, PtrMut};
 
 /// The nearest bf16, ties to even. What is not a number stays one.
 #[inline(always)]
@@ -41,7 +41,7 @@ unsafe fn tile<S: Simd>(x: Ptr<f32>, rows: usize, k: usize, out: PtrMut<u32>) {
     }
 }
 
-/// bf16 weights against rounded activations.
+/// bf16 weights against rounded activations. Relies on what [`Weights::tile`] asks, with activations as [`arrange`] has written them.
 pub(super) struct Pairs;
 
 impl Weights for Pairs {
@@ -68,8 +68,11 @@ impl Weights for Pairs {
     }
 }
 
+/// # Safety
+/// As for [`panels`](super::panels); the processor has the features named here.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512bf16,avx2,fma,f16c")]
 pub(super) unsafe fn panels(job: Job, from: usize, to: usize) {
+    // SAFETY: as above.
     unsafe { super::panels::<simd::x86::Avx512Bf16, Pairs>(job, from, to) }
 }

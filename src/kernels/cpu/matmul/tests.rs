@@ -4,7 +4,8 @@ use half::{bf16, f16};
 use proptest::prelude::*;
 
 use super::*;
-use crate::kernels::cpu::packed::Row;
+use crate::Activation;
+use crate::cpu::packed::Row;
 
 fn numbers(n: usize, seed: u64) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
@@ -19,7 +20,7 @@ fn numbers(n: usize, seed: u64) -> Vec<f32> {
 }
 
 /// A matrix of any numbers that the form can hold.
-fn random(n: usize, k: usize, form: Form, columns: Columns, seed: u64) -> Packed {
+fn random(n: usize, k: usize, format: WeightFormat, columns: Columns, seed: u64) -> Packed {
     let fill = |row: usize, (): &mut (), out: &mut Row| {
         let numbers = numbers(k, seed ^ (row as u64 + 1));
         let pick = |i: usize, below: f32| ((numbers[i] + 0.5) * below) as u8;
@@ -33,7 +34,7 @@ fn random(n: usize, k: usize, form: Form, columns: Columns, seed: u64) -> Packed
         out.d = (0..k / SUPER).map(|i| f16::from_f32(numbers[i] / 300.0)).collect();
         out.dmin = (0..k / SUPER).map(|i| f16::from_f32(numbers[i + 1] / 30.0)).collect();
     };
-    Packed::new(n, k, form, columns, &fill).unwrap()
+    Packed::new(n, k, format, columns, &fill).unwrap()
 }
 
 /// What activations become for weights of few bits.
@@ -53,23 +54,23 @@ proptest! {
     fn equals_the_plain_sum_and_each_row_is_independent(
         m in 1usize..40, n in 1usize..120, width in 1usize..90, form in 0usize..5, threads in 1usize..4, seed in any::<u64>(),
     ) {
-        let products = if form == 4 { Products::Bf16 } else { Products::F32 };
-        let forms = [Form::F32, Form::Bf16, Form::Int8, Form::Int4, Form::Bf16];
+        let dtype = if form == 4 { ComputeDtype::Bf16 } else { ComputeDtype::F32 };
+        let forms = [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::Int8, WeightFormat::Int4, WeightFormat::Bf16];
         let (form, k) = (forms[form], [width, width, (width % 9 + 1) * BLOCK, (width % 3 + 1) * SUPER, width][form]);
         let w = random(n, k, form, Columns::Plain, seed);
         let x = numbers(m * k, seed ^ 99);
         let bias = numbers(n, seed ^ 5);
-        let (mut pool, mut scratch) = (Pool::new(threads).unwrap(), Scratch::with_capacity(0, products));
+        let (mut pool, mut scratch) = (Pool::new(threads).unwrap(), Scratch::with_capacity(0, dtype));
         let mut out = vec![1f32; m * n];
-        matmul(&mut pool, &x, &w, Some(&bias), Then::Add, &mut scratch, &mut out);
+        matmul(&mut pool, &x, &w, Some(&bias), Epilogue::Add(1.0), &mut scratch, &mut out);
         let mut row = vec![0f32; k];
         for column in 0..n {
             w.row(column, &mut row);
             for r in 0..m {
                 let x = &x[r * k..(r + 1) * k];
                 let x: Vec<f64> = match form {
-                    Form::Int8 | Form::Int4 => rounded(x),
-                    Form::Bf16 if products == Products::Bf16 && has_bf16() => x.iter().map(|x| bf16::from_f32(*x).to_f64()).collect(),
+                    WeightFormat::Int8 | WeightFormat::Int4 => rounded(x),
+                    WeightFormat::Bf16 if dtype == ComputeDtype::Bf16 && has_bf16() => x.iter().map(|x| bf16::from_f32(*x).to_f64()).collect(),
                     _ => x.iter().map(|x| f64::from(*x)).collect(),
                 };
                 let sum: f64 = x.iter().zip(&row).map(|(x, w)| x * f64::from(*w)).sum();
@@ -80,22 +81,22 @@ proptest! {
         }
         for r in 0..m {
             let mut alone = vec![1f32; n];
-            matmul(&mut pool, &x[r * k..(r + 1) * k], &w, Some(&bias), Then::Add, &mut scratch, &mut alone);
+            matmul(&mut pool, &x[r * k..(r + 1) * k], &w, Some(&bias), Epilogue::Add(1.0), &mut scratch, &mut alone);
             prop_assert_eq!(&alone[..], &out[r * n..(r + 1) * n]);
         }
     }
 
     #[test]
     fn gates(m in 1usize..30, half in 1usize..70, form in 0usize..5, seed in any::<u64>()) {
-        let products = if form == 4 { Products::Bf16 } else { Products::F32 };
-        let (form, k) = [(Form::F32, 33), (Form::Bf16, 70), (Form::Int8, BLOCK), (Form::Int4, SUPER), (Form::Bf16, 70)][form];
+        let dtype = if form == 4 { ComputeDtype::Bf16 } else { ComputeDtype::F32 };
+        let (form, k) = [(WeightFormat::F32, 33), (WeightFormat::Bf16, 70), (WeightFormat::Int8, BLOCK), (WeightFormat::Int4, SUPER), (WeightFormat::Bf16, 70)][form];
         let (gated, plain) = (random(2 * half, k, form, Columns::Gated, seed), random(2 * half, k, form, Columns::Plain, seed));
         let x = numbers(m * k, seed ^ 3);
         let bias = numbers(2 * half, seed ^ 6);
-        let (mut pool, mut scratch) = (Pool::new(2).unwrap(), Scratch::with_capacity(0, products));
+        let (mut pool, mut scratch) = (Pool::new(2).unwrap(), Scratch::with_capacity(0, dtype));
         let (mut out, mut both) = (vec![0f32; m * half], vec![0f32; m * 2 * half]);
-        matmul(&mut pool, &x, &gated, Some(&bias), Then::Store, &mut scratch, &mut out);
-        matmul(&mut pool, &x, &plain, Some(&bias), Then::Store, &mut scratch, &mut both);
+        matmul(&mut pool, &x, &gated, Some(&bias), Epilogue::Gated(Activation::Silu), &mut scratch, &mut out);
+        matmul(&mut pool, &x, &plain, Some(&bias), Epilogue::Store, &mut scratch, &mut both);
         for (out, both) in out.chunks_exact(half).zip(both.chunks_exact(2 * half)) {
             for i in 0..half {
                 let want = both[i] / (1.0 + (-both[i]).exp()) * both[half + i];
@@ -111,12 +112,12 @@ fn rows_and_steps_left_over() {
     for (m, k, n) in
         [(1, 1, 1), (15, 31, 31), (16, 32, 32), (17, 33, 33), (31, 63, 65), (32, 64, 64), (33, 66, 40), (49, 97, 96), (100, 160, 300)]
     {
-        for products in [Products::F32, Products::Bf16] {
-            let (w, x) = (random(n, k, Form::Bf16, Columns::Plain, 7), numbers(m * k, 8));
-            let (mut pool, mut scratch) = (Pool::new(2).unwrap(), Scratch::with_capacity(0, products));
+        for dtype in [ComputeDtype::F32, ComputeDtype::Bf16] {
+            let (w, x) = (random(n, k, WeightFormat::Bf16, Columns::Plain, 7), numbers(m * k, 8));
+            let (mut pool, mut scratch) = (Pool::new(2).unwrap(), Scratch::with_capacity(0, dtype));
             let mut out = vec![0f32; m * n];
-            matmul(&mut pool, &x, &w, None, Then::Store, &mut scratch, &mut out);
-            let rounds = products == Products::Bf16 && has_bf16();
+            matmul(&mut pool, &x, &w, None, Epilogue::Store, &mut scratch, &mut out);
+            let rounds = dtype == ComputeDtype::Bf16 && has_bf16();
             let mut row = vec![0f32; k];
             for column in 0..n {
                 w.row(column, &mut row);
@@ -128,13 +129,13 @@ fn rows_and_steps_left_over() {
                     let (got, want): (f64, f64) = (out[r * n + column].into(), (0..k).map(term).sum());
                     // Two terms of bf16 leave 2^-18 of an activation; f32 leaves 2^-24 of a sum.
                     let size: f64 = (0..k).map(|i| term(i).abs()).sum();
-                    assert!((got - want).abs() <= size * 2f64.powi(-17), "{products:?} [{m}, {n}, {k}] at {r}, {column}: {got} {want}");
+                    assert!((got - want).abs() <= size * 2f64.powi(-17), "{dtype:?} [{m}, {n}, {k}] at {r}, {column}: {got} {want}");
                 }
             }
             let mut alone = vec![0f32; n];
             for r in 0..m {
-                matmul(&mut pool, &x[r * k..(r + 1) * k], &w, None, Then::Store, &mut scratch, &mut alone);
-                assert_eq!(alone, out[r * n..(r + 1) * n], "{products:?} [{m}, {n}, {k}] row {r}");
+                matmul(&mut pool, &x[r * k..(r + 1) * k], &w, None, Epilogue::Store, &mut scratch, &mut alone);
+                assert_eq!(alone, out[r * n..(r + 1) * n], "{dtype:?} [{m}, {n}, {k}] row {r}");
             }
         }
     }

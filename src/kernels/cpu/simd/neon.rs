@@ -1,6 +1,9 @@
 //! NEON, with and without the byte dot product (`sdot`, of ARMv8.2's dotprod extension).
 //!
 //! A vector is two registers, so eight lanes as with AVX2: panels, and the order of every sum, are the same.
+//!
+//! Every unsafe block here relies on what [`Simd`] asks of its callers: the processor has the type's features, and a pointer is valid for a whole
+//! vector. The loads and stores need no alignment beyond that of a number.
 
 use std::arch::aarch64::*;
 use std::arch::asm;

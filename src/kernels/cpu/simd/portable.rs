@@ -1,4 +1,6 @@
 //! For processors without vectors of ours.
+//!
+//! Only the loads and stores are unsafe in fact: they rely on pointers that are valid for eight numbers, as [`Simd`] asks, and need no alignment.
 
 use super::{Simd, bf16, f16};
 

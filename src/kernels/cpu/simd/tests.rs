@@ -157,42 +157,79 @@ unsafe fn everything<S: Simd>(fused: bool) {
     }
 }
 
-#[test]
-fn portable() {
-    // SAFETY: no features are needed.
-    unsafe { everything::<Portable>(cfg!(target_arch = "aarch64")) }
-}
+/// A level by its name with its operations' check, or `None` where the processor lacks a feature of it.
+type Operations = (&'static str, Option<unsafe fn()>);
 
-/// One test a level, in a function with its features; it says so where the processor lacks them.
-macro_rules! levels {
-    ($there:ident: $($name:ident = $level:ty, [$($feature:tt),*];)*) => {
-        $(#[test]
-        fn $name() {
+/// Makes a list of [`Operations`]: each check is a function with its level's features.
+macro_rules! operations {
+    ($there:ident: $($name:literal = $level:ty, [$($feature:tt),*];)*) => {
+        vec![$({
             $(#[target_feature(enable = $feature)])*
             unsafe fn run() {
                 unsafe { everything::<$level>(true) }
             }
-            if $(std::arch::$there!($feature))&&* {
-                // SAFETY: the features are there.
-                unsafe { run() }
-            } else {
-                eprintln!("this processor lacks one of {:?}", [$($feature),*]);
-            }
-        })*
+            ($name, ($(std::arch::$there!($feature))&&*).then_some(run as unsafe fn()))
+        }),*]
     };
 }
 
 #[cfg(target_arch = "x86_64")]
-levels! { is_x86_feature_detected:
-    avx2 = x86::Avx2, ["avx2", "fma", "f16c"];
-    avx2_vnni = x86::Avx2Vnni, ["avx2", "fma", "f16c", "avxvnni"];
-    avx512 = x86::Avx512, ["avx512f", "avx512bw", "avx2", "fma", "f16c"];
-    avx512_vnni = x86::Avx512Vnni, ["avx512f", "avx512bw", "avx512vnni", "avx2", "fma", "f16c"];
-    avx512_bf16 = x86::Avx512Bf16, ["avx512f", "avx512bw", "avx512vnni", "avx512bf16", "avx2", "fma", "f16c"];
+fn vector_operations() -> Vec<Operations> {
+    operations! { is_x86_feature_detected:
+        "avx2" = x86::Avx2, ["avx2", "fma", "f16c"];
+        "avx2vnni" = x86::Avx2Vnni, ["avx2", "fma", "f16c", "avxvnni"];
+        "avx512" = x86::Avx512, ["avx512f", "avx512bw", "avx2", "fma", "f16c"];
+        "avx512vnni" = x86::Avx512Vnni, ["avx512f", "avx512bw", "avx512vnni", "avx2", "fma", "f16c"];
+        "avx512bf16" = x86::Avx512Bf16, ["avx512f", "avx512bw", "avx512vnni", "avx512bf16", "avx2", "fma", "f16c"];
+    }
 }
 
 #[cfg(target_arch = "aarch64")]
-levels! { is_aarch64_feature_detected:
-    neon = neon::Neon, ["neon"];
-    neon_dot = neon::NeonDot, ["neon", "dotprod"];
+fn vector_operations() -> Vec<Operations> {
+    operations! { is_aarch64_feature_detected:
+        "neon" = neon::Neon, ["neon"];
+        "neondot" = neon::NeonDot, ["neon", "dotprod"];
+    }
+}
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+fn vector_operations() -> Vec<Operations> {
+    Vec::new()
+}
+
+/// One test for all levels, since which of them can run is the processor's matter: it fails when a level that is here was not tried.
+#[test]
+fn operations_of_every_level_here() {
+    // SAFETY: no features are needed.
+    unsafe { everything::<Portable>(cfg!(target_arch = "aarch64")) }
+    let mut tried = vec!["portable"];
+    for (name, run) in vector_operations() {
+        if let Some(run) = run {
+            // SAFETY: the features are there.
+            unsafe { run() };
+            tried.push(name);
+        }
+    }
+    // NOTE: tiles have no vectors of their own; they are tried with the matrix products.
+    let here = || levels().into_iter().filter(|known| known.is_here && known.name != "amx");
+    assert!(here().all(|known| tried.contains(&known.name)), "tried {tried:?} of {:?}", here().collect::<Vec<_>>());
+}
+
+/// Everything else is tried on the level in use. `handler-tests/run` reads these lines, and asks for each level that is here.
+#[test]
+fn the_level_in_use_is_the_one_asked_for() {
+    for KnownLevel { name, is_here, level: known, .. } in levels() {
+        let state = if known == level() {
+            "in use"
+        } else if is_here {
+            "here"
+        } else {
+            "not here"
+        };
+        println!("\nlevel {name}: {state}");
+    }
+    if let Some(asked) = std::env::var_os("WORKER_CANDLE_SIMD").filter(|asked| !asked.is_empty()) {
+        let known = levels().into_iter().find(|known| asked == known.name);
+        assert_eq!(known.map(|known| known.level), Some(level()), "WORKER_CANDLE_SIMD={asked:?} is not a level of this processor");
+    }
 }

@@ -1,4 +1,7 @@
 //! AVX2 and AVX-512, each with and without the byte dot product of VNNI.
+//!
+//! Every unsafe block here relies on what [`Simd`] asks of its callers: the processor has the type's features, and a pointer is valid for a whole
+//! vector. The loads and stores are those that need no alignment, and a prefetch may name any address.
 
 use std::arch::x86_64::*;
 

@@ -1,0 +1,62 @@
+//! `GET /v1/models` and `GET /v1/models/{id}`. One object carries OpenAI's, vLLM's and Anthropic's keys: extra keys are safe.
+
+use serde_json::{Value, json};
+
+use crate::api::clock;
+use crate::api::served::ServedModel;
+use crate::error::Failure;
+
+pub fn list(served: &ServedModel) -> Value {
+    let names = served.names();
+    json!({
+        "object": "list",
+        "data": names.iter().map(|name| card(served, name)).collect::<Vec<_>>(),
+        "has_more": false,
+        "first_id": names.first(),
+        "last_id": names.last(),
+    })
+}
+
+/// `id`: any name that requests may use.
+pub fn retrieve(served: &ServedModel, id: &str) -> Result<Value, Failure> {
+    served.check_model_name(id)?;
+    let listed = served.names().iter().any(|name| name == id);
+    Ok(card(served, if listed { id } else { served.name() }))
+}
+
+fn card(served: &ServedModel, name: &str) -> Value {
+    let created = served.model.created;
+    json!({
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "worker-candle",
+        "root": served.model.public_name(),
+        "parent": null,
+        "max_model_len": served.limits.max_model_len,
+        "quantization": served.model.quantization,
+        "weights": served.model.weights,
+        "permission": [{
+            "id": format!("modelperm-{:016x}", fingerprint(name)),
+            "object": "model_permission",
+            "created": created,
+            "allow_create_engine": false,
+            "allow_sampling": true,
+            "allow_logprobs": !served.settings.refuse_logprobs,
+            "allow_search_indices": false,
+            "allow_view": true,
+            "allow_fine_tuning": false,
+            "organization": "*",
+            "group": null,
+            "is_blocking": false,
+        }],
+        "type": "model",
+        "display_name": name,
+        "created_at": clock::rfc3339(created),
+    })
+}
+
+/// FNV-1a: the same id for the same name, always.
+fn fingerprint(name: &str) -> u64 {
+    name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+}

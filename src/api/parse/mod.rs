@@ -1,0 +1,26 @@
+//! Parsers: the text of a sequence → typed deltas. A model's answer is one string in which thoughts and tool calls are marked in the
+//! model's own way; a parser takes them apart as the text comes.
+
+use crate::api::delta::DeltaKind;
+
+/// Takes the text of one sequence apart. Its deltas are of the kinds `Text`, `Reasoning` and `ToolCall`.
+pub trait Parser: Send {
+    /// Adds what is certain after this piece of text; what may yet turn out to be a mark waits.
+    fn push(&mut self, text: String, deltas: &mut Vec<DeltaKind>);
+
+    /// The sequence has ended: adds what still waited.
+    fn finish(&mut self, deltas: &mut Vec<DeltaKind>);
+}
+
+/// For models and routes whose text is the answer as it stands.
+pub struct PlainText;
+
+impl Parser for PlainText {
+    fn push(&mut self, text: String, deltas: &mut Vec<DeltaKind>) {
+        if !text.is_empty() {
+            deltas.push(DeltaKind::Text(text));
+        }
+    }
+
+    fn finish(&mut self, _: &mut Vec<DeltaKind>) {}
+}

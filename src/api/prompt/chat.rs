@@ -1,0 +1,227 @@
+//! Messages → one prompt, through the chat template.
+
+use serde_json::{Map, Value, json};
+
+use crate::api::fields::refuse::is_thinking_off;
+use crate::api::fields::{Field, Fields, invalid, missing, wrong_type};
+use crate::api::logprobs::Echo;
+use crate::api::options::GenerationOptions;
+use crate::api::prompt::contents::{self, Contents};
+use crate::api::prompt::fit::Fit;
+use crate::api::prompt::guard::{Guard, Marks};
+use crate::api::prompt::messages;
+use crate::api::prompt::template::ChatTemplate;
+use crate::api::request::{GenerationRequest, Prompt};
+use crate::api::served::ServedModel;
+use crate::error::Failure;
+use crate::text::tokenizer::Special;
+
+/// What requests with messages call their prompt.
+const NOUN: &str = "messages";
+
+/// The request of `messages`, or of `prompt_token_ids` in their place.
+pub fn request(served: &ServedModel, fields: &Fields<'_>, options: GenerationOptions) -> Result<GenerationRequest, Failure> {
+    let fit = Fit { served, options: &options, noun: NOUN };
+    let mut echo = None;
+    let ids = match (fields.token_ids("prompt_token_ids", served.limits.vocab_size)?, fields.get("messages")) {
+        (Some(ids), _) => ids,
+        (None, Some(field)) => {
+            fit.users_text(field.value)?;
+            let messages = messages::read(&field)?;
+            echo = options.echo.then(|| last_text(&messages, served.response_role())).flatten();
+            encode(served, fields, messages, &options)?
+        }
+        (None, None) => return Err(missing("messages", "'messages' is missing. It is a list of at least one message.")),
+    };
+    let prompts = vec![Prompt::new(fit.ids(ids)?, echo.map(Echo::of_text))];
+    GenerationRequest::new(prompts, options, false, &served.limits)
+}
+
+/// The text of the last message when it is by the one who answers: what a continued message begins with.
+fn last_text(messages: &[Value], role: &str) -> Option<String> {
+    let last = messages.last().filter(|last| last.get("role").and_then(Value::as_str) == Some(role))?;
+    last.get("content").map(contents::text)
+}
+
+/// Renders and tokenizes.
+pub fn encode(
+    served: &ServedModel,
+    fields: &Fields<'_>,
+    mut messages: Vec<Value>,
+    options: &GenerationOptions,
+) -> Result<Vec<u32>, Failure> {
+    let of_request = request_template(served, fields)?;
+    let (template, contents) = match &of_request {
+        Some(template) => template,
+        None => served.chat_template()?,
+    };
+    contents.shape(&mut messages);
+    let mut variables = Variables::read(served, fields, messages)?;
+    let marks = Guard::marks(&[&variables.messages, &variables.user])?;
+    if !served.settings.allow_special_tokens {
+        // What ends a turn is never markup, whatever a template looks for.
+        let ends_a_turn = |name: &str| {
+            let id = served.tokenizer.token_id(name);
+            id.is_some_and(|id| served.eos_token_ids.contains(&id)) || served.model.special_tokens.values().any(|token| token == name)
+        };
+        let is_markup = |name: &str| template.looks_for(name) && !ends_a_turn(name);
+        served.guard.break_in_messages(&mut variables.messages, marks.break_mark, &is_markup);
+        served.guard.break_in(&mut variables.user, marks.break_mark);
+    }
+    let continued = if variables.continue_final_message { Some(variables.open_final_message(marks)) } else { None };
+    let mut rendered = template.render(&variables.into_map(served))?;
+    if let Some(text) = continued {
+        cut_after(&mut rendered, &text, marks)?;
+    }
+    let fit = Fit { served, options, noun: NOUN };
+    let mut ids = match served.settings.allow_special_tokens {
+        true => served.tokenizer.encode(fit.text(&rendered)?, Special::Control)?,
+        false => served.guard.encode(&served.tokenizer, &rendered, marks.break_mark, |text| fit.text(text))?,
+    };
+    // Templates write the beginning-of-sequence token themselves: only when asked, and never twice.
+    if options.add_special_tokens == Some(true) && served.bos_token_id.is_some() && ids.first() != served.bos_token_id.as_ref() {
+        ids.splice(0..0, served.bos_token_id);
+    }
+    Ok(ids)
+}
+
+/// Marks the end of a text, which is given back without the mark.
+fn mark(text: &mut String, marks: Marks) -> String {
+    let whole = text.clone();
+    text.push(marks.place_mark);
+    text.push(' ');
+    whole
+}
+
+/// Cuts off what follows the final message, as transformers does: with the spaces at the message's end where the template trims messages.
+fn cut_after(rendered: &mut String, text: &str, marks: Marks) -> Result<(), Failure> {
+    let end = rendered.rfind(marks.place_mark).filter(|_| rendered.contains(text.trim()));
+    let Some(end) = end else {
+        let message = "The model's chat template leaves out the final message, or a part of it, so it cannot be continued.";
+        return Err(Failure::bad_request("continue_final_message", message).code("invalid_value"));
+    };
+    let keeps_spaces = rendered[end + marks.place_mark.len_utf8()..].starts_with(' ');
+    rendered.truncate(end);
+    if !keeps_spaces {
+        rendered.truncate(rendered.trim_end().len());
+    }
+    Ok(())
+}
+
+/// The request's own template, for those who may bring one.
+fn request_template(served: &ServedModel, fields: &Fields<'_>) -> Result<Option<(ChatTemplate, Contents)>, Failure> {
+    let Some(source) = fields.string("chat_template")? else { return Ok(None) };
+    if !served.settings.trust_request_chat_template {
+        let message = "Chat templates of requests are not accepted here. Remove 'chat_template', or start the server with TRUST_REQUEST_CHAT_TEMPLATE=true.";
+        return Err(Failure::bad_request("chat_template", message).code("unsupported_parameter"));
+    }
+    let broken = |error| Failure::bad_request("chat_template", format!("'chat_template' is not a valid template: {error}"));
+    let template = ChatTemplate::compile(source).map_err(broken)?;
+    let contents = Contents::of(&template, &served.model.special_tokens, served.settings.content_format);
+    Ok(Some((template, contents)))
+}
+
+/// What a template is rendered with.
+struct Variables {
+    messages: Value,
+    /// `tools`, `documents` and `chat_template_kwargs`: from the user as well.
+    user: Value,
+    add_generation_prompt: bool,
+    continue_final_message: bool,
+}
+
+impl Variables {
+    fn read(served: &ServedModel, fields: &Fields<'_>, messages: Vec<Value>) -> Result<Self, Failure> {
+        let continue_final_message = fields.flag("continue_final_message")?;
+        let add_generation_prompt = fields.bool("add_generation_prompt")?;
+        if continue_final_message && add_generation_prompt == Some(true) {
+            let message = "'continue_final_message' and 'add_generation_prompt' exclude each other: set one of them to false.";
+            return Err(Failure::bad_request("continue_final_message", message).code("invalid_value"));
+        }
+        let mut user = fields.object("chat_template_kwargs")?.cloned().unwrap_or_default();
+        if user.contains_key("messages") {
+            let message = "'chat_template_kwargs' must not hold 'messages'.";
+            return Err(Failure::bad_request("chat_template_kwargs.messages", message).code("invalid_value"));
+        }
+        if let Some(documents) = fields.get("documents") {
+            user.entry("documents").or_insert_with(|| documents.value.clone());
+        }
+        tools(fields, &mut user, served.settings.exclude_unused_tools)?;
+        thinking(fields, &mut user)?;
+        Ok(Self {
+            messages: Value::Array(messages),
+            user: Value::Object(user),
+            add_generation_prompt: add_generation_prompt.unwrap_or(!continue_final_message),
+            continue_final_message,
+        })
+    }
+
+    /// Marks the end of the last message's text, which is given back: what the template writes after it is cut off. The space after the mark
+    /// tells whether the template trims.
+    fn open_final_message(&mut self, marks: Marks) -> String {
+        let last = self.messages.as_array_mut().and_then(|messages| messages.last_mut());
+        let parts = match last.and_then(|message| message.get_mut("content")) {
+            Some(Value::String(text)) => return mark(text, marks),
+            Some(Value::Array(parts)) => parts,
+            _ => return String::new(),
+        };
+        if !parts.last().is_some_and(|part| part.get("text").is_some_and(Value::is_string)) {
+            parts.push(json!({"type": "text", "text": ""}));
+        }
+        match parts.last_mut().and_then(|part| part.get_mut("text")) {
+            Some(Value::String(text)) => mark(text, marks),
+            _ => String::new(),
+        }
+    }
+
+    fn into_map(self, served: &ServedModel) -> Map<String, Value> {
+        let mut map = served.model.special_tokens.clone();
+        map.insert("tools".to_owned(), Value::Null);
+        map.insert("documents".to_owned(), Value::Null);
+        map.insert("add_generation_prompt".to_owned(), json!(self.add_generation_prompt));
+        if let Value::Object(user) = self.user {
+            map.extend(user);
+        }
+        map.insert("messages".to_owned(), self.messages);
+        map
+    }
+}
+
+/// The tools of a request that lets the model call none (others are refused): text that the template may show, unless `exclude`.
+/// `chat_template_kwargs` wins.
+fn tools(fields: &Fields<'_>, user: &mut Map<String, Value>, exclude: bool) -> Result<(), Failure> {
+    if let Some(field) = fields.get("tools") {
+        let list = field.value.as_array().ok_or_else(|| wrong_type(&field, "a list of tools"))?;
+        if let Some((position, value)) = list.iter().enumerate().find(|(_, value)| !value.is_object()) {
+            return Err(wrong_type(&Field { name: format!("{}[{position}]", field.name), value }, "a tool: an object with a 'function'"));
+        }
+        if !list.is_empty() {
+            user.entry("tools").or_insert_with(|| field.value.clone());
+        }
+    }
+    if exclude {
+        user.shift_remove("tools");
+    }
+    Ok(())
+}
+
+/// The switches for thinking, under the names that clients use. `chat_template_kwargs` wins.
+fn thinking(fields: &Fields<'_>, user: &mut Map<String, Value>) -> Result<(), Failure> {
+    if let Some(flag) = fields.bool("enable_thinking")? {
+        user.entry("enable_thinking").or_insert(json!(flag));
+    }
+    if ["thinking", "reasoning"].into_iter().filter_map(|name| fields.get(name)).any(|field| is_thinking_off(field.value)) {
+        user.entry("enable_thinking").or_insert(json!(false));
+    }
+    let Some(field) = fields.get("reasoning_effort") else { return Ok(()) };
+    const EFFORTS: [&str; 7] = ["none", "minimal", "low", "medium", "high", "xhigh", "max"];
+    let Some(effort) = field.value.as_str().filter(|effort| EFFORTS.contains(effort)) else {
+        let field = Field { name: field.name, value: field.value };
+        return Err(invalid(&field, format!("'{}' must be one of {}, but it is {}.", field.name, EFFORTS.join(", "), field.value)));
+    };
+    user.entry("reasoning_effort").or_insert(json!(effort));
+    if effort == "none" {
+        user.entry("enable_thinking").or_insert(json!(false));
+    }
+    Ok(())
+}

@@ -1,0 +1,117 @@
+//! Whether a prompt fits the model's context: the one place that cuts it, where the request asks for that, and that refuses it.
+
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use crate::api::fields;
+use crate::api::options::{GenerationOptions, Truncate};
+use crate::api::served::ServedModel;
+use crate::error::Failure;
+
+/// The context, as the prompts of one request are to fit it.
+pub struct Fit<'a> {
+    pub served: &'a ServedModel,
+    pub options: &'a GenerationOptions,
+    /// The field that the prompts come from, for messages: `prompt` or `messages`.
+    pub noun: &'static str,
+}
+
+impl Fit<'_> {
+    /// The part of a prompt's text that is to be tokenized. A text that cannot fit the context, however it is cut, is refused: that is told
+    /// from its bytes, since to tokenize tens of megabytes takes seconds. Of one that is to be cut to its last tokens the end is enough.
+    pub fn text<'t>(&self, text: &'t str) -> Result<&'t str, Failure> {
+        let context = self.served.limits.max_model_len;
+        if text.len() < context {
+            return Ok(text);
+        }
+        let Some(keep) = self.keep() else {
+            let least = self.served.tokenizer.least_tokens(text);
+            return if least < context { Ok(text) } else { Err(self.too_long(&format!("at least {least} tokens"))) };
+        };
+        let bytes = keep.saturating_mul(self.served.tokenizer.longest_token().unwrap_or(UNKNOWN_TOKEN)).max(CUT_WHOLE);
+        Ok(end_of(text, bytes))
+    }
+
+    /// Cuts a prompt if the request asks for it, and checks that it leaves room for an answer.
+    pub fn ids(&self, mut ids: Vec<u32>) -> Result<Arc<Vec<u32>>, Failure> {
+        let (context, noun, rows) = (self.served.limits.max_model_len, self.noun, self.served.embedding_rows);
+        if let Some(keep) = self.keep() {
+            ids.drain(..ids.len().saturating_sub(keep));
+        }
+        if ids.is_empty() {
+            return Err(fields::missing(noun, format!("The {noun} came to no tokens at all. There must be at least one.")));
+        }
+        // The device would fail on such an id, and with it every request of the step.
+        if let Some(id) = ids.iter().find(|id| **id as usize >= rows) {
+            let name = String::from_utf8_lossy(self.served.tokenizer.token_bytes(*id).unwrap_or_default()).into_owned();
+            let message = format!(
+                "The {noun} came to the token {name:?} (id {id}), which the model cannot read: its embedding has {rows} rows. Leave that token out."
+            );
+            return Err(Failure::bad_request(noun, message).code("invalid_value"));
+        }
+        if ids.len() >= context {
+            return Err(self.too_long(&format!("{} tokens", ids.len())));
+        }
+        Ok(Arc::new(ids))
+    }
+
+    /// Refuses messages of which what users wrote is alone too long, before anything is done with them. White space around a text is left
+    /// out: templates strip it. What others wrote does not count: templates leave out earlier thoughts.
+    pub fn users_text(&self, messages: &Value) -> Result<(), Failure> {
+        if self.options.truncate.is_some() {
+            return Ok(());
+        }
+        let context = self.served.limits.max_model_len;
+        let by_users = |message: &&Value| message.get("role").and_then(Value::as_str) == Some("user");
+        let least = |text: &str| if text.len() < context { 0 } else { self.served.tokenizer.least_tokens(text.trim()) };
+        let texts = messages.as_array().into_iter().flatten().filter(by_users).filter_map(|message| message.get("content"));
+        let least: usize = texts
+            .map(|content| match content {
+                Value::Array(parts) => {
+                    parts.iter().filter_map(|part| part.as_str().or_else(|| part.get("text")?.as_str())).map(least).sum()
+                }
+                content => content.as_str().map_or(0, least),
+            })
+            .sum();
+        if least < context { Ok(()) } else { Err(self.too_long(&format!("at least {least} tokens"))) }
+    }
+
+    /// Tokens of a prompt that the request wants kept, when it wants it cut.
+    fn keep(&self) -> Option<usize> {
+        let context = self.served.limits.max_model_len;
+        match self.options.truncate? {
+            // A limit that is no limit keeps no place free.
+            Truncate::ToContext => {
+                Some(context.saturating_sub(self.options.max_tokens.filter(|most| *most < context).unwrap_or(1).max(1)).max(1))
+            }
+            Truncate::Last(keep) => Some(keep),
+        }
+    }
+
+    /// `length`: what the prompt came to, in words.
+    fn too_long(&self, length: &str) -> Failure {
+        let (context, noun, hint) = (self.served.limits.max_model_len, self.noun, self.served.limits.memory_hint());
+        let message = format!(
+            "This model's maximum context length is {context} tokens. However, your {noun} resulted in {length}. Please reduce the \
+             length of the {noun} (context_length_exceeded: prompt is too long).{hint}"
+        );
+        Failure::bad_request(noun, message).code("context_length_exceeded")
+    }
+}
+
+/// A text up to this length is tokenized whole before it is cut to its last tokens.
+const CUT_WHOLE: usize = 1 << 20;
+/// Bytes of a token, where the tokenizer promises no bound.
+const UNKNOWN_TOKEN: usize = 256;
+
+/// The last `bytes` of a text and a little more or less: from a place between words, where there is one near, so that the words after it are
+/// cut into tokens as in the whole text.
+fn end_of(text: &str, bytes: usize) -> &str {
+    const NEAR: usize = 1024;
+    let Some(from) = text.len().checked_sub(bytes + NEAR) else { return text };
+    let from = (from..text.len()).find(|&at| text.is_char_boundary(at)).unwrap_or(text.len());
+    let tail = &text[from..];
+    let near = tail.char_indices().take_while(|(at, _)| *at < NEAR).find(|(_, character)| character.is_whitespace());
+    &tail[near.map_or(0, |(at, _)| at)..]
+}

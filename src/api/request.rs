@@ -1,0 +1,43 @@
+//! A request as it is run, whatever dialect it came in.
+
+use std::sync::Arc;
+
+use crate::api::length;
+use crate::api::logprobs::Echo;
+use crate::api::options::GenerationOptions;
+use crate::engine::Limits;
+use crate::error::Failure;
+
+/// A request that is checked and tokenized: nothing about it can be refused any more but for want of room in the queue.
+pub struct GenerationRequest {
+    pub prompts: Vec<Prompt>,
+    pub options: GenerationOptions,
+}
+
+/// One prompt, which fits the context.
+pub struct Prompt {
+    pub ids: Arc<Vec<u32>>,
+    /// What its answers begin with, when the request wants it repeated.
+    pub echo: Option<Echo>,
+    /// Most tokens of each of its answers.
+    pub max_tokens: usize,
+}
+
+impl Prompt {
+    /// `max_tokens` is set by [`GenerationRequest::new`].
+    pub fn new(ids: Arc<Vec<u32>>, echo: Option<Echo>) -> Self {
+        Self { ids, echo, max_tokens: 0 }
+    }
+}
+
+impl GenerationRequest {
+    /// Fails when the request holds more sequences than could ever be admitted together, or `min_tokens` that a prompt leaves no room for.
+    /// `listed`: the prompts may be a list.
+    pub fn new(mut prompts: Vec<Prompt>, options: GenerationOptions, listed: bool, limits: &Limits) -> Result<Self, Failure> {
+        options.check_number(prompts.len(), listed, limits)?;
+        for prompt in &mut prompts {
+            prompt.max_tokens = length::of_prompt(options.max_tokens, options.sampling.min_tokens, prompt.ids.len(), limits)?;
+        }
+        Ok(Self { prompts, options })
+    }
+}

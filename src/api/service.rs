@@ -1,0 +1,202 @@
+//! [`Service`]: what both doors drive.
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use futures::Stream;
+use serde_json::Value;
+
+use crate::api::body::BodyLimits;
+use crate::api::dialects::{Dialect, Prepared, chat, completions, native, tokens};
+use crate::api::fields::Fields;
+use crate::api::job::{self, Job};
+use crate::api::model::ModelInfo;
+use crate::api::routes::{self, Route};
+use crate::api::run::{RequestStream, Runs, Seeds};
+use crate::api::served::ServedModel;
+use crate::api::{model_list, reclaim};
+use crate::config::{ApiSettings, NativeFormat};
+use crate::engine::Handle;
+use crate::error::{Failure, Kind};
+use crate::text::tokenizer::Tokenizer;
+
+/// What a request gives back.
+pub enum Answer {
+    /// One object.
+    Whole(Value),
+    /// Pieces as they come. **Pulled, never pushed**: each pull gives everything that is ready as one piece, so whoever pulls
+    /// slowly gets fewer and larger ones, and nobody slows the engine. Dropping the stream cancels the generation.
+    ///
+    /// For HTTP and for `openai_route` jobs a piece is a string of whole server-sent-event frames, the last of which is
+    /// `data: [DONE]`. For native jobs it is one chunk object.
+    ///
+    /// A failure ends the stream. If it is the **first item**, nothing has been written: its status can still be told. If it comes later,
+    /// the item before it tells it to who reads the pieces alone: a frame with `data: [DONE]`, or for native jobs a chunk that is the error
+    /// envelope.
+    Stream(Pieces),
+}
+
+pub type Pieces = Pin<Box<dyn Stream<Item = Result<Value, Failure>> + Send>>;
+
+/// One HTTP-like call to the OpenAI surface.
+pub struct Call {
+    /// Upper case.
+    pub method: String,
+    /// Path without query, as the client wrote it (`/v1/chat/completions`, `/openai/v1/models`).
+    pub path: String,
+    /// The parsed body, `Null` when there was none.
+    pub body: Value,
+    /// Goes into response ids and logs.
+    pub request_id: String,
+}
+
+/// Reads a request with this id and body in one dialect.
+type Read = fn(&ServedModel, &str, &Value) -> Result<Prepared, Failure>;
+
+/// Everything needed to answer: one per loaded model, shared by all doors.
+pub struct Service {
+    pub engine: Handle,
+    served: Arc<ServedModel>,
+    runs: Runs,
+}
+
+impl Service {
+    /// Fails on settings that do not hold (`CHAT_TEMPLATE`, whose file is read here, and `OVERRIDE_GENERATION_CONFIG`); a model's own
+    /// template that does not compile fails chat requests only.
+    pub fn new(settings: ApiSettings, engine: Handle, tokenizer: Arc<Tokenizer>, model: ModelInfo) -> Result<Self, Failure> {
+        let runs = Runs {
+            engine: engine.clone(),
+            tokenizer: tokenizer.clone(),
+            timeout: settings.request_timeout,
+            seeds: Seeds::new(settings.seed),
+        };
+        let served = Arc::new(ServedModel::new(settings, engine.limits().clone(), tokenizer, model)?);
+        Ok(Self { engine, served, runs })
+    }
+
+    /// The name that answers carry.
+    pub fn name(&self) -> &str {
+        self.served.name()
+    }
+
+    /// How large requests may be.
+    pub fn body_limits(&self) -> BodyLimits {
+        BodyLimits::of_model(&self.served.limits, self.served.tokenizer.longest_token())
+    }
+
+    #[cfg(test)]
+    pub(super) fn served(&self) -> &ServedModel {
+        &self.served
+    }
+
+    /// The queue's door: the `input` of a RunPod job (`messages`, `prompt`, `openai_route`, `route` …).
+    pub async fn job(&self, input: Value, job_id: &str) -> Result<Answer, Failure> {
+        let request_id = job_id.to_owned();
+        match job::read(input)? {
+            Job::Call { method, path, body } => self.call(Call { method, path, body, request_id }).await,
+            Job::Own(body) => {
+                let read = match self.served.settings.native_format {
+                    NativeFormat::OpenAi => native::read,
+                    NativeFormat::Tokens => tokens::read,
+                };
+                self.generate(read, request_id, body).await
+            }
+        }
+    }
+
+    /// The direct door: what an OpenAI client sent. Calls that a job wraps come here, too.
+    pub async fn call(&self, call: Call) -> Result<Answer, Failure> {
+        let Some(route) = routes::find(&call.path) else {
+            return Err(Failure::new(Kind::NotFound, format!("There is no route {} {}.", call.method, call.path)).code("unknown_route"));
+        };
+        let allowed = route.method();
+        if call.method != allowed && !(allowed == "GET" && call.method == "HEAD") {
+            let message = format!("{} does not take {}, only {allowed}.", call.path, call.method);
+            return Err(Failure::new(Kind::MethodNotAllowed, message).code("method_not_allowed"));
+        }
+        match route {
+            Route::Models => Ok(Answer::Whole(model_list::list(&self.served))),
+            Route::Model(id) => model_list::retrieve(&self.served, &id).map(Answer::Whole),
+            Route::Embeddings => {
+                self.served.check_model(&Fields::new(&call.body)?)?;
+                let message = format!("The model `{}` generates text and does not support the Embeddings API.", self.name());
+                Err(Failure::bad_request("model", message).code("unsupported_value"))
+            }
+            Route::Chat => self.generate(chat::read, call.request_id, call.body).await,
+            Route::Completions => self.generate(completions::read, call.request_id, call.body).await,
+        }
+    }
+
+    /// Reads a request, runs it, and gives the answer: as a stream, if the request says so.
+    async fn generate(&self, read: Read, id: String, body: Value) -> Result<Answer, Failure> {
+        let (Prepared { request, mut dialect }, id) = self.prepare(read, id, body).await?;
+        let mut run = RequestStream::start(&self.runs, &id, &request)?;
+        if request.options.stream {
+            return Ok(Answer::Stream(stream(run, dialect)));
+        }
+        let choices = run.collect().await?;
+        Ok(Answer::Whole(dialect.whole(choices, run.usage())))
+    }
+
+    /// Reads on a thread of its own: the checks, template and tokenization of long prompts must not hold up the sockets.
+    async fn prepare(&self, read: Read, id: String, body: Value) -> Result<(Prepared, String), Failure> {
+        let served = self.served.clone();
+        let task = tokio::task::spawn_blocking(move || {
+            let prepared = read(&served, &id, &body);
+            drop(body);
+            reclaim::freed();
+            prepared.map(|prepared| (prepared, id))
+        });
+        task.await.unwrap_or_else(|error| {
+            tracing::error!("a request could not be read: {error}");
+            Err(Failure::internal("The request could not be read."))
+        })
+    }
+}
+
+/// The answer of a run as a stream of `dialect`. Dropping the stream drops the run.
+fn stream(run: RequestStream, dialect: Box<dyn Dialect>) -> Pieces {
+    let state = Streaming { dialect, run, started: false, failed: None };
+    Box::pin(futures::stream::unfold(state, |mut state| async move { state.next().await.map(|item| (item, state)) }))
+}
+
+/// A stream on its way.
+struct Streaming {
+    dialect: Box<dyn Dialect>,
+    run: RequestStream,
+    /// The first deltas have come.
+    started: bool,
+    /// Ends the stream after the item that says so.
+    failed: Option<Failure>,
+}
+
+impl Streaming {
+    /// A failure before the first deltas is the only item, so that its status can still be told; later ones follow an item of their own.
+    async fn next(&mut self) -> Option<Result<Value, Failure>> {
+        if let Some(failure) = self.failed.take() {
+            return Some(Err(failure));
+        }
+        loop {
+            let deltas = match self.run.next().await? {
+                Ok(deltas) => deltas,
+                Err(failure) if self.started => {
+                    let last = self.dialect.error(&failure);
+                    self.failed = Some(failure);
+                    return Some(Ok(last));
+                }
+                Err(failure) => return Some(Err(failure)),
+            };
+            let usage = self.run.usage();
+            if !std::mem::replace(&mut self.started, true) {
+                self.dialect.open(usage);
+            }
+            self.dialect.delta(deltas, usage);
+            if self.run.is_done() {
+                self.dialect.end(usage);
+            }
+            if let Some(item) = self.dialect.take() {
+                return Some(Ok(item));
+            }
+        }
+    }
+}

@@ -1,0 +1,234 @@
+//! Where weights come from: files → tensors by name, as they are stored. Knows no model and no device.
+//!
+//! A [`Checkpoint`] gives encoded rows of a tensor, or of a range of its rows and columns: what shards, formats and parts for several
+//! devices need is the same call.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::sync::Mutex;
+
+use crate::error::Failure;
+
+pub mod demo;
+pub mod files;
+pub mod hub;
+mod stored;
+
+use files::{ModelFiles, Source};
+pub use stored::{Number, StoredMatrix, Tiles};
+use stored::{Stored, StoredPart};
+
+/// Bytes of one file.
+enum Bytes {
+    Mapped(memmap2::Mmap),
+    Embedded(&'static [u8]),
+}
+
+impl Bytes {
+    fn open(source: &Source) -> Result<Self, Failure> {
+        let path = match source {
+            Source::Embedded(bytes) => return Ok(Bytes::Embedded(bytes)),
+            Source::Path(path) => path,
+        };
+        let failed = |error: std::io::Error| Failure::internal(format!("weights file {}: {error}", path.display()));
+        let file = std::fs::File::open(path).map_err(failed)?;
+        // SAFETY: weight files are not changed while they are in use; a writer that truncated one would kill us with SIGBUS, as with every mapped file.
+        #[allow(unsafe_code)]
+        let map = unsafe { memmap2::Mmap::map(&file) }.map_err(failed)?;
+        Ok(Bytes::Mapped(map))
+    }
+
+    fn get(&self) -> &[u8] {
+        match self {
+            Bytes::Mapped(map) => map,
+            Bytes::Embedded(bytes) => bytes,
+        }
+    }
+}
+
+struct Entry {
+    file: usize,
+    dtype: safetensors::Dtype,
+    shape: Vec<usize>,
+    range: std::ops::Range<usize>,
+}
+
+/// An opened checkpoint.
+pub struct Checkpoint {
+    name: String,
+    files: Vec<Bytes>,
+    entries: BTreeMap<String, Entry>,
+    /// The configuration says that the weights are quantized, and by which method.
+    quantized: Option<String>,
+    used: Mutex<BTreeSet<String>>,
+}
+
+/// A tensor that is a matrix, or some of its rows and columns.
+#[derive(Debug, Clone)]
+pub struct Slice {
+    /// Its whole name.
+    pub name: String,
+    /// Rows of the whole tensor.
+    pub outputs: usize,
+    /// Columns of the whole tensor.
+    pub inputs: usize,
+    pub rows: Range<usize>,
+    pub columns: Range<usize>,
+    /// Stored as `[inputs, outputs]`.
+    pub transposed: bool,
+}
+
+impl Slice {
+    /// All of a tensor.
+    pub fn whole(name: impl Into<String>, outputs: usize, inputs: usize, transposed: bool) -> Self {
+        Self { name: name.into(), outputs, inputs, rows: 0..outputs, columns: 0..inputs, transposed }
+    }
+
+    fn stored_shape(&self) -> [usize; 2] {
+        if self.transposed { [self.inputs, self.outputs] } else { [self.outputs, self.inputs] }
+    }
+}
+
+impl Checkpoint {
+    /// Maps the files and reads their headers. `quantized`: the method that the configuration names, for messages.
+    pub fn open(files: &ModelFiles, quantized: Option<&str>) -> Result<Self, Failure> {
+        let mut checkpoint = Self {
+            name: files.name.clone(),
+            files: Vec::new(),
+            entries: BTreeMap::new(),
+            quantized: quantized.map(str::to_owned),
+            used: Mutex::default(),
+        };
+        for file in files.weight_files()? {
+            let source = files.get(&file).ok_or_else(|| Failure::internal(format!("{} ({}) lacks {file}", files.name, files.origin)))?;
+            checkpoint.add_file(&file, Bytes::open(source)?)?;
+        }
+        Ok(checkpoint)
+    }
+
+    fn add_file(&mut self, file: &str, bytes: Bytes) -> Result<(), Failure> {
+        let broken = |problem: String| Failure::internal(format!("weights file {file} of {}: {problem}", self.name));
+        let (header, metadata) = safetensors::SafeTensors::read_metadata(bytes.get()).map_err(|error| broken(error.to_string()))?;
+        for (name, info) in metadata.tensors() {
+            // The header's length field and the header come before the data.
+            let (from, to) = (info.data_offsets.0 + header + 8, info.data_offsets.1 + header + 8);
+            // That shape and type make these bytes was checked when the header was read. Types that cannot be read are refused where such
+            // a tensor is asked for: others (positions, masks, statistics) may lie beside the weights.
+            if to > bytes.get().len() {
+                return Err(broken(format!("tensor {name}: the file is cut short or its header is wrong")));
+            }
+            let entry = Entry { file: self.files.len(), dtype: info.dtype, shape: info.shape.clone(), range: from..to };
+            self.entries.insert(name.clone(), entry);
+        }
+        self.files.push(bytes);
+        Ok(())
+    }
+
+    /// The model's name, for messages.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub fn contains(&self, name: &str) -> bool {
+        self.entries.contains_key(name)
+    }
+
+    /// A tensor's dimensions as they are stored.
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.entries.get(name).map(|entry| entry.shape.as_slice())
+    }
+
+    /// The matrix of these parts one below the other, all of one width.
+    pub fn matrix(&self, parts: &[Slice]) -> Result<StoredMatrix<'_>, Failure> {
+        let width = parts.first().map_or(0, |part| part.columns.len());
+        let parts = parts.iter().map(|slice| self.part(slice, width)).collect::<Result<Vec<_>, _>>()?;
+        Ok(StoredMatrix { model: &self.name, width, parts })
+    }
+
+    fn part(&self, slice: &Slice, width: usize) -> Result<StoredPart<'_>, Failure> {
+        let expected = slice.stored_shape();
+        let (entry, stored) = self.entry(&slice.name, &expected)?;
+        if entry.shape != expected {
+            let layout = if slice.transposed { "[in, out]" } else { "[out, in]" };
+            return Err(self.wrong_shape(&slice.name, entry, &format!("{expected:?} ({layout})")));
+        }
+        if slice.rows.end > slice.outputs || slice.columns.end > slice.inputs || slice.columns.len() != width {
+            return Err(Failure::internal(format!("{}: {slice:?} does not lie inside its tensor", self.name)));
+        }
+        let (shape, rows, first_column) = ((slice.outputs, slice.inputs), slice.rows.clone(), slice.columns.start);
+        Ok(StoredPart {
+            name: slice.name.clone(),
+            bytes: self.bytes(entry),
+            stored,
+            shape,
+            rows,
+            first_column,
+            transposed: slice.transposed,
+        })
+    }
+
+    /// A vector in f32; dimensions of 1 around it do not count.
+    pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, Failure> {
+        let (entry, stored) = self.entry(name, &[len])?;
+        if entry.shape.iter().copied().filter(|size| *size != 1).ne((len != 1).then_some(len)) {
+            return Err(self.wrong_shape(name, entry, &format!("[{len}]")));
+        }
+        let mut values = vec![0f32; len];
+        let part = StoredPart {
+            name: name.to_owned(),
+            bytes: self.bytes(entry),
+            stored,
+            shape: (1, len),
+            rows: 0..1,
+            first_column: 0,
+            transposed: false,
+        };
+        part.copy(0, &mut values, len);
+        Ok(values)
+    }
+
+    /// A tensor that is used from now on, and its type.
+    fn entry(&self, name: &str, shape: &[usize]) -> Result<(&Entry, Stored), Failure> {
+        let entry = self.entries.get(name).ok_or_else(|| self.missing(&[name], shape))?;
+        let stored = Stored::of(entry.dtype).ok_or_else(|| {
+            let (model, dtype, hint) = (&self.name, entry.dtype, self.quantization_hint());
+            Failure::internal(format!(
+                "{model}: tensor {name} has type {dtype:?}; F32, F16, BF16 (or U16 holding bf16 bits) can be read{hint}"
+            ))
+        })?;
+        if let Ok(mut used) = self.used.lock() {
+            used.insert(name.to_string());
+        }
+        Ok((entry, stored))
+    }
+
+    fn bytes(&self, entry: &Entry) -> &[u8] {
+        &self.files[entry.file].get()[entry.range.clone()]
+    }
+
+    /// The error of a tensor that is under none of these names.
+    pub fn missing(&self, names: &[&str], shape: &[usize]) -> Failure {
+        let (model, names, hint) = (&self.name, names.join(" or "), self.quantization_hint());
+        Failure::internal(format!("{model}: tensor {names} is missing (expected shape {shape:?}){hint}"))
+    }
+
+    /// The likely reason, when a tensor is not there or not a plain one.
+    fn quantization_hint(&self) -> String {
+        match &self.quantized {
+            Some(method) => format!(
+                ". Its config.json names quantization_config ({method}): weights packed so are not supported, use the model's unquantized weights"
+            ),
+            None => String::new(),
+        }
+    }
+
+    fn wrong_shape(&self, name: &str, entry: &Entry, expected: &str) -> Failure {
+        Failure::internal(format!("{}: tensor {name} has shape {:?}, expected {expected}", self.name, entry.shape))
+    }
+
+    /// Tensors of the files that nothing asked for.
+    pub fn unused(&self) -> Vec<String> {
+        let used = self.used.lock().map(|used| used.clone()).unwrap_or_default();
+        self.entries.keys().filter(|name| !used.contains(*name)).cloned().collect()
+    }
+}

@@ -1,0 +1,319 @@
+//! The table of settings: one row a setting. Flags, the reading of every source, the report of `check`, `docs/settings.md` and the Hub's
+//! form are made from it. To add a setting, add a row here and read it in `resolve`.
+
+use super::defaults;
+use super::setting::DefaultValue::{Computed, Count, Milliseconds, Nothing, Number, Prose, Seconds, Text};
+use super::setting::{Form, Input, Kind, Range, Section, Setting};
+
+const AUTO: &[&str] = &["auto"];
+const AUTO_OR_ZERO: &[&str] = &["auto", "0"];
+const AUTO_OR_MINUS_ONE: &[&str] = &["auto", "-1"];
+const COUNT: Kind = Kind::Count { least: 1, auto: AUTO };
+const SECONDS: Kind = Kind::Number { range: Range::NotNegative, auto: AUTO };
+
+/// The row of a name, in any case.
+pub fn find(name: &str) -> Option<&'static Setting> {
+    SETTINGS.iter().copied().find(|setting| setting.name.eq_ignore_ascii_case(name))
+}
+
+/// Rows by section. Each becomes a constant of its name, with its doc comment as `doc`.
+macro_rules! settings {
+    ($($section:ident { $($(#[doc = $doc:literal])+ $name:ident = $row:expr;)+ })+) => {
+        $($($(#[doc = $doc])+ pub const $name: Setting =
+            Setting { name: stringify!($name), section: Section::$section, doc: concat!($($doc),+), ..$row };)+)+
+
+        /// All of them, in order.
+        pub const SETTINGS: &[&Setting] = &[$($(&$name),+),+];
+    };
+}
+
+settings! {
+    Model {
+        /// The model: a hub id, a folder, or `demo` (the demo model inside this binary).
+        MODEL = Setting::new(Kind::Text, Text(defaults::MODEL))
+            .also(&["MODEL_NAME", "MODEL_REPO"])
+            .form(Form::new("Model",
+                "Hub id of a text model of a family that is served (ERNIE 4.5, Llama, Qwen, Gemma, Mistral and more: docs/models.md), a folder on the network volume, or demo",
+                Input::Model).required());
+        /// Branch, tag or commit of the model.
+        REVISION = Setting::new(Kind::Text, Text(defaults::REVISION))
+            .also(&["MODEL_REVISION"])
+            .form(Form::new("Revision", "Branch, tag or commit of the model", Input::Text).filled("").advanced());
+        /// A tokenizer from elsewhere: a hub id or a folder.
+        TOKENIZER = Setting::new(Kind::Text, Prose("the model's own"))
+            .also(&["TOKENIZER_NAME", "TOKENIZER_PATH"])
+            .form(Form::new("Tokenizer", "Hub id or folder of another tokenizer", Input::Text).advanced());
+        /// Token for gated and private models. Never shown.
+        HF_TOKEN = Setting::new(Kind::Text, Prose("the token stored in the hub's home folder"))
+            .also(&["HUGGING_FACE_HUB_TOKEN"])
+            .secret()
+            .form(Form::new("Hugging Face token", "For gated and private models; better set as a secret", Input::Text));
+        /// The model hub's address.
+        HF_ENDPOINT = Setting::new(Kind::Url, Text(defaults::HF_ENDPOINT));
+        /// Use no network: only what is on disk.
+        HF_HUB_OFFLINE = Setting::switch(false).also(&["TRANSFORMERS_OFFLINE"]);
+        /// Where downloads go, before every other cache.
+        DOWNLOAD_DIR = Setting::text();
+        /// The hub's cache folder.
+        HF_HUB_CACHE = Setting::new(Kind::Text, Text("$HF_HOME/hub")).also(&["HUGGINGFACE_HUB_CACHE"]);
+        /// The hub's home folder; its cache is `hub` inside it.
+        HF_HOME = Setting::new(Kind::Text, Text("~/.cache/huggingface"));
+        /// Folder looked at first: `{LOCAL_MODEL_ROOT}/{last part of the model's id}`.
+        LOCAL_MODEL_ROOT = Setting::new(Kind::Text, Text(defaults::LOCAL_MODEL_ROOT));
+        /// The network volume; models that the platform caches lie in `huggingface-cache/hub` on it.
+        BASE_PATH = Setting::new(Kind::Text, Text(defaults::BASE_PATH));
+    }
+    Engine {
+        /// `auto`, `cpu`, `cuda` or `cuda:N`.
+        DEVICE = Setting::new(Kind::Device,
+            Prose("auto: the first GPU in a CUDA build, else the CPU; a queue worker of a CUDA build does not start without a GPU"));
+        /// CPU threads that compute.
+        THREADS = Setting::new(Kind::Count { least: 1, auto: AUTO_OR_ZERO }, Prose("auto: all cores")).also(&["RAYON_NUM_THREADS"]);
+        /// Bits a weight: `BF16` keeps the weights as stored, `wint8` holds every matrix at 8 bits, `wint4` the layers at 4 bits,
+        /// embedding and output at 8. On a GPU only on the architecture that the build was made for (`CUDA_COMPUTE_CAP`).
+        QUANTIZATION = Setting::new(Kind::Quantization, Prose("BF16: as stored"))
+            .form(Form::new("Quantization",
+                "Bits a weight is held at; quantized while it is read. 8 and 4 bits run on Ampere and Ada GPUs (not on Hopper)",
+                Input::Options(&[("As stored", "BF16"), ("8 bits (wint8)", "wint8"), ("4 bits (wint4), embedding and output at 8", "wint4")]))
+                .filled("BF16"));
+        /// What activations are: `auto`, or `bfloat16`, which rounds them to bf16 where they meet unquantized bf16 weights, on a CPU that
+        /// multiplies bf16 faster (AMD's AVX512-BF16, AMX). Prompts are computed faster then, a little less exactly.
+        DTYPE = Setting::new(Kind::OneOf(&["auto", "bfloat16", "bf16"]), Prose("auto: f32 on the CPU, bf16 on a GPU"));
+        /// Longest sequence, prompt and output together (`4096`, `4k` = 4000, `4K` = 4096).
+        MAX_MODEL_LEN = Setting::new(Kind::Count { least: 2, auto: AUTO_OR_MINUS_ONE }, Prose("auto: the model's, bounded by memory"))
+            .also(&["CONTEXT_LENGTH"])
+            .form(Form::new("Context length",
+                "Longest sequence, prompt and output together; auto = the model's, bounded by memory",
+                Input::Text));
+        /// Most sequences in one step.
+        MAX_NUM_SEQS = Setting::new(COUNT,
+            Computed(|| format!("auto: {} on the CPU, up to {} on a GPU", defaults::CPU_SEQS, defaults::GPU_SEQS)))
+            .also(&["MAX_RUNNING_REQUESTS"])
+            .form(Form::new("Sequences per step", "Most sequences computed together; auto = as memory allows", Input::Text));
+        /// Most tokens in one step; longer prompts are computed in pieces. 0 = unset.
+        MAX_NUM_BATCHED_TOKENS = Setting::new(Kind::Count { least: 1, auto: AUTO_OR_ZERO },
+            Computed(|| format!("auto: {} on the CPU, {} on a GPU", defaults::CPU_BATCHED_TOKENS, defaults::GPU_BATCHED_TOKENS)))
+            .also(&["CHUNKED_PREFILL_SIZE"])
+            .form(Form::new("Tokens per step",
+                "Most tokens in one step; 0 = auto",
+                Input::Number { least: 0.0, most: None }).filled("0").advanced());
+        /// Tokens in one block of the KV cache: 16, 32, 48 or 64.
+        BLOCK_SIZE = Setting::new(Kind::CountOf { of: &[16, 32, 48, 64], auto: AUTO }, Count(defaults::BLOCK_SIZE))
+            .form(Form::new("Block size",
+                "Tokens per block of the KV cache",
+                Input::Options(&[("16", "16"), ("32", "32"), ("48", "48"), ("64", "64")])).advanced());
+        /// Blocks in the KV cache, instead of what memory allows.
+        NUM_GPU_BLOCKS_OVERRIDE = Setting::new(COUNT, Prose("what memory allows"));
+        /// Memory for the KV cache, in GiB. `auto` takes no more than `MAX_NUM_SEQS` sequences can use.
+        KV_CACHE_GB = Setting::new(Kind::Number { range: Range::Positive, auto: AUTO },
+            Computed(|| {
+                let percent = defaults::CPU_KV_SHARE * 100.0;
+                format!("auto: {percent} % of what is free beside the weights on a CPU, what GPU_MEMORY_UTILIZATION leaves on a GPU")
+            }));
+        /// Memory for the KV cache, in bytes (`KV_CACHE_GB` comes first).
+        KV_CACHE_MEMORY_BYTES = Setting::new(COUNT, Text("auto"));
+        /// Share of the GPU's memory that may be used, above 0 and at most 1. Without effect on a CPU: see `KV_CACHE_GB`.
+        GPU_MEMORY_UTILIZATION = Setting::new(Kind::Number { range: Range::Share, auto: AUTO }, Number(defaults::GPU_UTILIZATION))
+            .also(&["MEM_FRACTION_STATIC"])
+            .form(Form::new("GPU memory share",
+                "Share of the GPU's memory that may be used",
+                Input::Number { least: 0.1, most: Some(1.0) }).advanced());
+        /// Keep the keys and values of earlier tokens, so that what begins the same is not computed again. `false`: not even for the
+        /// choices of one prompt.
+        ENABLE_PREFIX_CACHING = Setting::switch(true)
+            .form(Form::new("Prefix cache", "Keep what earlier requests computed of the same beginnings", Input::Switch).advanced());
+        /// The opposite of `ENABLE_PREFIX_CACHING`, which comes first.
+        DISABLE_RADIX_CACHE = Setting::switch(false);
+        /// Speculation by prompt lookup, as JSON: `{"method":"ngram","num_speculative_tokens":5}`; further keys `prompt_lookup_max`,
+        /// `prompt_lookup_min`, `disable_by_batch_size`.
+        SPECULATIVE_CONFIG = Setting::new(Kind::Speculative, Prose("none: off"))
+            .form(Form::new("Speculation",
+                "Guess tokens from the prompt, as JSON: {\"method\":\"ngram\",\"num_speculative_tokens\":5}; empty = off",
+                Input::Text).advanced());
+        /// Sequences that may wait for a place; beyond it requests are refused with 429. One that asks for more than MAX_NUM_SEQS and
+        /// this together (prompts times `n`) is refused with 400.
+        MAX_WAITING = Setting::new(COUNT, Count(defaults::MAX_WAITING)).also(&["SCHEDULER_MAX_SIZE"]);
+        /// Seconds a request may take in all. 0 = no limit.
+        REQUEST_TIMEOUT = Setting::new(SECONDS, Seconds(defaults::REQUEST_TIMEOUT))
+            .form(Form::new("Request time limit",
+                "Seconds a request may take in all; 0 = no limit",
+                Input::Number { least: 0.0, most: None }).advanced());
+        /// Base of the random seeds of requests that bring none.
+        SEED = Setting::new(Kind::Seed, Prose("random"))
+            .also(&["RANDOM_SEED"])
+            .form(Form::new("Seed", "Base of the seeds of requests that bring none; empty = random", Input::Text).advanced());
+    }
+    Api {
+        /// Names under which clients may ask for the model; several by spaces, commas, as a JSON list, or by repeating the flag. Answers
+        /// carry the first.
+        SERVED_MODEL_NAME = Setting::new(Kind::List, Prose("the model's id"))
+            .also(&["OPENAI_SERVED_MODEL_NAME_OVERRIDE"])
+            .form(Form::new("Served model name", "Name under which clients ask for the model; several by commas", Input::Text));
+        /// Accept any model name in requests.
+        ANY_MODEL_NAME = Setting::switch(false);
+        /// Read the names of special tokens in user text as control tokens. Lets users write turns of others.
+        ALLOW_SPECIAL_TOKENS = Setting::switch(false);
+        /// Chat template instead of the model's own: Jinja text or a file.
+        CHAT_TEMPLATE = Setting::new(Kind::Template, Prose("the model's own"))
+            .also(&["CUSTOM_CHAT_TEMPLATE"])
+            .form(Form::new("Chat template", "Jinja text or a file, instead of the model's own", Input::Text).advanced());
+        /// Allow requests to bring a chat template.
+        TRUST_REQUEST_CHAT_TEMPLATE = Setting::switch(false)
+            .form(Form::new("Allow templates in requests", "Let requests bring their own chat template", Input::Switch).advanced());
+        /// How contents of messages reach the chat template: `string` (text parts joined by a newline), `openai` (lists of parts), or
+        /// `auto`, what the template takes.
+        CHAT_TEMPLATE_CONTENT_FORMAT = Setting::new(Kind::OneOf(&["auto", "string", "openai"]), Text("auto"));
+        /// Leave the tools of a request with `tool_choice: "none"` out of the prompt.
+        EXCLUDE_TOOLS_WHEN_TOOL_CHOICE_NONE = Setting::switch(false);
+        /// Role of the answers.
+        RESPONSE_ROLE = Setting::new(Kind::Text, Text(defaults::RESPONSE_ROLE)).also(&["OPENAI_RESPONSE_ROLE"]);
+        /// `auto`: sampling defaults from the model's generation_config.json; `vllm`: none.
+        GENERATION_CONFIG = Setting::new(Kind::OneOf(&["auto", "vllm"]), Text("auto"));
+        /// JSON object laid over the model's generation_config.json.
+        OVERRIDE_GENERATION_CONFIG = Setting::new(Kind::Object, Nothing)
+            .form(Form::new("Sampling defaults", "JSON object laid over the model's generation_config.json", Input::Text).advanced());
+        /// Output tokens of a request that gives no limit.
+        DEFAULT_MAX_TOKENS = Setting::new(COUNT,
+            Computed(|| format!("rest of the context; {} on /v1/completions", defaults::COMPLETION_MAX_TOKENS)))
+            .form(Form::new("Default output tokens",
+                "Output tokens of a request that gives no limit; empty = rest of the context",
+                Input::Text).advanced());
+        /// Most choices (`n`) in one request.
+        MAX_N = Setting::new(COUNT, Count(defaults::MAX_N));
+        /// Answer requests for log probabilities; `false`: refuse them.
+        ENABLE_LOGPROB = Setting::switch(true);
+        /// Most alternatives at each token that a request for log probabilities may ask for; -1 = the whole vocabulary.
+        MAX_LOGPROBS = Setting::new(Kind::CountOrAll, Count(defaults::MAX_LOGPROBS as usize)).with_hyphen();
+        /// What is reported: `raw_logprobs`, `raw_logits`, `processed_logprobs` or `processed_logits` (after bias, penalties and
+        /// temperature).
+        LOGPROBS_MODE = Setting::new(Kind::OneOf(&["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"]),
+            Text("raw_logprobs"));
+        /// Write tokens in log probabilities as `token_id:N`.
+        RETURN_TOKENS_AS_TOKEN_IDS = Setting::switch(false);
+        /// Answers to native jobs: `openai` objects, or the older `tokens` form.
+        NATIVE_OUTPUT_FORMAT = Setting::new(Kind::OneOf(&["openai", "tokens"]), Text("openai"))
+            .form(Form::new("Native output format",
+                "Answers to jobs that do not come through the OpenAI path",
+                Input::Options(&[("OpenAI objects", "openai"), ("Lists of tokens (older workers)", "tokens")])).advanced());
+        /// Send usage in every stream, asked for or not.
+        ENABLE_FORCE_INCLUDE_USAGE = Setting::switch(false);
+        /// Tell in `usage.prompt_tokens_details` how many prompt tokens came from the prefix cache.
+        ENABLE_PROMPT_TOKENS_DETAILS = Setting::switch(true);
+    }
+    Queue {
+        /// Jobs taken at once from the queue; never more than MAX_NUM_SEQS and MAX_WAITING together.
+        MAX_CONCURRENCY = Setting::new(COUNT,
+            Computed(|| format!("auto: MAX_NUM_SEQS and 1/{} more", defaults::SEQS_PER_WAITING_JOB)))
+            .form(Form::new("Jobs at once",
+                "Jobs that one worker takes at once; auto = the sequences per step and an eighth more",
+                Input::Text));
+        /// Seconds that SIGTERM waits for running requests.
+        DRAIN_TIMEOUT = Setting::new(SECONDS, Seconds(defaults::DRAIN_TIMEOUT))
+            .also(&["TIMEOUT_GRACEFUL_SHUTDOWN"]);
+        /// Least milliseconds between two stream posts of one job. The first goes at once.
+        STREAM_INTERVAL_MS = Setting::new(Kind::Count { least: 0, auto: AUTO }, Milliseconds(defaults::STREAM_INTERVAL));
+        /// Most tokens gathered for one stream post, instead of by time.
+        DEFAULT_BATCH_SIZE = Setting::new(Kind::Count { least: 1, auto: &[] },
+            Computed(|| format!("by time; {} when another of these is set", defaults::BATCH_GROWTH.max)))
+            .also(&["MAX_BATCH_SIZE"])
+            .form(Form::new("Tokens per stream post, most",
+                "Gather stream posts by tokens instead of by time; empty = by time",
+                Input::Text).advanced());
+        /// Tokens in the first stream post when gathering by tokens.
+        DEFAULT_MIN_BATCH_SIZE = Setting::new(Kind::Count { least: 1, auto: &[] }, Count(defaults::BATCH_GROWTH.min))
+            .also(&["MIN_BATCH_SIZE"])
+            .form(Form::new("Tokens per stream post, first",
+                "Tokens in the first stream post when gathering by tokens",
+                Input::Text).filled("").advanced());
+        /// Factor by which stream posts grow when gathering by tokens.
+        DEFAULT_BATCH_SIZE_GROWTH_FACTOR = Setting::new(Kind::Number { range: Range::Positive, auto: &[] },
+            Number(defaults::BATCH_GROWTH.growth))
+            .also(&["BATCH_SIZE_GROWTH_FACTOR", "BATCH_GROWTH_FACTOR"])
+            .form(Form::new("Growth of stream posts",
+                "Factor by which stream posts grow when gathering by tokens",
+                Input::Text).filled("").advanced());
+    }
+    Platform {
+        /// URL template to take jobs from. Its presence makes this process a queue worker.
+        RUNPOD_WEBHOOK_GET_JOB = Setting::text();
+        /// URL template for results.
+        RUNPOD_WEBHOOK_POST_OUTPUT = Setting::text();
+        /// URL template for stream chunks.
+        RUNPOD_WEBHOOK_POST_STREAM = Setting::text();
+        /// URL template of the heartbeat.
+        RUNPOD_WEBHOOK_PING = Setting::text();
+        /// Milliseconds between heartbeats.
+        RUNPOD_PING_INTERVAL = Setting::new(Kind::Count { least: 1, auto: &[] }, Milliseconds(defaults::PING_INTERVAL));
+        /// The worker's key to the platform. Never shown.
+        RUNPOD_AI_API_KEY = Setting::text().secret();
+        /// The worker's id.
+        RUNPOD_POD_ID = Setting::new(Kind::Text, Prose("HOSTNAME, else random"));
+        /// Put into the platform's URLs.
+        RUNPOD_GPU_TYPE_ID = Setting::text();
+        /// The endpoint's id. Its presence switches logs to JSON.
+        RUNPOD_ENDPOINT_ID = Setting::text();
+        /// Version told to the platform.
+        RUNPOD_REPORTED_VERSION = Setting::new(Kind::Text, Prose("this program's version"));
+        /// User agent towards the platform.
+        RUNPOD_USER_AGENT = Setting::new(Kind::Text, Prose("this program's name and version"));
+        /// Added to the user agent.
+        RUNPOD_UA_INTEGRATION = Setting::text();
+    }
+    Server {
+        /// Address to listen on.
+        HOST = Setting::new(Kind::Text,
+            Computed(|| format!("{} for `serve` and `gateway`, else {}", defaults::LAPTOP_HOST, defaults::PLATFORM_HOST)))
+            .also(&["RP_API_HOST"]);
+        /// Port to listen on. Set and with neither a queue nor a test input, it starts `http`.
+        PORT = Setting::new(Kind::Port,
+            Computed(|| format!("{} for `serve` and `gateway`, else {}", defaults::LAPTOP_PORT, defaults::PLATFORM_PORT)))
+            .also(&["RP_API_PORT"]);
+        /// A second port for the health checks.
+        PORT_HEALTH = Setting::new(Kind::Port, Prose("PORT"));
+        /// Path of the health check.
+        HEALTH_CHECK_PATH = Setting::new(Kind::UrlPath, Text(defaults::HEALTH_PATH));
+        /// Keys that clients must show; several by commas, or by repeating the flag. Never shown.
+        API_KEY = Setting::new(Kind::Keys, Prose("none: open")).also(&["API_KEYS", "FD_API_KEY", "VLLM_API_KEY"]).secret();
+        /// A file with such keys, one a line.
+        API_KEY_FILE = Setting::text();
+        /// Origins that browsers may call from; several by commas or as a JSON list.
+        ALLOWED_ORIGINS = Setting::new(Kind::List, Text("*"));
+        /// Seconds that the head of a request may take; then its connection is closed. 0 = no limit.
+        HEADER_TIMEOUT = Setting::new(SECONDS, Seconds(defaults::HEADER_TIMEOUT));
+        /// Seconds that a connection is kept open between two requests. 0 = no limit.
+        KEEP_ALIVE_TIMEOUT = Setting::new(SECONDS, Seconds(defaults::KEEP_ALIVE_TIMEOUT))
+            .also(&["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"]);
+        /// Connections at once. A new one takes the place of the one that is silent longest; while all are busy, only health checks are
+        /// answered.
+        MAX_CONNECTIONS = Setting::new(Kind::Count { least: 1, auto: AUTO_OR_MINUS_ONE },
+            Prose("auto: half of the open files that the system allows"))
+            .also(&["FD_SUPPORT_MAX_CONNECTIONS"]);
+        /// Answer failed OpenAI calls through the local endpoint with 500, as the cloud is reported to do.
+        CLOUD_ERRORS = Setting::switch(false);
+        /// Begins every name at `/metrics`. `vllm:` makes them vLLM's, for dashboards and autoscalers that know those.
+        METRICS_PREFIX = Setting::new(Kind::MetricsPrefix, Text(defaults::METRICS_PREFIX));
+    }
+    General {
+        /// No line of the engine's figures in the log (otherwise one every 10 s of work).
+        DISABLE_LOG_STATS = Setting::switch(false);
+        /// `trace`, `debug`, `info`, `warn`, `error` or `notset` (silent).
+        LOG_LEVEL = Setting::new(Kind::OneOf(&["trace", "debug", "info", "warn", "warning", "error", "critical", "fatal", "notset", "off"]),
+            Text("info"))
+            .also(&["RUNPOD_LOG_LEVEL", "RUNPOD_DEBUG_LEVEL", "RP_LOG_LEVEL", "UVICORN_LOG_LEVEL"])
+            .form(Form::new("Log level",
+                "How much is logged",
+                Input::Options(&[("debug", "debug"), ("info", "info"), ("warn", "warn"), ("error", "error")])).advanced());
+        /// YAML file with settings: keys are flag names.
+        VLLM_CONFIG_FILE = Setting::new(Kind::Text, Computed(|| format!("{}, if it is there", defaults::CONFIG_FILE))).also(&["CONFIG"]);
+        /// Flags, split as a shell would; stronger than the environment.
+        VLLM_EXTRA_ARGS = Setting::text().with_hyphen().hidden();
+    }
+    System {
+        /// The worker's id where the platform gives none.
+        HOSTNAME = Setting::text();
+        /// Base of the default cache folder.
+        XDG_CACHE_HOME = Setting::new(Kind::Text, Text("~/.cache"));
+        /// Base of the default cache folder's base.
+        HOME = Setting::text();
+    }
+}

@@ -1,0 +1,376 @@
+//! What operations take besides buffers and weights: plain data, the same on every device.
+
+use std::sync::Arc;
+
+/// One sequence's part of a step.
+#[derive(Debug, Clone)]
+pub struct BatchRow {
+    /// Index of its first token in the step.
+    pub start: usize,
+    /// Its tokens in this step, at least 1.
+    pub len: usize,
+    /// Tokens in the cache, those of this step included.
+    pub context: usize,
+    /// The blocks that hold those tokens, in order.
+    pub blocks: Arc<Vec<u32>>,
+}
+
+/// The tokens of a step, of all sequences one after another.
+#[derive(Debug, Clone, Copy)]
+pub struct Batch<'a> {
+    /// `[t]`: rows of the embedding.
+    pub tokens: &'a [u32],
+    /// `[t]`: position of each token in its own sequence.
+    pub positions: &'a [u32],
+    /// `[t]`: slots of the KV cache, `block · block_size + offset`.
+    pub slots: &'a [u32],
+    pub rows: &'a [BatchRow],
+    /// Every table that some layer rotates by; [`Rope::table`] is an index into it.
+    pub ropes: &'a [RopeTable],
+}
+
+/// The angles of one kind of rotary embedding: position · frequency.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RopeTable {
+    /// One for each pair of components that is rotated; a head's other components stay as they are.
+    pub frequencies: Vec<f32>,
+    /// Multiplies sines and cosines; 1 except for yarn and longrope.
+    pub factor: f32,
+}
+
+/// Which components of a head form a pair, for `n` frequencies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pairing {
+    /// Neighbours `(2i, 2i+1)`: ERNIE, GLM, GPT-J.
+    Interleaved,
+    /// Halves `(i, i + n)`: Llama, Qwen, GPT-NeoX.
+    Half,
+}
+
+/// How a layer rotates queries and keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rope {
+    /// Index into [`Batch::ropes`].
+    pub table: usize,
+    pub pairing: Pairing,
+}
+
+/// The nonlinearity of a feed-forward network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// `x · sigmoid(x)`
+    Silu,
+    /// `x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))`
+    GeluTanh,
+    /// `max(x, 0)²`
+    Relu2,
+}
+
+/// What becomes of the sums of a [`linear`](super::Backend::linear).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Epilogue {
+    /// They are the output.
+    Store,
+    /// Times this factor they are added to the output: the residual connection.
+    Add(f32),
+    /// The output is their activation.
+    Activate(Activation),
+    /// The output is `activation(gate) · up`, for a weight loaded with [`Columns::Gated`], whose first half of rows are gates.
+    Gated(Activation),
+}
+
+/// What the rows of a weight matrix are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Columns {
+    Plain,
+    /// The first half are gates, the second half what they gate; multiplied with [`Epilogue::Gated`] only.
+    Gated,
+}
+
+/// How the weights of a matrix are held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum WeightFormat {
+    /// 256 weights share two f16 units, 32 of them a scale and a minimum of 6 bits: ggml's Q4_K.
+    Int4,
+    /// 32 weights share one f16 scale: ggml's Q8_0.
+    Int8,
+    Bf16,
+    F32,
+}
+
+impl WeightFormat {
+    /// Weights that must not be cut apart: a row's length is a multiple of it.
+    pub fn block(self) -> usize {
+        match self {
+            Self::Int4 => 256,
+            Self::Int8 => 32,
+            Self::Bf16 | Self::F32 => 1,
+        }
+    }
+
+    /// For reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::Int8 => "8-bit (Q8_0 form)",
+            Self::Int4 => "4-bit (Q4_K form)",
+        }
+    }
+}
+
+/// In what activations meet weights of bf16.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ComputeDtype {
+    /// f32, or two terms of bf16 where tiles of them are faster still.
+    #[default]
+    F32,
+    /// Rounded to bf16 on processors that multiply bf16 faster. Elsewhere f32.
+    Bf16,
+}
+
+/// A normalization of rows. `V`: a backend's vectors.
+#[derive(Debug)]
+pub struct Norm<V> {
+    pub kind: NormKind,
+    /// As wide as the rows.
+    pub weight: V,
+    pub bias: Option<V>,
+    pub eps: f32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormKind {
+    /// `x · (mean(x²) + eps)^-½ · weight`
+    Rms,
+    /// `(x − mean(x)) · (variance(x) + eps)^-½ · weight + bias`
+    Layer,
+}
+
+/// `y = x · Wᵀ + b`. `W` and `V`: a backend's matrices and vectors.
+#[derive(Debug)]
+pub struct Linear<W, V> {
+    /// `[out, in]`
+    pub weight: W,
+    /// `[out]`
+    pub bias: Option<V>,
+}
+
+/// One kind of causal attention over paged keys and values.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionSpec {
+    /// Of queries; a multiple of `kv_heads`.
+    pub heads: usize,
+    pub kv_heads: usize,
+    /// Components of a head.
+    pub head_dim: usize,
+    /// Scores are multiplied by it.
+    pub scale: f32,
+    /// A token sees itself and so many less one before it.
+    pub window: Option<usize>,
+    /// Scores become `cap · tanh(score / cap)`.
+    pub soft_cap: Option<f32>,
+    /// `None`: positions are told by the causal mask alone.
+    pub rope: Option<Rope>,
+    pub qk_norm: Option<QkNorm>,
+    /// Values are normalized to a mean square of 1 with this epsilon.
+    pub value_norm: Option<f32>,
+    /// Queries grow with their position.
+    pub query_growth: Option<QueryGrowth>,
+}
+
+impl AttentionSpec {
+    /// Width of a token's queries.
+    pub fn q_width(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Width of a token's keys, or of its values.
+    pub fn kv_width(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+
+    /// The shape of a layer's cache.
+    pub fn kv_shape(&self, blocks: usize, block_size: usize) -> KvShape {
+        KvShape { blocks, block_size, kv_heads: self.kv_heads, head_dim: self.head_dim }
+    }
+
+    /// Width of queries, keys and values side by side.
+    pub fn qkv_width(&self) -> usize {
+        self.q_width() + 2 * self.kv_width()
+    }
+}
+
+/// How queries and keys are normalized (RMS).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct QkNorm {
+    pub extent: NormExtent,
+    /// After the rotation instead of before it.
+    pub after_rope: bool,
+    pub eps: f32,
+}
+
+/// Over how many components a norm of queries or keys goes; its weight is as wide.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormExtent {
+    /// Each head on its own.
+    Head,
+    /// All heads of the token together.
+    Token,
+}
+
+/// Queries at position p are multiplied by `1 + beta · ln(1 + ⌊p / length⌋)` (Llama 4's and Ministral's long contexts).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct QueryGrowth {
+    pub beta: f32,
+    pub length: usize,
+}
+
+impl QueryGrowth {
+    pub fn factor(&self, position: u32) -> f32 {
+        1.0 + self.beta * ((1 + position as usize / self.length) as f32).ln()
+    }
+}
+
+/// The vectors of one layer's attention. `V`: a backend's vectors.
+#[derive(Debug)]
+pub struct AttentionWeights<V> {
+    /// For [`AttentionSpec::qk_norm`]: `[head_dim]`, or `[heads · head_dim]`.
+    pub q_norm: Option<V>,
+    /// `[head_dim]`, or `[kv_heads · head_dim]`.
+    pub k_norm: Option<V>,
+    /// `[heads]`: the score of a key that holds nothing.
+    pub sinks: Option<V>,
+}
+
+/// No norms and no sinks.
+impl<V> Default for AttentionWeights<V> {
+    fn default() -> Self {
+        Self { q_norm: None, k_norm: None, sinks: None }
+    }
+}
+
+/// The shape of one layer's keys and values in the cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvShape {
+    pub blocks: usize,
+    /// Tokens in a block.
+    pub block_size: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+}
+
+/// How a router picks experts for a token and weighs them.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RoutingSpec {
+    pub experts: usize,
+    /// Experts a token goes to.
+    pub top_k: usize,
+    pub score: RouterScore,
+    /// The weights of a token's experts are made to sum to 1: they are divided by the greater of their sum plus `epsilon` and `least`.
+    pub normalize: Option<Normalize>,
+    /// Weights are multiplied by it in the end.
+    pub scale: f32,
+}
+
+/// What becomes of a router's logits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RouterScore {
+    /// Softmax over all experts, then the greatest are picked.
+    Softmax,
+    /// The greatest logits are picked, then softmax over those.
+    TopKSoftmax,
+    /// Sigmoid of each.
+    Sigmoid,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Normalize {
+    pub epsilon: f32,
+    pub least: f32,
+}
+
+impl RoutingSpec {
+    /// The experts of one token with their weights, from the router's logits `[experts]`; `bias [experts]` shifts the choice alone. Ties go to the
+    /// lower index. `picked` is cleared first.
+    pub fn route(&self, logits: &[f32], bias: Option<&[f32]>, picked: &mut Vec<(usize, f32)>) {
+        let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let total: f32 = logits.iter().map(|logit| (logit - most).exp()).sum();
+        let score = |expert: usize| match self.score {
+            RouterScore::Softmax => (logits[expert] - most).exp() / total,
+            RouterScore::TopKSoftmax => logits[expert],
+            RouterScore::Sigmoid => 1.0 / (1.0 + (-logits[expert]).exp()),
+        };
+        let choice = |expert: usize| score(expert) + bias.map_or(0.0, |bias| bias[expert]);
+        picked.clear();
+        for expert in 0..self.experts {
+            let value = choice(expert);
+            let at = picked.iter().position(|(_, other)| value > *other).unwrap_or(picked.len());
+            if at < self.top_k {
+                picked.truncate(self.top_k - 1);
+                picked.insert(at, (expert, value));
+            }
+        }
+        picked.iter_mut().for_each(|(expert, weight)| *weight = score(*expert));
+        if self.score == RouterScore::TopKSoftmax {
+            let most = picked.iter().fold(f32::NEG_INFINITY, |most, (_, logit)| most.max(*logit));
+            picked.iter_mut().for_each(|(_, weight)| *weight = (*weight - most).exp());
+            let total: f32 = picked.iter().map(|(_, weight)| weight).sum();
+            picked.iter_mut().for_each(|(_, weight)| *weight /= total);
+        }
+        if let Some(Normalize { epsilon, least }) = self.normalize {
+            let total = (picked.iter().map(|(_, weight)| weight).sum::<f32>() + epsilon).max(least);
+            picked.iter_mut().for_each(|(_, weight)| *weight /= total);
+        }
+        picked.iter_mut().for_each(|(_, weight)| *weight *= self.scale);
+    }
+}
+
+/// The routed experts of one layer. `W` and `V`: a backend's matrices and vectors.
+#[derive(Debug)]
+pub struct Experts<W, V> {
+    pub routing: RoutingSpec,
+    /// `[experts]`: shifts the choice of experts, not their weights.
+    pub choice_bias: Option<V>,
+    pub activation: Activation,
+    pub experts: Vec<Expert<W, V>>,
+}
+
+/// One expert's feed-forward network.
+#[derive(Debug)]
+pub struct Expert<W, V> {
+    /// `[2 · intermediate, hidden]` with [`Columns::Gated`].
+    pub gate_up: Linear<W, V>,
+    /// `[hidden, intermediate]`
+    pub down: Linear<W, V>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn route(spec: RoutingSpec, logits: &[f32], bias: Option<&[f32]>) -> Vec<(usize, f32)> {
+        let mut picked = Vec::new();
+        spec.route(logits, bias, &mut picked);
+        picked
+    }
+
+    #[test]
+    fn routers_pick_and_weigh() {
+        let spec = RoutingSpec { experts: 4, top_k: 2, score: RouterScore::Softmax, normalize: None, scale: 1.0 };
+        let logits = [1.0, 3.0, 2.0, 3.0];
+        let total: f32 = logits.iter().map(|logit: &f32| logit.exp()).sum();
+        // Ties go to the lower index.
+        assert_eq!(route(spec, &logits, None).iter().map(|(expert, _)| *expert).collect::<Vec<_>>(), [1, 3]);
+        assert!((route(spec, &logits, None)[0].1 - 3f32.exp() / total).abs() < 1e-6);
+        let normalized = RoutingSpec { normalize: Some(Normalize { epsilon: 0.0, least: 0.0 }), ..spec };
+        assert!(route(normalized, &logits, None).iter().all(|(_, weight)| (weight - 0.5).abs() < 1e-6));
+        let top = RoutingSpec { score: RouterScore::TopKSoftmax, scale: 2.0, ..spec };
+        assert!(route(top, &logits, None).iter().all(|(_, weight)| (weight - 1.0).abs() < 1e-6));
+        let sigmoid = RoutingSpec { score: RouterScore::Sigmoid, top_k: 1, ..spec };
+        // The bias moves the choice and not the weight.
+        let picked = route(sigmoid, &logits, Some(&[9.0, 0.0, 0.0, 0.0]));
+        assert_eq!(picked[0].0, 0);
+        assert!((picked[0].1 - 1.0 / (1.0 + (-1f32).exp())).abs() < 1e-6);
+    }
+}

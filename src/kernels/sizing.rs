@@ -1,0 +1,223 @@
+//! The sizing backend computes nothing and counts: bytes of weights as they would be held, and of a step its operations with the bytes they
+//! read and the products they form.
+//!
+//! Loading a decoder on it reads no matrix, so the memory plan can be made first; running a step on it describes the program.
+
+use std::cell::Cell;
+use std::collections::BTreeSet;
+use std::marker::PhantomData;
+
+use candle_core::{Error, Result};
+
+use super::ops::{AttentionSpec, AttentionWeights, Batch, BatchRow, Columns, Epilogue, Experts, KvShape, Linear, Norm, WeightFormat};
+use super::{Backend, Footprint, MatrixSource, RowVisitor};
+
+/// A matrix that is not there.
+#[derive(Debug, Clone, Copy)]
+pub struct Weight {
+    pub rows: usize,
+    pub width: usize,
+    pub bytes: usize,
+    pub format: WeightFormat,
+    columns: Columns,
+}
+
+/// Rows that are not there.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Buffer {
+    pub rows: usize,
+    pub width: usize,
+}
+
+/// One operation of a step.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Operation {
+    pub name: &'static str,
+    /// Of weights and of the KV cache.
+    pub bytes_read: usize,
+    /// Multiplications that are added up.
+    pub products: usize,
+}
+
+/// Counts for the device whose backend is `F`.
+pub struct Sizing<F> {
+    weight_bytes: Cell<usize>,
+    formats: Cell<BTreeSet<WeightFormat>>,
+    rows: Vec<BatchRow>,
+    tokens: usize,
+    /// Of the step at hand, in order.
+    pub operations: Vec<Operation>,
+    device: PhantomData<F>,
+}
+
+impl<F> Default for Sizing<F> {
+    fn default() -> Self {
+        Self {
+            weight_bytes: Cell::new(0),
+            formats: Cell::default(),
+            rows: Vec::new(),
+            tokens: 0,
+            operations: Vec::new(),
+            device: PhantomData,
+        }
+    }
+}
+
+impl<F: Footprint> Sizing<F> {
+    /// Bytes of all matrices made so far.
+    pub fn weight_bytes(&self) -> usize {
+        self.weight_bytes.get()
+    }
+
+    /// The formats of the matrices made since the last call, fewest bits first.
+    pub fn take_formats(&self) -> BTreeSet<WeightFormat> {
+        self.formats.take()
+    }
+
+    /// Bytes of weights and cached numbers that the step read.
+    pub fn bytes_read(&self) -> usize {
+        self.operations.iter().map(|operation| operation.bytes_read).sum()
+    }
+
+    fn count(&mut self, name: &'static str, bytes_read: usize, products: usize) {
+        self.operations.push(Operation { name, bytes_read, products });
+    }
+}
+
+impl<F: Footprint> Backend for Sizing<F> {
+    type Buffer = Buffer;
+    type Weight = Weight;
+    type Vector = usize;
+    type KvCache = KvShape;
+
+    fn buffer(&self, _rows: usize, width: usize) -> Result<Buffer> {
+        Ok(Buffer { rows: 0, width })
+    }
+
+    fn weight<S: MatrixSource>(&self, source: &S, format: Option<WeightFormat>, columns: Columns) -> Result<Weight> {
+        let (rows, width) = (source.rows(), source.width());
+        let (format, bytes) = F::weight_bytes(rows, width, source.is_bf16(), format, columns);
+        self.weight_bytes.set(self.weight_bytes.get() + bytes);
+        let mut formats = self.formats.take();
+        formats.insert(format);
+        self.formats.set(formats);
+        Ok(Weight { rows, width, bytes, format, columns })
+    }
+
+    fn vector(&self, values: Vec<f32>) -> Result<usize> {
+        Ok(values.len())
+    }
+
+    fn kv_cache(&self, shape: KvShape) -> Result<KvShape> {
+        Ok(shape)
+    }
+
+    fn begin(&mut self, batch: &Batch<'_>) -> Result<()> {
+        self.tokens = batch.tokens.len();
+        self.rows = batch.rows.to_vec();
+        self.operations.clear();
+        Ok(())
+    }
+
+    fn end(&mut self) {
+        self.rows.clear();
+    }
+
+    fn embed(&mut self, table: &Weight, _scale: f32, out: &mut Buffer) -> Result<()> {
+        *out = Buffer { rows: self.tokens, width: table.width };
+        self.count("embed", self.tokens * table.bytes / table.rows.max(1), 0);
+        Ok(())
+    }
+
+    fn norm(&mut self, x: &Buffer, _norm: &Norm<usize>, out: &mut Buffer) -> Result<()> {
+        *out = *x;
+        self.count("norm", 0, 0);
+        Ok(())
+    }
+
+    fn norm_add(&mut self, _x: &Buffer, _norm: &Norm<usize>, _factor: f32, _out: &mut Buffer) -> Result<()> {
+        self.count("norm_add", 0, 0);
+        Ok(())
+    }
+
+    fn linear(&mut self, x: &Buffer, linear: &Linear<Weight, usize>, epilogue: Epilogue, out: &mut Buffer) -> Result<()> {
+        let Weight { rows, width, bytes, columns, .. } = linear.weight;
+        let is_gated = matches!(epilogue, Epilogue::Gated(_));
+        if x.width != width || is_gated != (columns == Columns::Gated) {
+            return Err(Error::Msg(format!("rows of {} numbers for a matrix [{rows}, {width}] that ends in {epilogue:?}", x.width)));
+        }
+        *out = Buffer { rows: x.rows, width: if is_gated { rows / 2 } else { rows } };
+        self.count("linear", bytes, x.rows * rows * width);
+        Ok(())
+    }
+
+    fn rope_and_store(
+        &mut self,
+        _qkv: &mut Buffer,
+        _attention: &AttentionSpec,
+        _weights: &AttentionWeights<usize>,
+        _cache: &mut KvShape,
+    ) -> Result<()> {
+        self.count("rope_and_store", 0, 0);
+        Ok(())
+    }
+
+    fn attend(
+        &mut self,
+        qkv: &Buffer,
+        attention: &AttentionSpec,
+        _weights: &AttentionWeights<usize>,
+        cache: &KvShape,
+        out: &mut Buffer,
+    ) -> Result<()> {
+        *out = Buffer { rows: qkv.rows, width: attention.q_width() };
+        let per_token = F::kv_block_bytes(*cache) / cache.block_size;
+        let seen = |context: usize| attention.window.map_or(context, |window| context.min(window));
+        let bytes = self.rows.iter().map(|row| seen(row.context) * per_token).sum();
+        let pairs: usize = self.rows.iter().flat_map(|row| (row.context - row.len + 1..=row.context).map(seen)).sum();
+        self.count("attend", bytes, 2 * pairs * attention.q_width());
+        Ok(())
+    }
+
+    fn experts(
+        &mut self,
+        x: &Buffer,
+        _router: &Buffer,
+        experts: &Experts<Weight, usize>,
+        _epilogue: Epilogue,
+        out: &mut Buffer,
+    ) -> Result<()> {
+        *out = *x;
+        // As many experts are read as tokens can pick, all different.
+        let visits = x.rows * experts.routing.top_k;
+        let sizes = experts.experts.iter().map(|expert| (&expert.gate_up.weight, &expert.down.weight));
+        let (mut bytes, mut products) = (0, 0);
+        for (gate_up, down) in sizes.take(visits.min(experts.routing.experts)) {
+            bytes += gate_up.bytes + down.bytes;
+            products = visits * (gate_up.rows * gate_up.width + down.rows * down.width);
+        }
+        self.count("experts", bytes, products);
+        Ok(())
+    }
+
+    fn copy(&mut self, x: &Buffer, out: &mut Buffer) -> Result<()> {
+        *out = *x;
+        self.count("copy", 0, 0);
+        Ok(())
+    }
+
+    fn pick(&mut self, x: &Buffer, rows: &[usize], out: &mut Buffer) -> Result<()> {
+        *out = Buffer { rows: rows.len(), width: x.width };
+        self.count("pick", 0, 0);
+        Ok(())
+    }
+
+    fn scale_and_cap(&mut self, _x: &mut Buffer, _scale: f32, _cap: Option<f32>) -> Result<()> {
+        self.count("scale_and_cap", 0, 0);
+        Ok(())
+    }
+
+    fn each_row(&mut self, _x: &mut Buffer, _visit: RowVisitor<'_>) -> Result<()> {
+        Err(Error::Msg("nothing is computed here".into()))
+    }
+}

@@ -1,0 +1,342 @@
+//! From a spec and a checkpoint to a decoder on a device.
+
+use std::collections::BTreeSet;
+
+use super::{Before, BranchNorms, Buffers, Decoder, Dense, FeedForward, Layer, LinearOf, NormOf};
+use crate::checkpoint::StoredMatrix;
+use crate::config::Quantization;
+use crate::error::Failure;
+use crate::kernels::sizing::{self, Sizing};
+use crate::kernels::{
+    AttentionSpec, AttentionWeights, Backend, Columns, Epilogue, Expert, Experts, Footprint, Linear, Norm, NormExtent, StepLimits,
+    WeightFormat,
+};
+use crate::models::device::without_backtrace;
+use crate::models::spec::{DenseSpec, ExpertsSpec, FeedForward as FeedForwardSpec, LayerSpec, ModelSpec, Residual};
+use crate::models::tensors::{Part, Tensors};
+
+/// Where a matrix stands in the model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// In a layer.
+    Layer,
+    /// Embedding or LM head, one row for each id: their errors reach every logit, so they never go below 8 bits.
+    Vocabulary,
+    /// A small matrix whose errors would send tokens to other experts.
+    Router,
+}
+
+/// The format that a strategy means for a matrix whose rows have `width` weights; `None`: as stored. Rows that cannot be cut into blocks take the
+/// next finer format.
+pub fn format_of(quantization: Quantization, place: Place, width: usize) -> Option<WeightFormat> {
+    let fits = |format: WeightFormat| width.is_multiple_of(format.block()).then_some(format);
+    match (quantization, place) {
+        (Quantization::AsStored, _) | (_, Place::Router) => None,
+        (Quantization::Wint4, Place::Layer) => fits(WeightFormat::Int4).or(fits(WeightFormat::Int8)),
+        (Quantization::Wint4 | Quantization::Wint8, _) => fits(WeightFormat::Int8),
+    }
+}
+
+impl<B: Backend> Decoder<B> {
+    /// Reads the weights and makes the buffers of steps up to `limits`.
+    pub fn load(
+        mut spec: ModelSpec,
+        tensors: &Tensors<'_>,
+        backend: &B,
+        quantization: Quantization,
+        limits: &StepLimits,
+    ) -> Result<Self, Failure> {
+        spec.tied = tensors.tied;
+        let loader = Loader { spec: &spec, tensors, backend, quantization };
+        let embedding = loader.linear(&tensors.embedding(&spec)?, Columns::Plain, Place::Vocabulary, None)?;
+        let head = match spec.tied {
+            true => None,
+            false => Some(loader.linear(&tensors.head(&spec)?, Columns::Plain, Place::Vocabulary, None)?),
+        };
+        let layers = spec.layers.iter().enumerate().map(|(index, layer)| loader.layer(index, layer)).collect::<Result<Vec<_>, _>>()?;
+        let norm = loader.norm("norm")?;
+        let buffers = Buffers::new(&spec, limits, |rows, width| backend.buffer(rows, width).map_err(failure))?;
+        Ok(Self { embedding, layers, norm, head, buffers, spec })
+    }
+
+    /// Makes the KV cache of each layer.
+    pub fn kv_caches(&self, backend: &B, blocks: usize, block_size: usize) -> candle_core::Result<Vec<B::KvCache>> {
+        self.spec.layers.iter().map(|layer| backend.kv_cache(layer.attention.spec.kv_shape(blocks, block_size))).collect()
+    }
+
+    /// The matrices of the layers, routers left out.
+    fn layer_weights(&self) -> impl Iterator<Item = &B::Weight> {
+        self.layers.iter().flat_map(|layer| {
+            let mut all = vec![&layer.qkv.weight, &layer.output.weight];
+            let (dense, experts) = match &layer.feed_forward {
+                FeedForward::Dense(dense) => (Some(dense), &[][..]),
+                FeedForward::Experts { experts, shared, .. } => (shared.as_ref(), experts.experts.as_slice()),
+            };
+            all.extend(dense.into_iter().flat_map(|dense| [&dense.up.weight, &dense.down.weight]));
+            all.extend(experts.iter().flat_map(|expert| [&expert.gate_up.weight, &expert.down.weight]));
+            all
+        })
+    }
+
+    /// Embedding and LM head.
+    fn vocabulary_weights(&self) -> impl Iterator<Item = &B::Weight> {
+        std::iter::once(&self.embedding.weight).chain(self.head.as_ref().map(|head| &head.weight))
+    }
+
+    /// The memory behind the buffers.
+    pub fn memory(&mut self) -> Vec<&mut [u8]> {
+        let Buffers { x, normed, qkv, attended, hidden, branch, router, picked, logits } = &mut self.buffers;
+        [x, normed, qkv, attended, hidden, branch, router, picked, logits].map(B::buffer_memory).into()
+    }
+}
+
+impl<F: Footprint> Decoder<Sizing<F>> {
+    /// The formats of the layers' matrices, and of embedding and head where those differ.
+    pub fn formats(&self) -> String {
+        fn names<'a>(weights: impl Iterator<Item = &'a sizing::Weight>) -> String {
+            // Fewest bits first.
+            let formats: BTreeSet<WeightFormat> = weights.map(|weight| weight.format).collect();
+            formats.into_iter().map(WeightFormat::name).collect::<Vec<_>>().join(" and ")
+        }
+        let (inside, ends) = (names(self.layer_weights()), names(self.vocabulary_weights()));
+        if inside == ends { inside } else { format!("{inside}; embedding and head {ends}") }
+    }
+}
+
+/// Bytes of the buffers that a decoder makes; `None`: more than can be counted.
+pub fn buffer_bytes<F: Footprint>(spec: &ModelSpec, limits: &StepLimits) -> Option<usize> {
+    let sizes = Buffers::new(spec, limits, |rows, width| Ok(F::buffer_bytes(rows, width))).ok()?;
+    let Buffers { x, normed, qkv, attended, hidden, branch, router, picked, logits } = sizes;
+    [x, normed, qkv, attended, hidden, branch, router, picked, logits].into_iter().try_fold(0usize, |sum, size| sum.checked_add(size?))
+}
+
+impl<T> Buffers<T> {
+    fn new(spec: &ModelSpec, limits: &StepLimits, make: impl Fn(usize, usize) -> Result<T, Failure>) -> Result<Self, Failure> {
+        let (t, n, width) = (limits.max_tokens, limits.max_logits, spec.hidden_size);
+        let is_used = |used: bool| if used { t } else { 0 };
+        let has_end_norms = spec.layers.iter().any(|layer| matches!(layer.residual, Residual::Sandwich | Residual::Post));
+        Ok(Self {
+            x: make(t, width)?,
+            normed: make(t.max(n), width)?,
+            qkv: make(t, spec.widest_attention(AttentionSpec::qkv_width))?,
+            attended: make(t, spec.widest_attention(AttentionSpec::q_width))?,
+            hidden: make(t, spec.widest_intermediate())?,
+            branch: make(is_used(has_end_norms), width)?,
+            router: make(is_used(limits.experts.is_some()), limits.experts.map_or(0, |experts| experts.experts))?,
+            picked: make(n, width)?,
+            logits: make(n, spec.vocab_size)?,
+        })
+    }
+}
+
+/// Says which rows take a finer format than was asked for.
+pub fn finer_formats(quantization: Quantization, spec: &ModelSpec) -> Option<String> {
+    let wanted = if quantization == Quantization::Wint4 { WeightFormat::Int4 } else { WeightFormat::Int8 };
+    let inner = [spec.hidden_size, spec.widest_intermediate()].into_iter().chain(spec.expert_limits().map(|experts| experts.intermediate));
+    let widths: BTreeSet<usize> =
+        spec.layers.iter().map(|layer| layer.attention.spec.q_width()).chain(inner).filter(|width| *width > 0).collect();
+    let odd = widths.into_iter().filter(|width| format_of(quantization, Place::Layer, *width) != Some(wanted));
+    let odd: Vec<String> = odd.map(|width| width.to_string()).collect();
+    (quantization != Quantization::AsStored && !odd.is_empty()).then(|| {
+        let (name, widths, block) = (quantization.name().unwrap_or_default(), odd.join(", "), wanted.block());
+        format!("QUANTIZATION={name}: rows of {widths} weights cannot be cut into blocks of {block}, and are held in a finer form")
+    })
+}
+
+/// What a backend said while it loaded. Its own words name tensor and cause.
+fn failure(error: candle_core::Error) -> Failure {
+    Failure::internal(without_backtrace(&error))
+}
+
+struct Loader<'a, 'c, B> {
+    spec: &'a ModelSpec,
+    tensors: &'a Tensors<'c>,
+    backend: &'a B,
+    quantization: Quantization,
+}
+
+/// A projection under its names in fused checkpoints, and under the names and widths of its parts.
+struct Projection<'a> {
+    fused: &'a [&'static str],
+    parts: &'a [Part<'a>],
+    input: usize,
+    columns: Columns,
+    bias: bool,
+}
+
+impl<B: Backend> Loader<'_, '_, B> {
+    fn layer(&self, index: usize, layer: &LayerSpec) -> Result<Layer<B>, Failure> {
+        let (names, hidden, attention) = (&self.tensors.names, self.spec.hidden_size, layer.attention.spec);
+        let (q, kv) = (attention.q_width(), attention.kv_width());
+        let qkv = Projection {
+            fused: &[names.qkv],
+            parts: &[(names.q, q), (names.k, kv), (names.v, kv)],
+            input: hidden,
+            columns: Columns::Plain,
+            bias: layer.attention.qkv_bias,
+        };
+        let output = Projection {
+            fused: &[],
+            parts: &[(names.output, hidden)],
+            input: q,
+            columns: Columns::Plain,
+            bias: layer.attention.output_bias,
+        };
+        let in_layer = |name: &str| format!("layers.{index}.{name}");
+        let norm = |name: &str| self.norm(&in_layer(name));
+        let (before, after) = match layer.residual {
+            Residual::Sequential | Residual::Parallel => (true, false),
+            Residual::Sandwich => (true, true),
+            Residual::Post => (false, true),
+        };
+        let norms = |first: &str, last: &str| -> Result<BranchNorms<B>, Failure> {
+            let before = if before { Before::Norm(norm(first)?) } else { Before::Nothing };
+            Ok(BranchNorms { before, after: after.then(|| norm(last)).transpose()? })
+        };
+        let feed_forward_norms = match layer.residual {
+            Residual::Parallel => BranchNorms { before: Before::Same, after: None },
+            _ => norms(names.feed_forward_norm, names.feed_forward_end_norm)?,
+        };
+        Ok(Layer {
+            attention,
+            attention_weights: self.attention_weights(index, layer)?,
+            qkv: self.projection(index, &qkv)?,
+            output: self.projection(index, &output)?,
+            attention_norms: norms(names.attention_norm, names.attention_end_norm)?,
+            feed_forward: self.feed_forward(index, layer)?,
+            feed_forward_norms,
+            residual_scale: layer.residual_scale,
+        })
+    }
+
+    fn attention_weights(&self, index: usize, layer: &LayerSpec) -> Result<AttentionWeights<B::Vector>, Failure> {
+        let (names, spec) = (&self.tensors.names, &layer.attention.spec);
+        let head_norm = |name: &str, heads: usize| -> Result<Option<B::Vector>, Failure> {
+            let Some(norm) = spec.qk_norm else { return Ok(None) };
+            let len = if norm.extent == NormExtent::Head { spec.head_dim } else { heads * spec.head_dim };
+            self.norm_weight(&format!("layers.{index}.{name}.weight"), len).map(Some)
+        };
+        let sinks = layer.attention.sinks.then(|| self.vector(&format!("layers.{index}.{}", names.sinks), spec.heads));
+        Ok(AttentionWeights {
+            q_norm: head_norm(names.q_norm, spec.heads)?,
+            k_norm: head_norm(names.k_norm, spec.kv_heads)?,
+            sinks: sinks.transpose()?,
+        })
+    }
+
+    fn feed_forward(&self, index: usize, layer: &LayerSpec) -> Result<FeedForward<B>, Failure> {
+        let names = &self.tensors.names;
+        let experts = match &layer.feed_forward {
+            FeedForwardSpec::Dense(dense) => {
+                let names = (names.gate_up, [names.gate, names.up, names.down].map(str::to_owned));
+                return self.dense(index, dense, names.0, names.1).map(FeedForward::Dense);
+            }
+            FeedForwardSpec::Experts(experts) => experts,
+        };
+        let router =
+            self.tensors.matrix(&[], &[(&format!("layers.{index}.{}", names.router), experts.routing.experts)], self.spec.hidden_size)?;
+        let shared =
+            experts.shared.as_ref().map(|dense| self.dense(index, dense, &[], names.expert.map(|part| format!("{}.{part}", names.shared))));
+        Ok(FeedForward::Experts {
+            router: self.linear(&router, Columns::Plain, Place::Router, None)?,
+            experts: self.experts(index, experts)?,
+            shared: shared.transpose()?,
+        })
+    }
+
+    fn dense(&self, index: usize, dense: &DenseSpec, fused: &[&'static str], [gate, up, down]: [String; 3]) -> Result<Dense<B>, Failure> {
+        let (hidden, inner, bias) = (self.spec.hidden_size, dense.intermediate, dense.bias);
+        let parts = [(gate.as_str(), inner), (up.as_str(), inner)];
+        let (fused, parts, columns, epilogue) = match dense.gated {
+            true => (fused, &parts[..], Columns::Gated, Epilogue::Gated(dense.activation)),
+            false => (&[][..], &parts[1..], Columns::Plain, Epilogue::Activate(dense.activation)),
+        };
+        Ok(Dense {
+            up: self.projection(index, &Projection { fused, parts, input: hidden, columns, bias })?,
+            epilogue,
+            down: self
+                .projection(index, &Projection { fused: &[], parts: &[(&down, hidden)], input: inner, columns: Columns::Plain, bias })?,
+        })
+    }
+
+    fn experts(&self, index: usize, spec: &ExpertsSpec) -> Result<Experts<B::Weight, B::Vector>, Failure> {
+        let names = &self.tensors.names;
+        let expert = |number: usize| -> Result<Expert<B::Weight, B::Vector>, Failure> {
+            let parts = names.expert.map(|part| format!("{}.{number}.{part}", names.experts));
+            let dense = DenseSpec { intermediate: spec.intermediate, activation: spec.activation, gated: true, bias: false };
+            let Dense { up, down, .. } = self.dense(index, &dense, &[], parts)?;
+            Ok(Expert { gate_up: up, down })
+        };
+        let choice_bias = spec.choice_bias.then(|| self.vector(&format!("layers.{index}.{}", names.choice_bias), spec.routing.experts));
+        Ok(Experts {
+            routing: spec.routing,
+            choice_bias: choice_bias.transpose()?,
+            activation: spec.activation,
+            experts: (0..spec.routing.experts).map(expert).collect::<Result<_, _>>()?,
+        })
+    }
+
+    fn projection(&self, index: usize, projection: &Projection<'_>) -> Result<LinearOf<B>, Failure> {
+        let full = |name: &str| format!("layers.{index}.{name}");
+        let fused: Vec<String> = projection.fused.iter().map(|name| full(name)).collect();
+        let parts: Vec<(String, usize)> = projection.parts.iter().map(|(part, out)| (full(part), *out)).collect();
+        let parts: Vec<Part<'_>> = parts.iter().map(|(part, out)| (part.as_str(), *out)).collect();
+        let bias = projection.bias.then(|| self.tensors.bias(&fused, &parts)).transpose()?;
+        self.linear(&self.tensors.matrix(&fused, &parts, projection.input)?, projection.columns, Place::Layer, bias)
+    }
+
+    fn linear(&self, source: &StoredMatrix<'_>, columns: Columns, place: Place, bias: Option<Vec<f32>>) -> Result<LinearOf<B>, Failure> {
+        let format = format_of(self.quantization, place, source.width);
+        Ok(Linear {
+            weight: self.backend.weight(source, format, columns).map_err(failure)?,
+            bias: bias.map(|bias| self.backend.vector(bias).map_err(failure)).transpose()?,
+        })
+    }
+
+    fn norm(&self, name: &str) -> Result<NormOf<B>, Failure> {
+        let (spec, hidden) = (&self.spec.norm, self.spec.hidden_size);
+        let bias = spec.bias.then(|| self.vector(&format!("{name}.bias"), hidden)).transpose()?;
+        Ok(Norm { kind: spec.kind, weight: self.norm_weight(&format!("{name}.weight"), hidden)?, bias, eps: spec.eps })
+    }
+
+    fn norm_weight(&self, name: &str, len: usize) -> Result<B::Vector, Failure> {
+        let mut values = self.tensors.vector(name, len)?;
+        if self.spec.norm.plus_one {
+            values.iter_mut().for_each(|value| *value += 1.0);
+        }
+        self.backend.vector(values).map_err(failure)
+    }
+
+    fn vector(&self, name: &str, len: usize) -> Result<B::Vector, Failure> {
+        self.backend.vector(self.tensors.vector(name, len)?).map_err(failure)
+    }
+}
+
+#[cfg(test)]
+impl Decoder<crate::kernels::cpu::Cpu> {
+    /// Bytes of all matrices, routers left out.
+    pub fn weight_bytes(&self) -> usize {
+        self.layer_weights().chain(self.vocabulary_weights()).map(crate::kernels::cpu::packed::Packed::bytes).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_that_cannot_be_cut_take_a_finer_format() {
+        use Quantization::{AsStored, Wint4, Wint8};
+        for (quantization, place, width, format) in [
+            (AsStored, Place::Layer, 256, None),
+            (Wint8, Place::Layer, 32, Some(WeightFormat::Int8)),
+            (Wint8, Place::Layer, 33, None),
+            (Wint4, Place::Layer, 512, Some(WeightFormat::Int4)),
+            (Wint4, Place::Layer, 288, Some(WeightFormat::Int8)),
+            (Wint4, Place::Vocabulary, 256, Some(WeightFormat::Int8)),
+            (Wint4, Place::Router, 256, None),
+        ] {
+            assert_eq!(format_of(quantization, place, width), format, "{quantization:?} {place:?} {width}");
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! What the tensors of a layer are called in files.
+
+/// Names below `layers.{index}.`, without `.weight` or `.bias`. An entry that a model's layers do not have is not looked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TensorNames {
+    pub attention_norm: &'static str,
+    /// After the attention branch.
+    pub attention_end_norm: &'static str,
+    pub feed_forward_norm: &'static str,
+    /// After the feed-forward branch.
+    pub feed_forward_end_norm: &'static str,
+    /// Queries, keys and values in one, in this order.
+    pub qkv: &'static str,
+    pub q: &'static str,
+    pub k: &'static str,
+    pub v: &'static str,
+    pub output: &'static str,
+    pub q_norm: &'static str,
+    pub k_norm: &'static str,
+    /// A vector without a suffix.
+    pub sinks: &'static str,
+    /// Gates and what they gate in one, gates first; any of these.
+    pub gate_up: &'static [&'static str],
+    pub gate: &'static str,
+    pub up: &'static str,
+    pub down: &'static str,
+    pub router: &'static str,
+    /// A vector without a suffix that shifts the choice of experts.
+    pub choice_bias: &'static str,
+    /// Each expert has its number below it, and below that the names of its gate, of what that gates, and of its output.
+    pub experts: &'static str,
+    pub expert: [&'static str; 3],
+    /// A network that every token goes through beside its experts; below it the same names.
+    pub shared: &'static str,
+}
+
+impl TensorNames {
+    /// Llama's names, which most families use.
+    pub const LLAMA: Self = Self {
+        attention_norm: "input_layernorm",
+        attention_end_norm: "post_attention_layernorm",
+        feed_forward_norm: "post_attention_layernorm",
+        feed_forward_end_norm: "post_feedforward_layernorm",
+        qkv: "self_attn.qkv_proj",
+        q: "self_attn.q_proj",
+        k: "self_attn.k_proj",
+        v: "self_attn.v_proj",
+        output: "self_attn.o_proj",
+        q_norm: "self_attn.q_norm",
+        k_norm: "self_attn.k_norm",
+        sinks: "self_attn.sinks",
+        gate_up: &["mlp.up_gate_proj", "mlp.gate_up_proj"],
+        gate: "mlp.gate_proj",
+        up: "mlp.up_proj",
+        down: "mlp.down_proj",
+        router: "mlp.gate",
+        choice_bias: "mlp.gate.e_score_correction_bias",
+        experts: "mlp.experts",
+        expert: ["gate_proj", "up_proj", "down_proj"],
+        shared: "mlp.shared_experts",
+    };
+
+    /// With norms before and after each branch, as Gemma calls them.
+    pub const SANDWICH: Self = Self { feed_forward_norm: "pre_feedforward_layernorm", ..Self::LLAMA };
+
+    /// The same as GLM 4 calls them.
+    pub const GLM4: Self = Self {
+        attention_end_norm: "post_self_attn_layernorm",
+        feed_forward_norm: "post_attention_layernorm",
+        feed_forward_end_norm: "post_mlp_layernorm",
+        ..Self::LLAMA
+    };
+
+    pub const HUNYUAN: Self = Self { q_norm: "self_attn.query_layernorm", k_norm: "self_attn.key_layernorm", ..Self::LLAMA };
+
+    pub const STARCODER: Self = Self { up: "mlp.c_fc", down: "mlp.c_proj", ..Self::LLAMA };
+
+    pub const ERNIE_MOE: Self = Self { choice_bias: "mlp.moe_statics.e_score_correction_bias", ..Self::LLAMA };
+
+    pub const MIXTRAL: Self = Self {
+        router: "block_sparse_moe.gate",
+        choice_bias: "block_sparse_moe.e_score_correction_bias",
+        experts: "block_sparse_moe.experts",
+        expert: ["w1", "w3", "w2"],
+        ..Self::LLAMA
+    };
+}

@@ -1,0 +1,193 @@
+//! What a decoder-only language model is, as plain data: no tensors, no control flow.
+//!
+//! [`super::families`] makes a spec from a config.json, [`super::decoder`] computes with it.
+
+use crate::kernels::{Activation, AttentionSpec, ExpertLimits, NormKind, RopeTable, RoutingSpec, StepLimits};
+
+/// One model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelSpec {
+    /// `model_type` of config.json.
+    pub model_type: String,
+    /// Rows of the embedding and of the LM head.
+    pub vocab_size: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// The longest context the model was made for.
+    pub max_positions: usize,
+    /// Embeddings are multiplied by it.
+    pub embedding_scale: f32,
+    pub layers: Vec<LayerSpec>,
+    /// What layers rotate by; several where kinds of layers differ.
+    pub ropes: Vec<RopeTable>,
+    /// Of every norm but those of queries and keys.
+    pub norm: NormSpec,
+    /// The LM head is the embedding.
+    pub tied: bool,
+    /// Logits are multiplied by it.
+    pub logit_scale: f32,
+    /// Logits become `cap · tanh(logit / cap)`.
+    pub logit_cap: Option<f32>,
+    /// The method that `quantization_config` names. Weights that are packed so cannot be read; plain ones are used as they are.
+    pub quantized: Option<String>,
+}
+
+/// One layer: attention, then a feed-forward network, each a branch beside the residual stream.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerSpec {
+    pub attention: AttentionLayer,
+    pub feed_forward: FeedForward,
+    pub residual: Residual,
+    /// What a branch adds is multiplied by it.
+    pub residual_scale: f32,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct AttentionLayer {
+    pub spec: AttentionSpec,
+    /// On the projections to queries, keys and values.
+    pub qkv_bias: bool,
+    pub output_bias: bool,
+    /// Each head has a sink.
+    pub sinks: bool,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum FeedForward {
+    Dense(DenseSpec),
+    Experts(ExpertsSpec),
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct DenseSpec {
+    pub intermediate: usize,
+    pub activation: Activation,
+    /// `down(activation(gate(x)) · up(x))` instead of `down(activation(up(x)))`.
+    pub gated: bool,
+    pub bias: bool,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct ExpertsSpec {
+    pub routing: RoutingSpec,
+    /// A vector shifts the choice of experts.
+    pub choice_bias: bool,
+    /// Of each expert.
+    pub intermediate: usize,
+    pub activation: Activation,
+    /// A network that every token goes through besides.
+    pub shared: Option<DenseSpec>,
+}
+
+/// Where a layer's norms are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Residual {
+    /// `x += attention(norm(x)); x += feed_forward(norm(x))`
+    Sequential,
+    /// `x += norm(attention(norm(x)))` and the same for the feed-forward network.
+    Sandwich,
+    /// `x += norm(attention(x))` and the same for the feed-forward network.
+    Post,
+    /// `x += attention(n) + feed_forward(n)` with `n = norm(x)`.
+    Parallel,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct NormSpec {
+    pub kind: NormKind,
+    pub eps: f32,
+    /// What is stored is one less than the weight.
+    pub plus_one: bool,
+    /// LayerNorm only.
+    pub bias: bool,
+}
+
+impl FeedForward {
+    /// Dense networks of the layer, routed ones left out.
+    fn dense(&self) -> Option<&DenseSpec> {
+        match self {
+            Self::Dense(dense) => Some(dense),
+            Self::Experts(experts) => experts.shared.as_ref(),
+        }
+    }
+}
+
+impl ModelSpec {
+    /// Number of weights in matrices and norms, the LM head counted only when it is not the embedding.
+    pub fn parameters(&self) -> usize {
+        let embedding = self.vocab_size * self.hidden_size * if self.tied { 1 } else { 2 };
+        self.layers.iter().map(|layer| self.layer_parameters(layer)).sum::<usize>() + self.hidden_size + embedding
+    }
+
+    fn layer_parameters(&self, layer: &LayerSpec) -> usize {
+        let hidden = self.hidden_size;
+        let attention = &layer.attention.spec;
+        let network = |intermediate: usize, gated: bool| hidden * intermediate * if gated { 3 } else { 2 };
+        let routed = match &layer.feed_forward {
+            FeedForward::Dense(_) => 0,
+            FeedForward::Experts(experts) => experts.routing.experts * (network(experts.intermediate, true) + hidden),
+        };
+        let dense = layer.feed_forward.dense().map_or(0, |dense| network(dense.intermediate, dense.gated));
+        let norms = match layer.residual {
+            Residual::Parallel => 1,
+            Residual::Sequential | Residual::Post => 2,
+            Residual::Sandwich => 4,
+        };
+        hidden * (attention.qkv_width() + attention.q_width() + norms) + dense + routed
+    }
+
+    /// The greatest width of a dense network's inner values.
+    pub fn widest_intermediate(&self) -> usize {
+        self.layers.iter().filter_map(|layer| layer.feed_forward.dense()).map(|dense| dense.intermediate).max().unwrap_or(0)
+    }
+
+    /// The greatest value of `width` over all layers.
+    pub fn widest_attention(&self, width: impl Fn(&AttentionSpec) -> usize) -> usize {
+        self.layers.iter().map(|layer| width(&layer.attention.spec)).max().unwrap_or(0)
+    }
+
+    /// The greatest sizes of layers with experts.
+    pub fn expert_limits(&self) -> Option<ExpertLimits> {
+        let limits = self.layers.iter().filter_map(|layer| match &layer.feed_forward {
+            FeedForward::Experts(experts) => Some(ExpertLimits {
+                hidden: self.hidden_size,
+                intermediate: experts.intermediate,
+                experts: experts.routing.experts,
+                top_k: experts.routing.top_k,
+            }),
+            FeedForward::Dense(_) => None,
+        });
+        limits.reduce(|a, b| ExpertLimits {
+            hidden: a.hidden,
+            intermediate: a.intermediate.max(b.intermediate),
+            experts: a.experts.max(b.experts),
+            top_k: a.top_k.max(b.top_k),
+        })
+    }
+
+    /// How large a step of so many tokens is.
+    pub fn step_limits(&self, max_tokens: usize, max_logits: usize, block_size: usize) -> StepLimits {
+        let mut attention: Vec<AttentionSpec> = Vec::new();
+        for layer in &self.layers {
+            if !attention.contains(&layer.attention.spec) {
+                attention.push(layer.attention.spec);
+            }
+        }
+        let experts = self.expert_limits();
+        let widest = [
+            self.hidden_size,
+            self.widest_attention(AttentionSpec::q_width),
+            self.widest_intermediate(),
+            experts.map_or(0, |experts| experts.intermediate),
+        ];
+        StepLimits {
+            max_tokens,
+            max_logits,
+            widest: widest.into_iter().max().unwrap_or(0),
+            block_size,
+            attention,
+            frequencies: self.ropes.iter().map(|table| table.frequencies.len()).sum(),
+            experts,
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! A model's tensors in a checkpoint: under which prefix they are, which way matrices lie, fused or in parts.
+
+use half::bf16;
+
+use crate::checkpoint::{Checkpoint, Slice, StoredMatrix, Tiles};
+use crate::error::Failure;
+use crate::kernels::MatrixSource;
+use crate::models::families::{Model, TensorNames};
+use crate::models::spec::{FeedForward, ModelSpec};
+
+/// What stands before `embed_tokens` and `layers`.
+const PREFIXES: [&str; 3] = ["model.", "ernie.", ""];
+
+/// A part of a fused matrix: its name below the prefix, without `.weight`, and its output width.
+pub type Part<'a> = (&'a str, usize);
+
+/// See the module.
+pub struct Tensors<'a> {
+    checkpoint: &'a Checkpoint,
+    pub names: TensorNames,
+    prefix: &'static str,
+    layers: usize,
+    /// Linear weights are stored as `[in, out]`, as Paddle does.
+    transposed: bool,
+    /// The LM head is the embedding: the configuration says so, and no other head is stored.
+    pub tied: bool,
+    /// What is unusual and leads to no failure.
+    pub warnings: Vec<String>,
+}
+
+impl<'a> Tensors<'a> {
+    /// Finds out prefix and orientation, and whether a head of its own is stored.
+    pub fn find(checkpoint: &'a Checkpoint, model: &Model) -> Result<Self, Failure> {
+        let spec = &model.spec;
+        let has_embedding = |prefix: &&str| checkpoint.contains(&format!("{prefix}embed_tokens.weight"));
+        let prefix = PREFIXES.into_iter().find(has_embedding).ok_or_else(|| {
+            let tried = "tried the prefixes \"model.\", \"ernie.\" and none";
+            Failure::internal(format!("{}: no tensor embed_tokens.weight ({tried})", checkpoint.name()))
+        })?;
+        let mut tensors = Self {
+            checkpoint,
+            names: model.names,
+            prefix,
+            layers: spec.layers.len(),
+            transposed: false,
+            tied: spec.tied,
+            warnings: Vec::new(),
+        };
+        tensors.transposed = tensors.is_transposed(spec);
+        if spec.tied && checkpoint.contains(&tensors.head_name()) {
+            tensors.tied = tensors.head(spec)?.equals(&tensors.embedding(spec)?);
+        }
+        tensors.warnings = tensors.unusual(spec);
+        Ok(tensors)
+    }
+
+    fn unusual(&self, spec: &ModelSpec) -> Vec<String> {
+        let (model, mut warnings) = (self.checkpoint.name(), Vec::new());
+        if spec.tied && !self.tied {
+            warnings.push(format!(
+                "{model}: config.json says that the LM head is the embedding (tie_word_embeddings), but {} is there and is different: it is used. \
+                 Set tie_word_embeddings to false in config.json",
+                self.head_name()
+            ));
+        }
+        if let Some(method) = &spec.quantized {
+            warnings.push(format!(
+                "{model}: config.json names quantization_config ({method}), but the weights are plain numbers: they are used as they are, and the \
+                 quantization is not applied"
+            ));
+        }
+        warnings
+    }
+
+    /// From the first layer's first matrix that is not square: a square one does not tell.
+    fn is_transposed(&self, spec: &ModelSpec) -> bool {
+        let (Some(layer), names) = (spec.layers.first(), &self.names) else { return false };
+        let (attention, hidden) = (&layer.attention.spec, spec.hidden_size);
+        let mut shapes = vec![
+            (names.k, attention.kv_width(), hidden),
+            (names.qkv, attention.qkv_width(), hidden),
+            (names.q, attention.q_width(), hidden),
+            (names.output, hidden, attention.q_width()),
+        ];
+        if let FeedForward::Dense(dense) = &layer.feed_forward {
+            shapes.extend([(names.down, hidden, dense.intermediate), (names.gate, dense.intermediate, hidden)]);
+            shapes.extend(names.gate_up.iter().map(|name| (*name, 2 * dense.intermediate, hidden)));
+        }
+        shapes.into_iter().filter(|(_, out, input)| out != input).find_map(|(name, out, input)| {
+            let stored = self.checkpoint.shape(&self.full(&format!("layers.0.{name}.weight")))?;
+            if stored == [out, input] { Some(false) } else { (stored == [input, out]).then_some(true) }
+        }) == Some(true)
+    }
+
+    fn full(&self, name: &str) -> String {
+        format!("{}{name}", self.prefix)
+    }
+
+    fn head_name(&self) -> String {
+        let plain = "lm_head.weight";
+        if self.checkpoint.contains(plain) { plain.to_owned() } else { self.full(plain) }
+    }
+
+    /// The embedding, `[vocab, hidden]` in every layout.
+    pub fn embedding(&self, spec: &ModelSpec) -> Result<StoredMatrix<'a>, Failure> {
+        self.checkpoint.matrix(&[Slice::whole(self.full("embed_tokens.weight"), spec.vocab_size, spec.hidden_size, false)])
+    }
+
+    /// The LM head when it is not the embedding. Paddle stores it as `[hidden, vocab]`.
+    pub fn head(&self, spec: &ModelSpec) -> Result<StoredMatrix<'a>, Failure> {
+        let (name, vocab, hidden) = (self.head_name(), spec.vocab_size, spec.hidden_size);
+        let transposed = vocab != hidden && self.checkpoint.shape(&name) == Some(&[hidden, vocab]);
+        self.checkpoint.matrix(&[Slice::whole(name, vocab, hidden, transposed)])
+    }
+
+    /// A vector under the prefix.
+    pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, Failure> {
+        self.checkpoint.vector(&self.full(name), len)
+    }
+
+    /// A matrix `[Σ out, input]` from its separate `parts`, or from one stored tensor that holds them in this order.
+    pub fn matrix(&self, fused: &[String], parts: &[Part<'_>], input: usize) -> Result<StoredMatrix<'a>, Failure> {
+        let slice = |name: &str, out: usize| Slice::whole(self.full(&format!("{name}.weight")), out, input, self.transposed);
+        if let Some(name) = self.stored_fused(fused, "weight") {
+            return self.checkpoint.matrix(&[slice(name, parts.iter().map(|part| part.1).sum())]);
+        }
+        let slices: Vec<Slice> = parts.iter().map(|(name, out)| slice(name, *out)).collect();
+        if let Some(missing) = slices.iter().find(|slice| !self.checkpoint.contains(&slice.name)) {
+            let fused: Vec<String> = fused.iter().map(|name| self.full(&format!("{name}.weight"))).collect();
+            let names: Vec<&str> = std::iter::once(missing.name.as_str()).chain(fused.iter().map(String::as_str)).collect();
+            return Err(self.checkpoint.missing(&names, &[missing.outputs, input]));
+        }
+        self.checkpoint.matrix(&slices)
+    }
+
+    /// Biases `[Σ out]` belonging to [`Tensors::matrix`].
+    pub fn bias(&self, fused: &[String], parts: &[Part<'_>]) -> Result<Vec<f32>, Failure> {
+        if let Some(name) = self.stored_fused(fused, "bias") {
+            return self.vector(&format!("{name}.bias"), parts.iter().map(|part| part.1).sum());
+        }
+        let parts = parts.iter().map(|(name, out)| self.vector(&format!("{name}.bias"), *out)).collect::<Result<Vec<_>, _>>()?;
+        Ok(parts.concat())
+    }
+
+    fn stored_fused<'n>(&self, fused: &'n [String], suffix: &str) -> Option<&'n String> {
+        fused.iter().find(|name| self.checkpoint.contains(&self.full(&format!("{name}.{suffix}"))))
+    }
+
+    /// The model's name, for messages.
+    pub fn model_name(&self) -> &str {
+        self.checkpoint.name()
+    }
+
+    /// Tensors of the files that nothing asked for. Heads that predict several tokens are left out: some families call them so, others store
+    /// them as layers after the last.
+    pub fn unused(&self) -> Vec<String> {
+        let layers = format!("{}layers.", self.prefix);
+        let is_beyond = |name: &str| {
+            let index = name.strip_prefix(&layers).and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
+            index.is_some_and(|index| index >= self.layers)
+        };
+        self.checkpoint.unused().into_iter().filter(|name| !name.contains("mtp_") && !is_beyond(name)).collect()
+    }
+
+    /// A line for the log.
+    pub fn describe(&self) -> String {
+        let layout = if self.transposed { "[in, out] (Paddle layout)" } else { "[out, in] (Hugging Face layout)" };
+        format!("prefix \"{}\", {layout}", self.prefix)
+    }
+}
+
+/// What a thread keeps between the rows it reads.
+#[derive(Default)]
+pub struct Reader {
+    f32: Tiles<f32>,
+    bf16: Tiles<bf16>,
+}
+
+impl MatrixSource for StoredMatrix<'_> {
+    type Reader = Reader;
+
+    fn rows(&self) -> usize {
+        StoredMatrix::rows(self)
+    }
+
+    fn width(&self) -> usize {
+        self.width
+    }
+
+    fn is_bf16(&self) -> bool {
+        StoredMatrix::is_bf16(self)
+    }
+
+    fn describe(&self, row: usize) -> String {
+        StoredMatrix::describe(self, row)
+    }
+
+    fn row_f32<'r>(&'r self, row: usize, reader: &'r mut Reader) -> &'r [f32] {
+        self.row(row, &mut reader.f32)
+    }
+
+    fn row_bf16<'r>(&'r self, row: usize, reader: &'r mut Reader) -> &'r [bf16] {
+        self.row(row, &mut reader.bf16)
+    }
+}
