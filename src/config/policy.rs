@@ -54,7 +54,12 @@ pub struct Name {
 }
 
 /// The names of `policy.yaml`. That the file can be read is a test's business; a build without it would know fewer names.
-pub static NAMES: LazyLock<Names> = LazyLock::new(|| read(include_str!("policy.yaml")).unwrap_or_default());
+pub static NAMES: LazyLock<Names> = LazyLock::new(|| read(FILE).unwrap_or_default());
+
+const FILE: &str = include_str!("policy.yaml");
+
+/// Names that work and their other spellings.
+static OWN: LazyLock<BTreeMap<&'static str, Verdict>> = LazyLock::new(|| own().collect());
 
 static VERDICTS: LazyLock<BTreeMap<&'static str, Verdict>> = LazyLock::new(|| entries().collect());
 
@@ -86,20 +91,31 @@ fn idle_name(name: &Yaml) -> Option<Name> {
 
 /// What becomes of `name`, an environment variable's spelling; `None` when it is not a setting at all.
 pub fn find(name: &str) -> Option<Verdict> {
-    VERDICTS.get(name).copied()
+    // Most variables of a process are nobody's settings: the file is parsed, which costs a start a millisecond, once it names one.
+    OWN.get(name).or_else(|| if is_in_file(name) { VERDICTS.get(name) } else { None }).copied()
+}
+
+/// The file holds this name as a whole word.
+fn is_in_file(name: &str) -> bool {
+    let is_word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    !name.is_empty()
+        && FILE.match_indices(name).any(|(at, _)| !FILE[..at].ends_with(is_word) && !FILE[at + name.len()..].starts_with(is_word))
+}
+
+fn own() -> impl Iterator<Item = (&'static str, Verdict)> {
+    let settings = || table::SETTINGS.iter().copied();
+    let works = settings().map(|setting| (setting.name, Verdict::Works(setting)));
+    works.chain(settings().flat_map(|setting| setting.aliases.iter().map(move |alias| (*alias, Verdict::Alias(setting)))))
 }
 
 /// Every name with its verdict.
 pub fn entries() -> impl Iterator<Item = (&'static str, Verdict)> {
-    let settings = || table::SETTINGS.iter().copied();
-    let works = settings().map(|setting| (setting.name, Verdict::Works(setting)));
-    let aliases = settings().flat_map(|setting| setting.aliases.iter().map(move |alias| (*alias, Verdict::Alias(setting))));
     let named = |reasons: &'static [Reason]| reasons.iter().flat_map(|reason| reason.names.iter().map(move |name| (reason, name)));
     let refused = named(&NAMES.refused)
         .map(|(reason, Name { name, unless, switch })| (name.as_str(), Verdict::Refused { unless, why: &reason.why, switch: *switch }));
     let no_effect = named(&NAMES.no_effect)
         .map(|(reason, Name { name, switch, .. })| (name.as_str(), Verdict::NoEffect { why: &reason.why, switch: *switch }));
-    works.chain(aliases).chain(refused).chain(no_effect)
+    own().chain(refused).chain(no_effect)
 }
 
 /// True when a value asks for nothing else than what happens anyway.

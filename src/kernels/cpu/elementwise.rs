@@ -108,6 +108,17 @@ pub fn activate(activation: Activation, x: &mut [f32]) {
     }
 }
 
+/// [`activate`] as a call: the matrix kernels are compiled hundreds of times, and would each hold a copy of what few models need.
+#[inline(never)]
+pub fn activate_row(activation: Activation, x: &mut [f32]) {
+    dispatch!(activate_all::<>(activation: Activation, x: &mut [f32]));
+}
+
+#[inline(always)]
+unsafe fn activate_all<S: Simd>(activation: Activation, x: &mut [f32]) {
+    activate(activation, x);
+}
+
 /// `out = (x − mean(x)) · (variance(x) + eps)^-½ · w + bias`, all of one width.
 pub fn layer_norm(x: &[f32], w: &[f32], bias: Option<&[f32]>, eps: f32, out: &mut [f32]) {
     dispatch!(layer_norm_row::<>(x: &[f32], w: &[f32], bias: Option<&[f32]>, eps: f32, out: &mut [f32]));

@@ -14,7 +14,7 @@ use super::prefault;
 use super::simd::Level;
 use super::simd::{self, Simd, dispatch};
 use super::{Ptr, PtrMut, elementwise};
-use crate::{Columns, ComputeDtype, Epilogue, WeightFormat};
+use crate::{Activation, Columns, ComputeDtype, Epilogue, WeightFormat};
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;
@@ -333,7 +333,7 @@ unsafe fn finish<S: Simd, const MR: usize>(job: &Job, sums: &[[S::V; 2]; MR], co
                     }
                     S::store(out, sum);
                     if let Epilogue::Activate(activation) = job.epilogue {
-                        elementwise::activate(activation, std::slice::from_raw_parts_mut(out, S::LANES));
+                        elementwise::activate_row(activation, std::slice::from_raw_parts_mut(out, S::LANES));
                     }
                 } else if column < job.n {
                     let mut values = [0f32; 16];
@@ -347,7 +347,7 @@ unsafe fn finish<S: Simd, const MR: usize>(job: &Job, sums: &[[S::V; 2]; MR], co
                         };
                     }
                     if let Epilogue::Activate(activation) = job.epilogue {
-                        elementwise::activate(activation, std::slice::from_raw_parts_mut(out, job.n - column));
+                        elementwise::activate_row(activation, std::slice::from_raw_parts_mut(out, job.n - column));
                     }
                 }
             }
@@ -376,11 +376,17 @@ unsafe fn finish_gated<S: Simd, const MR: usize>(job: &Job, sums: &[[S::V; 2]; M
                     ups[i] += *job.bias.0.add(job.n + column + i);
                 }
             }
-            if let Epilogue::Gated(activation) = job.epilogue {
-                elementwise::activate(activation, &mut gates);
-            }
-            for i in 0..16 {
-                gates[i] *= ups[i];
+            match job.epilogue {
+                Epilogue::Gated(Activation::Silu) => {
+                    for i in 0..16 {
+                        gates[i] = gates[i] / (1.0 + elementwise::exp(-gates[i])) * ups[i];
+                    }
+                }
+                Epilogue::Gated(activation) => {
+                    elementwise::activate_row(activation, &mut gates);
+                    gates.iter_mut().zip(ups).for_each(|(gate, up)| *gate *= up);
+                }
+                _ => {}
             }
             std::ptr::copy_nonoverlapping(gates.as_ptr(), job.out.0.add((row + r) * job.n + column), width);
         }
