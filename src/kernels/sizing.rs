@@ -4,7 +4,6 @@
 //! Loading a decoder on it reads no matrix, so the memory plan can be made first; running a step on it describes the program.
 
 use std::cell::Cell;
-use std::collections::BTreeSet;
 use std::marker::PhantomData;
 
 use candle_core::{Error, Result};
@@ -42,7 +41,6 @@ pub struct Operation {
 /// Counts for the device whose backend is `F`.
 pub struct Sizing<F> {
     weight_bytes: Cell<usize>,
-    formats: Cell<BTreeSet<WeightFormat>>,
     rows: Vec<BatchRow>,
     tokens: usize,
     /// Of the step at hand, in order.
@@ -52,14 +50,7 @@ pub struct Sizing<F> {
 
 impl<F> Default for Sizing<F> {
     fn default() -> Self {
-        Self {
-            weight_bytes: Cell::new(0),
-            formats: Cell::default(),
-            rows: Vec::new(),
-            tokens: 0,
-            operations: Vec::new(),
-            device: PhantomData,
-        }
+        Self { weight_bytes: Cell::new(0), rows: Vec::new(), tokens: 0, operations: Vec::new(), device: PhantomData }
     }
 }
 
@@ -67,16 +58,6 @@ impl<F: Footprint> Sizing<F> {
     /// Bytes of all matrices made so far.
     pub fn weight_bytes(&self) -> usize {
         self.weight_bytes.get()
-    }
-
-    /// The formats of the matrices made since the last call, fewest bits first.
-    pub fn take_formats(&self) -> BTreeSet<WeightFormat> {
-        self.formats.take()
-    }
-
-    /// Bytes of weights and cached numbers that the step read.
-    pub fn bytes_read(&self) -> usize {
-        self.operations.iter().map(|operation| operation.bytes_read).sum()
     }
 
     fn count(&mut self, name: &'static str, bytes_read: usize, products: usize) {
@@ -98,9 +79,6 @@ impl<F: Footprint> Backend for Sizing<F> {
         let (rows, width) = (source.rows(), source.width());
         let (format, bytes) = F::weight_bytes(rows, width, source.is_bf16(), format, columns);
         self.weight_bytes.set(self.weight_bytes.get() + bytes);
-        let mut formats = self.formats.take();
-        formats.insert(format);
-        self.formats.set(formats);
         Ok(Weight { rows, width, bytes, format, columns })
     }
 

@@ -123,6 +123,13 @@ impl Model {
         }
     }
 
+    /// Biases on all projections of attention where `attention_bias` says so, and nowhere else.
+    fn attention_biases(&mut self, config: Config<'_>) -> Result<(), String> {
+        let bias = config.flag("attention_bias")?.unwrap_or(false);
+        self.biases(bias, bias, false);
+        Ok(())
+    }
+
     /// Each head of queries and keys is normalized before the rotation.
     fn head_norms(&mut self) {
         self.qk_norms(NormExtent::Head, false);

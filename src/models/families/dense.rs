@@ -53,8 +53,7 @@ pub(super) const FAMILIES: &[Family] = &[
         model_type: "qwen3",
         defaults: Defaults { max_positions: 32_768, sliding: Some(Sliding::AfterFirst), ..LLAMA },
         adapt: |config, model| {
-            let bias = config.flag("attention_bias")?.unwrap_or(false);
-            model.biases(bias, bias, false);
+            model.attention_biases(config)?;
             model.head_norms();
             Ok(())
         },
@@ -63,8 +62,7 @@ pub(super) const FAMILIES: &[Family] = &[
         model_type: "gemma",
         defaults: Defaults { activation: "gelu_pytorch_tanh", tied: true, max_positions: 8_192, ..LLAMA },
         adapt: |config, model| {
-            let bias = config.flag("attention_bias")?.unwrap_or(false);
-            model.biases(bias, bias, false);
+            model.attention_biases(config)?;
             model.like_gemma();
             Ok(())
         },
@@ -73,8 +71,7 @@ pub(super) const FAMILIES: &[Family] = &[
         model_type: "gemma2",
         defaults: Defaults { max_positions: 8_192, sliding: Some(Sliding::AllBut { nth: 2, window: 4_096 }), ..GEMMA },
         adapt: |config, model| {
-            let bias = config.flag("attention_bias")?.unwrap_or(false);
-            model.biases(bias, bias, false);
+            model.attention_biases(config)?;
             model.residual(Residual::Sandwich, TensorNames::SANDWICH);
             model.like_gemma();
             model.gemma_scores(config, Some(50.0), Some(30.0))
@@ -89,8 +86,7 @@ pub(super) const FAMILIES: &[Family] = &[
             ..GEMMA
         },
         adapt: |config, model| {
-            let bias = config.flag("attention_bias")?.unwrap_or(false);
-            model.biases(bias, bias, false);
+            model.attention_biases(config)?;
             model.head_norms();
             model.residual(Residual::Sandwich, TensorNames::SANDWICH);
             model.like_gemma();
@@ -139,8 +135,7 @@ pub(super) const FAMILIES: &[Family] = &[
         model_type: "olmo2",
         defaults: Defaults { eps: 1e-5, ..LLAMA },
         adapt: |config, model| {
-            let bias = config.flag("attention_bias")?.unwrap_or(false);
-            model.biases(bias, bias, false);
+            model.attention_biases(config)?;
             model.qk_norms(NormExtent::Token, false);
             model.residual(Residual::Post, POST);
             Ok(())
@@ -156,8 +151,7 @@ pub(super) const FAMILIES: &[Family] = &[
             ..LLAMA
         },
         adapt: |config, model| {
-            let bias = config.flag("attention_bias")?.unwrap_or(false);
-            model.biases(bias, bias, false);
+            model.attention_biases(config)?;
             model.qk_norms(NormExtent::Token, false);
             model.residual(Residual::Post, POST);
             Ok(())
@@ -179,8 +173,7 @@ pub(super) const FAMILIES: &[Family] = &[
         model_type: "hunyuan_v1_dense",
         defaults: Defaults { eps: 1e-5, ..LLAMA },
         adapt: |config, model| {
-            let bias = config.flag("attention_bias")?.unwrap_or(false);
-            model.biases(bias, bias, false);
+            model.attention_biases(config)?;
             model.qk_norms(NormExtent::Head, true);
             model.names = TensorNames::HUNYUAN;
             Ok(())
@@ -220,8 +213,7 @@ pub(super) const FAMILIES: &[Family] = &[
             ..LLAMA
         },
         adapt: |config, model| {
-            let bias = config.flag("attention_bias")?.unwrap_or(false);
-            model.biases(bias, bias, false);
+            model.attention_biases(config)?;
             model.layer_norms(false);
             model.residual(Residual::Parallel, TensorNames::LLAMA);
             model.without_rope(|_, spec| spec.window.is_none());

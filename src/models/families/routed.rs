@@ -33,8 +33,7 @@ pub(super) const FAMILIES: &[Family] = &[
         model_type: "qwen3_moe",
         defaults: Defaults { max_positions: 32_768, ..LLAMA },
         adapt: |config, model| {
-            let bias = config.flag("attention_bias")?.unwrap_or(false);
-            model.biases(bias, bias, false);
+            model.attention_biases(config)?;
             model.head_norms();
             if config.flag("use_sliding_window")?.unwrap_or(false) {
                 return Err("\"use_sliding_window\": true is not supported for qwen3_moe".into());
@@ -59,8 +58,7 @@ pub(super) const FAMILIES: &[Family] = &[
             if config.has("clip_qkv") {
                 return Err(format!("\"clip_qkv\": {} is not supported (null is)", config.0["clip_qkv"]));
             }
-            let bias = config.flag("attention_bias")?.unwrap_or(false);
-            model.biases(bias, bias, false);
+            model.attention_biases(config)?;
             model.qk_norms(NormExtent::Token, false);
             let intermediate = config.size("intermediate_size", None)?;
             model.experts(Routed { intermediate, ..softmax_experts(config)? }, |_| true)
@@ -116,8 +114,7 @@ pub(super) const FAMILIES: &[Family] = &[
         model_type: "solar_open",
         defaults: Defaults { eps: 1e-5, rope_theta: 1_000_000.0, max_positions: 131_072, ..LLAMA },
         adapt: |config, model| {
-            let bias = config.flag("attention_bias")?.unwrap_or(false);
-            model.biases(bias, bias, false);
+            model.attention_biases(config)?;
             model.experts(sigmoid_experts(config)?, |_| true)
         },
     },
