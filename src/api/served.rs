@@ -8,7 +8,7 @@ use crate::api::fields::Fields;
 use crate::api::logprobs::LogprobsForm;
 use crate::api::model::ModelInfo;
 use crate::api::options::{Context, GenerationOptions, SamplingDefaults};
-use crate::api::prompt::contents::Contents;
+use crate::api::prompt::contents::{self, Contents};
 use crate::api::prompt::guard::Guard;
 use crate::api::prompt::template::{self, ChatTemplate};
 use crate::config::{ApiSettings, defaults};
@@ -31,6 +31,8 @@ pub struct ServedModel {
     pub guard: Guard,
     /// The template with the form of contents that it takes, or why there is none.
     chat_template: Result<(ChatTemplate, Contents), String>,
+    /// The template writes the text of system messages into the prompt.
+    pub shows_system: bool,
 }
 
 impl ServedModel {
@@ -56,6 +58,8 @@ impl ServedModel {
             let contents = Contents::of(&template, &model.special_tokens, settings.content_format);
             (template, contents)
         });
+        let shows_system =
+            chat_template.as_ref().is_ok_and(|(template, contents)| contents::shows_system(template, *contents, &model.special_tokens));
         let bos_token_id = model.special_tokens.get("bos_token").and_then(Value::as_str).and_then(|token| tokenizer.token_id(token));
         let embedding_rows = model.config.get("vocab_size").and_then(Value::as_u64).map_or(limits.vocab_size, |rows| rows as usize);
         warn_of_tokens_beyond(&tokenizer, embedding_rows);
@@ -67,6 +71,7 @@ impl ServedModel {
             embedding_rows,
             guard: Guard::new(&tokenizer)?,
             chat_template,
+            shows_system,
             settings,
             limits,
             tokenizer,

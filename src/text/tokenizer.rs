@@ -217,7 +217,7 @@ impl Tokenizer {
 
     /// The most bytes of a text that one token stands for, where that is bounded.
     pub fn longest_token(&self) -> Option<usize> {
-        self.coverage.longest
+        self.coverage.longest()
     }
 
     /// Ids from here on have no token that a model may write. ERNIE's placeholders (`<|IMAGE_PLACEHOLDER|>`, `<|LOC_0|>` …) lie above it.

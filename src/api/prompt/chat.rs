@@ -26,7 +26,7 @@ pub fn request(served: &ServedModel, fields: &Fields<'_>, options: GenerationOpt
     let ids = match (fields.token_ids("prompt_token_ids", served.limits.vocab_size)?, fields.get("messages")) {
         (Some(ids), _) => ids,
         (None, Some(field)) => {
-            fit.users_text(field.value)?;
+            fit.given_text(field.value, fields.get("chat_template").is_some())?;
             let messages = messages::read(&field)?;
             echo = options.echo.then(|| last_text(&messages, served.response_role())).flatten();
             encode(served, fields, messages, &options)?

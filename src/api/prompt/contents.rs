@@ -91,18 +91,28 @@ fn parts(text: &str) -> Value {
     json!([{"type": "text", "text": text}])
 }
 
+/// Whether a template writes the text of a system message into the prompt.
+pub fn shows_system(template: &ChatTemplate, contents: Contents, special_tokens: &Map<String, Value>) -> bool {
+    let mut messages = [json!({"role": "system", "content": TEXTS[0]}), json!({"role": "user", "content": "Hi"})];
+    contents.shape(&mut messages);
+    rendered(template, special_tokens, json!(messages)).contains(TEXTS[0])
+}
+
+/// What a template makes of `messages`; nothing when it refuses them.
+fn rendered(template: &ChatTemplate, special_tokens: &Map<String, Value>, messages: Value) -> String {
+    let mut variables = special_tokens.clone();
+    variables.extend([
+        ("tools".to_owned(), Value::Null),
+        ("documents".to_owned(), Value::Null),
+        ("add_generation_prompt".to_owned(), json!(true)),
+        ("messages".to_owned(), messages),
+    ]);
+    template.render(&variables).unwrap_or_default()
+}
+
 /// Renders the conversation that `around` makes of a content, as parts and as a string. What a template cannot render, it does not take.
 fn probe(template: &ChatTemplate, special_tokens: &Map<String, Value>, around: impl Fn(Value) -> Value) -> Takes {
-    let rendered = |content: Value| {
-        let mut variables = special_tokens.clone();
-        variables.extend([
-            ("tools".to_owned(), Value::Null),
-            ("documents".to_owned(), Value::Null),
-            ("add_generation_prompt".to_owned(), json!(true)),
-            ("messages".to_owned(), around(content)),
-        ]);
-        template.render(&variables).unwrap_or_default()
-    };
+    let rendered = |content: Value| rendered(template, special_tokens, around(content));
     let of_parts = rendered(TEXTS.iter().map(|text| json!({"type": "text", "text": text, KEY: true})).collect());
     if of_parts.contains(KEY) || !TEXTS.iter().all(|text| of_parts.contains(text)) {
         return Takes::Text;
@@ -138,6 +148,20 @@ mod tests {
             );
         }
         assert_eq!(of("{{ raise_exception('no') }}").user, Takes::Text);
+    }
+
+    #[test]
+    fn whether_system_messages_are_shown_is_found_out() {
+        let shows = |source: &str| {
+            let template = ChatTemplate::compile(source).unwrap();
+            shows_system(&template, Contents::of(&template, &Map::new(), ContentFormat::Auto), &Map::new())
+        };
+        assert!(shows("{% for message in messages %}{{ message.content }}{% endfor %}"));
+        assert!(shows(&format!("{{% for message in messages %}}{WALK}{{% endfor %}}")));
+        assert!(!shows("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"));
+        assert!(!shows(
+            "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ m.content }}{% endfor %}"
+        ));
     }
 
     #[test]

@@ -56,16 +56,24 @@ impl Fit<'_> {
         Ok(Arc::new(ids))
     }
 
-    /// Refuses messages of which what users wrote is alone too long, before anything is done with them. White space around a text is left
-    /// out: templates strip it. What others wrote does not count: templates leave out earlier thoughts.
-    pub fn users_text(&self, messages: &Value) -> Result<(), Failure> {
+    /// Refuses messages of which what users wrote, and the first system text where the template shows it, is alone too long, before anything is
+    /// done with them. White space around a text is left out: templates strip it. What the model and its tools wrote does not count:
+    /// templates leave out earlier thoughts. `own_template`: the request brings a template of its own.
+    pub fn given_text(&self, messages: &Value, own_template: bool) -> Result<(), Failure> {
         if self.options.truncate.is_some() {
             return Ok(());
         }
         let context = self.served.limits.max_model_len;
-        let by_users = |message: &&Value| message.get("role").and_then(Value::as_str) == Some("user");
+        let shows_system = self.served.shows_system && !own_template;
+        let is_shown = |(place, message): &(usize, &Value)| match message.get("role").and_then(Value::as_str) {
+            Some("user") => true,
+            // Many templates look for one at the beginning alone.
+            Some("system" | "developer") => *place == 0 && shows_system,
+            _ => false,
+        };
         let least = |text: &str| if text.len() < context { 0 } else { self.served.tokenizer.least_tokens(text.trim()) };
-        let texts = messages.as_array().into_iter().flatten().filter(by_users).filter_map(|message| message.get("content"));
+        let messages = messages.as_array().into_iter().flatten().enumerate().filter(is_shown);
+        let texts = messages.filter_map(|(_, message)| message.get("content"));
         let least: usize = texts
             .map(|content| match content {
                 Value::Array(parts) => {

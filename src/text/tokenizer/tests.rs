@@ -241,9 +241,12 @@ fn demo_as_json() -> String {
 proptest! {
     /// Whatever the text: as the file of a library has it, and as the pieces of a SentencePiece model.
     #[test]
-    fn no_text_has_fewer_tokens_than_promised(text in "(\\PC|[ -~]|  +|▁+|\n+|the |</s>|<think>|[\u{0}-\u{20}]|[\u{4e00}-\u{4e20}]){0,80}") {
+    fn no_text_has_fewer_tokens_than_promised(text in "(\\PC|[ -~]|  +|▁+|\n+|the |</s>|<think>|[\u{0}-\u{20}]|[\u{4e00}-\u{4e20}]|[=<>A-z][\u{300}-\u{345}]+|[KÅ;]|[\u{1100}-\u{11c2}]){0,80}") {
         let json = embedded(&[("tokenizer.json", demo_as_json())]).unwrap();
-        for tokenizer in [&demo(), &json] {
+        let mut composed: serde_json::Value = serde_json::from_str(&demo_as_json()).unwrap();
+        composed["normalizer"] = json!({"type": "Sequence", "normalizers": [{"type": "NFC"}, composed["normalizer"]]});
+        let composed = embedded(&[("tokenizer.json", composed.to_string())]).unwrap();
+        for tokenizer in [&demo(), &json, &composed] {
             prop_assert!(tokenizer.longest_token().is_some());
             let least = tokenizer.least_tokens(&text);
             for special in [Special::Text, Special::Control] {
@@ -263,6 +266,10 @@ fn a_long_text_is_known_to_be_long_without_cutting_it() {
     let took = begin.elapsed();
     assert!(least > text.len() / 50, "{least}");
     assert!(took.as_millis() < 200, "{took:?}");
+    // A normalizer that composes characters takes nothing away from a text in ASCII.
+    let mut composed: serde_json::Value = serde_json::from_str(&demo_as_json()).unwrap();
+    composed["normalizer"] = json!({"type": "NFC"});
+    assert!(embedded(&[("tokenizer.json", composed.to_string())]).unwrap().least_tokens(&text) > text.len() / 50);
 }
 
 #[test]
