@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use super::{model, say};
 use crate::checkpoint::hub;
-use crate::config::{BenchArgs, Settings};
+use crate::config::{BenchArgs, ExposeSecret, Settings};
 use crate::engine::{Event, Handle, Request, SamplingParams};
 use crate::error::Failure;
 use crate::kernels;
@@ -61,7 +61,7 @@ impl Target {
         if let Some(url) = &bench.url {
             let client =
                 reqwest::Client::builder().no_proxy().build().map_err(|error| Failure::internal(format!("HTTP client: {error}")))?;
-            let key = settings.server.api_keys.first().map(|key| key.reveal().to_string());
+            let key = settings.server.api_keys.first().map(|key| key.expose_secret().to_string());
             let url = url.trim_end_matches('/').trim_end_matches("/v1").to_string();
             let salt = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64 >> 10);
             return Ok(Self::Server { client, url, key, salt });

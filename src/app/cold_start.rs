@@ -8,7 +8,7 @@ use futures::StreamExt;
 use serde_json::json;
 
 use super::say;
-use crate::config::{self, Args, BenchArgs, Settings};
+use crate::config::{self, Args, BenchArgs, ExposeSecret, Settings};
 use crate::error::Failure;
 
 /// Starts are noisy: this many, and the middle one is reported beside the best and the worst.
@@ -99,7 +99,7 @@ async fn start_once(settings: &Settings, flags: &[String]) -> Result<Phases, Fai
     let body = json!({"messages": [{"role": "user", "content": "What is the capital of France?"}], "stream": true, "temperature": 0, "max_tokens": 4});
     let mut request = client.post(format!("{base}/v1/chat/completions")).json(&body);
     if let Some(key) = settings.server.api_keys.first() {
-        request = request.bearer_auth(key.reveal());
+        request = request.bearer_auth(key.expose_secret());
     }
     let response = request.send().await.map_err(|error| failed("first request", &error))?;
     let (mut frames, mut text) = (response.bytes_stream(), String::new());

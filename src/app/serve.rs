@@ -15,7 +15,7 @@ use super::{open_files, queue};
 use crate::api::body::BodyLimits;
 use crate::api::tally::{End, Tally};
 use crate::api::{Answer, Call, Service};
-use crate::config::{RunpodSettings, Secret, ServerSettings, Settings, defaults};
+use crate::config::{RunpodSettings, SecretString, ServerSettings, Settings, defaults};
 use crate::engine::Handle;
 use crate::error::{Failure, Kind};
 use crate::runpod::Ended;
@@ -313,7 +313,7 @@ fn attached(settings: &Settings, base: &str) -> RunpodSettings {
             "RUNPOD_WEBHOOK_POST_OUTPUT" => runpod.post_output = Some(value),
             "RUNPOD_WEBHOOK_POST_STREAM" => runpod.post_stream = Some(value),
             "RUNPOD_WEBHOOK_PING" => runpod.ping = Some(value),
-            "RUNPOD_AI_API_KEY" => runpod.api_key = Some(Secret::new(value)),
+            "RUNPOD_AI_API_KEY" => runpod.api_key = Some(SecretString::from(value)),
             "RUNPOD_ENDPOINT_ID" => runpod.endpoint_id = Some(value),
             "RUNPOD_POD_ID" => runpod.worker_id = Some(value),
             _ => {}
@@ -380,7 +380,7 @@ mod tests {
     #[tokio::test]
     async fn a_panic_fails_its_request_and_the_worker_says_so() {
         let mut settings = Settings::default();
-        settings.server.api_keys = vec![Secret::new("key")];
+        settings.server.api_keys = vec![SecretString::from("key")];
         let direct = Direct::new();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let base = format!("http://{}", listener.local_addr().unwrap());
@@ -449,7 +449,7 @@ mod tests {
             get_job: Some(format!("{}/job-take/$ID", queue.base)),
             post_output: Some(format!("{}/job-done/$RUNPOD_POD_ID/$ID", queue.base)),
             ping: Some(format!("{}/ping/$RUNPOD_POD_ID", queue.base)),
-            api_key: Some(Secret::new("key")),
+            api_key: Some(SecretString::from("key")),
             worker_id: Some("pod1".into()),
             ..Default::default()
         };

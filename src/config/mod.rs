@@ -22,6 +22,8 @@ pub mod table;
 pub use cli::{Args, BenchArgs, Command, Flags, ModelArgument, PullArgs};
 pub use parse::quantization;
 pub use report::report;
+/// Keys and tokens: never shown, and wiped when dropped.
+pub use secrecy::{ExposeSecret, SecretString};
 pub use sources::{ConfigSources, Origin, flags};
 
 /// One thing wrong with the settings.
@@ -42,26 +44,6 @@ impl ConfigError {
 impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.name, self.message)
-    }
-}
-
-/// A value that is never shown: `Debug` and `Display` print `***`.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Secret(String);
-
-impl Secret {
-    pub fn new(value: impl Into<String>) -> Self {
-        Self(value.into())
-    }
-
-    pub fn reveal(&self) -> &str {
-        &self.0
-    }
-}
-
-impl std::fmt::Debug for Secret {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("***")
     }
 }
 
@@ -88,7 +70,7 @@ pub struct HubSettings {
     pub revision: Option<String>,
     /// A tokenizer from elsewhere: hub id or folder.
     pub tokenizer: Option<String>,
-    pub token: Option<Secret>,
+    pub token: Option<SecretString>,
     /// `HF_ENDPOINT`; default [`defaults::HF_ENDPOINT`].
     pub endpoint: Option<String>,
     pub offline: bool,
@@ -268,7 +250,7 @@ pub struct RunpodSettings {
     pub ping: Option<String>,
     /// Default [`defaults::PING_INTERVAL`]. (The variable is in milliseconds.)
     pub ping_interval: Option<Duration>,
-    pub api_key: Option<Secret>,
+    pub api_key: Option<SecretString>,
     /// `RUNPOD_POD_ID`, else `HOSTNAME`, else a UUID.
     pub worker_id: Option<String>,
     pub gpu_type_id: Option<String>,
@@ -303,7 +285,7 @@ pub struct ServerSettings {
     /// `HEALTH_CHECK_PATH`; default [`defaults::HEALTH_PATH`].
     pub health_path: Option<String>,
     /// Empty = open.
-    pub api_keys: Vec<Secret>,
+    pub api_keys: Vec<SecretString>,
     /// CORS; empty = `*`.
     pub allowed_origins: Vec<String>,
     /// How long the head of a request may take; default [`defaults::HEADER_TIMEOUT`], zero = for ever.

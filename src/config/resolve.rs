@@ -7,7 +7,7 @@ use super::given::Given;
 use super::sources::Merged;
 use super::{
     ApiSettings, Args, BatchGrowth, ConfigError, ConfigSources, ContentFormat, EngineSettings, HubSettings, LogLevel, LogSettings,
-    LogprobsMode, NativeFormat, RunpodSettings, Secret, ServerSettings, Settings, defaults, parse, report, table,
+    LogprobsMode, NativeFormat, RunpodSettings, SecretString, ServerSettings, Settings, defaults, parse, report, table,
 };
 
 impl Settings {
@@ -73,7 +73,7 @@ fn hub(given: &Given) -> HubSettings {
     HubSettings {
         revision: given.text(&table::REVISION),
         tokenizer: given.text(&table::TOKENIZER),
-        token: token.map(Secret::new),
+        token: token.map(SecretString::from),
         endpoint: given.text(&table::HF_ENDPOINT),
         offline: given.switch(&table::HF_HUB_OFFLINE).unwrap_or(false),
         caches,
@@ -162,7 +162,7 @@ fn runpod(given: &Given) -> RunpodSettings {
         post_stream: text(&table::RUNPOD_WEBHOOK_POST_STREAM),
         ping: text(&table::RUNPOD_WEBHOOK_PING),
         ping_interval: milliseconds(&table::RUNPOD_PING_INTERVAL),
-        api_key: text(&table::RUNPOD_AI_API_KEY).map(Secret::new),
+        api_key: text(&table::RUNPOD_AI_API_KEY).map(SecretString::from),
         worker_id: text(&table::RUNPOD_POD_ID).or_else(|| text(&table::HOSTNAME)),
         gpu_type_id: text(&table::RUNPOD_GPU_TYPE_ID),
         endpoint_id: text(&table::RUNPOD_ENDPOINT_ID),
@@ -210,7 +210,7 @@ fn server(given: &Given) -> ServerSettings {
 }
 
 /// The keys that are given, and those of the file.
-fn api_keys(given: &Given, merged: &mut Merged) -> Vec<Secret> {
+fn api_keys(given: &Given, merged: &mut Merged) -> Vec<SecretString> {
     let mut keys = given.list(&table::API_KEY);
     if let Some(path) = given.text(&table::API_KEY_FILE) {
         let name = table::API_KEY_FILE.name;
@@ -223,7 +223,7 @@ fn api_keys(given: &Given, merged: &mut Merged) -> Vec<Secret> {
             merged.refuse(name, format!("{path} holds no key; write one a line"));
         }
     }
-    keys.into_iter().map(Secret::new).collect()
+    keys.into_iter().map(SecretString::from).collect()
 }
 
 fn log_level(given: &Given) -> LogLevel {

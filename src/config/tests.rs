@@ -238,8 +238,8 @@ fn secrets_are_never_shown() {
         ("VLLM_EXTRA_ARGS", "--seed 1 --hf-token s3cret-extra"),
     ];
     let settings = env(&variables);
-    assert_eq!(settings.hub.token.as_ref().map(Secret::reveal), Some("s3cret-extra"));
-    let keys: Vec<_> = settings.server.api_keys.iter().map(Secret::reveal).collect();
+    assert_eq!(settings.hub.token.as_ref().map(ExposeSecret::expose_secret), Some("s3cret-extra"));
+    let keys: Vec<_> = settings.server.api_keys.iter().map(ExposeSecret::expose_secret).collect();
     assert_eq!(keys, ["s3cret-one", "s3cret-two", "s3cret-file"]);
     let shown = report(&settings);
     assert!(shown.contains("API_KEY = ***  [env FD_API_KEY]"), "{shown}");

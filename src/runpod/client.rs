@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::job::{Entry, Outcome, elements, id_text};
 use super::retry::{RetryPolicy, jittered, retry};
 use super::urls::Urls;
-use crate::config::RunpodSettings;
+use crate::config::{ExposeSecret, RunpodSettings};
 use crate::error::{Failure, Kind};
 
 /// When a result larger than this is refused, its size is taken to be the reason.
@@ -266,7 +266,7 @@ pub(crate) fn http_client(settings: &RunpodSettings) -> Result<reqwest::Client, 
     let mut headers = HeaderMap::new();
     if let Some(key) = &settings.api_key {
         // As it is: the platform wants no "Bearer" before it.
-        let mut value = HeaderValue::from_str(key.reveal())
+        let mut value = HeaderValue::from_str(key.expose_secret())
             .map_err(|_| "RUNPOD_AI_API_KEY has characters that cannot be sent in a header; check for line breaks".to_owned())?;
         value.set_sensitive(true);
         headers.insert(AUTHORIZATION, value);

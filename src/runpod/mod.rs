@@ -1,6 +1,6 @@
 //! The platform side of the worker: takes jobs, returns results; knows nothing of tokens.
 //!
-//! [`Worker::run`] holds one long poll open for jobs (`poll`), runs each job in a task of its own (`worker`), carries its pieces
+//! [`Worker::run`] holds one long poll open for jobs (`poll`), runs each job in a task of its own (`jobs`), carries its pieces
 //! and its result off in order (`outbox`), listens for cancellations (`stop`), and tells the platform that it lives (`heartbeat`, a
 //! thread of its own). Every job taken is answered exactly once: a result, an error, or, when the platform stopped it, silence.
 //!
@@ -19,6 +19,7 @@ mod client;
 mod heartbeat;
 mod in_flight;
 mod job;
+mod jobs;
 mod outbox;
 mod poll;
 mod retry;
@@ -30,8 +31,9 @@ mod worker;
 
 pub use heartbeat::report_unhealthy;
 pub use job::Job;
+pub use poll::Ended;
 pub use retry::RetryPolicy;
-pub use worker::{Ended, Worker};
+pub use worker::Worker;
 
 /// Whether a worker can run with these settings: the platform's URL templates and key. The error names the variable.
 pub fn check(settings: &RunpodSettings) -> Result<(), String> {

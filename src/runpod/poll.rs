@@ -8,11 +8,20 @@ use reqwest::StatusCode;
 use tokio::time::Instant;
 
 use super::client::Taken;
+use super::jobs::Jobs;
 use super::retry::{jittered, sleep_awake};
-use super::worker::{Ended, Jobs};
 
 /// A take under way, which outlives the loop that began it.
 type Take<'a> = Pin<Box<dyn Future<Output = Taken> + Send + 'a>>;
+
+/// Why a worker ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// It was told to, and every job it held was answered: exit 0.
+    Drained,
+    /// Its engine is beyond repair; the platform was asked to replace it: exit 1.
+    Unhealthy,
+}
 
 /// Takes and runs jobs until `shutdown` completes or the engine is found beyond repair, then drains.
 pub(crate) async fn run(jobs: &Arc<Jobs>, concurrency: usize, drain_timeout: Duration, shutdown: impl Future<Output = ()>) -> Ended {

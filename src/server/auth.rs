@@ -4,7 +4,7 @@ use axum::http::{HeaderMap, header};
 use sha2::{Digest, Sha256};
 use subtle::{Choice, ConstantTimeEq};
 
-use crate::config::Secret;
+use crate::config::{ExposeSecret, SecretString};
 
 /// The keys that open the door. None at all: the door is open.
 #[derive(Clone, Default)]
@@ -13,8 +13,8 @@ pub struct Keys {
 }
 
 impl Keys {
-    pub fn new(keys: &[Secret]) -> Self {
-        Self { digests: keys.iter().map(|key| digest(key.reveal())).collect() }
+    pub fn new(keys: &[SecretString]) -> Self {
+        Self { digests: keys.iter().map(|key| digest(key.expose_secret())).collect() }
     }
 
     /// Whether a request with these headers may pass: `Authorization: Bearer KEY` (the scheme in any case), the bare key as RunPod's
@@ -65,7 +65,7 @@ mod tests {
 
     #[test]
     fn every_form_of_a_key_opens_and_nothing_else_does() {
-        let keys = Keys::new(&[Secret::new("first"), Secret::new("second")]);
+        let keys = Keys::new(&[SecretString::from("first"), SecretString::from("second")]);
         for value in ["Bearer first", "bearer second", "BEARER  first", "second"] {
             assert!(keys.admit(&headers("authorization", value)), "{value}");
         }

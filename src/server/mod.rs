@@ -15,7 +15,7 @@ use axum::middleware;
 use tokio::net::TcpListener;
 
 use crate::api::body::BodyLimits;
-use crate::config::{Secret, ServerSettings, defaults};
+use crate::config::{SecretString, ServerSettings, defaults};
 use crate::error::{Failure, Kind};
 
 pub mod auth;
@@ -43,7 +43,7 @@ pub type ModelLimits = Arc<dyn Fn() -> BodyLimits + Send + Sync>;
 #[derive(Clone)]
 pub struct Options {
     /// Empty = open.
-    pub api_keys: Vec<Secret>,
+    pub api_keys: Vec<SecretString>,
     /// CORS; empty = every origin.
     pub allowed_origins: Vec<String>,
     /// Where a load balancer asks for readiness.

@@ -348,7 +348,7 @@ async fn a_client_that_hangs_up_before_the_answer_drops_the_call() {
 
 #[tokio::test]
 async fn keys_guard_everything_but_health() {
-    let options = Options { api_keys: vec![Secret::new("k1"), Secret::new("k2")], ..Options::default() };
+    let options = Options { api_keys: vec![SecretString::from("k1"), SecretString::from("k2")], ..Options::default() };
     let (server, _) = serve(&options).await;
     let client = reqwest::Client::new();
     for path in ["/health", "/ping", "/health/", "/ping/", "/"] {
@@ -369,7 +369,7 @@ async fn keys_guard_everything_but_health() {
 
 #[tokio::test]
 async fn browsers_get_their_preflight() {
-    let keys = vec![Secret::new("k")];
+    let keys = vec![SecretString::from("k")];
     let (server, _) = serve(&Options { api_keys: keys.clone(), ..Options::default() }).await;
     let client = reqwest::Client::new();
     let preflight = |base: &str, origin: &str| {

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use worker_candle::api::{Answer, Pieces};
-use worker_candle::config::{RunpodSettings, Secret};
+use worker_candle::config::{RunpodSettings, SecretString};
 use worker_candle::error::Failure;
 use worker_candle::runpod::{Ended, Handler, Job, Worker};
 use worker_candle::server::endpoint::{self, Endpoints};
@@ -38,7 +38,7 @@ async fn start(handler: Handler) -> Local {
         post_output: variable("RUNPOD_WEBHOOK_POST_OUTPUT"),
         post_stream: variable("RUNPOD_WEBHOOK_POST_STREAM"),
         ping: variable("RUNPOD_WEBHOOK_PING"),
-        api_key: variable("RUNPOD_AI_API_KEY").map(Secret::new),
+        api_key: variable("RUNPOD_AI_API_KEY").map(SecretString::from),
         worker_id: variable("RUNPOD_POD_ID"),
         ..Default::default()
     };

@@ -16,7 +16,7 @@ use indicatif::ProgressBar;
 use super::folder::{self, Need};
 use super::unavailable;
 use crate::checkpoint::files::{INDEX, ModelFiles, Source, weight_files};
-use crate::config::{HubSettings, defaults};
+use crate::config::{ExposeSecret, HubSettings, defaults};
 use crate::error::Failure;
 
 /// Tries per file and per question, the first included.
@@ -77,7 +77,7 @@ struct Download<'a> {
 impl<'a> Download<'a> {
     fn new(model: &'a str, settings: &'a HubSettings, cache: &Path, bars: bool) -> Result<Self, Failure> {
         let endpoint = settings.endpoint.clone().unwrap_or_else(|| defaults::HF_ENDPOINT.to_owned());
-        let token = settings.token.as_ref().map(|token| token.reveal().to_owned());
+        let token = settings.token.as_ref().map(|token| token.expose_secret().to_owned());
         let has_token = token.is_some();
         let shown = endpoint.rsplit_once('@').map_or(endpoint.clone(), |(_, host)| host.to_owned());
         let api = ApiBuilder::from_cache(Cache::new(cache.to_owned()))

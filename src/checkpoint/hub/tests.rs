@@ -15,7 +15,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use super::*;
-use crate::config::Secret;
+use crate::config::SecretString;
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 const ID: &str = "org/Tiny-Model";
@@ -266,7 +266,7 @@ async fn several_at_once_share_a_cache() {
 async fn tokens_are_sent_and_never_told() {
     let cache = TempDir::new().unwrap();
     let (hub, endpoint) = Hub { token: Some("hf_right"), ..Hub::with(TINY) }.serve().await;
-    let with = |token: Option<&str>| HubSettings { token: token.map(Secret::new), ..settings(&cache, &endpoint) };
+    let with = |token: Option<&str>| HubSettings { token: token.map(SecretString::from), ..settings(&cache, &endpoint) };
     let none = fetch(ID, &with(None)).await.unwrap_err();
     assert!(none.message.contains("401") && none.message.contains("set HF_TOKEN"), "{none}");
     let wrong = fetch(ID, &with(Some("hf_wr0ng"))).await.unwrap_err();

@@ -268,16 +268,7 @@ unsafe fn attend<S: Simd>(job: Job<'_>, tile: Tile, head: usize, numbers: PtrMut
                 if let Some(cap) = job.spec.soft_cap {
                     scores.iter_mut().for_each(|score| *score = cap * tanh(*score / cap));
                 }
-                let (max, sum, acc) = (&mut *max.add(r), &mut *sum.add(r), std::slice::from_raw_parts_mut(acc.add(r * d), d));
-                let most = greatest::<S>(scores);
-                if most > *max {
-                    // What was summed so far becomes relative to the new maximum.
-                    let factor = exp(*max - most);
-                    *sum *= factor;
-                    acc.iter_mut().for_each(|acc| *acc *= factor);
-                    *max = most;
-                }
-                *sum += exponentials::<S>(scores, *max);
+                exponentiate::<S>(scores, &mut *max.add(r), &mut *sum.add(r), std::slice::from_raw_parts_mut(acc.add(r * d), d));
             }
             Segment { job: &job, row, head, start, len }.weighted_values::<S>(scores, count, acc);
             start += len;
@@ -289,6 +280,23 @@ unsafe fn attend<S: Simd>(job: Job<'_>, tile: Tile, head: usize, numbers: PtrMut
                 *out.add(i) = *acc.add(i) * inverse;
             }
         }
+    }
+}
+
+/// One segment of the online softmax of a query row: makes the scores exponentials relative to the greatest score so far, `max`, and adds
+/// them to `sum`. Where this segment has a greater one, what was summed before it becomes relative to that.
+#[inline(always)]
+unsafe fn exponentiate<S: Simd>(scores: &mut [f32], max: &mut f32, sum: &mut f32, acc: &mut [f32]) {
+    // SAFETY: the caller runs on a processor that has `S`.
+    unsafe {
+        let most = greatest::<S>(scores);
+        if most > *max {
+            let factor = exp(*max - most);
+            *sum *= factor;
+            acc.iter_mut().for_each(|acc| *acc *= factor);
+            *max = most;
+        }
+        *sum += exponentials::<S>(scores, *max);
     }
 }
 

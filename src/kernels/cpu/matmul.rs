@@ -187,20 +187,7 @@ pub fn matmul(pool: &mut Pool, x: &[f32], w: &Packed, bias: Option<&[f32]>, epil
         columns: w.columns,
         epilogue,
     };
-    // SAFETY: `MatmulKernel::of` chose a kernel whose instructions this processor has. The job's pointers are valid for its shape, by the asserts
-    // above, and every task has panels of its own.
-    let run: fn(Job, usize, usize) = match (kernel, w.format) {
-        #[cfg(target_arch = "x86_64")]
-        (MatmulKernel::Pairs, _) => |job, from, to| unsafe { pairs::panels(job, from, to) },
-        #[cfg(target_arch = "x86_64")]
-        (MatmulKernel::Tiles, _) => |job, from, to| unsafe { amx::panels::<1>(job, from, to) },
-        #[cfg(target_arch = "x86_64")]
-        (MatmulKernel::TilesSplit, _) => |job, from, to| unsafe { amx::panels::<2>(job, from, to) },
-        (_, WeightFormat::F32) => |job, from, to| dispatch!(panels::<WeightsF32>(job: Job, from: usize, to: usize)),
-        (_, WeightFormat::Bf16) => |job, from, to| dispatch!(panels::<WeightsBf16>(job: Job, from: usize, to: usize)),
-        (_, WeightFormat::Int8) => |job, from, to| dispatch!(panels::<Weights8>(job: Job, from: usize, to: usize)),
-        (_, WeightFormat::Int4) => |job, from, to| dispatch!(panels::<Weights4>(job: Job, from: usize, to: usize)),
-    };
+    let run = panels_of(kernel, w.format);
     let panels = w.panels();
     if m * panels * PANEL * k <= SERIAL_WORK {
         return run(job, 0, panels);
@@ -214,6 +201,24 @@ pub fn matmul(pool: &mut Pool, x: &[f32], w: &Packed, bias: Option<&[f32]>, epil
     let least = if m > FEW_ROWS { many } else { TASK_BYTES.div_ceil(job.panel_bytes) };
     let per_task = least.min(panels.div_ceil(2 * pool.threads())).max(1);
     pool.run(panels.div_ceil(per_task), &|task, _| run(job, task * per_task, panels.min((task + 1) * per_task)));
+}
+
+/// Computes the panels `from..to` of a job. `kernel` is the one that [`MatmulKernel::of`] gives for `format`.
+fn panels_of(kernel: MatmulKernel, format: WeightFormat) -> fn(Job, usize, usize) {
+    // SAFETY: `MatmulKernel::of` chose a kernel whose instructions this processor has. The job's pointers are valid for its shape, by the asserts
+    // of `matmul`, and every task has panels of its own.
+    match (kernel, format) {
+        #[cfg(target_arch = "x86_64")]
+        (MatmulKernel::Pairs, _) => |job, from, to| unsafe { pairs::panels(job, from, to) },
+        #[cfg(target_arch = "x86_64")]
+        (MatmulKernel::Tiles, _) => |job, from, to| unsafe { amx::panels::<1>(job, from, to) },
+        #[cfg(target_arch = "x86_64")]
+        (MatmulKernel::TilesSplit, _) => |job, from, to| unsafe { amx::panels::<2>(job, from, to) },
+        (_, WeightFormat::F32) => |job, from, to| dispatch!(panels::<WeightsF32>(job: Job, from: usize, to: usize)),
+        (_, WeightFormat::Bf16) => |job, from, to| dispatch!(panels::<WeightsBf16>(job: Job, from: usize, to: usize)),
+        (_, WeightFormat::Int8) => |job, from, to| dispatch!(panels::<Weights8>(job: Job, from: usize, to: usize)),
+        (_, WeightFormat::Int4) => |job, from, to| dispatch!(panels::<Weights4>(job: Job, from: usize, to: usize)),
+    }
 }
 
 /// The part of the next panel that is fetched while one tile is computed: when several tiles share a panel, memory would rest in all

@@ -12,7 +12,7 @@ use tokio::task::JoinHandle;
 use super::retry::Backoff;
 use super::{Ended, Handler, Job, RetryPolicy, Worker};
 use crate::api::{Answer, Pieces};
-use crate::config::{RunpodSettings, Secret};
+use crate::config::{RunpodSettings, SecretString};
 use crate::error::Failure;
 use queue::{Queue, Reply, Route};
 
@@ -28,7 +28,7 @@ fn settings(base: &str) -> RunpodSettings {
         get_job: Some(format!("{base}/job-take/$ID?gpu=RTX+A5000")),
         post_output: Some(format!("{base}/job-done/$RUNPOD_POD_ID/$ID?gpu=RTX+A5000")),
         post_stream: Some(format!("{base}/job-stream/$RUNPOD_POD_ID/$ID?gpu=RTX+A5000")),
-        api_key: Some(Secret::new("key-1")),
+        api_key: Some(SecretString::from("key-1")),
         worker_id: Some("pod1".into()),
         stream_interval: Some(Duration::from_millis(1)),
         ..Default::default()

@@ -200,7 +200,7 @@ async fn settings_that_cannot_work_are_refused_by_name() {
     no_output.post_output = None;
     assert!(run(no_output).await.contains("RUNPOD_WEBHOOK_POST_OUTPUT"));
     let mut bad_key = settings("http://127.0.0.1:9/v2/ep");
-    bad_key.api_key = Some(Secret::new("line\nbreak"));
+    bad_key.api_key = Some(SecretString::from("line\nbreak"));
     let error = run(bad_key).await;
     assert!(error.contains("RUNPOD_AI_API_KEY") && !error.contains("line\nbreak"), "{error}");
 }

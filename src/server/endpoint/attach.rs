@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use super::Endpoints;
 use super::state::Verdict;
 use super::workers::Contact;
-use crate::config::Secret;
+use crate::config::{ExposeSecret, SecretString};
 use crate::error::{Failure, Kind};
 use crate::server::wire::{self, Refusal};
 
@@ -36,7 +36,7 @@ pub fn router(endpoints: Endpoints) -> Router {
 
 /// The environment with which a worker attaches to endpoint `id` of the server at `base` (`http://127.0.0.1:8000`): ours, or any worker on
 /// RunPod's SDK. The SDK pings only when it has both an API key and a pod id.
-pub fn worker_variables(base: &str, id: &str, worker: &str, key: Option<&Secret>) -> Vec<(&'static str, String)> {
+pub fn worker_variables(base: &str, id: &str, worker: &str, key: Option<&SecretString>) -> Vec<(&'static str, String)> {
     let base = format!("{}/v2/{id}", base.trim_end_matches('/'));
     vec![
         ("RUNPOD_WEBHOOK_GET_JOB", format!("{base}/job-take/$ID?gpu=local")),
@@ -44,7 +44,7 @@ pub fn worker_variables(base: &str, id: &str, worker: &str, key: Option<&Secret>
         ("RUNPOD_WEBHOOK_POST_STREAM", format!("{base}/job-stream/$RUNPOD_POD_ID/$ID?gpu=local")),
         ("RUNPOD_WEBHOOK_PING", format!("{base}/ping/$RUNPOD_POD_ID?gpu=local")),
         ("RUNPOD_PING_INTERVAL", "10000".to_owned()),
-        ("RUNPOD_AI_API_KEY", key.map_or("local", Secret::reveal).to_owned()),
+        ("RUNPOD_AI_API_KEY", key.map_or("local", ExposeSecret::expose_secret).to_owned()),
         ("RUNPOD_ENDPOINT_ID", id.to_owned()),
         ("RUNPOD_POD_ID", worker.to_owned()),
     ]

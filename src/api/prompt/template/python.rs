@@ -230,6 +230,52 @@ fn method(state: &mut State<'_, '_>, value: &Value, method: &str, args: &[Value]
     }
 }
 
+/// `split` and `rsplit`.
+fn split(text: &str, method: &str, args: &[Value]) -> Result<Value, Error> {
+    let (separator, most, options): (Option<Value>, Option<i64>, Kwargs) = from_args(args)?;
+    let separator = separator.map_or_else(|| options.get::<Option<Value>>("sep"), |separator| Ok(Some(separator)))?;
+    let most = most.map_or_else(|| options.get::<Option<i64>>("maxsplit"), |most| Ok(Some(most)))?;
+    options.assert_all_used()?;
+    let most = most.and_then(|most| usize::try_from(most).ok()).unwrap_or(usize::MAX);
+    let separator = separator.filter(|separator| !separator.is_none());
+    let parts = match &separator {
+        None => split_at_spaces(text, most, method == "rsplit"),
+        Some(separator) => match separator.as_str() {
+            None => return Err(invalid(format!("{method} takes a string, not {}", separator.kind()))),
+            Some("") => return Err(invalid("empty separator")),
+            Some(separator) if method == "split" => text.splitn(most.saturating_add(1), separator).collect(),
+            Some(separator) => reversed(text.rsplitn(most.saturating_add(1), separator).collect()),
+        },
+    };
+    Ok(list(parts))
+}
+
+/// `partition` and `rpartition`.
+fn partition(text: &str, method: &str, args: &[Value]) -> Result<Value, Error> {
+    let (separator,): (&str,) = from_args(args)?;
+    let parts = match if method == "partition" { text.split_once(separator) } else { text.rsplit_once(separator) } {
+        Some((before, after)) => [before, separator, after],
+        None if method == "partition" => [text, "", ""],
+        None => ["", "", text],
+    };
+    Ok(Value::from(Tuple::new(parts.map(Value::from).to_vec())))
+}
+
+/// `ljust`, `rjust` and `center`.
+fn justify(text: &str, method: &str, args: &[Value]) -> Result<Value, Error> {
+    let (width, fill): (usize, Option<char>) = from_args(args)?;
+    let fill = padding(text, width, fill.unwrap_or(' '))?;
+    let count = fill.chars().count();
+    // Of an odd width Python's `center` puts the larger part on the left only if the width asked for is odd.
+    let left = match method {
+        "ljust" => 0,
+        "rjust" => count,
+        _ => count / 2 + (count & width & 1),
+    };
+    let left: String = fill.chars().take(left).collect();
+    Ok(Value::from(format!("{left}{text}{}", &fill[left.len()..])))
+}
+
 fn no_arguments(args: &[Value]) -> Result<(), Error> {
     let () = from_args(args)?;
     Ok(())
@@ -238,39 +284,14 @@ fn no_arguments(args: &[Value]) -> Result<(), Error> {
 fn string_method(state: &mut State<'_, '_>, value: &Value, text: &str, method: &str, args: &[Value]) -> Result<Value, Error> {
     let one = |map: &dyn Fn(&str) -> Value| no_arguments(args).map(|()| map(text));
     match method {
-        "split" | "rsplit" => {
-            let (separator, most, options): (Option<Value>, Option<i64>, Kwargs) = from_args(args)?;
-            let separator = separator.map_or_else(|| options.get::<Option<Value>>("sep"), |separator| Ok(Some(separator)))?;
-            let most = most.map_or_else(|| options.get::<Option<i64>>("maxsplit"), |most| Ok(Some(most)))?;
-            options.assert_all_used()?;
-            let most = most.and_then(|most| usize::try_from(most).ok()).unwrap_or(usize::MAX);
-            let separator = separator.filter(|separator| !separator.is_none());
-            let parts = match &separator {
-                None => split_at_spaces(text, most, method == "rsplit"),
-                Some(separator) => match separator.as_str() {
-                    None => return Err(invalid(format!("{method} takes a string, not {}", separator.kind()))),
-                    Some("") => return Err(invalid("empty separator")),
-                    Some(separator) if method == "split" => text.splitn(most.saturating_add(1), separator).collect(),
-                    Some(separator) => reversed(text.rsplitn(most.saturating_add(1), separator).collect()),
-                },
-            };
-            Ok(list(parts))
-        }
+        "split" | "rsplit" => split(text, method, args),
         "splitlines" => {
             let (keep, options): (Option<bool>, Kwargs) = from_args(args)?;
             let keep = keep.map_or_else(|| options.get::<Option<bool>>("keepends"), |keep| Ok(Some(keep)))?;
             options.assert_all_used()?;
             pycompat::unknown_method_callback(state, value, method, &[Value::from(keep == Some(true))])
         }
-        "partition" | "rpartition" => {
-            let (separator,): (&str,) = from_args(args)?;
-            let parts = match if method == "partition" { text.split_once(separator) } else { text.rsplit_once(separator) } {
-                Some((before, after)) => [before, separator, after],
-                None if method == "partition" => [text, "", ""],
-                None => ["", "", text],
-            };
-            Ok(Value::from(Tuple::new(parts.map(Value::from).to_vec())))
-        }
+        "partition" | "rpartition" => partition(text, method, args),
         "removeprefix" => from_args(args).map(|(prefix,): (&str,)| Value::from(text.strip_prefix(prefix).unwrap_or(text))),
         "removesuffix" => from_args(args).map(|(suffix,): (&str,)| Value::from(text.strip_suffix(suffix).unwrap_or(text))),
         "find" | "rfind" | "index" | "rindex" => find(text, method, args),
@@ -288,19 +309,7 @@ fn string_method(state: &mut State<'_, '_>, value: &Value, text: &str, method: &
             let (sign, digits) = text.split_at(usize::from(text.starts_with(['-', '+'])));
             Ok(Value::from(format!("{sign}{}{digits}", padding(text, width, '0')?)))
         }
-        "ljust" | "rjust" | "center" => {
-            let (width, fill): (usize, Option<char>) = from_args(args)?;
-            let fill = padding(text, width, fill.unwrap_or(' '))?;
-            let count = fill.chars().count();
-            // Of an odd width Python's `center` puts the larger part on the left only if the width asked for is odd.
-            let left = match method {
-                "ljust" => 0,
-                "rjust" => count,
-                _ => count / 2 + (count & width & 1),
-            };
-            let left: String = fill.chars().take(left).collect();
-            Ok(Value::from(format!("{left}{text}{}", &fill[left.len()..])))
-        }
+        "ljust" | "rjust" | "center" => justify(text, method, args),
         _ => pycompat::unknown_method_callback(state, value, method, args),
     }
 }
