@@ -35,7 +35,7 @@ const SPECIAL_TOKENS: [&str; 7] = ["bos_token", "eos_token", "unk_token", "pad_t
 impl ModelInfo {
     /// Reads the configuration files. Fails on a file that is there and cannot be read.
     pub fn from_files(files: &ModelFiles) -> Result<Self, Failure> {
-        let config = files.read_json("config.json")?.unwrap_or_default();
+        let config = files.model_config()?.unwrap_or_default();
         let tokenizer_config = files.read_json("tokenizer_config.json")?.unwrap_or_default();
         let special_tokens_map = files.read_json("special_tokens_map.json")?.unwrap_or_default();
         let mut special_tokens = Map::new();

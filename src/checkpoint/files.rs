@@ -61,6 +61,17 @@ impl ModelFiles {
             .map_err(|error| Failure::internal(format!("model file {file} of {} is not valid JSON: {error}", self.name)))
     }
 
+    /// config.json. Of a model that reads more than text, what it says of its language part (`text_config`), with what it says of the whole
+    /// (ids that end a text, quantization) below it.
+    pub fn model_config(&self) -> Result<Option<Value>, Failure> {
+        let Some(mut config) = self.read_json("config.json")? else { return Ok(None) };
+        let nested = config.get_mut("text_config").map(Value::take);
+        if let (Some(Value::Object(nested)), Value::Object(whole)) = (nested, &mut config) {
+            whole.extend(nested.into_iter().filter(|(_, value)| !value.is_null()));
+        }
+        Ok(Some(config))
+    }
+
     /// The names of the weight files, by [`weight_files`].
     pub fn weight_files(&self) -> Result<Vec<String>, Failure> {
         let names: Vec<&str> = self.iter().map(|(name, _)| name).collect();

@@ -148,7 +148,11 @@ impl Checkpoint {
     fn part(&self, slice: &Slice, width: usize) -> Result<StoredPart<'_>, Failure> {
         let expected = slice.stored_shape();
         let (entry, stored) = self.entry(&slice.name, &expected)?;
-        if entry.shape != expected {
+        // Several matrices in one tensor lie one below the other.
+        let is_stack = entry.shape.len() > 2 && !slice.transposed;
+        let rows = entry.shape.split_last().map_or(0, |(_, rows)| rows.iter().product());
+        let shape = if is_stack { [rows, entry.shape.last().copied().unwrap_or(0)] } else { expected };
+        if shape != expected || (!is_stack && entry.shape != expected) {
             let layout = if slice.transposed { "[in, out]" } else { "[out, in]" };
             return Err(self.wrong_shape(&slice.name, entry, &format!("{expected:?} ({layout})")));
         }

@@ -286,6 +286,16 @@ impl Backend for Candle {
         Ok(())
     }
 
+    fn scale(&mut self, x: &mut Buffer, factor: f32) -> Result<()> {
+        x.tensor = Some(scaled(x.tensor()?.clone(), factor)?);
+        Ok(())
+    }
+
+    fn gate_rows(&mut self, gates: &Buffer, x: &mut Buffer) -> Result<()> {
+        x.tensor = Some(x.tensor()?.broadcast_mul(&candle_nn::ops::sigmoid(gates.tensor()?)?)?);
+        Ok(())
+    }
+
     fn argmax(&mut self, logits: &Buffer, width: usize, masked: &[u32]) -> Result<Option<Vec<Option<u32>>>> {
         if self.device.is_cpu() {
             return Ok(None);

@@ -162,6 +162,14 @@ pub trait Backend {
     /// `x = cap · tanh(x · scale / cap)`, without the cap `x · scale`: what some models do to their logits.
     fn scale_and_cap(&mut self, x: &mut Self::Buffer, scale: f32, cap: Option<f32>) -> Result<()>;
 
+    /// `x = x · factor`
+    fn scale(&mut self, x: &mut Self::Buffer, factor: f32) -> Result<()> {
+        self.scale_and_cap(x, factor, None)
+    }
+
+    /// `x[i] = x[i] · sigmoid(gates[i])`, with one gate for each row.
+    fn gate_rows(&mut self, gates: &Self::Buffer, x: &mut Self::Buffer) -> Result<()>;
+
     /// The index of the greatest number of each row, the lowest on ties; `None` for a row that holds something that is not finite. Columns from `width` on and
     /// those in `masked` do not count. `None`: this device leaves it to the host.
     fn argmax(&mut self, _logits: &Self::Buffer, _width: usize, _masked: &[u32]) -> Result<Option<Vec<Option<u32>>>> {

@@ -247,6 +247,7 @@ fn rows_on<B: Backend>(
     let gate_up = TestMatrix::new(numbers(2 * half * hidden).into_iter().map(|x| x * 0.5).collect(), hidden);
     let (gate_bias, down, down_bias) = (numbers(2 * half), TestMatrix::new(numbers(hidden * half), half), numbers(hidden));
     let table = TestMatrix::new(numbers(vocab * hidden), hidden);
+    let gate_row = TestMatrix::new(numbers(hidden), hidden);
     let mut results = Vec::new();
 
     let mut x = write(backend, &x_values, hidden);
@@ -297,6 +298,13 @@ fn rows_on<B: Backend>(
     results.push(("logits scaled", 1e-4, read(backend, &mut logits)));
     backend.copy(&x, &mut out).unwrap();
     results.push(("copy", 5e-5, read(backend, &mut out)));
+    let mut gates = backend.buffer(t, 1).unwrap();
+    let gate = gate_row.linear(backend, Columns::Plain, None);
+    backend.linear(&x, &gate, Epilogue::Store, &mut gates).unwrap();
+    backend.gate_rows(&gates, &mut out).unwrap();
+    results.push(("gated rows", 5e-5, read(backend, &mut out)));
+    backend.scale(&mut out, 0.5).unwrap();
+    results.push(("scaled", 5e-5, read(backend, &mut out)));
     results
 }
 

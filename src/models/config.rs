@@ -62,6 +62,16 @@ impl<'a> Config<'a> {
         }
     }
 
+    /// A list of numbers, none below zero; empty where the key is absent or null.
+    pub fn numbers(self, key: &str) -> Result<Vec<f64>, String> {
+        let wrong = || format!("\"{key}\" must be a list of numbers, found {}", self.0[key]);
+        match &self.0[key] {
+            Value::Null => Ok(Vec::new()),
+            Value::Array(list) => list.iter().map(|value| value.as_f64().filter(|number| *number >= 0.0).ok_or_else(wrong)).collect(),
+            _ => Err(wrong()),
+        }
+    }
+
     /// A list of whole numbers; empty where the key is absent or null.
     pub fn integers(self, key: &str) -> Result<Vec<u64>, String> {
         let wrong = || format!("\"{key}\" must be a list of integers, found {}", self.0[key]);

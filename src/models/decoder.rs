@@ -39,6 +39,8 @@ struct Layer<B: Backend> {
     feed_forward_norms: BranchNorms<B>,
     /// What a branch adds to the residual stream is multiplied by it.
     residual_scale: f32,
+    /// What the residual stream is multiplied by behind the layer.
+    scalar: Option<f32>,
 }
 
 /// The norms of one branch beside the residual stream.
@@ -65,6 +67,8 @@ enum FeedForward<B: Backend> {
         experts: Experts<B::Weight, B::Vector>,
         /// Every token goes through it besides.
         shared: Option<Dense<B>>,
+        /// `[1, hidden]`: gates the shared network.
+        shared_gate: Option<LinearOf<B>>,
     },
 }
 
@@ -127,6 +131,9 @@ impl<B: Backend> Decoder<B> {
                     backend.norm_add(branch, norm, layer.residual_scale, x)?;
                 }
             }
+            if let Some(scalar) = layer.scalar {
+                backend.scale(x, scalar)?;
+            }
         }
         Ok(())
     }
@@ -171,23 +178,32 @@ impl<B: Backend> FeedForward<B> {
         out: &mut B::Buffer,
     ) -> Result<()> {
         match self {
-            Self::Dense(dense) => dense.run(backend, input, hidden, epilogue, out),
-            Self::Experts { router, experts, shared } => {
+            Self::Dense(dense) => {
+                dense.up(backend, input, hidden)?;
+                dense.down(backend, hidden, epilogue, out)
+            }
+            Self::Experts { router, experts, shared, shared_gate } => {
                 backend.linear(input, router, Epilogue::Store, router_logits)?;
                 backend.experts(input, router_logits, experts, epilogue, out)?;
-                match shared {
-                    Some(shared) if epilogue == Epilogue::Store => shared.run(backend, input, hidden, Epilogue::Add(1.0), out),
-                    Some(shared) => shared.run(backend, input, hidden, epilogue, out),
-                    None => Ok(()),
+                let Some(shared) = shared else { return Ok(()) };
+                shared.up(backend, input, hidden)?;
+                if let Some(gate) = shared_gate {
+                    // The router's logits are used up, and their buffer has room for one number a row.
+                    backend.linear(input, gate, Epilogue::Store, router_logits)?;
+                    backend.gate_rows(router_logits, hidden)?;
                 }
+                shared.down(backend, hidden, if epilogue == Epilogue::Store { Epilogue::Add(1.0) } else { epilogue }, out)
             }
         }
     }
 }
 
 impl<B: Backend> Dense<B> {
-    fn run(&self, backend: &mut B, input: &B::Buffer, hidden: &mut B::Buffer, epilogue: Epilogue, out: &mut B::Buffer) -> Result<()> {
-        backend.linear(input, &self.up, self.epilogue, hidden)?;
+    fn up(&self, backend: &mut B, input: &B::Buffer, hidden: &mut B::Buffer) -> Result<()> {
+        backend.linear(input, &self.up, self.epilogue, hidden)
+    }
+
+    fn down(&self, backend: &mut B, hidden: &B::Buffer, epilogue: Epilogue, out: &mut B::Buffer) -> Result<()> {
         backend.linear(hidden, &self.down, epilogue, out)
     }
 }

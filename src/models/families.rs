@@ -10,7 +10,7 @@ use crate::error::Failure;
 use crate::kernels::{Activation, AttentionSpec, NormExtent, NormKind, Pairing, QkNorm, Rope, RopeTable, RoutingSpec};
 use crate::models::config::Config;
 use crate::models::rope;
-use crate::models::spec::{AttentionLayer, DenseSpec, ExpertsSpec, FeedForward, LayerSpec, ModelSpec, NormSpec, Residual};
+use crate::models::spec::{AttentionLayer, DenseSpec, ExpertsSpec, FeedForward, LayerSpec, LongRopes, ModelSpec, NormSpec, Residual};
 
 mod dense;
 mod names;
@@ -88,7 +88,7 @@ pub fn model_types() -> impl Iterator<Item = &'static str> {
 impl Model {
     /// Reads config.json. An unsupported model is refused by name; a key that would change the numbers and that we do not know is refused too.
     pub fn from_files(files: &ModelFiles) -> Result<Self, Failure> {
-        let Some(config) = files.read_json("config.json")? else {
+        let Some(config) = files.model_config()? else {
             return Err(Failure::internal(format!(
                 "{} ({}) has no config.json: is it a model folder in Hugging Face or Paddle form?",
                 files.name, files.origin
@@ -169,6 +169,28 @@ impl Model {
         }
     }
 
+    /// Each layer's own base of its rotation; 0 stands for no rotation.
+    fn layer_ropes(&mut self, thetas: &[f64]) -> Result<(), String> {
+        if thetas.len() != self.spec.layers.len() {
+            return Err(format!("\"layer_rope_theta\" has {} numbers, and num_hidden_layers is {}", thetas.len(), self.spec.layers.len()));
+        }
+        let ropes = &mut self.spec.ropes;
+        for (layer, theta) in self.spec.layers.iter_mut().zip(thetas) {
+            let attention = &mut layer.attention.spec;
+            let Some(rope) = attention.rope.filter(|_| *theta > 0.0) else {
+                attention.rope = None;
+                continue;
+            };
+            let made = rope::table(Config(&Value::Null), attention.head_dim, *theta)?;
+            let table = ropes.iter().position(|table| *table == made).unwrap_or_else(|| {
+                ropes.push(made);
+                ropes.len() - 1
+            });
+            attention.rope = Some(Rope { table, ..rope });
+        }
+        Ok(())
+    }
+
     /// Norm weights stored around zero and a scaled embedding.
     fn like_gemma(&mut self) {
         self.spec.norm.plus_one = true;
@@ -201,14 +223,14 @@ impl Model {
 
     /// Replaces the dense networks of some layers by routed experts.
     fn experts(&mut self, routed: Routed, is_routed: impl Fn(usize) -> bool) -> Result<(), String> {
-        let Routed { routing, intermediate, choice_bias, shared } = routed;
+        let Routed { routing, intermediate, choice_bias, shared, shared_gate } = routed;
         if routing.top_k > routing.experts {
             return Err(format!("\"num_experts_per_tok\": {} of {} experts cannot be picked", routing.top_k, routing.experts));
         }
         for (index, layer) in self.spec.layers.iter_mut().enumerate().filter(|(index, _)| is_routed(*index)) {
             let FeedForward::Dense(dense) = &layer.feed_forward else { return Err(format!("layer {index} has experts already")) };
             let shared = shared.map(|intermediate| DenseSpec { intermediate, ..dense.clone() });
-            let spec = ExpertsSpec { routing, choice_bias, intermediate, activation: dense.activation, shared };
+            let spec = ExpertsSpec { routing, choice_bias, intermediate, activation: dense.activation, shared, shared_gate };
             layer.feed_forward = FeedForward::Experts(spec);
         }
         Ok(())
@@ -223,6 +245,7 @@ struct Routed {
     choice_bias: bool,
     /// The inner width of a network that every token goes through besides.
     shared: Option<usize>,
+    shared_gate: bool,
 }
 
 /// A decoder with RMS norms before attention and a gated network, full attention, one rope table for each type of layer.
@@ -232,20 +255,16 @@ fn llama_like<'a>(config: Config<'a>, family: &'a Family) -> Result<Model, Strin
     let hidden_size = config.size("hidden_size", None)?;
     let head_dim = config.size("head_dim", Some((hidden_size / heads.max(1)) as u64))?;
     let kv_heads = config.size("num_key_value_heads", Some(heads as u64))?;
-    if heads % kv_heads != 0 || head_dim % 2 != 0 {
-        return Err(format!(
-            "{heads} heads, {kv_heads} key/value heads, head_dim {head_dim}: heads must be a multiple of key/value heads, and head_dim even"
-        ));
-    }
     let types = layer_types(config, defaults.sliding)?;
-    let mut ropes = Ropes { config, defaults, head_dim, types: Vec::new(), tables: Vec::new() };
+    let mut ropes = Ropes { config, defaults, types: Vec::new(), tables: Vec::new() };
     let dense = DenseSpec {
         intermediate: config.size("intermediate_size", None)?,
         activation: activation(config, defaults)?,
         gated: true,
         bias: false,
     };
-    let mut layer = |layer_type: &LayerType<'a>| -> Result<LayerSpec, String> {
+    let mut layer = |(index, layer_type): (usize, &LayerType<'a>)| -> Result<LayerSpec, String> {
+        let (kv_heads, head_dim) = heads_of_layer(config, index, layer_type, (kv_heads, head_dim))?;
         let spec = AttentionSpec {
             heads,
             kv_heads,
@@ -253,15 +272,16 @@ fn llama_like<'a>(config: Config<'a>, family: &'a Family) -> Result<Model, Strin
             scale: 1.0 / (head_dim as f32).sqrt(),
             window: layer_type.window,
             soft_cap: None,
-            rope: Some(Rope { table: ropes.of(layer_type.name)?, pairing: defaults.pairing }),
+            rope: Some(Rope { table: ropes.of(layer_type.name, head_dim)?, pairing: defaults.pairing }),
             qk_norm: None,
             value_norm: None,
             query_growth: None,
         };
-        let attention = AttentionLayer { spec, qkv_bias: false, output_bias: false, sinks: false };
-        Ok(LayerSpec { attention, feed_forward: FeedForward::Dense(dense.clone()), residual: Residual::Sequential, residual_scale: 1.0 })
+        let attention = AttentionLayer { spec, qkv_bias: false, output_bias: false, sinks: false, values_are_keys: false };
+        let feed_forward = FeedForward::Dense(dense.clone());
+        Ok(LayerSpec { attention, feed_forward, residual: Residual::Sequential, residual_scale: 1.0, scalar: false })
     };
-    let layers = types.iter().map(&mut layer).collect::<Result<Vec<_>, _>>()?;
+    let layers = types.iter().enumerate().map(&mut layer).collect::<Result<Vec<_>, _>>()?;
     let spec = ModelSpec {
         model_type: family.model_type.to_owned(),
         vocab_size: config.size("vocab_size", None)?,
@@ -269,6 +289,7 @@ fn llama_like<'a>(config: Config<'a>, family: &'a Family) -> Result<Model, Strin
         max_positions: config.size("max_position_embeddings", Some(defaults.max_positions))?,
         embedding_scale: 1.0,
         layers,
+        long_ropes: ropes.long()?,
         ropes: ropes.tables,
         norm: NormSpec {
             kind: NormKind::Rms,
@@ -282,6 +303,26 @@ fn llama_like<'a>(config: Config<'a>, family: &'a Family) -> Result<Model, Strin
         quantized: quantized(config)?,
     };
     Ok(Model { spec, names: TensorNames::LLAMA })
+}
+
+/// The key/value heads and the components of a head of one layer: `common`, unless the configuration says otherwise of this layer or of those
+/// without a window (Gemma 4).
+fn heads_of_layer(config: Config<'_>, index: usize, layer: &LayerType<'_>, common: (usize, usize)) -> Result<(usize, usize), String> {
+    let own = config.object("per_layer_config")?.object(&index.to_string())?;
+    let of = |key: &str, global: &str, common: usize| match (own.count(key)?, layer.window) {
+        (Some(own), _) => Ok(own),
+        (None, None) => Ok::<_, String>(config.count(global)?.unwrap_or(common)),
+        (None, Some(_)) => Ok(common),
+    };
+    let heads = config.size("num_attention_heads", None)?;
+    let kv_heads = of("num_key_value_heads", "num_global_key_value_heads", common.0)?;
+    let head_dim = of("head_dim", "global_head_dim", common.1)?;
+    if kv_heads == 0 || heads % kv_heads != 0 || head_dim == 0 || head_dim % 2 != 0 {
+        return Err(format!(
+            "{heads} heads, {kv_heads} key/value heads, head_dim {head_dim}: heads must be a multiple of key/value heads, and head_dim even"
+        ));
+    }
+    Ok((kv_heads, head_dim))
 }
 
 /// What one layer sees.
@@ -333,67 +374,106 @@ fn layer_types<'a>(config: Config<'a>, sliding: Option<Sliding>) -> Result<Vec<L
 struct Ropes<'a> {
     config: Config<'a>,
     defaults: &'a Defaults,
-    head_dim: usize,
-    types: Vec<(&'a str, usize)>,
+    /// Type and components of a head, and the index of their table.
+    types: Vec<((&'a str, usize), usize)>,
     tables: Vec<RopeTable>,
 }
 
 impl<'a> Ropes<'a> {
-    /// The index of a layer type's table.
-    fn of(&mut self, layer_type: &'a str) -> Result<usize, String> {
-        if let Some((_, table)) = self.types.iter().find(|(name, _)| *name == layer_type) {
+    /// The index of the table of a layer type with so many components a head.
+    fn of(&mut self, layer_type: &'a str, head_dim: usize) -> Result<usize, String> {
+        if let Some((_, table)) = self.types.iter().find(|(of, _)| *of == (layer_type, head_dim)) {
             return Ok(*table);
         }
-        let made = self.table(layer_type)?;
+        let made = self.table(layer_type, head_dim)?;
         let table = self.tables.iter().position(|table| *table == made).unwrap_or_else(|| {
             self.tables.push(made);
             self.tables.len() - 1
         });
-        self.types.push((layer_type, table));
+        self.types.push(((layer_type, head_dim), table));
         Ok(table)
     }
 
-    fn table(&self, layer_type: &str) -> Result<RopeTable, String> {
+    /// The tables of long contexts, in the same order, where the configuration has some.
+    fn long(&self) -> Result<Option<LongRopes>, String> {
+        let mut long = LongRopes { beyond: 0, tables: Vec::new() };
+        for index in 0..self.tables.len() {
+            let Some(((layer_type, head_dim), _)) = self.types.iter().find(|(_, table)| *table == index) else { continue };
+            let parameters = self.config.rope_parameters(layer_type)?;
+            if !rope::is_long(parameters)? {
+                return Ok(None);
+            }
+            let (original, context) = (original_context(self.config, parameters)?, self.context()?);
+            long.beyond = original;
+            long.tables.push(rope::long(
+                parameters,
+                self.rotated(parameters, *head_dim)?,
+                self.theta(parameters)?,
+                (original, context),
+                "long_factor",
+            )?);
+        }
+        Ok((!long.tables.is_empty()).then_some(long))
+    }
+
+    fn context(&self) -> Result<usize, String> {
+        self.config.size("max_position_embeddings", Some(self.defaults.max_positions))
+    }
+
+    /// transformers 5 writes rope_parameters {rope_theta}, and lets it win; everybody else writes the plain key.
+    fn theta(&self, parameters: Config<'_>) -> Result<f64, String> {
+        let theta = match parameters.number("rope_theta")? {
+            Some(theta) => Some(theta),
+            None => self.config.number("rope_theta")?,
+        };
+        Ok(theta.unwrap_or(self.defaults.rope_theta))
+    }
+
+    fn table(&self, layer_type: &str, head_dim: usize) -> Result<RopeTable, String> {
         let config = self.config;
         let is_sliding = layer_type == "sliding_attention";
         // Before transformers 5, Gemma 3 gave the base of layers with a window a key of its own, which nothing stretches.
         if let Some(theta) = config.number("rope_local_base_freq")?.filter(|_| is_sliding) {
-            return rope::table(Config(&Value::Null), self.head_dim, theta);
+            return rope::table(Config(&Value::Null), head_dim, theta);
         }
         let mut parameters = config.rope_parameters(layer_type)?;
-        // transformers 5 writes rope_parameters {rope_theta}, and lets it win; everybody else writes the plain key.
-        let theta = match parameters.number("rope_theta")? {
-            Some(theta) => Some(theta),
-            None => config.number("rope_theta")?,
-        };
+        let theta = self.theta(parameters)?;
         // Olmo 3 stretches its layers without a window alone.
         if is_sliding && self.config.text("model_type")? == Some("olmo3") && !parameters.has("rope_theta") {
             parameters = Config(&Value::Null);
         }
-        rope::table(parameters, self.rotated(parameters)?, theta.unwrap_or(self.defaults.rope_theta))
+        let width = self.rotated(parameters, head_dim)?;
+        if rope::is_long(parameters)? {
+            let contexts = (original_context(config, parameters)?, self.context()?);
+            return rope::long(parameters, width, theta, contexts, "short_factor");
+        }
+        rope::table(parameters, width, theta)
     }
 
     /// How many components of a head are rotated.
-    fn rotated(&self, parameters: Config<'_>) -> Result<usize, String> {
+    fn rotated(&self, parameters: Config<'_>, head_dim: usize) -> Result<usize, String> {
         if let Some(width) = self.config.count("rotary_dim")? {
-            return Ok(width.min(self.head_dim) / 2 * 2);
+            return Ok(width.min(head_dim) / 2 * 2);
         }
         if parameters.text("rope_type")? == Some("proportional") {
-            return Ok(self.head_dim);
+            return Ok(head_dim);
         }
         let share = match parameters.number("partial_rotary_factor")? {
             Some(share) => Some(share),
             None => self.config.number("partial_rotary_factor")?,
         };
-        let width = (share.unwrap_or(self.defaults.rotary_share) * self.head_dim as f64) as usize;
-        if width > self.head_dim || !width.is_multiple_of(2) {
-            return Err(format!(
-                "\"partial_rotary_factor\" rotates {width} of {} components of a head, which is no even part",
-                self.head_dim
-            ));
+        let width = (share.unwrap_or(self.defaults.rotary_share) * head_dim as f64) as usize;
+        if width > head_dim || !width.is_multiple_of(2) {
+            return Err(format!("\"partial_rotary_factor\" rotates {width} of {head_dim} components of a head, which is no even part"));
         }
         Ok(width)
     }
+}
+
+/// The context that a model was trained for before it was stretched.
+fn original_context(config: Config<'_>, parameters: Config<'_>) -> Result<usize, String> {
+    let key = "original_max_position_embeddings";
+    if parameters.has(key) { parameters.size(key, None) } else { config.size(key, None) }
 }
 
 fn activation(config: Config<'_>, defaults: &Defaults) -> Result<Activation, String> {
@@ -501,6 +581,25 @@ mod tests {
         assert_eq!(method(json!({"quantization": "wint4"})).as_deref(), Some("wint4"));
         assert_eq!(method(json!({"bits": 4})).as_deref(), Some("of an unnamed method"));
         assert_eq!((method(json!(null)), method(json!({}))), (None, None));
+    }
+
+    #[test]
+    fn long_rope_has_a_table_for_the_served_context() {
+        let config = json!({"model_type": "phi3", "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "vocab_size": 9, "max_position_embeddings": 64, "original_max_position_embeddings": 8,
+            "rope_scaling": {"type": "longrope", "short_factor": [1.0, 2.0, 1.0, 1.0], "long_factor": [4.0, 1.0, 1.0, 1.0]}});
+        let spec = Model::from_config(&config).unwrap().spec;
+        let first_two = |context: usize| {
+            let table = spec.clone().for_context(context).ropes.remove(0);
+            (table.frequencies[0], table.frequencies[1], table.factor)
+        };
+        let sharper = (1.0f32 + 64f32.log2() / 3.0 - 1.0).sqrt();
+        assert_eq!((first_two(8).0, first_two(8).1), (1.0, 0.05));
+        assert_eq!((first_two(9).0, first_two(9).1), (0.25, 0.1));
+        assert!((first_two(9).2 - sharper).abs() < 1e-6 && first_two(8).2 == first_two(9).2, "{:?}", first_two(9));
+        let mut short = config.clone();
+        short["rope_scaling"]["long_factor"] = json!([1.0]);
+        assert!(Model::from_config(&short).unwrap_err().contains("\"long_factor\" has 1 numbers for 4 frequencies"));
     }
 
     #[test]

@@ -93,16 +93,21 @@ impl Golden {
     }
 
     fn files(&self) -> ModelFiles {
+        self.files_as(&self.config, |name| name.to_owned())
+    }
+
+    /// With another config.json, and tensors under other names.
+    fn files_as(&self, config: &serde_json::Value, rename: impl Fn(&str) -> String) -> ModelFiles {
         let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
         for tensor in &self.tensors {
             let from = data.len();
             (0..tensor.shape.iter().product()).for_each(|index| data.extend(tensor.value(index).to_le_bytes()));
             let entry = serde_json::json!({"dtype": "F32", "shape": tensor.shape, "data_offsets": [from, data.len()]});
-            header.insert(tensor.name.clone(), entry);
+            header.insert(rename(&tensor.name), entry);
         }
         let header = serde_json::to_vec(&header).unwrap();
         let bytes = [&(header.len() as u64).to_le_bytes()[..], &header, &data].concat();
-        let config = serde_json::to_vec(&self.config).unwrap();
+        let config = serde_json::to_vec(config).unwrap();
         let source = |bytes: Vec<u8>| Source::Embedded(bytes.leak());
         let files = vec![("config.json".to_owned(), source(config)), ("model.safetensors".to_owned(), source(bytes))];
         ModelFiles::new("golden", "test", files)
@@ -203,6 +208,21 @@ fn family(name: &str) {
     assert!(comparison.mean() > 0.0 && comparison.mean() < most, "{name}: KL {}", comparison.mean());
 }
 
+/// The language part of a model that reads images too, as older and newer checkpoints have it.
+#[test]
+fn a_language_part_is_served_by_its_own_config() {
+    let golden = Golden::read("gemma3_text");
+    let whole = serde_json::json!({"model_type": "gemma3", "text_config": golden.config, "vision_config": {"hidden_size": 8}});
+    let older = |name: &str| format!("language_model.{name}");
+    let newer = |name: &str| name.replace("model.", "model.language_model.");
+    for files in [golden.files_as(&whole, older), golden.files_as(&whole, newer)] {
+        on_thread(|| {
+            let mut runner = ModelRunner::load(&files, || Ok(usize::MAX), &settings(Quantization::AsStored)).unwrap();
+            check(&mut runner, &golden, "the language part");
+        });
+    }
+}
+
 /// A test for each family.
 macro_rules! families {
     ($($name:ident)*) => {
@@ -230,7 +250,7 @@ macro_rules! families {
 }
 
 families! {
-    ernie4_5 llama llama_biases llama_yarn mistral ministral3 qwen2 qwen3 gemma gemma2 gemma3_text granite phi3 smollm3 seed_oss olmo2 olmo3 exaone4
+    ernie4_5 llama llama_biases llama_yarn mistral ministral3 qwen2 qwen3 gemma gemma2 gemma3_text gemma4_text granite granite_swa phi3 phi3_longrope smollm3 seed_oss olmo2 olmo3 exaone4
     hunyuan_v1_dense arcee nemotron cohere2 starcoder2 glm glm4
-    ernie4_5_moe qwen3_moe mellum olmoe mixtral minimax_m2 glm4_moe solar_open
+    ernie4_5_moe qwen2_moe qwen3_moe granitemoe mellum olmoe mixtral minimax_m2 glm4_moe solar_open
 }

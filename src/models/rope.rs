@@ -11,10 +11,7 @@ use crate::models::config::Config;
 /// # Errors
 /// A kind that is not known, by key and value; a parameter that is missing.
 pub fn table(parameters: Config<'_>, width: usize, theta: f64) -> Result<RopeTable, String> {
-    let kind = match parameters.text("rope_type")? {
-        Some(kind) => kind,
-        None => parameters.text("type")?.unwrap_or("default"),
-    };
+    let kind = kind(parameters)?;
     let plain: Vec<f64> = (0..width / 2).map(|i| 1.0 / theta.powf(2.0 * i as f64 / width as f64)).collect();
     let (frequencies, factor) = match kind {
         "default" => (plain, 1.0),
@@ -25,9 +22,46 @@ pub fn table(parameters: Config<'_>, width: usize, theta: f64) -> Result<RopeTab
         "llama3" => (llama3(parameters, plain)?, 1.0),
         "yarn" => yarn(parameters, plain, width, theta)?,
         "proportional" => (proportional(parameters, width, theta)?, 1.0),
+        // Multimodal rotation: the positions of a text are the same in all of its sections.
+        "mrope" => (plain, 1.0),
         other => return Err(format!("\"rope_type\": rope scaling of type \"{other}\" is not supported")),
     };
     Ok(RopeTable { frequencies: frequencies.into_iter().map(|f| f as f32).collect(), factor: factor as f32 })
+}
+
+fn kind(parameters: Config<'_>) -> Result<&str, String> {
+    match parameters.text("rope_type")? {
+        Some(kind) => Ok(kind),
+        None => Ok(parameters.text("type")?.unwrap_or("default")),
+    }
+}
+
+/// LongRoPE, which has one table for contexts up to the original one and another beyond it. `su` is its older name.
+pub fn is_long(parameters: Config<'_>) -> Result<bool, String> {
+    Ok(matches!(kind(parameters)?, "longrope" | "su"))
+}
+
+/// A table of LongRoPE: each frequency is divided by its own entry of `factors`, a key of `parameters`. `contexts`: the original one, and the
+/// longest.
+pub fn long(
+    parameters: Config<'_>,
+    width: usize,
+    theta: f64,
+    contexts: (usize, usize),
+    factors: &'static str,
+) -> Result<RopeTable, String> {
+    let list =
+        parameters.0[factors].as_array().map(|list| list.iter().map(|factor| factor.as_f64().filter(|factor| *factor > 0.0)).collect());
+    let divisors: Vec<f64> =
+        list.flatten().ok_or_else(|| format!("\"{factors}\" must be a list of positive numbers, found {}", parameters.0[factors]))?;
+    if divisors.len() != width / 2 {
+        return Err(format!("\"{factors}\" has {} numbers for {} frequencies", divisors.len(), width / 2));
+    }
+    let frequency = |(i, divisor): (usize, &f64)| (1.0 / (divisor * theta.powf(2.0 * i as f64 / width as f64))) as f32;
+    let (original, growth) = (contexts.0 as f64, contexts.1 as f64 / contexts.0 as f64);
+    let sharper = if growth > 1.0 { (1.0 + growth.ln() / original.ln()).sqrt() } else { 1.0 };
+    let factor = parameters.number("attention_factor")?.unwrap_or(sharper);
+    Ok(RopeTable { frequencies: divisors.iter().enumerate().map(frequency).collect(), factor: factor as f32 })
 }
 
 fn needed(parameters: Config<'_>, key: &str) -> Result<f64, String> {

@@ -219,6 +219,16 @@ fn loading_threads(threads: usize) -> Result<rayon::ThreadPool, Failure> {
         .map_err(|error| Failure::internal(format!("cannot start {threads} loading threads: {error}")))
 }
 
+/// A model that reads more than text has hundreds of tensors that its language part does not use.
+fn warn_of_unused(tensors: &Tensors<'_>) {
+    const SHOWN: usize = 8;
+    let (unused, model) = (tensors.unused(), tensors.model_name());
+    unused.iter().take(SHOWN).for_each(|name| tracing::warn!("tensor {name} of {model} is not used by this architecture"));
+    if unused.len() > SHOWN {
+        tracing::warn!("{} more tensors of {model} are not used: only its language part is served", unused.len() - SHOWN);
+    }
+}
+
 /// Everything that is needed to load a model onto a device.
 struct Loading<'a, V> {
     model: Model,
@@ -271,12 +281,11 @@ impl<B: Backend> DeviceRunner<B> {
         Decoder<B>: Send,
     {
         let Loading { model, tensors, vocabulary, mut plan, settings } = loading;
-        let load = || Decoder::load(model.spec, &tensors, &backend, settings.quantization, limits);
+        let spec = model.spec.for_context(plan.shape.max_model_len);
+        let load = || Decoder::load(spec, &tensors, &backend, settings.quantization, limits);
         let decoder = loading_threads(threads)?.install(load)?;
         tensors.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
-        for name in tensors.unused() {
-            tracing::warn!("tensor {name} of {} is not used by this architecture", tensors.model_name());
-        }
+        warn_of_unused(&tensors);
         let Vocabulary { size, mut unassigned } = vocabulary()?;
         plan.shape.vocab_size = size.min(plan.shape.vocab_size);
         unassigned.retain(|id| (*id as usize) < plan.shape.vocab_size);

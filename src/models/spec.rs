@@ -20,6 +20,8 @@ pub struct ModelSpec {
     pub layers: Vec<LayerSpec>,
     /// What layers rotate by; several where kinds of layers differ.
     pub ropes: Vec<RopeTable>,
+    /// What they rotate by instead where sequences may grow longer than the model was first trained for (LongRoPE).
+    pub long_ropes: Option<LongRopes>,
     /// Of every norm but those of queries and keys.
     pub norm: NormSpec,
     /// The LM head is the embedding.
@@ -32,6 +34,14 @@ pub struct ModelSpec {
     pub quantized: Option<String>,
 }
 
+/// See [`ModelSpec::long_ropes`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct LongRopes {
+    /// Contexts above this many tokens take them.
+    pub beyond: usize,
+    pub tables: Vec<RopeTable>,
+}
+
 /// One layer: attention, then a feed-forward network, each a branch beside the residual stream.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LayerSpec {
@@ -40,6 +50,8 @@ pub struct LayerSpec {
     pub residual: Residual,
     /// What a branch adds is multiplied by it.
     pub residual_scale: f32,
+    /// The residual stream behind the layer is multiplied by a number that the checkpoint holds.
+    pub scalar: bool,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -50,6 +62,8 @@ pub struct AttentionLayer {
     pub output_bias: bool,
     /// Each head has a sink.
     pub sinks: bool,
+    /// Values are the keys before norm and rotation: the layer has no projection to values.
+    pub values_are_keys: bool,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -77,6 +91,8 @@ pub struct ExpertsSpec {
     pub activation: Activation,
     /// A network that every token goes through besides.
     pub shared: Option<DenseSpec>,
+    /// What that network gives is multiplied by the sigmoid of one more number of the token.
+    pub shared_gate: bool,
 }
 
 /// Where a layer's norms are.
@@ -113,6 +129,14 @@ impl FeedForward {
 }
 
 impl ModelSpec {
+    /// The model as it runs where sequences may have so many tokens.
+    pub fn for_context(mut self, max_model_len: usize) -> Self {
+        if let Some(long) = self.long_ropes.take_if(|long| max_model_len > long.beyond) {
+            self.ropes = long.tables;
+        }
+        self
+    }
+
     /// Number of weights in matrices and norms, the LM head counted only when it is not the embedding.
     pub fn parameters(&self) -> usize {
         let embedding = self.vocab_size * self.hidden_size * if self.tied { 1 } else { 2 };

@@ -9,7 +9,7 @@ use crate::models::families::{Model, TensorNames};
 use crate::models::spec::{FeedForward, ModelSpec};
 
 /// What stands before `embed_tokens` and `layers`.
-const PREFIXES: [&str; 3] = ["model.", "ernie.", ""];
+const PREFIXES: [&str; 5] = ["model.", "ernie.", "", "language_model.model.", "model.language_model."];
 
 /// A part of a fused matrix: its name below the prefix, without `.weight`, and its output width.
 pub type Part<'a> = (&'a str, usize);
@@ -34,7 +34,7 @@ impl<'a> Tensors<'a> {
         let spec = &model.spec;
         let has_embedding = |prefix: &&str| checkpoint.contains(&format!("{prefix}embed_tokens.weight"));
         let prefix = PREFIXES.into_iter().find(has_embedding).ok_or_else(|| {
-            let tried = "tried the prefixes \"model.\", \"ernie.\" and none";
+            let tried = format!("tried the prefixes {}", PREFIXES.map(|prefix| format!("{prefix:?}")).join(", "));
             Failure::internal(format!("{}: no tensor embed_tokens.weight ({tried})", checkpoint.name()))
         })?;
         let mut tensors = Self {
@@ -98,7 +98,25 @@ impl<'a> Tensors<'a> {
 
     fn head_name(&self) -> String {
         let plain = "lm_head.weight";
-        if self.checkpoint.contains(plain) { plain.to_owned() } else { self.full(plain) }
+        let nested = self.prefix.strip_suffix("model.").map(|outer| format!("{outer}{plain}"));
+        let names = [Some(plain.to_owned()), nested].into_iter().flatten();
+        names.into_iter().find(|name| self.checkpoint.contains(name)).unwrap_or_else(|| self.full(plain))
+    }
+
+    /// Whether the experts of a layer lie in one tensor of this name, with or without a suffix.
+    pub fn is_stacked(&self, name: &str) -> bool {
+        self.checkpoint.contains(&self.stacked_name(name))
+    }
+
+    fn stacked_name(&self, name: &str) -> String {
+        let plain = self.full(name);
+        if self.checkpoint.contains(&plain) { plain } else { format!("{plain}.weight") }
+    }
+
+    /// The matrix `[out, input]` of one expert, `(number, experts)`, from a tensor `[experts, out, input]`.
+    pub fn stacked(&self, name: &str, (number, experts): (usize, usize), out: usize, input: usize) -> Result<StoredMatrix<'a>, Failure> {
+        let whole = Slice::whole(self.stacked_name(name), experts * out, input, false);
+        self.checkpoint.matrix(&[Slice { rows: number * out..(number + 1) * out, ..whole }])
     }
 
     /// The embedding, `[vocab, hidden]` in every layout.

@@ -359,6 +359,18 @@ impl Backend for Cpu {
         Ok(())
     }
 
+    fn gate_rows(&mut self, gates: &Buffer, x: &mut Buffer) -> Result<()> {
+        if (gates.rows, gates.width) != (x.rows, 1) {
+            return Err(Error::Msg(format!("[{}, {}] are no gates of {} rows", gates.rows, gates.width, x.rows)));
+        }
+        let width = x.width;
+        for (gate, row) in gates.values().iter().zip(x.values_mut().chunks_exact_mut(width)) {
+            let factor = 1.0 / (1.0 + elementwise::exp(-gate));
+            row.iter_mut().for_each(|x| *x *= factor);
+        }
+        Ok(())
+    }
+
     fn each_row(&mut self, x: &mut Buffer, visit: RowVisitor<'_>) -> Result<()> {
         let (rows, width, values) = (x.rows, x.width, PtrMut(x.values.as_mut_ptr()));
         self.pool.run(rows, &|row, _| {

@@ -170,7 +170,7 @@ impl<B: Backend> Loader<'_, '_, B> {
         let (q, kv) = (attention.q_width(), attention.kv_width());
         let qkv = Projection {
             fused: &[names.qkv],
-            parts: &[(names.q, q), (names.k, kv), (names.v, kv)],
+            parts: &[(names.q, q), (names.k, kv), (if layer.attention.values_are_keys { names.k } else { names.v }, kv)],
             input: hidden,
             columns: Columns::Plain,
             bias: layer.attention.qkv_bias,
@@ -206,6 +206,7 @@ impl<B: Backend> Loader<'_, '_, B> {
             feed_forward: self.feed_forward(index, layer)?,
             feed_forward_norms,
             residual_scale: layer.residual_scale,
+            scalar: layer.scalar.then(|| self.number(&in_layer(names.scalar))).transpose()?,
         })
     }
 
@@ -237,10 +238,15 @@ impl<B: Backend> Loader<'_, '_, B> {
             self.tensors.matrix(&[], &[(&format!("layers.{index}.{}", names.router), experts.routing.experts)], self.spec.hidden_size)?;
         let shared =
             experts.shared.as_ref().map(|dense| self.dense(index, dense, &[], names.expert.map(|part| format!("{}.{part}", names.shared))));
+        let gate = experts
+            .shared_gate
+            .then(|| self.tensors.matrix(&[], &[(&format!("layers.{index}.{}", names.shared_gate), 1)], self.spec.hidden_size));
+        let gate = gate.transpose()?.map(|gate| self.linear(&gate, Columns::Plain, Place::Router, None));
         Ok(FeedForward::Experts {
             router: self.linear(&router, Columns::Plain, Place::Router, None)?,
             experts: self.experts(index, experts)?,
             shared: shared.transpose()?,
+            shared_gate: gate.transpose()?,
         })
     }
 
@@ -261,7 +267,20 @@ impl<B: Backend> Loader<'_, '_, B> {
 
     fn experts(&self, index: usize, spec: &ExpertsSpec) -> Result<Experts<B::Weight, B::Vector>, Failure> {
         let names = &self.tensors.names;
+        let stacked = names.stacked.map(|name| format!("layers.{index}.{name}"));
+        let is_stacked = self.tensors.is_stacked(&stacked[0]);
         let expert = |number: usize| -> Result<Expert<B::Weight, B::Vector>, Failure> {
+            if is_stacked {
+                let (inner, hidden) = (spec.intermediate, self.spec.hidden_size);
+                let of = |name: &str, out, input, columns| {
+                    let source = self.tensors.stacked(name, (number, spec.routing.experts), out, input)?;
+                    self.linear(&source, columns, Place::Layer, None)
+                };
+                return Ok(Expert {
+                    gate_up: of(&stacked[0], 2 * inner, hidden, Columns::Gated)?,
+                    down: of(&stacked[1], hidden, inner, Columns::Plain)?,
+                });
+            }
             let parts = names.expert.map(|part| format!("{}.{number}.{part}", names.experts));
             let dense = DenseSpec { intermediate: spec.intermediate, activation: spec.activation, gated: true, bias: false };
             let Dense { up, down, .. } = self.dense(index, &dense, &[], parts)?;
@@ -305,6 +324,10 @@ impl<B: Backend> Loader<'_, '_, B> {
             values.iter_mut().for_each(|value| *value += 1.0);
         }
         self.backend.vector(values).map_err(failure)
+    }
+
+    fn number(&self, name: &str) -> Result<f32, Failure> {
+        self.tensors.vector(name, 1).map(|values| values.into_iter().sum())
     }
 
     fn vector(&self, name: &str, len: usize) -> Result<B::Vector, Failure> {

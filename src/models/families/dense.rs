@@ -94,6 +94,34 @@ pub(super) const FAMILIES: &[Family] = &[
         },
     },
     Family {
+        model_type: "gemma4_text",
+        defaults: Defaults { max_positions: 131_072, sliding: Some(Sliding::AllBut { nth: 6, window: 512 }), ..GEMMA },
+        adapt: |config, model| {
+            for (key, served) in [("hidden_size_per_layer_input", 0), ("num_kv_shared_layers", 0), ("num_experts", 0)] {
+                if let Some(count) = config.count(key)?.filter(|count| *count != served) {
+                    return Err(format!("\"{key}\": {count} is not supported for gemma4_text ({served} is)"));
+                }
+            }
+            for key in ["enable_moe_block", "use_double_wide_mlp"] {
+                if config.flag(key)?.unwrap_or(false) {
+                    return Err(format!("\"{key}\": true is not supported for gemma4_text"));
+                }
+            }
+            model.attention_biases(config)?;
+            model.head_norms();
+            model.residual(Residual::Sandwich, TensorNames::SANDWICH);
+            model.spec.embedding_scale = (model.spec.hidden_size as f32).sqrt();
+            model.spec.logit_cap = config.number("final_logit_softcapping")?.map(|cap| cap as f32);
+            let (eps, keys) = (model.spec.norm.eps, config.flag("attention_k_eq_v")?.unwrap_or(false));
+            for layer in &mut model.spec.layers {
+                layer.scalar = true;
+                (layer.attention.spec.scale, layer.attention.spec.value_norm) = (1.0, Some(eps));
+                layer.attention.values_are_keys = keys && layer.attention.spec.window.is_none();
+            }
+            Ok(())
+        },
+    },
+    Family {
         model_type: "granite",
         defaults: LLAMA,
         adapt: |config, model| {
@@ -106,6 +134,20 @@ pub(super) const FAMILIES: &[Family] = &[
         model_type: "phi3",
         defaults: Defaults { eps: 1e-5, max_positions: 4_096, sliding: Some(Sliding::All(None)), ..LLAMA },
         adapt: |_, _| Ok(()),
+    },
+    Family {
+        model_type: "granite_swa",
+        defaults: Defaults { eps: 1e-5, tied: true, sliding: Some(Sliding::AllBut { nth: 1, window: 4_096 }), ..LLAMA },
+        adapt: |config, model| {
+            if !config.has("layer_types") {
+                return Err("\"layer_types\" is missing".into());
+            }
+            let bias = config.flag("attention_bias")?.unwrap_or(false);
+            model.biases(bias, bias, config.flag("mlp_bias")?.unwrap_or(false));
+            model.spec.layers.iter_mut().for_each(|layer| layer.attention.sinks = true);
+            model.layer_ropes(&config.numbers("layer_rope_theta")?)?;
+            model.granite_scales(config)
+        },
     },
     Family {
         model_type: "smollm3",

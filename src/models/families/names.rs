@@ -30,8 +30,15 @@ pub struct TensorNames {
     /// Each expert has its number below it, and below that the names of its gate, of what that gates, and of its output.
     pub experts: &'static str,
     pub expert: [&'static str; 3],
+    /// The experts' gates with what they gate `[experts, 2 · intermediate, hidden]`, and their outputs `[experts, hidden, intermediate]`, each in one
+    /// tensor, in checkpoints that have them so.
+    pub stacked: [&'static str; 2],
     /// A network that every token goes through beside its experts; below it the same names.
     pub shared: &'static str,
+    /// A row whose product with the input gates the shared network.
+    pub shared_gate: &'static str,
+    /// A number without a suffix that the residual stream is multiplied by behind the layer.
+    pub scalar: &'static str,
 }
 
 impl TensorNames {
@@ -57,7 +64,10 @@ impl TensorNames {
         choice_bias: "mlp.gate.e_score_correction_bias",
         experts: "mlp.experts",
         expert: ["gate_proj", "up_proj", "down_proj"],
+        stacked: ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
         shared: "mlp.shared_experts",
+        shared_gate: "mlp.shared_expert_gate",
+        scalar: "layer_scalar",
     };
 
     /// With norms before and after each branch, as Gemma calls them.
@@ -76,6 +86,14 @@ impl TensorNames {
     pub const STARCODER: Self = Self { up: "mlp.c_fc", down: "mlp.c_proj", ..Self::LLAMA };
 
     pub const ERNIE_MOE: Self = Self { choice_bias: "mlp.moe_statics.e_score_correction_bias", ..Self::LLAMA };
+
+    pub const QWEN2_MOE: Self = Self { shared: "mlp.shared_expert", ..Self::LLAMA };
+
+    pub const GRANITE_MOE: Self = Self {
+        router: "block_sparse_moe.router.layer",
+        stacked: ["block_sparse_moe.input_linear", "block_sparse_moe.output_linear"],
+        ..Self::LLAMA
+    };
 
     pub const MIXTRAL: Self = Self {
         router: "block_sparse_moe.gate",

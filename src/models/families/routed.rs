@@ -25,7 +25,7 @@ pub(super) const FAMILIES: &[Family] = &[
             let (first, step) = (config.count("moe_layer_start_index")?.unwrap_or(1), config.size("moe_layer_interval", Some(1))?);
             // A negative index stands for the last layer.
             let last = config.0["moe_layer_end_index"].as_u64().map_or(usize::MAX, |last| last as usize);
-            let routed = Routed { routing, intermediate, choice_bias: true, shared };
+            let routed = Routed { routing, intermediate, choice_bias: true, shared, shared_gate: false };
             model.experts(routed, |layer| (layer + 1) % step == 0 && (first..=last).contains(&layer))
         },
     },
@@ -40,6 +40,29 @@ pub(super) const FAMILIES: &[Family] = &[
             }
             let (step, dense) = (config.size("decoder_sparse_step", Some(1))?, config.integers("mlp_only_layers")?);
             model.experts(softmax_experts(config)?, |layer| !dense.contains(&(layer as u64)) && (layer + 1) % step == 0)
+        },
+    },
+    Family {
+        model_type: "qwen2_moe",
+        defaults: Defaults { max_positions: 32_768, sliding: Some(Sliding::AfterFirst), ..LLAMA },
+        adapt: |config, model| {
+            model.biases(config.flag("qkv_bias")?.unwrap_or(true), false, false);
+            model.names = TensorNames::QWEN2_MOE;
+            let shared = Some(config.size("shared_expert_intermediate_size", Some(5_632))?);
+            let routed = Routed { shared, shared_gate: true, ..softmax_experts(config)? };
+            let (step, dense) = (config.size("decoder_sparse_step", Some(1))?, config.integers("mlp_only_layers")?);
+            model.experts(routed, |layer| !dense.contains(&(layer as u64)) && (layer + 1) % step == 0)
+        },
+    },
+    Family {
+        model_type: "granitemoe",
+        defaults: LLAMA,
+        adapt: |config, model| {
+            model.attention_biases(config)?;
+            model.names = TensorNames::GRANITE_MOE;
+            model.granite_scales(config)?;
+            let routed = top_experts(config, 8, 2)?;
+            model.experts(routed, |_| true)
         },
     },
     Family {
@@ -69,15 +92,8 @@ pub(super) const FAMILIES: &[Family] = &[
         defaults: Defaults { eps: 1e-5, rope_theta: 1_000_000.0, max_positions: 131_072, sliding: Some(Sliding::All(None)), ..LLAMA },
         adapt: |config, model| {
             model.names = TensorNames::MIXTRAL;
-            let routing = RoutingSpec {
-                experts: config.size("num_local_experts", Some(8))?,
-                top_k: config.size("num_experts_per_tok", Some(2))?,
-                score: RouterScore::TopKSoftmax,
-                normalize: None,
-                scale: 1.0,
-            };
-            let intermediate = config.size("intermediate_size", None)?;
-            model.experts(Routed { routing, intermediate, choice_bias: false, shared: None }, |_| true)
+            let routed = top_experts(config, 8, 2)?;
+            model.experts(routed, |_| true)
         },
     },
     Family {
@@ -94,7 +110,7 @@ pub(super) const FAMILIES: &[Family] = &[
                 scale: 1.0,
             };
             let intermediate = config.size("intermediate_size", None)?;
-            model.experts(Routed { routing, intermediate, choice_bias: true, shared: None }, |_| true)
+            model.experts(Routed { routing, intermediate, choice_bias: true, shared: None, shared_gate: false }, |_| true)
         },
     },
     Family {
@@ -132,7 +148,20 @@ fn softmax_experts(config: Config<'_>) -> Result<Routed, String> {
         scale: 1.0,
     };
     let intermediate = config.size("moe_intermediate_size", Some(768))?;
-    Ok(Routed { routing, intermediate, choice_bias: false, shared: None })
+    Ok(Routed { routing, intermediate, choice_bias: false, shared: None, shared_gate: false })
+}
+
+/// Mixtral's experts: a softmax over the greatest logits alone.
+fn top_experts(config: Config<'_>, experts: u64, top_k: u64) -> Result<Routed, String> {
+    let routing = RoutingSpec {
+        experts: config.size("num_local_experts", Some(experts))?,
+        top_k: config.size("num_experts_per_tok", Some(top_k))?,
+        score: RouterScore::TopKSoftmax,
+        normalize: None,
+        scale: 1.0,
+    };
+    let intermediate = config.size("intermediate_size", None)?;
+    Ok(Routed { routing, intermediate, choice_bias: false, shared: None, shared_gate: false })
 }
 
 /// DeepSeek 3's experts: sigmoids, a bias that moves the choice, a network shared by all tokens.
@@ -147,5 +176,5 @@ fn sigmoid_experts(config: Config<'_>) -> Result<Routed, String> {
     };
     let intermediate = config.size("moe_intermediate_size", None)?;
     let shared = config.count("n_shared_experts")?.unwrap_or(1);
-    Ok(Routed { routing, intermediate, choice_bias: true, shared: (shared > 0).then_some(shared * intermediate) })
+    Ok(Routed { routing, intermediate, choice_bias: true, shared: (shared > 0).then_some(shared * intermediate), shared_gate: false })
 }
