@@ -166,7 +166,7 @@ impl Target {
 
 fn engine_request(prompt: Vec<u32>, output: usize) -> Request {
     let params = SamplingParams { temperature: 0.0, max_tokens: output, ignore_eos: true, ..Default::default() };
-    Request { id: "bench".into(), prompt: Arc::new(prompt), params, prompt_logprobs: None, deadline: None }
+    Request { id: "bench".into(), prompt: Arc::new(prompt), params, prompt_logprobs: None, deadline: None, constraint: None }
 }
 
 /// Distinct in every wave and sequence, so that nothing is cached.
