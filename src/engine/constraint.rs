@@ -215,3 +215,6 @@ impl MaskThreads {
             .ok()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -20,6 +20,7 @@ use crate::error::{Failure, Kind};
 use crate::text::tokenizer::Tokenizer;
 
 mod cache;
+mod expansion;
 mod gbnf;
 mod matcher;
 pub mod request;

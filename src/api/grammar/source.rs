@@ -4,7 +4,7 @@ use llguidance::api::{GrammarWithLexer, TopLevelGrammar};
 use llguidance::regex_to_lark;
 use serde_json::{Map, Value, json};
 
-use crate::api::grammar::gbnf;
+use crate::api::grammar::{expansion, gbnf};
 
 /// Most bytes of a grammar's text.
 const LONGEST: usize = 256 << 10;
@@ -56,7 +56,14 @@ impl Grammar {
         if size > most {
             return Err(format!("it has {size} bytes, more than the maximum of {most}"));
         }
-        Ok(())
+        match self {
+            Self::Regex(text) => expansion::check(text),
+            Self::JsonSchema(schema, options) => {
+                options.whitespace.as_deref().map_or(Ok(()), expansion::check)?;
+                check_patterns(schema)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Equal for equal grammars alone.
@@ -79,6 +86,21 @@ impl Grammar {
             }
             Self::Llguidance(value) => serde_json::from_value(value.clone()).map_err(|error| format!("not a list of grammars: {error}")),
         }
+    }
+}
+
+fn check_patterns(schema: &Value) -> Result<(), String> {
+    match schema {
+        Value::Object(object) => object.iter().try_for_each(|(name, value)| match value {
+            Value::String(pattern) if name == "pattern" => expansion::check(pattern),
+            Value::Object(patterns) if name == "patternProperties" => {
+                patterns.keys().try_for_each(|pattern| expansion::check(pattern))?;
+                check_patterns(value)
+            }
+            value => check_patterns(value),
+        }),
+        Value::Array(list) => list.iter().try_for_each(check_patterns),
+        _ => Ok(()),
     }
 }
 

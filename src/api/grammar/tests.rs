@@ -123,7 +123,7 @@ proptest! {
     fn tokens_taken_back_leave_no_trace(seed in any::<u64>(), count in 1..6usize) {
         let grammar = Grammar::json_schema(cases().swap_remove(1).0);
         let mut constraint = GRAMMARS.compile(&grammar).unwrap().constraint();
-        let mut pick = |at: u64, constraint: &mut Box<dyn Constraint>| {
+        let pick = |at: u64, constraint: &mut Box<dyn Constraint>| {
             let mask = constraint.mask().unwrap();
             let allowed: Vec<u32> = (0..TOKENIZER.vocab_size() as u32).filter(|id| mask.allows(*id) && *id != 2).collect();
             let id = allowed[(uniform(seed, at) * allowed.len() as f64) as usize];
