@@ -13,7 +13,7 @@ from harness.program import Server, wait_for
 HELLO = [{"role": "user", "content": "Hello!"}]
 IMAGE = [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}]}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
-SCHEMA = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "object"}}}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "objekt"}}}
 
 # name: (chat body, param, code); None in place of a code means JSON null, ... any.
 BODIES = {
@@ -55,16 +55,16 @@ BODIES = {
     "repetition_detection": ({"messages": HELLO, "repetition_detection": {"max_pattern_size": 3}}, "repetition_detection", "unsupported_parameter"),
     "repeat_penalty too low": ({"messages": HELLO, "repeat_penalty": 0}, "repeat_penalty", "invalid_value"),
     "sampling_params too high": ({"messages": HELLO, "sampling_params": {"temperature": 9}}, "sampling_params.temperature", "invalid_value"),
-    "response_format": ({"messages": HELLO, "response_format": SCHEMA}, "response_format", ...),
+    "response_format": ({"messages": HELLO, "response_format": SCHEMA}, "response_format.json_schema.schema", "invalid_value"),
     "logprobs of a wrong type": ({"messages": HELLO, "logprobs": "yes"}, "logprobs", None),
     "top_logprobs alone": ({"messages": HELLO, "top_logprobs": 2}, "top_logprobs", "invalid_value"),
     "too many top_logprobs": ({"messages": HELLO, "logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
     "an empty bad word": ({"messages": HELLO, "bad_words": [""]}, "bad_words[0]", "invalid_value"),
     "an image": ({"messages": IMAGE}, "messages[0].content[1]", ...),
-    "guided_json": ({"messages": HELLO, "guided_json": {"type": "object"}}, "guided_json", ...),
-    "guided_json of anything": ({"messages": HELLO, "guided_json": {}}, "guided_json", ...),
-    "guided_regex": ({"messages": HELLO, "guided_regex": "[a-z]+"}, "guided_regex", ...),
-    "json_object": ({"messages": HELLO, "response_format": {"type": "json_object"}}, "response_format", ...),
+    "guided_json": ({"messages": HELLO, "guided_json": {"type": "objekt"}}, "guided_json", "invalid_value"),
+    "guided_json of a wrong type": ({"messages": HELLO, "guided_json": 5}, "guided_json", None),
+    "guided_regex": ({"messages": HELLO, "guided_regex": "[a-z"}, "guided_regex", "invalid_value"),
+    "json_object": ({"messages": HELLO, "response_format": {"type": "json_objects"}}, "response_format.type", "invalid_value"),
 }
 
 

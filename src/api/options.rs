@@ -6,11 +6,12 @@ use serde_json::{Map, Value};
 
 use crate::api::fields::refuse::{refuse_unsupported, unsupported};
 use crate::api::fields::{self, Field, Fields, invalid, wrong_type};
+use crate::api::grammar::{self, CompiledGrammar, Grammar};
 use crate::api::length;
 use crate::api::logprobs::{LogprobsForm, LogprobsRequest};
 use crate::config::{ApiSettings, defaults};
 use crate::engine::{Limits, SamplingParams};
-use crate::error::Failure;
+use crate::error::{Failure, Kind};
 use crate::models::LogprobsSpec;
 
 /// Sampling defaults: `generation_config.json`, unless switched off, with the overrides of the settings laid over it.
@@ -116,6 +117,8 @@ pub struct GenerationOptions {
     pub seed: Option<u64>,
     /// The first choice's; `max_tokens` and `seed` are not set yet.
     pub sampling: SamplingParams,
+    /// What each answer must be.
+    pub grammar: Option<Arc<CompiledGrammar>>,
 }
 
 /// What [`GenerationOptions::read`] needs of the service.
@@ -126,6 +129,7 @@ pub struct Context<'a> {
     pub eos_token_ids: &'a Arc<Vec<u32>>,
     /// Token ids of plain text.
     pub encode: &'a dyn Fn(&str) -> Result<Vec<u32>, Failure>,
+    pub compile: &'a dyn Fn(&Grammar) -> Result<Arc<CompiledGrammar>, Failure>,
 }
 
 impl GenerationOptions {
@@ -164,6 +168,7 @@ impl GenerationOptions {
             echo,
             seed: fields.seed()?,
             sampling,
+            grammar: compiled(fields, context)?,
         })
     }
 }
@@ -189,6 +194,19 @@ impl GenerationOptions {
         );
         Err(Failure::bad_request(param, message).code("invalid_value"))
     }
+}
+
+/// The grammar that the request asks for. A failure names the field.
+fn compiled(fields: &Fields<'_>, context: &Context<'_>) -> Result<Option<Arc<CompiledGrammar>>, Failure> {
+    let Some(requested) = grammar::request::read(fields)? else { return Ok(None) };
+    let name = |failure: Failure| {
+        if failure.kind != Kind::BadRequest {
+            return failure;
+        }
+        let message = format!("'{}' cannot be used: {}", requested.param, failure.message);
+        Failure { message, ..failure }.param(&*requested.param)
+    };
+    (context.compile)(&requested.grammar).map(Some).map_err(name)
 }
 
 /// What decides which tokens come. `report`: how many alternatives to report with each. The seed and the lengths are not set here.
@@ -282,7 +300,14 @@ mod tests {
         // One token a letter.
         let encode = |text: &str| Ok(text.bytes().map(|byte| u32::from(byte % 10)).collect());
         let eos_token_ids = Arc::new(vec![2]);
-        let context = Context { settings: &settings, defaults: &defaults, limits: &limits, eos_token_ids: &eos_token_ids, encode: &encode };
+        let context = Context {
+            settings: &settings,
+            defaults: &defaults,
+            limits: &limits,
+            eos_token_ids: &eos_token_ids,
+            encode: &encode,
+            compile: &|_| Err(Failure::internal("no grammars here")),
+        };
         GenerationOptions::read(&Fields::new(&body).unwrap(), LogprobsForm::NativeText, &context)
     }
 

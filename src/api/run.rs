@@ -123,7 +123,8 @@ impl RequestStream {
                 params.seed = options.seed.map_or_else(|| runs.seeds.pick(), |seed| seed.wrapping_add(candidate as u64));
                 // Of one prompt the first candidate has the scores, for all.
                 let prompt_logprobs = options.prompt_logprobs.filter(|_| candidate == 0);
-                let sequence = Request { id: id.clone(), prompt: prompt.ids.clone(), params, prompt_logprobs, deadline };
+                let constraint = options.grammar.as_ref().map(|grammar| grammar.constraint());
+                let sequence = Request { id: id.clone(), prompt: prompt.ids.clone(), params, prompt_logprobs, deadline, constraint };
                 let generation = runs.engine.submit(sequence)?;
                 let opening = Opening {
                     echo: prompt.echo.as_ref().map(|echo| echo.text.clone()).unwrap_or_default(),

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use crate::api::fields::Fields;
+use crate::api::grammar::Grammars;
 use crate::api::logprobs::LogprobsForm;
 use crate::api::model::ModelInfo;
 use crate::api::options::{Context, GenerationOptions, SamplingDefaults};
@@ -29,6 +30,7 @@ pub struct ServedModel {
     /// Ids from here on have no row in the model's embedding.
     pub embedding_rows: usize,
     pub guard: Guard,
+    pub grammars: Grammars,
     /// The template with the form of contents that it takes, or why there is none.
     chat_template: Result<(ChatTemplate, Contents), String>,
     /// The template writes the text of system messages into the prompt.
@@ -63,10 +65,12 @@ impl ServedModel {
         let bos_token_id = model.special_tokens.get("bos_token").and_then(Value::as_str).and_then(|token| tokenizer.token_id(token));
         let embedding_rows = model.config.get("vocab_size").and_then(Value::as_u64).map_or(limits.vocab_size, |rows| rows as usize);
         warn_of_tokens_beyond(&tokenizer, embedding_rows);
+        let eos_token_ids = Arc::new(eos_token_ids(&model, &tokenizer)?);
         Ok(Self {
             names,
             defaults,
-            eos_token_ids: Arc::new(eos_token_ids(&model, &tokenizer)?),
+            grammars: Grammars::new(tokenizer.clone(), limits.vocab_size, eos_token_ids.clone()),
+            eos_token_ids,
             bos_token_id,
             embedding_rows,
             guard: Guard::new(&tokenizer)?,
@@ -123,6 +127,7 @@ impl ServedModel {
             limits: &self.limits,
             eos_token_ids: &self.eos_token_ids,
             encode: &|text| self.tokenizer.encode(text, Special::Text),
+            compile: &|grammar| self.grammars.compile(grammar),
         };
         GenerationOptions::read(fields, form, &context)
     }

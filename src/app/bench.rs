@@ -13,6 +13,9 @@ use futures::future::try_join_all;
 use serde_json::{Value, json};
 
 use super::{model, say};
+use crate::api::ModelInfo;
+use crate::api::grammar::{CompiledGrammar, Grammar, Grammars};
+use crate::checkpoint::files::ModelFiles;
 use crate::checkpoint::hub;
 use crate::config::{BenchArgs, ExposeSecret, Settings};
 use crate::engine::{Event, Handle, Request, SamplingParams};
@@ -20,6 +23,7 @@ use crate::error::Failure;
 use crate::kernels;
 use crate::models::memory;
 use crate::models::runner::About;
+use crate::text::tokenizer::Tokenizer;
 
 /// The moments at which one sequence's tokens came, counted from the start of its wave; a moment may stand for several tokens.
 type Moments = Vec<(Duration, usize)>;
@@ -30,14 +34,11 @@ enum Target {
         engine: Handle,
         about: About,
         bandwidth: Option<f64>,
+        /// `--structured`.
+        grammar: Option<Arc<CompiledGrammar>>,
     },
     /// `salt` makes the prompts of every run others: a running server keeps those of the last one in its prefix cache.
-    Server {
-        client: reqwest::Client,
-        url: String,
-        key: Option<String>,
-        salt: u64,
-    },
+    Server { client: reqwest::Client, url: String, key: Option<String>, salt: u64, structured: bool },
 }
 
 /// Measures every concurrency that was asked for, one line each.
@@ -64,7 +65,7 @@ impl Target {
             let key = settings.server.api_keys.first().map(|key| key.expose_secret().to_string());
             let url = url.trim_end_matches('/').trim_end_matches("/v1").to_string();
             let salt = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64 >> 10);
-            return Ok(Self::Server { client, url, key, salt });
+            return Ok(Self::Server { client, url, key, salt, structured: bench.structured });
         }
         let files = hub::fetch(&settings.model, &settings.hub).await?;
         let (engine, about) = model::start_engine(settings, &files, || Ok(usize::MAX.into())).await?;
@@ -88,7 +89,8 @@ impl Target {
         }
         let on_cpu = about.threads > 0;
         let bandwidth = on_cpu.then(|| memory_bandwidth(about.threads));
-        Ok(Self::Engine { engine, about, bandwidth })
+        let grammar = bench.structured.then(|| endless_json(&files, &engine)).transpose()?;
+        Ok(Self::Engine { engine, about, bandwidth, grammar })
     }
 
     fn headline(&self, settings: &Settings, bench: &BenchArgs) {
@@ -114,10 +116,11 @@ impl Target {
     ) -> Result<Vec<Moments>, Failure> {
         let begin = Instant::now();
         match self {
-            Self::Engine { engine, .. } => {
+            Self::Engine { engine, grammar, .. } => {
                 let vocab = engine.limits().vocab_size;
-                let submitted: Result<Vec<_>, _> =
-                    (0..concurrency).map(|i| engine.submit(engine_request(random_prompt(prompt, vocab, seed, i), output))).collect();
+                let submitted: Result<Vec<_>, _> = (0..concurrency)
+                    .map(|i| engine.submit(engine_request(random_prompt(prompt, vocab, seed, i), output, grammar.as_deref())))
+                    .collect();
                 try_join_all(submitted?.into_iter().map(|mut generation| async move {
                     let mut moments = Vec::with_capacity(output);
                     loop {
@@ -131,11 +134,14 @@ impl Target {
                 }))
                 .await
             }
-            Self::Server { client, url, key, salt } => {
+            Self::Server { client, url, key, salt, structured } => {
                 let one = |i: usize| {
                     // Ids that every vocabulary has and that are not control tokens.
-                    let body = json!({"model": null, "prompt": random_prompt(prompt, 1_000, salt.wrapping_add(seed), i), "max_tokens": output, "ignore_eos": true, "temperature": 0, "stream": true,
+                    let mut body = json!({"model": null, "prompt": random_prompt(prompt, 1_000, salt.wrapping_add(seed), i), "max_tokens": output, "ignore_eos": true, "temperature": 0, "stream": true,
                         "stream_options": {"include_usage": true, "continuous_usage_stats": true}});
+                    if *structured {
+                        body["guided_json"] = endless_schema();
+                    }
                     let request = client.post(format!("{url}/v1/completions")).json(&body);
                     let request = if let Some(key) = key { request.bearer_auth(key) } else { request };
                     read_stream(request, begin)
@@ -164,9 +170,27 @@ impl Target {
     }
 }
 
-fn engine_request(prompt: Vec<u32>, output: usize) -> Request {
+/// A list of a million entries: nothing in it is forced, and it does not end before its length does.
+fn endless_schema() -> Value {
+    json!({"type": "array", "items": {"type": ["string", "integer"]}, "minItems": 1_000_000})
+}
+
+fn endless_json(files: &ModelFiles, engine: &Handle) -> Result<Arc<CompiledGrammar>, Failure> {
+    let tokenizer = Arc::new(Tokenizer::load(files)?);
+    let eos = Arc::new(ModelInfo::from_files(files)?.eos_token_ids()?);
+    Grammars::new(tokenizer, engine.limits().vocab_size, eos).compile(&Grammar::json_schema(endless_schema()))
+}
+
+fn engine_request(prompt: Vec<u32>, output: usize, grammar: Option<&CompiledGrammar>) -> Request {
     let params = SamplingParams { temperature: 0.0, max_tokens: output, ignore_eos: true, ..Default::default() };
-    Request { id: "bench".into(), prompt: Arc::new(prompt), params, prompt_logprobs: None, deadline: None }
+    Request {
+        id: "bench".into(),
+        prompt: Arc::new(prompt),
+        params,
+        prompt_logprobs: None,
+        deadline: None,
+        constraint: grammar.map(CompiledGrammar::constraint),
+    }
 }
 
 /// Distinct in every wave and sequence, so that nothing is cached.

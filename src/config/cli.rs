@@ -137,6 +137,9 @@ pub struct BenchArgs {
     /// Measure a running server through HTTP instead of the engine alone.
     #[arg(long)]
     pub url: Option<String>,
+    /// Hold every answer to a JSON schema that never lets it end: what masks cost.
+    #[arg(long)]
+    pub structured: bool,
     /// Measure from the start of a process to the first token, by phase.
     #[arg(long)]
     pub cold_start: bool,

@@ -13,6 +13,7 @@ use crate::error::Failure;
 use crate::models::{Logprobs, LogprobsSpec};
 
 mod blocks;
+mod constraint;
 mod health;
 mod metrics;
 mod ngram;
@@ -21,7 +22,8 @@ mod run;
 mod scheduler;
 mod sequence;
 
-pub use crate::models::SamplingParams;
+pub use crate::models::{SamplingParams, TokenMask};
+pub use constraint::{Constraint, Next};
 pub use health::Health;
 pub use metrics::Metrics;
 pub use ngram::NgramProposer;
@@ -39,6 +41,8 @@ pub struct Request {
     pub prompt_logprobs: Option<LogprobsSpec>,
     /// After this moment the request fails with `Kind::Timeout`, wherever it stands.
     pub deadline: Option<Instant>,
+    /// What the output may be, where more than the model decides that. In the state before the first token.
+    pub constraint: Option<Box<dyn Constraint>>,
 }
 
 /// What the engine reports of one sequence, in this order. Nothing comes after `Finished` or `Failed`.

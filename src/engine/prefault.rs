@@ -119,7 +119,7 @@ mod tests {
 
     fn request(max_tokens: usize) -> Request {
         let params = SamplingParams { max_tokens, ignore_eos: true, ..Default::default() };
-        Request { id: "test".into(), prompt: Arc::new(vec![5; 8]), params, prompt_logprobs: None, deadline: None }
+        Request { id: "test".into(), prompt: Arc::new(vec![5; 8]), params, prompt_logprobs: None, deadline: None, constraint: None }
     }
 
     #[test]

@@ -9,9 +9,10 @@ use std::time::Instant;
 
 use tokio::sync::{mpsc, oneshot};
 
+use super::constraint::MaskThreads;
 use super::metrics::{Ended, Log, Moments};
 use super::prefault::{Activity, Prefault};
-use super::scheduler::{Outcome, Scheduler};
+use super::scheduler::{Broken, Outcome, Scheduler};
 use super::sequence::{Sequence, SequenceId};
 use super::{Command, Event, Figures, Finish, Handle, Limits, Options, Shared, Submitted, health};
 use crate::error::{Failure, Kind};
@@ -85,6 +86,7 @@ struct Worker<R> {
     /// Kept between steps for their memory.
     plan: Plan,
     outcomes: Vec<Outcome>,
+    mask_threads: MaskThreads,
     log: Log,
     /// Prompt tokens computed so far.
     computed_prompt: u64,
@@ -119,6 +121,7 @@ impl<R: Runner> Worker<R> {
             ended: 0,
             plan: Plan::default(),
             outcomes: Vec::new(),
+            mask_threads: MaskThreads::default(),
             log: Log::new(options.log_stats),
             computed_prompt: 0,
             prefault: Prefault::default(),
@@ -231,6 +234,7 @@ impl<R: Runner> Worker<R> {
             return;
         }
         let begin = Instant::now();
+        self.mask_threads.start(self.scheduler.mask_jobs());
         for (id, cached_tokens) in self.scheduler.started() {
             if let Some(client) = self.clients.get_mut(id) {
                 self.figures.lock().metrics.started(&mut client.moments, begin);
@@ -321,11 +325,17 @@ impl<R: Runner> Worker<R> {
                 self.clients.remove(&outcome.id);
             }
         }
-        for at in 0..self.scheduler.broken().len() {
-            let (id, suppressed) = self.scheduler.broken()[at];
-            let more = if suppressed { ", or every token is suppressed (bad_words, min_tokens)" } else { "" };
-            let message = format!("the model gave no finite logits for this request{more}");
-            self.fail(&[id], &Failure::internal(message).code("no_finite_logits"), now);
+        let broken: Vec<(SequenceId, Broken)> = self.scheduler.broken().collect();
+        for (id, cause) in broken {
+            let failure = match cause {
+                Broken::Constraint(failure) => failure,
+                Broken::NoToken { suppressed } => {
+                    let more = if suppressed { ", or every token is suppressed (bad_words, min_tokens, structured output)" } else { "" };
+                    let message = format!("the model gave no finite logits for this request{more}");
+                    Failure::internal(message).code("no_finite_logits")
+                }
+            };
+            self.fail(&[id], &failure, now);
         }
     }
 

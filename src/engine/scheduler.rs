@@ -15,15 +15,19 @@
 //! - **Speculation** ([`NgramProposer`]): while few sequences decode, their rows carry draft tokens, as far as budget and blocks are free. A
 //!   draft token is accepted when it is the very token that is sampled, so the output is that of plain decoding. Draft tokens never take
 //!   from the share of prompts that wait.
+//! - **Constraints** ([`Constraint`](super::Constraint)): rows whose samples may not be anything bring a [`MaskJob`], and the plan goes on
+//!   without waiting for it. Tokens that a constraint forces run with the token sampled before them, in one row.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::vec::Drain;
 
 use super::blocks::BlockPool;
+use super::constraint::MaskJob;
 use super::ngram::NgramProposer;
 use super::sequence::{Sequence, SequenceId};
 use super::{Finish, Token};
+use crate::error::Failure;
 use crate::models::{Logprobs, Output, Plan, Row, Shape};
 
 /// Admission keeps room for so many output tokens per running sequence. More would waste memory on requests that ask for 4,096 tokens and use 100.
@@ -51,6 +55,18 @@ struct InFlight {
     draft_len: usize,
 }
 
+/// Why a sequence got no token.
+#[derive(Debug)]
+pub enum Broken {
+    /// Its logits were not finite, or every token was suppressed.
+    NoToken {
+        /// Some ids were suppressed.
+        suppressed: bool,
+    },
+    /// Its constraint failed.
+    Constraint(Failure),
+}
+
 /// Running totals since the start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Totals {
@@ -76,8 +92,10 @@ pub struct Scheduler {
     in_flight: Vec<InFlight>,
     /// Sequences that the last plan admitted for the first time, with the prompt tokens that were cached.
     started: Vec<(SequenceId, usize)>,
-    /// Sequences whose logits the last step could not sample from, each with whether some ids were suppressed.
-    broken: Vec<(SequenceId, bool)>,
+    /// Sequences that the last step gave no token, each with the reason.
+    broken: Vec<(SequenceId, Broken)>,
+    /// What makes the masks of the plan in flight.
+    mask_jobs: Vec<MaskJob>,
     totals: Totals,
     proposer: Option<NgramProposer>,
     /// The draft tokens of the plan in flight, one row after another.
@@ -100,6 +118,7 @@ impl Scheduler {
             in_flight: Vec::with_capacity(shape.max_num_seqs),
             started: Vec::new(),
             broken: Vec::new(),
+            mask_jobs: Vec::new(),
             totals: Totals::default(),
             path: Vec::new(),
             shares: Vec::with_capacity(shape.max_num_seqs),
@@ -132,9 +151,14 @@ impl Scheduler {
         &self.started
     }
 
-    /// Sequences whose logits the last step could not sample from, each with whether some ids were suppressed. They have left.
-    pub fn broken(&self) -> &[(SequenceId, bool)] {
-        &self.broken
+    /// Sequences that the last step gave no token, each with the reason. They have left.
+    pub fn broken(&mut self) -> Drain<'_, (SequenceId, Broken)> {
+        self.broken.drain(..)
+    }
+
+    /// What makes the masks of the last plan, to be run on other threads while the device runs the plan.
+    pub fn mask_jobs(&mut self) -> Drain<'_, MaskJob> {
+        self.mask_jobs.drain(..)
     }
 
     /// Takes a sequence out, whether it waits or runs, and frees its blocks at once. Not to be called between [`Self::plan`] and
@@ -158,6 +182,7 @@ impl Scheduler {
         plan.clear();
         self.started.clear();
         self.drafts.clear();
+        self.mask_jobs.clear();
         let mut budget = self.shape.max_num_batched_tokens;
         self.plan_decodes(plan, &mut budget);
         if !plan.rows.is_empty() {
@@ -180,8 +205,8 @@ impl Scheduler {
     fn plan_decodes(&mut self, plan: &mut Plan, budget: &mut usize) {
         let mut index = 0;
         while index < self.running.len() {
-            let fits = self.running[index].pending() > 1 || self.grow(index);
-            if fits {
+            // A prompt has its blocks already.
+            if self.grow(index) {
                 index += 1;
             } else {
                 // The newest sequence may be this one. It is the last, so no other index changes.
@@ -189,7 +214,7 @@ impl Scheduler {
                 self.preempt(newest);
             }
         }
-        let decoding = self.running.iter().filter(|sequence| sequence.pending() == 1).count();
+        let decoding = self.running.iter().filter(|sequence| sequence.decodes()).count();
         let proposer = self.proposer.filter(|proposer| decoding <= proposer.max_rows);
         let mut spare = budget.saturating_sub(decoding);
         // Prompts that wait come first: draft tokens may turn out to be wrong, and prompts are certain to be needed.
@@ -197,11 +222,16 @@ impl Scheduler {
             spare = spare.saturating_sub(self.mixed_budget());
         }
         for index in 0..self.running.len() {
-            if *budget > 0 && self.running[index].pending() == 1 {
-                let draft_len = proposer.map_or(0, |proposer| self.propose(index, proposer, spare));
+            if *budget > 0 && self.running[index].decodes() {
+                let forced = (self.running[index].pending() - 1).min(spare);
+                spare -= forced;
+                let draft_len = match proposer {
+                    Some(proposer) if self.running[index].pending() == 1 => self.propose(index, proposer, spare),
+                    _ => 0,
+                };
                 spare -= draft_len;
-                self.plan_row(index, 1, draft_len, plan);
-                *budget -= 1 + draft_len;
+                self.plan_row(index, 1 + forced, draft_len, plan);
+                *budget -= 1 + forced + draft_len;
             }
         }
     }
@@ -232,8 +262,8 @@ impl Scheduler {
     fn plan_prompts(&mut self, plan: &mut Plan, budget: usize, new: usize) {
         let mut shares = std::mem::take(&mut self.shares);
         shares.clear();
-        // Of the older sequences, those with one pending token decode: they have their rows already.
-        let prompts = self.running.iter().enumerate().filter(|(index, sequence)| *index >= new || sequence.pending() > 1);
+        // Of the older sequences, those that decode have their rows already.
+        let prompts = self.running.iter().enumerate().filter(|(index, sequence)| *index >= new || !sequence.decodes());
         shares.extend(prompts.map(|(index, sequence)| (index, sequence.pending())));
         if let Some((oldest, others)) = shares.split_first_mut() {
             others.sort_by_key(|(_, pending)| *pending);
@@ -336,12 +366,19 @@ impl Scheduler {
         let (from, known) = (sequence.computed, sequence.computed + len);
         let to = known + draft_len;
         let size = self.shape.block_size;
+        let mut sampling = (known == sequence.tokens.len()).then(|| sequence.sampling());
+        if let Some(sampling) = &mut sampling
+            && let Some(job) = sequence.mask_job(&self.drafts[self.drafts.len() - draft_len..])
+        {
+            sampling.masks = Some(job.masks());
+            self.mask_jobs.push(job);
+        }
         plan.rows.push(Row {
             start: plan.tokens.len(),
             len: len + draft_len,
             context: to,
             blocks: sequence.blocks.clone(),
-            sampling: (known == sequence.tokens.len()).then(|| sequence.sampling()),
+            sampling,
             draft_len,
             score: sequence.score(from, known),
         });
@@ -379,7 +416,7 @@ impl Scheduler {
             let Some(index) = index else { continue };
             next = index + 1;
             let sequence = &mut self.running[index];
-            let Settled { broken, accepted } = results.settle(sequence, row, outcomes);
+            let Settled { broken, failure, accepted } = results.settle(sequence, row, outcomes);
             if let Some(accepted) = accepted {
                 sequence.acceptance.learn(row.draft_len, accepted);
                 self.totals.drafted += row.draft_len as u64;
@@ -387,7 +424,10 @@ impl Scheduler {
             }
             let finished = outcomes.last().is_some_and(|outcome| outcome.id == row.id && outcome.finish.is_some());
             if broken {
-                self.broken.push((row.id, !sequence.sampling().suppressed.is_empty()));
+                let suppressed = sequence.is_constrained() || !sequence.sampling().suppressed.is_empty();
+                let no_token = || Broken::NoToken { suppressed };
+                let failure = failure.or_else(|| sequence.constraint_failure());
+                self.broken.push((row.id, failure.map_or_else(no_token, Broken::Constraint)));
             } else {
                 Self::cache(&mut self.pool, sequence, self.shape.block_size);
             }
@@ -458,8 +498,10 @@ struct Results<'a> {
 
 /// What became of one row.
 struct Settled {
-    /// Its logits gave no token, or no score.
+    /// It got no token, or no score.
     broken: bool,
+    /// Why its constraint failed.
+    failure: Option<Failure>,
     /// How many draft tokens were accepted; `None` when nothing was sampled.
     accepted: Option<usize>,
 }
@@ -473,7 +515,7 @@ impl Results<'_> {
         let broken = self.failed.iter().any(|at| (first..last - self.scores.len()).contains(at));
         sequence.computed += row.len;
         if sequence.computed < sequence.tokens.len() {
-            return Settled { broken, accepted: None };
+            return Settled { broken, failure: None, accepted: None };
         }
         let prompt = sequence.take_prompt_logprobs();
         self.take_samples(sequence, row.draft_len, broken, prompt, outcomes)
@@ -495,6 +537,7 @@ impl Results<'_> {
         let (drafts, others) = self.drafts.split_at(draft_len);
         self.drafts = others;
         let (mut accepted, mut open) = (0, true);
+        let mut failure = None;
         // All samples of the row are taken in any case, since those that follow belong to the next row.
         for nth in 0..=draft_len {
             let at = self.samples - self.tokens.len();
@@ -503,8 +546,14 @@ impl Results<'_> {
             if broken || !open {
                 continue;
             }
-            let finish = sequence.push(token);
-            let ends = matches!(finish, Some(Finish::Stop | Finish::StopToken(_)));
+            let finish = match sequence.push(token) {
+                Ok(finish) => finish,
+                Err(reason) => {
+                    (broken, failure) = (true, Some(reason));
+                    continue;
+                }
+            };
+            let ends = sequence.is_end(token);
             let logprobs = logprobs.map(Box::new);
             outcomes.push(Outcome { id: sequence.id, prompt: prompt.take(), token: Token { id: token, ends, logprobs }, finish });
             open = finish.is_none() && drafts.get(nth) == Some(&token);
@@ -513,8 +562,31 @@ impl Results<'_> {
                 accepted += 1;
             }
         }
-        Settled { broken, accepted: Some(accepted) }
+        let finished = outcomes.last().is_some_and(|outcome| outcome.id == sequence.id && outcome.finish.is_some());
+        if !broken && !finished {
+            failure = take_forced(sequence, outcomes).err();
+            broken = failure.is_some();
+        }
+        Settled { broken, failure, accepted: Some(accepted) }
     }
+}
+
+/// Appends what the constraint forces to come next.
+fn take_forced(sequence: &mut Sequence, outcomes: &mut Vec<Outcome>) -> Result<(), Failure> {
+    let forced = sequence.take_forced()?;
+    let last = forced.len();
+    for (at, token) in (1..).zip(forced) {
+        let mut finish = sequence.push_forced(token)?;
+        if finish.is_some() || at == last {
+            finish = sequence.or_complete(finish)?;
+        }
+        let token = Token { id: token, ends: sequence.is_end(token), logprobs: None };
+        outcomes.push(Outcome { id: sequence.id, prompt: None, token, finish });
+        if finish.is_some() {
+            break;
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

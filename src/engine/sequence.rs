@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 
+use super::constraint::{Constrained, MaskJob, Next};
 use super::ngram::Acceptance;
 use super::{Finish, Request};
+use crate::error::Failure;
 use crate::models::{Logprobs, LogprobsSpec, SamplingMetadata, SamplingParams, Score, TokenCounts};
 
 /// The engine's own number for a sequence.
@@ -32,6 +34,9 @@ pub struct Sequence {
     /// The prompt's log probabilities as far as they are known. `None` when nobody asked for them, or once they are handed over.
     prompt_logprobs: Option<(LogprobsSpec, Vec<Logprobs>)>,
     max_len: usize,
+    constraint: Option<Constrained>,
+    /// This many of the last tokens were forced by the constraint, and not sampled.
+    forced: usize,
 }
 
 impl Sequence {
@@ -57,6 +62,8 @@ impl Sequence {
             acceptance: Acceptance::default(),
             banned: Banned::new(&params),
             prompt_logprobs: request.prompt_logprobs.map(|spec| (spec, Vec::new())),
+            constraint: request.constraint.clone().map(|constraint| Constrained::new(constraint, params.clone())),
+            forced: 0,
             params,
             counts: Arc::new(counts),
             max_len,
@@ -84,7 +91,50 @@ impl Sequence {
             suppressed: self.banned.after(&self.tokens[self.prompt_len..], &self.params),
             counts: self.counts.clone(),
             index: self.output_len() as u64,
+            masks: None,
         }
+    }
+
+    /// What finds out which tokens may be sampled in a row with these drafts; `None` when all may.
+    pub fn mask_job(&self, drafts: &[u32]) -> Option<MaskJob> {
+        self.constraint.as_ref()?.job(drafts)
+    }
+
+    /// Why the constraint's masks of the last step could not be made, if they could not.
+    pub fn constraint_failure(&self) -> Option<Failure> {
+        self.constraint.as_ref()?.take_failure()
+    }
+
+    /// A constraint has a say in what is sampled.
+    pub fn is_constrained(&self) -> bool {
+        self.constraint.is_some()
+    }
+
+    /// It generates: what is pending was sampled last, or forced after that.
+    pub fn decodes(&self) -> bool {
+        self.pending() <= 1 + self.forced
+    }
+
+    /// Tokens that the constraint forces to come next, and that may come without being sampled. What a request wants to know or to forbid of
+    /// sampled tokens it shall not miss of forced ones: then they are sampled, one by one.
+    pub fn take_forced(&mut self) -> Result<Vec<u32>, Failure> {
+        self.forced = 0;
+        if self.params.logprobs.is_some() || !self.params.bad_words.is_empty() {
+            return Ok(Vec::new());
+        }
+        match &mut self.constraint {
+            Some(constraint) => match constraint.next()? {
+                Next::Forced(tokens) => Ok(tokens.clone()),
+                _ => Ok(Vec::new()),
+            },
+            None => Ok(Vec::new()),
+        }
+    }
+
+    /// Appends a token that was not sampled.
+    pub fn push_forced(&mut self, token: u32) -> Result<Option<Finish>, Failure> {
+        self.forced += 1;
+        self.append(token)
     }
 
     /// False when the tokens sampled before decide which ones may be sampled next, or how: such a row must not run ahead on draft tokens.
@@ -127,8 +177,29 @@ impl Sequence {
         self.prompt_logprobs.take().map(|(_, known)| known)
     }
 
-    /// Appends a sampled token, and tells whether it ended the sequence.
-    pub fn push(&mut self, token: u32) -> Option<Finish> {
+    /// Appends a sampled token, and tells whether it ended the sequence. Fails when the constraint has failed.
+    pub fn push(&mut self, token: u32) -> Result<Option<Finish>, Failure> {
+        let finish = self.append(token)?;
+        self.or_complete(finish)
+    }
+
+    /// The token ends the sequence, whatever came before.
+    pub fn is_end(&self, token: u32) -> bool {
+        (!self.params.ignore_eos && self.params.eos_token_ids.contains(&token)) || self.params.stop_token_ids.contains(&token)
+    }
+
+    /// `finish`, unless the constraint has come to its end.
+    pub fn or_complete(&mut self, finish: Option<Finish>) -> Result<Option<Finish>, Failure> {
+        match &mut self.constraint {
+            Some(constraint) if matches!(finish, None | Some(Finish::Length)) => {
+                let ended = *constraint.next()? == Next::End;
+                Ok(if ended { Some(Finish::Stop) } else { finish })
+            }
+            _ => Ok(finish),
+        }
+    }
+
+    fn append(&mut self, token: u32) -> Result<Option<Finish>, Failure> {
         self.tokens.push(token);
         if self.params.has_penalties() {
             // The plan that shared the counts is cleared by now, so `make_mut` copies nothing.
@@ -140,12 +211,15 @@ impl Sequence {
         }
         let p = &self.params;
         if !p.ignore_eos && p.eos_token_ids.contains(&token) {
-            return Some(Finish::Stop);
+            return Ok(Some(Finish::Stop));
         }
         if p.stop_token_ids.contains(&token) {
-            return Some(Finish::StopToken(token));
+            return Ok(Some(Finish::StopToken(token)));
         }
-        (self.tokens.len() >= self.max_len).then_some(Finish::Length)
+        if let Some(constraint) = &mut self.constraint {
+            constraint.accept(token)?;
+        }
+        Ok((self.tokens.len() >= self.max_len).then_some(Finish::Length))
     }
 }
 

@@ -8,12 +8,14 @@ use std::sync::Arc;
 pub use crate::config::LogprobsMode;
 use crate::error::Failure;
 
+pub use mask::{Allowed, PendingMasks, TokenMask};
 pub use sample::{SamplingMetadata, SamplingParams, TokenCounts};
 
 mod config;
 pub mod decoder;
 pub mod device;
 pub mod families;
+mod mask;
 pub mod memory;
 pub mod quality;
 mod rope;

@@ -8,6 +8,7 @@
 use std::cell::RefCell;
 
 use crate::kernels::cpu::softmax::{self, BLOCK};
+use crate::models::mask::Allowed;
 use crate::models::{Logprobs, LogprobsMode, LogprobsSpec};
 
 mod nucleus;
@@ -44,7 +45,7 @@ thread_local! {
 /// Samples a token from `logits [vocab]`, which are changed on the way. `nth` counts the samples of a row with draft tokens from 0: the random
 /// number is that of output token `sampling.index + nth`. `unassigned` are the ids without a token.
 ///
-/// `None` when nothing can be sampled: the model gave NaN or infinity, or every token is suppressed.
+/// `None` when nothing can be sampled: the model gave NaN or infinity, or every token is suppressed. Waits for the row's masks.
 pub fn sample(logits: &mut [f32], unassigned: &[u32], sampling: &SamplingMetadata, nth: u64) -> Option<(u32, Option<Logprobs>)> {
     let params = &*sampling.params;
     if !are_numbers(logits) {
@@ -59,6 +60,11 @@ pub fn sample(logits: &mut [f32], unassigned: &[u32], sampling: &SamplingMetadat
         if changed {
             scratch.raw.clear();
             scratch.raw.extend_from_slice(logits);
+        }
+        if let Some(masks) = &sampling.masks
+            && let Allowed::Only(mask) = masks.wait(nth as usize)?
+        {
+            mask.apply(logits);
         }
         adjust(logits, sampling);
         let max = softmax::max(logits);

@@ -189,7 +189,14 @@ fn measured_engine() {
                     };
                     let prompt = (0..20).map(|at| (300 + at * 7 + id * 31 + round * 100) as u32).collect::<Vec<_>>();
                     engine
-                        .submit(Request { id: "t".into(), prompt: Arc::new(prompt), params, prompt_logprobs: None, deadline: None })
+                        .submit(Request {
+                            id: "t".into(),
+                            prompt: Arc::new(prompt),
+                            params,
+                            prompt_logprobs: None,
+                            deadline: None,
+                            constraint: None,
+                        })
                         .unwrap()
                 };
                 let mut all: Vec<(Generation, usize)> = (0..SEQUENCES).map(|id| (submit(id), 0)).collect();

@@ -51,7 +51,6 @@ fn passes(value: &Value, neutral: Neutral) -> bool {
             Value::Array(list) => list.iter().all(|word| word.as_str().is_some_and(|word| words.contains(&word))),
             _ => false,
         },
-        Neutral::TextFormat => value.get("type").and_then(Value::as_str) == Some("text"),
         Neutral::Yes => value == &Value::Bool(true),
         Neutral::NoThinking => empty || is_thinking_off(value),
     }

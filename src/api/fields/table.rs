@@ -68,8 +68,6 @@ pub enum Neutral {
     Number(f64),
     /// One of these words, or empty.
     Words(&'static [&'static str]),
-    /// `{"type": "text"}`.
-    TextFormat,
     /// `true`.
     Yes,
     /// Empty, or a wish not to think ([`super::refuse::is_thinking_off`]), which the template is told.
@@ -104,7 +102,6 @@ use TakenBy::{All, Chat, Completions, Jobs};
 use ValueSpec::{Bool, Integer, Number, Object, Other, Text, TokenIds, Unsupported};
 
 const TOOLS: &str = "tools";
-const STRUCTURED: &str = "structured output";
 const PROBABILITIES: &str = "probabilities";
 const SAMPLING: &str = "other ways to sample";
 const ENDING: &str = "other ways to end";
@@ -168,6 +165,22 @@ pub const FIELDS: &[FieldSpec] = &[
     row("stop_token_ids", TokenIds, All, "Further tokens that end it."),
     row("include_stop_str_in_output", Bool(Some(false)), All, "What ended it is part of it."),
     row("ignore_eos", Bool(Some(false)), All, "The end of sequence is an ordinary token."),
+    // What the answer must be: one of them.
+    row("response_format", Other("`{\"type\": …}`: `text`, `json_object`, `json_schema`, `structural_tag`; `json` and `regex` with `value`"), All, "OpenAI's way to say it; see [structured output](structured-output.md)."),
+    row("structured_outputs", Other("an object with one of `json`, `regex`, `choice`, `grammar`, `json_object`, `structural_tag`"), All, "vLLM's. Beside it `whitespace_pattern`, `disable_any_whitespace`, `disable_additional_properties`."),
+    row("guided_decoding", Other("as `structured_outputs`"), All, "vLLM's older name of the same object."),
+    row("structural_tag", Other("an object, or a string that holds one"), All, "Free text in which triggers open parts that meet a schema."),
+    row("guided_json", Other("a JSON schema: an object, or a string that holds one"), All, "JSON that meets the schema."),
+    row("guided_json_object", Bool(Some(false)), All, "Any JSON object."),
+    row("guided_regex", Text, All, "A text that the whole expression matches."),
+    row("guided_choice", Other("a list of strings"), All, "One of them."),
+    row("guided_grammar", Other("a string"), All, "A text of this grammar: GBNF (EBNF) where it holds `::=`, else Lark."),
+    row("guided_whitespace_pattern", Text, All, "The white space between the parts of JSON, as a regular expression."),
+    row("guided_decoding_backend", Other("a backend's name in vLLM, with its options after a colon"), All, "There is one backend here, which every name means; the options count."),
+    row("grammar", Other("a string, or `{\"type\", \"value\"}`"), All, "llama.cpp's: as `guided_grammar`. mistral.rs's: the types `regex`, `json_schema`, `lark` and `llguidance`."),
+    row("json_schema", Other("as `guided_json`"), All, "The same in SGLang and llama.cpp."),
+    row("regex", Text, All, "As `guided_regex`, in SGLang."),
+    row("ebnf", Text, All, "A text of this grammar in GBNF (EBNF), in SGLang."),
     // What comes back.
     row("stream", Bool(Some(false)), All, "The answer comes in chunks."),
     row("stream_options", Object, All, "`include_usage`: a last chunk with the usage. `continuous_usage_stats`: usage in every chunk."),
@@ -183,20 +196,6 @@ pub const FIELDS: &[FieldSpec] = &[
     unsupported("tool_choice", Neutral::Words(&["none", "auto"]), TOOLS),
     unsupported("functions", Neutral::Empty, TOOLS),
     unsupported("function_call", Neutral::Words(&["none", "auto"]), TOOLS),
-    unsupported("response_format", Neutral::TextFormat, STRUCTURED),
-    unsupported("structured_outputs", Neutral::Empty, STRUCTURED),
-    unsupported("structural_tag", Neutral::Empty, STRUCTURED),
-    // An empty schema still asks for JSON.
-    unsupported("guided_json", Neutral::Words(&[""]), STRUCTURED),
-    unsupported("guided_json_object", Neutral::Empty, STRUCTURED),
-    unsupported("guided_regex", Neutral::Empty, STRUCTURED),
-    unsupported("guided_choice", Neutral::Empty, STRUCTURED),
-    unsupported("guided_grammar", Neutral::Empty, STRUCTURED),
-    unsupported("guided_decoding", Neutral::Empty, STRUCTURED),
-    unsupported("grammar", Neutral::Empty, STRUCTURED),
-    unsupported("json_schema", Neutral::Words(&[""]), STRUCTURED),
-    unsupported("regex", Neutral::Empty, STRUCTURED),
-    unsupported("ebnf", Neutral::Empty, STRUCTURED),
     unsupported("logprob_token_ids", Neutral::Empty, PROBABILITIES),
     unsupported("temp_scaled_logprobs", Neutral::Empty, PROBABILITIES),
     unsupported("top_p_normalized_logprobs", Neutral::Empty, PROBABILITIES),
@@ -283,7 +282,6 @@ mod tests {
             Neutral::Number(number) => format!("`{number}`"),
             Neutral::Words(words) if words == [""] => "an empty string".to_owned(),
             Neutral::Words(words) => words.iter().map(|word| format!("`{word}`")).collect::<Vec<_>>().join(", "),
-            Neutral::TextFormat => "`{\"type\": \"text\"}`".to_owned(),
             Neutral::Yes => "`true`".to_owned(),
             Neutral::NoThinking => "empty, `{\"type\": \"disabled\"}`, `{\"enabled\": false}`, `{\"effort\": \"none\"}`".to_owned(),
         }

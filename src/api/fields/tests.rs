@@ -115,10 +115,6 @@ fn unsupported_fields_are_refused_by_name_and_neutral_values_pass() {
     let refused = [
         json!({"tools": [{"type": "function"}]}),
         json!({"tool_choice": "required"}),
-        json!({"response_format": {"type": "json_object"}}),
-        json!({"guided_regex": "a+"}),
-        json!({"grammar": "root ::= 'a'"}),
-        json!({"json_schema": "{}"}),
         json!({"logprob_token_ids": [3]}),
         json!({"temp_scaled_logprobs": true}),
         json!({"include_logprobs_decode_token": false}),

@@ -50,7 +50,7 @@ async fn engine(gate: Option<std::sync::mpsc::Receiver<()>>, max_waiting: usize)
 
 fn request(prompt: &[u32], max_tokens: usize) -> Request {
     let params = SamplingParams { max_tokens, ..Default::default() };
-    Request { id: "test".into(), prompt: Arc::new(prompt.to_vec()), params, prompt_logprobs: None, deadline: None }
+    Request { id: "test".into(), prompt: Arc::new(prompt.to_vec()), params, prompt_logprobs: None, deadline: None, constraint: None }
 }
 
 async fn collect(mut generation: Generation) -> (Vec<u32>, Result<Finish, Failure>) {

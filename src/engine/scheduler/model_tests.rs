@@ -35,7 +35,11 @@ fn with_vocabulary<T: Send>(vocabulary: Vocabulary, f: impl FnOnce(&mut ModelRun
 
 fn sequence(id: SequenceId, prompt: Vec<u32>, max_tokens: usize, temperature: f32) -> Sequence {
     let params = SamplingParams { temperature, max_tokens, seed: id, ..Default::default() };
-    Sequence::new(id, &Request { id: "t".into(), prompt: Arc::new(prompt), params, prompt_logprobs: None, deadline: None }, 1024)
+    Sequence::new(
+        id,
+        &Request { id: "t".into(), prompt: Arc::new(prompt), params, prompt_logprobs: None, deadline: None, constraint: None },
+        1024,
+    )
 }
 
 /// Runs everything to its end, greedily.
@@ -167,7 +171,14 @@ fn what_is_put_back_draws_the_same_again() {
                 ignore_eos: true,
                 ..Default::default()
             };
-            Request { id: "t".into(), prompt: Arc::new(words(id as u32, 10 + id as usize)), params, prompt_logprobs: None, deadline: None }
+            Request {
+                id: "t".into(),
+                prompt: Arc::new(words(id as u32, 10 + id as usize)),
+                params,
+                prompt_logprobs: None,
+                deadline: None,
+                constraint: None,
+            }
         };
         let ids = |tokens: &[Token]| tokens.iter().map(|token| token.id).collect::<Vec<_>>();
         let mut alone = HashMap::new();
@@ -211,7 +222,14 @@ fn ids_without_a_token_are_never_sampled_nor_told_of() {
                     seed: id,
                     ..Default::default()
                 };
-                let request = Request { id: "t".into(), prompt: Arc::new(prompt.clone()), params, prompt_logprobs: None, deadline: None };
+                let request = Request {
+                    id: "t".into(),
+                    prompt: Arc::new(prompt.clone()),
+                    params,
+                    prompt_logprobs: None,
+                    deadline: None,
+                    constraint: None,
+                };
                 scheduler.add(Sequence::new(id, &request, 1024));
             }
             let said = sampled(&mut scheduler, runner);

@@ -35,7 +35,7 @@ fn shape(blocks: usize, block_size: usize, seqs: usize, batched: usize) -> Shape
 
 fn request(prompt: Vec<u32>, max_tokens: usize) -> Request {
     let params = SamplingParams { temperature: 0.0, max_tokens, ..Default::default() };
-    Request { id: "t".into(), prompt: Arc::new(prompt), params, prompt_logprobs: None, deadline: None }
+    Request { id: "t".into(), prompt: Arc::new(prompt), params, prompt_logprobs: None, deadline: None, constraint: None }
 }
 
 /// A model whose KV cache is a table of tokens by slot: a row's context is read back through its block table.
@@ -271,7 +271,7 @@ fn a_draw_that_failed_ends_its_sequence_alone_and_leaves_no_block() {
         scheduler.settle(output, &mut outcomes);
         scheduler.check_invariants();
         outcomes.drain(..).for_each(|outcome| tokens.entry(outcome.id).or_default().push(outcome.token.id));
-        broken.extend(scheduler.broken().iter().map(|(id, _)| *id));
+        broken.extend(scheduler.broken().map(|(id, _)| id));
     }
     assert_eq!(broken, [2, 0]);
     assert_eq!(scheduler.pool().available(), 100);
@@ -415,15 +415,15 @@ fn ends_are_told_apart() {
     request.params.min_tokens = 2;
     let mut sequence = Sequence::new(1, &request, 100);
     assert_eq!(*sequence.sampling().suppressed, [2, 7]);
-    assert_eq!(sequence.push(5), None);
-    assert_eq!(sequence.push(6), None);
+    assert_eq!(sequence.push(5), Ok(None));
+    assert_eq!(sequence.push(6), Ok(None));
     assert!(sequence.sampling().suppressed.is_empty());
-    assert_eq!(sequence.push(7), Some(Finish::StopToken(7)));
-    assert_eq!(Sequence::new(1, &request, 100).push(2), Some(Finish::Stop));
+    assert_eq!(sequence.push(7), Ok(Some(Finish::StopToken(7))));
+    assert_eq!(Sequence::new(1, &request, 100).push(2), Ok(Some(Finish::Stop)));
     request.params.ignore_eos = true;
-    assert_eq!(Sequence::new(1, &request, 100).push(2), None);
+    assert_eq!(Sequence::new(1, &request, 100).push(2), Ok(None));
     request.params.max_tokens = 1;
-    assert_eq!(Sequence::new(1, &request, 100).push(2), Some(Finish::Length));
+    assert_eq!(Sequence::new(1, &request, 100).push(2), Ok(Some(Finish::Length)));
 }
 
 #[test]
@@ -436,7 +436,7 @@ fn bad_words_are_kept_from_completion() {
     assert!(!sequence.may_speculate());
     assert_eq!(*sequence.sampling().suppressed, [9, 2], "only the output counts, not the prompt");
     let mut then = |token| {
-        sequence.push(token);
+        sequence.push(token).unwrap();
         sequence.sampling().suppressed.to_vec()
     };
     assert_eq!(then(6), [9, 7]);
@@ -452,7 +452,7 @@ fn penalties_see_prompt_and_output() {
     request.params.repetition_penalty = 1.1;
     let mut sequence = Sequence::new(1, &request, 100);
     for token in [8, 9, 8] {
-        sequence.push(token);
+        sequence.push(token).unwrap();
     }
     let counts = sequence.sampling().counts;
     assert_eq!((&counts.prompt[..], &counts.output[..]), (&[3, 5][..], &[(8, 2), (9, 1)][..]));

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::models::LogprobsSpec;
+use crate::models::mask::PendingMasks;
 
 /// Temperatures and top_p below this are greedy (FastDeploy's and FastChat's limit).
 const GREEDY_BELOW: f32 = 1e-5;
@@ -85,7 +86,7 @@ impl Default for SamplingParams {
 
 /// How one row samples its next token in one step: the request's parameters, and what changes from token to token.
 ///
-/// Order of operations (FastDeploy's): suppressed ids → logit bias → repetition, frequency and presence penalties → temperature
+/// Order of operations (FastDeploy's): masks → suppressed ids → logit bias → repetition, frequency and presence penalties → temperature
 /// → min_p → top_k → top_p → sample.
 #[derive(Debug, Clone, Default)]
 pub struct SamplingMetadata {
@@ -96,6 +97,8 @@ pub struct SamplingMetadata {
     pub counts: Arc<TokenCounts>,
     /// The index of the token in its sequence's output. Together with the seed it fixes the random number, whatever else is in the step.
     pub index: u64,
+    /// What each sample of the row may be, where a constraint decides that.
+    pub masks: Option<PendingMasks>,
 }
 
 impl SamplingMetadata {
@@ -106,7 +109,7 @@ impl SamplingMetadata {
 
     /// Something changes the logits before the temperature does.
     pub(super) fn changes_logits(&self) -> bool {
-        self.params.has_penalties() || !self.params.logit_bias.is_empty() || !self.suppressed.is_empty()
+        self.params.has_penalties() || !self.params.logit_bias.is_empty() || !self.suppressed.is_empty() || self.masks.is_some()
     }
 }
 

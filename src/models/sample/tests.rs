@@ -301,7 +301,7 @@ fn cases() -> impl Strategy<Value = (Vec<f32>, SamplingMetadata)> {
                 ..Default::default()
             };
             let (params, suppressed, counts) = (Arc::new(params), Arc::new(suppressed), Arc::new(counts));
-            (row, SamplingMetadata { params, suppressed, counts, index: at.1 })
+            (row, SamplingMetadata { params, suppressed, counts, index: at.1, masks: None })
         },
     )
 }

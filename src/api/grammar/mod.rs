@@ -1,0 +1,189 @@
+//! Structured output: what an answer must be, as a grammar that the engine samples under.
+//!
+//! [`request`] reads the fields of every spelling into one [`Grammar`]; [`Grammars::compile`] makes it a [`CompiledGrammar`], from which each
+//! sequence gets a [`Constraint`] of its own. Parsing and masks are llguidance's; [`vocabulary`] tells it which bytes each token stands for.
+//!
+//! A grammar of ours, for a tool call say, goes the same way: `grammars.compile(&Grammar::json_schema(schema))`, or
+//! `Grammar::Lark(text)`, in which `<|name|>` is a special token by name and `<[123]>` any token by its id.
+
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, mpsc};
+use std::time::Duration;
+
+use llguidance::api::TopLevelGrammar;
+use llguidance::toktrie::InferenceCapabilities;
+use llguidance::{Matcher, ParserFactory};
+use serde_json::Value;
+
+use crate::api::grammar::matcher::GrammarConstraint;
+use crate::engine::Constraint;
+use crate::error::{Failure, Kind};
+use crate::text::tokenizer::Tokenizer;
+
+mod cache;
+mod expansion;
+mod gbnf;
+mod matcher;
+pub mod request;
+mod source;
+mod structural_tag;
+#[cfg(test)]
+mod tests;
+mod vocabulary;
+
+pub use source::{Grammar, JsonOptions};
+
+/// A grammar that takes longer to compile is refused.
+const COMPILE_LIMIT: Duration = Duration::from_secs(1);
+/// So many grammars compile at a time; those that have passed the limit and still run count.
+const MOST_COMPILING: usize = 4;
+/// The stack of a compiling thread: schemas and expressions nest.
+const COMPILE_STACK: usize = 16 << 20;
+
+/// A grammar that is ready to run.
+pub struct CompiledGrammar {
+    /// In the state before the first token.
+    start: Mutex<GrammarConstraint>,
+}
+
+impl CompiledGrammar {
+    /// What one sequence is sampled under.
+    pub fn constraint(&self) -> Box<dyn Constraint> {
+        self.start.lock().unwrap_or_else(PoisonError::into_inner).fork()
+    }
+}
+
+impl std::fmt::Debug for CompiledGrammar {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("CompiledGrammar")
+    }
+}
+
+/// Compiles grammars for one model, and keeps the last ones.
+pub struct Grammars {
+    tokenizer: Arc<Tokenizer>,
+    vocab_size: usize,
+    eos_token_ids: Arc<Vec<u32>>,
+    /// Made with the first grammar: most workers see none.
+    factory: OnceLock<Result<Arc<ParserFactory>, String>>,
+    cache: Mutex<cache::Cache>,
+    places: Arc<Places>,
+}
+
+impl Grammars {
+    /// `vocab_size`: the ids that the engine may sample are below it.
+    pub fn new(tokenizer: Arc<Tokenizer>, vocab_size: usize, eos_token_ids: Arc<Vec<u32>>) -> Self {
+        Self { tokenizer, vocab_size, eos_token_ids, factory: OnceLock::new(), cache: Mutex::default(), places: Arc::default() }
+    }
+
+    /// Takes a second at most. Not to be called on a thread that serves sockets. The failure names no field.
+    pub fn compile(&self, grammar: &Grammar) -> Result<Arc<CompiledGrammar>, Failure> {
+        let refused = |message: String| Failure::new(Kind::BadRequest, message).code("invalid_value");
+        grammar.check_size().map_err(refused)?;
+        let key = grammar.key();
+        let cached = self.cache.lock().unwrap_or_else(PoisonError::into_inner).get(&key);
+        if let Some(compiled) = cached {
+            return Ok(compiled);
+        }
+        let source = grammar.to_llguidance().map_err(refused)?;
+        let compiled = Arc::new(CompiledGrammar { start: Mutex::new(self.compile_bounded(source)?) });
+        self.cache.lock().unwrap_or_else(PoisonError::into_inner).put(key, compiled.clone());
+        Ok(compiled)
+    }
+
+    /// On a thread of its own, which nobody waits for longer than the limit.
+    fn compile_bounded(&self, source: TopLevelGrammar) -> Result<GrammarConstraint, Failure> {
+        let factory = self.factory()?;
+        let Some(place) = self.places.take() else {
+            let message = format!("{MOST_COMPILING} grammars are being compiled already; try again later");
+            return Err(Failure::new(Kind::Overloaded, message).code("engine_overloaded").retry_after(1));
+        };
+        let (sender, compiled) = mpsc::channel();
+        let body = move || {
+            let result = compile(&factory, source);
+            drop(place);
+            // Whoever waited may be gone.
+            let _ = sender.send(result);
+        };
+        std::thread::Builder::new()
+            .name("grammar".to_owned())
+            .stack_size(COMPILE_STACK)
+            .spawn(body)
+            .map_err(|error| Failure::internal(format!("cannot start a thread for a grammar: {error}")))?;
+        let result = compiled.recv_timeout(COMPILE_LIMIT).unwrap_or_else(|_| {
+            let limit = COMPILE_LIMIT.as_secs_f64();
+            Err(format!(
+                "it takes longer than {limit} s to compile: make it smaller, above all large bounds (maxItems, maxLength, {{m,n}})"
+            ))
+        });
+        result.map_err(|message| Failure::new(Kind::BadRequest, message).code("invalid_value"))
+    }
+
+    fn factory(&self) -> Result<Arc<ParserFactory>, Failure> {
+        let made = self.factory.get_or_init(|| {
+            let begin = std::time::Instant::now();
+            let made = self.build_factory();
+            tracing::debug!("vocabulary for grammars built in {} ms", begin.elapsed().as_millis());
+            made
+        });
+        made.clone().map_err(|error| Failure::internal(format!("no grammar can be used with this model's tokenizer: {error}")))
+    }
+
+    fn build_factory(&self) -> Result<Arc<ParserFactory>, String> {
+        let environment = vocabulary::environment(&self.tokenizer, self.vocab_size, &self.eos_token_ids);
+        let slices = llguidance::earley::SlicedBiasComputer::json_slices();
+        let mut factory = ParserFactory::new(&environment, InferenceCapabilities::default(), &slices).map_err(|error| error.to_string())?;
+        factory.quiet();
+        let limits = factory.limits_mut();
+        limits.verbose_errors = false;
+        // A state takes one to two kilobytes, and each sequence has its own: JSON schemas of daily use need hundreds.
+        limits.max_lexer_states = 20_000;
+        limits.max_grammar_size = 100_000;
+        Ok(Arc::new(factory))
+    }
+}
+
+/// Places for compiling.
+#[derive(Default)]
+struct Places {
+    taken: Mutex<usize>,
+    freed: Condvar,
+}
+
+/// One of them.
+struct Place(Arc<Places>);
+
+impl Places {
+    /// Waits for a place, but not longer than the limit.
+    fn take(self: &Arc<Self>) -> Option<Place> {
+        let taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.freed.wait_timeout_while(taken, COMPILE_LIMIT, |taken| *taken >= MOST_COMPILING);
+        let (mut taken, waited) = waited.unwrap_or_else(PoisonError::into_inner);
+        if waited.timed_out() {
+            return None;
+        }
+        *taken += 1;
+        Some(Place(self.clone()))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        *self.0.taken.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        self.0.freed.notify_one();
+    }
+}
+
+fn compile(factory: &ParserFactory, source: TopLevelGrammar) -> Result<GrammarConstraint, String> {
+    let parser = factory.create_parser(source).map_err(|error| matcher::message(&format!("{error:#}")))?;
+    let mut constraint = GrammarConstraint::new(Matcher::new(Ok(parser)));
+    // What fails at the first token is better refused now. It also warms the part that all sequences share.
+    constraint.check_start().map_err(|failure| failure.message)?;
+    Ok(constraint)
+}
+
+impl Grammar {
+    /// The JSON values that meet `schema`.
+    pub fn json_schema(schema: Value) -> Self {
+        Self::JsonSchema(schema, JsonOptions::default())
+    }
+}
