@@ -171,8 +171,6 @@ fn refused_unless_it_asks_for_what_happens_anyway() {
         ("SPECULATIVE_METHOD", "ngram"),
         ("METRICS_PREFIX", "a-b"),
         ("GUIDED_DECODING_BACKEND", "xgrammar"),
-        ("TOOL_CALL_PARSER", "hermes"),
-        ("REASONING_PARSER", "qwen3"),
         ("KV_CACHE_DTYPE", "fp8"),
         ("SSL_KEYFILE", "/key.pem"),
     ] {
