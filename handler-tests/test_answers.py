@@ -35,7 +35,7 @@ def direct(http, server, question, **more) -> str:
 def direct_stream(http, server, question, **more) -> str:
     response = post(http, f"{server.base}/v1{question.route}", question.request(stream=True, **more))
     assert response.headers["content-type"].startswith("text/event-stream")
-    return "".join(questions.delta(chunk) for chunk in frames(response.text))
+    return questions.stream_text(frames(response.text))
 
 
 def through_queue(http, server, question, **more) -> str:
@@ -44,7 +44,7 @@ def through_queue(http, server, question, **more) -> str:
 
 def through_queue_stream(http, server, question, **more) -> str:
     response = post(http, f"{server.endpoint}/openai/v1{question.route}", question.request(stream=True, **more))
-    return "".join(questions.delta(chunk) for chunk in frames(response.text))
+    return questions.stream_text(frames(response.text))
 
 
 def job(http, server, question, **more) -> str:
@@ -67,7 +67,7 @@ def job_stream(http, server, question, **more) -> str:
     assert status["status"] == "COMPLETED", status
     assert status["output"] == chunks
     assert chunks[-1]["usage"]["completion_tokens"] > 0
-    return "".join(questions.delta(chunk) for chunk in chunks)
+    return questions.stream_text(chunks)
 
 
 WAYS = [direct, direct_stream, through_queue, through_queue_stream, job, job_stream]
@@ -87,6 +87,13 @@ def test_tools_as_text(http, server, question):
     """With `tool_choice: "none"` tools are text for the template, and so are calls and results of the history; what comes is text."""
     for way in WAYS:
         assert way(http, server, question, tool_choice="none") == question.answer, way.__name__
+
+
+@pytest.mark.parametrize("question", questions.WITH_TOOLS, ids=lambda question: question.name)
+def test_tools(http, server, question):
+    """Thoughts, content and tool calls are told apart, and together they are what the model wrote."""
+    for way in WAYS:
+        assert way(http, server, question) == question.answer, way.__name__
 
 
 def test_there_are_questions_of_every_kind():

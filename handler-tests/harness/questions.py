@@ -29,14 +29,54 @@ class Question:
         return {**self.body, "temperature": 0, **limit, **more}
 
 
+def joined(message: dict) -> str:
+    """What the model wrote, put together again from its thoughts, its content and its tool calls."""
+    calls = [
+        f'<tool_call>\n{{"name": "{call["function"]["name"]}", "arguments": {call["function"]["arguments"]}}}\n</tool_call>'
+        for call in message.get("tool_calls") or []
+    ]
+    parts = [message.get("content") or "", *calls]
+    text = "\n".join(part for part in parts if part)
+    thoughts = message.get("reasoning_content")
+    assert message.get("reasoning") == thoughts
+    return text if thoughts is None else f"<think>\n{thoughts}\n</think>\n\n{text}"
+
+
+def gathered(chunks: list[dict], index: int = 0) -> dict:
+    """The message that the deltas of a choice add up to."""
+    message: dict = {}
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            if choice["index"] != index:
+                continue
+            for key, value in choice["delta"].items():
+                if key != "tool_calls":
+                    message[key] = (message.get(key) or "") + (value or "")
+                    continue
+                calls = message.setdefault("tool_calls", [])
+                for part in value:
+                    if part["index"] == len(calls):
+                        calls.append({"id": part["id"], "type": part["type"], "function": {"name": part["function"]["name"], "arguments": ""}})
+                    else:
+                        assert set(part) == {"index", "function"} and set(part["function"]) == {"arguments"}
+                    calls[part["index"]]["function"]["arguments"] += part["function"]["arguments"]
+    return message
+
+
 def text(answer: dict) -> str:
-    """The text of a whole answer of either route."""
+    """The text of a whole answer of either route, as the model wrote it."""
     choice = answer["choices"][0]
-    return choice["message"]["content"] if "message" in choice else choice["text"]
+    return joined(choice["message"]) if "message" in choice else choice["text"]
+
+
+def stream_text(chunks: list[dict]) -> str:
+    """The same of a stream's chunks."""
+    is_chat = any("delta" in choice for chunk in chunks for choice in chunk["choices"])
+    return joined(gathered(chunks)) if is_chat else "".join(delta(chunk) for chunk in chunks)
 
 
 def delta(chunk: dict, index: int = 0) -> str:
-    """The text that a chunk of either route adds to a choice."""
+    """The content that a chunk of either route adds to a choice."""
     parts = []
     for choice in chunk["choices"]:
         if choice["index"] == index:

@@ -63,6 +63,8 @@ pub struct Usage {
     /// All prompts, each once.
     pub prompt_tokens: usize,
     pub completion_tokens: usize,
+    /// Those of thoughts among them; none where thoughts are not told apart.
+    pub reasoning_tokens: Option<usize>,
     /// Prompt tokens that were found in the prefix cache.
     pub cached_tokens: usize,
 }

@@ -38,6 +38,7 @@ mod service;
 pub mod tally;
 #[cfg(test)]
 mod tests;
+mod tools;
 
 pub use model::ModelInfo;
 pub use service::{Answer, Call, Pieces, Service};

@@ -140,7 +140,7 @@ impl GenerationOptions {
         if let (true, Some(field)) = (n > max_n, fields.get("n")) {
             return Err(invalid(&field, format!("{n} is greater than the maximum of {max_n} - '{}'", field.name)));
         }
-        refuse_unsupported(fields)?;
+        refuse_unsupported(fields, form.is_chat())?;
         let stream = fields.flag("stream")?;
         let candidates = candidates(fields, n, max_n, stream)?;
         let logprobs = LogprobsRequest::read(fields, form, stream, context.settings)?;

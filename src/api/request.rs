@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::api::length;
 use crate::api::logprobs::Echo;
 use crate::api::options::GenerationOptions;
+use crate::api::parse::answer::Parsing;
 use crate::engine::Limits;
 use crate::error::Failure;
 
@@ -12,6 +13,8 @@ use crate::error::Failure;
 pub struct GenerationRequest {
     pub prompts: Vec<Prompt>,
     pub options: GenerationOptions,
+    /// What is told apart in the answers' text.
+    pub parsing: Parsing,
 }
 
 /// One prompt, which fits the context.
@@ -38,6 +41,6 @@ impl GenerationRequest {
         for prompt in &mut prompts {
             prompt.max_tokens = length::of_prompt(options.max_tokens, options.sampling.min_tokens, prompt.ids.len(), limits)?;
         }
-        Ok(Self { prompts, options })
+        Ok(Self { prompts, options, parsing: Parsing::default() })
     }
 }

@@ -13,8 +13,6 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::api::delta::{self, ChoiceUpdate, Delta, DeltaKind, Usage};
-use crate::api::options::GenerationOptions;
-use crate::api::parse::PlainText;
 use crate::api::request::GenerationRequest;
 use crate::api::sequence_task::{Opening, Progress, SequenceTask, TextOptions};
 use crate::api::tally::Tally;
@@ -61,12 +59,14 @@ fn splitmix(seed: u64) -> u64 {
 }
 
 /// How the text of a request's sequences is made.
-fn text_options(runs: &Runs, options: &GenerationOptions) -> TextOptions {
+fn text_options(runs: &Runs, request: &GenerationRequest) -> TextOptions {
+    let options = &request.options;
     TextOptions {
         tokenizer: runs.tokenizer.clone(),
         stops: options.stops.clone(),
         include_stop: options.include_stop,
         skip_special_tokens: options.skip_special_tokens,
+        marks: request.parsing.marks.clone(),
         min_tokens: options.sampling.min_tokens,
         score_only: options.max_tokens == Some(0),
         report: options.logprobs.output.is_some(),
@@ -84,6 +84,8 @@ pub struct RequestStream {
     prompt_tokens: usize,
     /// So far, of the deltas given out.
     completion_tokens: usize,
+    /// Those of thoughts among them; none where thoughts are not told apart.
+    reasoning_tokens: Option<usize>,
     /// Where the request's tokens are counted for the log.
     tally: Arc<Tally>,
     /// Choices of each prompt, and the sequences that they are chosen from.
@@ -107,7 +109,7 @@ impl RequestStream {
         let options = &request.options;
         let id: Arc<str> = id.into();
         let deadline = runs.timeout.and_then(|limit| Instant::now().checked_add(limit));
-        let text = Arc::new(text_options(runs, options));
+        let text = Arc::new(text_options(runs, request));
         let (sender, progress) = mpsc::unbounded_channel();
         let open = request.prompts.len() * options.candidates;
         let mut tasks = Vec::with_capacity(open);
@@ -132,7 +134,7 @@ impl RequestStream {
                     scores: options.prompt_logprobs.map(|_| scores.clone()),
                 };
                 let first = place * options.candidates + candidate;
-                let task = SequenceTask::new(first..first + copies, text.clone(), Box::new(PlainText), opening);
+                let task = SequenceTask::new(first..first + copies, text.clone(), request.parsing.parser(), opening);
                 tasks.push(task.follow(generation, sender.clone()));
             }
         }
@@ -147,6 +149,7 @@ impl RequestStream {
             failure: None,
             prompt_tokens,
             completion_tokens: 0,
+            reasoning_tokens: request.parsing.reasoning.map(|_| 0),
             tally,
             n: options.n,
             candidates: options.candidates,
@@ -161,6 +164,7 @@ impl RequestStream {
         Usage {
             prompt_tokens: self.prompt_tokens,
             completion_tokens: self.completion_tokens,
+            reasoning_tokens: self.reasoning_tokens,
             cached_tokens: self.cached.iter().flatten().sum(),
         }
     }
@@ -196,6 +200,9 @@ impl RequestStream {
         if let Some(cached) = progress.cached_tokens {
             let known = &mut self.cached[progress.choices.start / self.candidates];
             *known = Some(known.map_or(cached, |known| known.min(cached)));
+        }
+        if let Some(tokens) = &mut self.reasoning_tokens {
+            *tokens += progress.reasoning_tokens;
         }
         self.logprob_sums[progress.choices].iter_mut().for_each(|sum| *sum += progress.logprob);
         for delta in &progress.deltas {

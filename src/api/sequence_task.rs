@@ -1,6 +1,6 @@
 //! One sequence of a request: tokens from the engine → text → typed deltas.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -21,6 +21,8 @@ pub struct TextOptions {
     pub stops: Vec<String>,
     pub include_stop: bool,
     pub skip_special_tokens: bool,
+    /// Special tokens that are text all the same: the parser looks for them.
+    pub marks: Arc<HashSet<u32>>,
     pub min_tokens: usize,
     /// `max_tokens: 0`: the token that the engine samples all the same is dropped.
     pub score_only: bool,
@@ -47,6 +49,8 @@ pub struct Progress {
     pub cached_tokens: Option<usize>,
     /// The model's own log probability of the token, where it is known.
     pub logprob: f64,
+    /// Tokens of thoughts, of all `choices` together.
+    pub reasoning_tokens: usize,
     /// Of every choice in `choices`.
     pub deltas: Vec<Delta>,
 }
@@ -107,12 +111,16 @@ impl SequenceTask {
                     return;
                 }
             };
-            let (ended, logprob) = (step.end.is_some(), step.logprob);
+            let (ended, logprob, tokens) = (step.end.is_some(), step.logprob, usize::from(step.token.is_some()) * self.choices.len());
+            let thought = self.parser.in_reasoning();
             // The first sequence of the prompt has failed, and has said so.
             let Some(kinds) = self.deltas(step).await else { return };
             let of_choice = |choice| kinds.iter().cloned().map(move |kind| Delta { choice, kind });
             let deltas = self.choices.clone().flat_map(of_choice).collect();
-            let progress = Progress { choices: self.choices.clone(), cached_tokens: self.cached_tokens.take(), logprob, deltas };
+            // The tokens that open and close a thought are part of it.
+            let reasoning_tokens = if thought || self.parser.in_reasoning() { tokens } else { 0 };
+            let cached_tokens = self.cached_tokens.take();
+            let progress = Progress { choices: self.choices.clone(), cached_tokens, logprob, reasoning_tokens, deltas };
             if sender.send(Ok(progress)).is_err() {
                 return;
             }
@@ -267,6 +275,7 @@ impl Reports {
 
 /// The bytes of a token that belong to the text. The token that ended the sequence does only if the stop is to be included.
 fn visible(options: &TextOptions, id: u32, ends: bool) -> Option<&[u8]> {
-    let hidden = (ends && !options.include_stop) || (options.skip_special_tokens && options.tokenizer.is_special(id));
+    let skipped = options.skip_special_tokens && options.tokenizer.is_special(id) && !options.marks.contains(&id);
+    let hidden = (ends && !options.include_stop) || skipped;
     if hidden { None } else { options.tokenizer.token_bytes(id) }
 }

@@ -1,5 +1,6 @@
 //! The served model as requests are read and answers are written against it: its files, its limits and the settings. No engine.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use serde_json::Value;
@@ -9,6 +10,8 @@ use crate::api::grammar::Grammars;
 use crate::api::logprobs::LogprobsForm;
 use crate::api::model::ModelInfo;
 use crate::api::options::{Context, GenerationOptions, SamplingDefaults};
+use crate::api::parse::reasoning::{self, ReasoningFormat};
+use crate::api::parse::tools::table::{self as tool_formats, ToolFormat};
 use crate::api::prompt::contents::{self, Contents};
 use crate::api::prompt::guard::Guard;
 use crate::api::prompt::template::{self, ChatTemplate};
@@ -35,6 +38,42 @@ pub struct ServedModel {
     chat_template: Result<(ChatTemplate, Contents), String>,
     /// The template writes the text of system messages into the prompt.
     pub shows_system: bool,
+    pub tool_support: ToolSupport,
+    pub reasoning_format: Option<&'static ReasoningFormat>,
+}
+
+/// How the model's tool calls are read.
+#[derive(Debug, Clone, Copy)]
+pub enum ToolSupport {
+    Format(&'static ToolFormat),
+    /// Not at all, as the settings want it: they are text.
+    Off,
+    /// The chat template shows no format that is known.
+    Unknown,
+}
+
+impl ToolSupport {
+    fn new(setting: Option<&str>, template: &str) -> Result<Self, Failure> {
+        match setting {
+            None | Some("auto") => Ok(tool_formats::detect(template).map_or(Self::Unknown, Self::Format)),
+            Some(name) if name.eq_ignore_ascii_case("none") => Ok(Self::Off),
+            Some(name) => {
+                tool_formats::find(name).map(Self::Format).ok_or_else(|| unknown_parser("TOOL_CALL_PARSER", name, &tool_formats::names()))
+            }
+        }
+    }
+}
+
+fn reasoning_format(setting: Option<&str>, template: &str) -> Result<Option<&'static ReasoningFormat>, Failure> {
+    match setting {
+        None | Some("auto") => Ok(reasoning::detect(template)),
+        Some(name) if name.eq_ignore_ascii_case("none") => Ok(None),
+        Some(name) => reasoning::find_format(name).map(Some).ok_or_else(|| unknown_parser("REASONING_PARSER", name, &reasoning::names())),
+    }
+}
+
+fn unknown_parser(setting: &str, name: &str, known: &[&str]) -> Failure {
+    Failure::internal(format!("{setting}: {name:?} is no parser that is known here. Set auto, none or one of {}.", known.join(", ")))
 }
 
 impl ServedModel {
@@ -42,8 +81,13 @@ impl ServedModel {
     /// template that does not compile fails chat requests only.
     pub fn new(settings: ApiSettings, limits: Limits, tokenizer: Arc<Tokenizer>, mut model: ModelInfo) -> Result<Self, Failure> {
         let defaults = SamplingDefaults::new(&model.generation_config, &settings)?;
+        let template_text = match (&settings.chat_template, &model.chat_template) {
+            (Some(setting), _) => template::of_setting(setting)?,
+            (None, Some((text, _))) => text.clone(),
+            (None, None) => String::new(),
+        };
         let chat_template = match (&settings.chat_template, &model.chat_template) {
-            (Some(setting), _) => Ok(ChatTemplate::compile(&template::of_setting(setting)?)
+            (Some(_), _) => Ok(ChatTemplate::compile(&template_text)
                 .map_err(|error| Failure::internal(format!("CHAT_TEMPLATE is not a valid template: {error}")))?),
             (None, Some((text, origin))) => ChatTemplate::compile(text)
                 .map_err(|error| format!("The model's chat template ({origin}) is not valid: {error}. Set CHAT_TEMPLATE to one that is.")),
@@ -73,6 +117,8 @@ impl ServedModel {
             eos_token_ids,
             bos_token_id,
             embedding_rows,
+            tool_support: ToolSupport::new(settings.tool_call_parser.as_deref(), &template_text)?,
+            reasoning_format: reasoning_format(settings.reasoning_parser.as_deref(), &template_text)?,
             guard: Guard::new(&tokenizer)?,
             chat_template,
             shows_system,
@@ -100,6 +146,12 @@ impl ServedModel {
     /// The template with the form of contents that it takes, or a 400 that says what to set.
     pub fn chat_template(&self) -> Result<&(ChatTemplate, Contents), Failure> {
         self.chat_template.as_ref().map_err(|reason| Failure::bad_request("messages", reason.clone()).code("unsupported_value"))
+    }
+
+    /// The special tokens among the marks of the formats that a request's answers are parsed by.
+    pub fn marks(&self, texts: &[&str]) -> HashSet<u32> {
+        let is_mark = |name: &&String| texts.iter().any(|text| text.contains(name.as_str()));
+        self.tokenizer.special_tokens().iter().filter(is_mark).filter_map(|name| self.tokenizer.token_id(name)).collect()
     }
 
     /// Whether the request's `model` is one of ours.

@@ -217,6 +217,13 @@ pub struct ApiSettings {
     pub content_format: ContentFormat,
     /// `EXCLUDE_TOOLS_WHEN_TOOL_CHOICE_NONE`: the template does not see tools that a request forbids to call.
     pub exclude_unused_tools: bool,
+    /// `TOOL_CALL_PARSER`: a format's name, `none`, or unset for what the template shows.
+    pub tool_call_parser: Option<String>,
+    /// `ENABLE_AUTO_TOOL_CHOICE=false`: tools are refused unless a call is demanded or forbidden.
+    pub refuse_auto_tools: bool,
+    /// `REASONING_PARSER`, as `TOOL_CALL_PARSER`.
+    pub reasoning_parser: Option<String>,
+    pub reasoning_field: ReasoningField,
     /// Default [`defaults::RESPONSE_ROLE`].
     pub response_role: Option<String>,
     /// Sampling defaults from the model's generation_config.json (true unless `GENERATION_CONFIG=vllm`).
@@ -239,6 +246,15 @@ pub struct ApiSettings {
     /// Engine's `SEED`: base of the seeds picked for requests without one.
     pub seed: Option<u64>,
     pub request_timeout: Option<Duration>,
+}
+
+/// The names that thoughts have in answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ReasoningField {
+    #[default]
+    Both,
+    ReasoningContent,
+    Reasoning,
 }
 
 #[derive(Debug, Clone, Default)]

@@ -7,7 +7,7 @@ use super::given::Given;
 use super::sources::Merged;
 use super::{
     ApiSettings, Args, BatchGrowth, ConfigError, ConfigSources, ContentFormat, EngineSettings, HubSettings, LogLevel, LogSettings,
-    LogprobsMode, NativeFormat, RunpodSettings, SecretString, ServerSettings, Settings, defaults, parse, report, table,
+    LogprobsMode, NativeFormat, ReasoningField, RunpodSettings, SecretString, ServerSettings, Settings, defaults, parse, report, table,
 };
 
 impl Settings {
@@ -131,6 +131,14 @@ fn api(given: &Given) -> ApiSettings {
             _ => ContentFormat::Auto,
         },
         exclude_unused_tools: switch(&table::EXCLUDE_TOOLS_WHEN_TOOL_CHOICE_NONE),
+        tool_call_parser: text(&table::TOOL_CALL_PARSER),
+        refuse_auto_tools: given.switch(&table::ENABLE_AUTO_TOOL_CHOICE) == Some(false),
+        reasoning_parser: text(&table::REASONING_PARSER),
+        reasoning_field: match text(&table::REASONING_FIELD).as_deref() {
+            Some("reasoning_content") => ReasoningField::ReasoningContent,
+            Some("reasoning") => ReasoningField::Reasoning,
+            _ => ReasoningField::Both,
+        },
         response_role: text(&table::RESPONSE_ROLE),
         ignore_generation_config: text(&table::GENERATION_CONFIG).is_some_and(|source| source == "vllm"),
         override_generation_config: text(&table::OVERRIDE_GENERATION_CONFIG).and_then(|object| parse::object(&object).ok()),

@@ -165,6 +165,18 @@ settings! {
         CHAT_TEMPLATE_CONTENT_FORMAT = Setting::new(Kind::OneOf(&["auto", "string", "openai"]), Text("auto"));
         /// Leave the tools of a request with `tool_choice: "none"` out of the prompt.
         EXCLUDE_TOOLS_WHEN_TOOL_CHOICE_NONE = Setting::switch(false);
+        /// How the model writes tool calls: a parser's name as in vLLM (`hermes`, `llama3_json`, `mistral`: docs/tools-and-reasoning.md),
+        /// `none` to leave them in the text, or `auto`, what the chat template shows.
+        TOOL_CALL_PARSER = Setting::new(Kind::Text, Text("auto"))
+            .form(Form::new("Tool call parser", "How the model writes tool calls; empty = what its chat template shows", Input::Text).filled("").advanced());
+        /// Take requests with tools that the model may call or not; `false`: refuse them, as vLLM does without this.
+        ENABLE_AUTO_TOOL_CHOICE = Setting::switch(true);
+        /// How the model marks its thoughts: a parser's name as in vLLM (`qwen3`, `deepseek_r1`, `granite`: docs/tools-and-reasoning.md),
+        /// `none` to leave them in the text, or `auto`, what the chat template shows.
+        REASONING_PARSER = Setting::new(Kind::Text, Text("auto"))
+            .form(Form::new("Reasoning parser", "How the model marks its thoughts; empty = what its chat template shows", Input::Text).filled("").advanced());
+        /// The field of thoughts in answers: `reasoning_content`, `reasoning` or `both`.
+        REASONING_FIELD = Setting::new(Kind::OneOf(&["both", "reasoning_content", "reasoning"]), Text("both"));
         /// Role of the answers.
         RESPONSE_ROLE = Setting::new(Kind::Text, Text(defaults::RESPONSE_ROLE)).also(&["OPENAI_RESPONSE_ROLE"]);
         /// `auto`: sampling defaults from the model's generation_config.json; `vllm`: none.

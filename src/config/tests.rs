@@ -172,8 +172,6 @@ fn refused_unless_it_asks_for_what_happens_anyway() {
         ("METRICS_PREFIX", "a-b"),
         ("GUIDED_DECODING_BACKEND", "mine"),
         ("GUIDED_DECODING_DISABLE_ANY_WHITESPACE", "true"),
-        ("TOOL_CALL_PARSER", "hermes"),
-        ("REASONING_PARSER", "qwen3"),
         ("KV_CACHE_DTYPE", "fp8"),
         ("SSL_KEYFILE", "/key.pem"),
     ] {

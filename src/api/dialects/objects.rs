@@ -8,8 +8,10 @@ use serde_json::{Map, Value, json};
 use crate::api::clock;
 use crate::api::delta::{ChoiceUpdate, EndReason, ToolCall, Usage};
 use crate::api::logprobs::{Echo, LogprobsRequest};
+use crate::api::parse::tools::request::ToolChoice;
 use crate::api::request::GenerationRequest;
 use crate::api::served::ServedModel;
+use crate::config::ReasoningField;
 use crate::text::tokenizer::Tokenizer;
 
 mod logprobs;
@@ -42,6 +44,9 @@ pub struct Objects {
     prompts: Vec<(Arc<Vec<u32>>, Option<Echo>)>,
     return_token_ids: bool,
     prompt_tokens_details: bool,
+    reasoning_field: ReasoningField,
+    /// The request names the function that is called: then the call is no reason of its own to end.
+    named_call: bool,
     logprobs: LogprobsRequest,
     tokenizer: Arc<Tokenizer>,
     streamed: Vec<Streamed>,
@@ -71,6 +76,8 @@ impl Objects {
             prompts: request.prompts.iter().map(|prompt| (prompt.ids.clone(), prompt.echo.clone())).collect(),
             return_token_ids: options.return_token_ids,
             prompt_tokens_details: !served.settings.hide_prompt_tokens_details,
+            reasoning_field: served.settings.reasoning_field,
+            named_call: request.parsing.tools.as_ref().is_some_and(|tools| matches!(tools.choice, ToolChoice::Named(_))),
             logprobs: options.logprobs,
             tokenizer: served.tokenizer.clone(),
             streamed: vec![Streamed::default(); request.prompts.len() * options.n],
@@ -108,14 +115,14 @@ impl Objects {
     fn whole_choice(&self, update: &ChoiceUpdate) -> Value {
         let mut choice = match &self.surface {
             Surface::Chat { role } => {
-                json!({"index": update.choice, "message": message(role, update), "logprobs": self.all_logprobs(update)})
+                json!({"index": update.choice, "message": self.message(role, update), "logprobs": self.all_logprobs(update)})
             }
             Surface::Text => json!({"index": update.choice, "text": update.text, "logprobs": self.all_logprobs(update)}),
         };
         if let (Some(scores), Surface::Text) = (self.prompt_logprobs(update), &self.surface) {
             choice["prompt_logprobs"] = scores;
         }
-        put_end(&mut choice, update.end.as_ref(), !update.tool_calls.is_empty());
+        put_end(&mut choice, update.end.as_ref(), !update.tool_calls.is_empty() && !self.named_call);
         self.put_token_ids(&mut choice, update, true);
         choice
     }
@@ -148,11 +155,11 @@ impl Objects {
         let index = update.choice;
         let mut choice = match &self.surface {
             Surface::Chat { role: name } => {
-                json!({"index": index, "delta": delta(role.then_some(name), content, update), "logprobs": null})
+                json!({"index": index, "delta": self.delta(role.then_some(name), content, update), "logprobs": null})
             }
             Surface::Text => json!({"index": index, "text": update.text, "logprobs": null}),
         };
-        put_end(&mut choice, update.end.as_ref(), self.streamed[index].tool_call);
+        put_end(&mut choice, update.end.as_ref(), self.streamed[index].tool_call && !self.named_call);
         choice
     }
 
@@ -220,39 +227,52 @@ impl Objects {
         if self.prompt_tokens_details {
             object["prompt_tokens_details"] = json!({ "cached_tokens": usage.cached_tokens });
         }
+        if let Some(reasoning_tokens) = usage.reasoning_tokens {
+            object["completion_tokens_details"] = json!({ "reasoning_tokens": reasoning_tokens });
+        }
         object
     }
-}
 
-/// The message of a whole chat choice. One that only calls tools has no content.
-fn message(role: &str, update: &ChoiceUpdate) -> Value {
-    let content = (!update.text.is_empty() || update.tool_calls.is_empty()).then_some(&update.text);
-    let mut message = json!({"role": role, "content": content, "refusal": null});
-    if !update.reasoning.is_empty() {
-        message["reasoning_content"] = json!(update.reasoning);
+    /// The message of a whole chat choice. One that only calls tools, or never ended its thought, has no content.
+    fn message(&self, role: &str, update: &ChoiceUpdate) -> Value {
+        let content = (!update.text.is_empty() || (update.tool_calls.is_empty() && update.reasoning.is_empty())).then_some(&update.text);
+        let mut message = json!({"role": role, "content": content, "refusal": null});
+        for name in self.reasoning_names(update) {
+            message[*name] = json!(update.reasoning);
+        }
+        if !update.tool_calls.is_empty() {
+            message["tool_calls"] = update.tool_calls.iter().map(|call| tool_call(call, true)).collect();
+        }
+        message
     }
-    if !update.tool_calls.is_empty() {
-        message["tool_calls"] = update.tool_calls.iter().map(|call| tool_call(call, true)).collect();
-    }
-    message
-}
 
-/// The `delta` of a chat choice. `role`: it is the first one.
-fn delta(role: Option<&String>, content: bool, update: &ChoiceUpdate) -> Map<String, Value> {
-    let mut delta = Map::new();
-    if let Some(role) = role {
-        delta.insert("role".to_owned(), json!(role));
+    /// The `delta` of a chat choice. `role`: it is the first one.
+    fn delta(&self, role: Option<&String>, content: bool, update: &ChoiceUpdate) -> Map<String, Value> {
+        let mut delta = Map::new();
+        if let Some(role) = role {
+            delta.insert("role".to_owned(), json!(role));
+        }
+        for name in self.reasoning_names(update) {
+            delta.insert((*name).to_owned(), json!(update.reasoning));
+        }
+        if content {
+            delta.insert("content".to_owned(), json!(update.text));
+        }
+        if !update.tool_calls.is_empty() {
+            delta.insert("tool_calls".to_owned(), update.tool_calls.iter().map(|call| tool_call(call, false)).collect());
+        }
+        delta
     }
-    if !update.reasoning.is_empty() {
-        delta.insert("reasoning_content".to_owned(), json!(update.reasoning));
+
+    /// The fields that thoughts are given in, where there are some.
+    fn reasoning_names(&self, update: &ChoiceUpdate) -> &'static [&'static str] {
+        match self.reasoning_field {
+            _ if update.reasoning.is_empty() => &[],
+            ReasoningField::Both => &["reasoning_content", "reasoning"],
+            ReasoningField::ReasoningContent => &["reasoning_content"],
+            ReasoningField::Reasoning => &["reasoning"],
+        }
     }
-    if content {
-        delta.insert("content".to_owned(), json!(update.text));
-    }
-    if !update.tool_calls.is_empty() {
-        delta.insert("tool_calls".to_owned(), update.tool_calls.iter().map(|call| tool_call(call, false)).collect());
-    }
-    delta
 }
 
 /// A tool call, or the new part of one: only parts are numbered, and only the first has an id and a name.

@@ -1,4 +1,4 @@
-//! What dialects write of deltas that no parser makes yet, and of those that they make of the others.
+//! What dialects write of deltas.
 
 use serde_json::{Value, json};
 
@@ -6,7 +6,7 @@ use crate::api::delta::{Delta, DeltaKind, EndReason, ToolCallPart, Usage, by_cho
 use crate::api::dialects::{Prepared, chat, native, tokens};
 use crate::api::tests::saying;
 
-const USAGE: Usage = Usage { prompt_tokens: 3, completion_tokens: 4, cached_tokens: 0 };
+const USAGE: Usage = Usage { prompt_tokens: 3, completion_tokens: 4, reasoning_tokens: None, cached_tokens: 0 };
 
 /// A thought, then two calls of tools; each list came at once.
 fn calling() -> Vec<Vec<Delta>> {
@@ -62,9 +62,9 @@ async fn chat_writes_thoughts_and_tool_calls_as_openai_and_vllm_do() {
     let call =
         |id: &str, name: &str, arguments: &str| json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}});
     let calls = json!([call("call_1", "weather", "{\"city\":\"Paris\"}"), call("call_2", "time", "{}")]);
-    let called = json!({"role": "assistant", "content": null, "refusal": null, "reasoning_content": "Let me look.", "tool_calls": calls});
+    let called = json!({"role": "assistant", "content": null, "refusal": null, "reasoning_content": "Let me look.", "reasoning": "Let me look.", "tool_calls": calls});
     assert_eq!(message(calling().concat()), (called, json!("tool_calls")));
-    let thought = json!({"role": "assistant", "content": "Yes.", "refusal": null, "reasoning_content": "Hm."});
+    let thought = json!({"role": "assistant", "content": "Yes.", "refusal": null, "reasoning_content": "Hm.", "reasoning": "Hm."});
     assert_eq!(message(thinking()), (thought, json!("length")));
 
     let frames: Vec<Value> = stream(prepared(), calling());
@@ -79,7 +79,7 @@ async fn chat_writes_thoughts_and_tool_calls_as_openai_and_vllm_do() {
         choices,
         [
             (&json!({"role": "assistant", "content": ""}), &none),
-            (&json!({"reasoning_content": "Let me look."}), &none),
+            (&json!({"reasoning_content": "Let me look.", "reasoning": "Let me look."}), &none),
             (&json!({"tool_calls": [first]}), &none),
             (&json!({"tool_calls": [rest, second]}), &none),
             (&json!({}), &json!("tool_calls")),
@@ -93,7 +93,7 @@ async fn native_chunks_carry_them_too() {
     let prepared = native::read(world.service.served(), "x", &messages()).unwrap();
     let chunks = stream(prepared, calling());
     let delta = |chunk: usize| &chunks[chunk]["choices"][0]["delta"];
-    assert_eq!(delta(0), &json!({"role": "assistant", "reasoning_content": "Let me look.", "content": ""}));
+    assert_eq!(delta(0), &json!({"role": "assistant", "reasoning_content": "Let me look.", "reasoning": "Let me look.", "content": ""}));
     assert_eq!(delta(1)["tool_calls"][0]["id"], "call_1");
     let last = &chunks.last().unwrap();
     assert_eq!((&last["choices"][0]["finish_reason"], &last["usage"]["total_tokens"]), (&json!("tool_calls"), &json!(7)));

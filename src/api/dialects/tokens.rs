@@ -7,15 +7,22 @@ use crate::api::delta::{ChoiceUpdate, Delta, DeltaKind, Usage};
 use crate::api::dialects::{Dialect, Prepared, job_request};
 use crate::api::failure;
 use crate::api::fields::Fields;
+use crate::api::parse::answer::Parsing;
 use crate::api::served::ServedModel;
 use crate::error::Failure;
 
 pub fn read(served: &ServedModel, _: &str, body: &Value) -> Result<Prepared, Failure> {
-    let (request, _) = job_request::read(served, body)?;
+    let (mut request, _) = job_request::read(served, body)?;
     if let Some(field) = request.options.logprobs.field(&Fields::new(body)?) {
         let message = format!("'{}' has no place in answers of the form NATIVE_OUTPUT_FORMAT=tokens. Remove it.", field.name);
         return Err(Failure::bad_request(field.name, message).code("unsupported_parameter"));
     }
+    // Its texts are what the model writes, thoughts and calls with their marks.
+    if !request.parsing.opening.is_empty() {
+        let message = "'tool_choice' demands a call of a tool, and calls have no place in answers of the form NATIVE_OUTPUT_FORMAT=tokens.";
+        return Err(Failure::bad_request("tool_choice", message).code("unsupported_value"));
+    }
+    request.parsing = Parsing::default();
     let choices = request.prompts.len() * request.options.n;
     Ok(Prepared { dialect: Box::new(Tokens { texts: vec![Vec::new(); choices], usage: None }), request })
 }

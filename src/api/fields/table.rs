@@ -101,12 +101,11 @@ pub fn find(name: &str) -> Option<&'static FieldSpec> {
 use TakenBy::{All, Chat, Completions, Jobs};
 use ValueSpec::{Bool, Integer, Number, Object, Other, Text, TokenIds, Unsupported};
 
-const TOOLS: &str = "tools";
 const PROBABILITIES: &str = "probabilities";
 const SAMPLING: &str = "other ways to sample";
 const ENDING: &str = "other ways to end";
 const ORDER: &str = "the order of requests";
-const THINKING: &str = "thinking apart from the answer, and its budgets";
+const THINKING: &str = "budgets of thinking";
 const PROMPT: &str = "the prompt and its return";
 const MEDIA: &str = "other media";
 
@@ -130,9 +129,20 @@ pub const FIELDS: &[FieldSpec] = &[
     row("add_generation_prompt", Bool(None), Chat, "The template opens the answer. Without it: unless the final message is continued."),
     row("continue_final_message", Bool(Some(false)), Chat, "The answer goes on where the last message ends."),
     row("documents", Other("a list"), Chat, "For templates that read documents."),
-    row("enable_thinking", Bool(None), Chat, "Told the template."),
+    row("enable_thinking", Bool(None), Chat, "Told the template, as `thinking` too."),
     row("reasoning_effort", Other("`none`, `minimal`, `low`, `medium`, `high`, `xhigh` or `max`"), Chat, "Told the template; `none` switches thinking off."),
     row("add_special_tokens", Bool(None), All, "Whether the tokenizer adds what it wants around a text. Without it: around prompts, and not around what a template wrote."),
+    // Tools and thoughts: docs/tools-and-reasoning.md.
+    row("tools", Other("a list of up to 128 functions"), Chat, "What the model may call. An empty list is none.").neutral(Neutral::Empty),
+    row("tool_choice", Other("`none`, `auto`, `required`, a function, or `allowed_tools`"), Chat, "Whether it calls one. Without it: `auto`.").neutral(Neutral::Words(&["none", "auto"])),
+    row("parallel_tool_calls", Bool(Some(true)), Chat, "`false`: only the first call is given."),
+    row("functions", Other("a list of functions"), Chat, "The older form of `tools`.").neutral(Neutral::Empty),
+    row("function_call", Other("`none`, `auto`, or a function"), Chat, "The older form of `tool_choice`.").neutral(Neutral::Words(&["none", "auto"])),
+    row("thinking", Other("true, false, or an object with `type` or `enabled`"), Chat, "Told the template as `enable_thinking` and `thinking`. A budget in it is refused.").neutral(Neutral::NoThinking),
+    row("reasoning", Other("true, false, or an object with `effort`, `enabled` or `exclude`"), Chat, "The same; `exclude` leaves thoughts out of the answer. A budget in it is refused.").neutral(Neutral::NoThinking),
+    row("include_reasoning", Bool(Some(true)), Chat, "`false` leaves thoughts out of the answer.").neutral(Neutral::Yes),
+    row("separate_reasoning", Bool(Some(true)), Chat, "`false` leaves thoughts in the content, with their marks.").neutral(Neutral::Empty),
+    row("reasoning_format", Other("`auto`, `deepseek`, `parsed`, `none`, `raw` or `hidden`"), Chat, "`none` and `raw` leave thoughts in the content, `hidden` leaves them out.").neutral(Neutral::Words(&["none", "auto"])),
     // How much.
     row("n", Integer { min: 1, default: Some(1) }, All, "Choices for each prompt, at most 128 or `MAX_N`."),
     row("best_of", Integer { min: 0, default: None }, All, "Sequences for each prompt, of which the most probable `n` are given. Not for streams. 0 and absent are `n`."),
@@ -192,10 +202,6 @@ pub const FIELDS: &[FieldSpec] = &[
     row("return_token_ids", Bool(Some(false)), All, "`token_ids` and `prompt_token_ids` in the answer."),
     row("skip_special_tokens", Bool(Some(true)), All, "Control tokens are no part of the text."),
     // Not supported, from here on, but for neutral values.
-    row("tools", Other("a list of tools"), Chat, "Text for the template, with `tool_choice` `none`.").neutral(Neutral::Empty),
-    unsupported("tool_choice", Neutral::Words(&["none", "auto"]), TOOLS),
-    unsupported("functions", Neutral::Empty, TOOLS),
-    unsupported("function_call", Neutral::Words(&["none", "auto"]), TOOLS),
     unsupported("logprob_token_ids", Neutral::Empty, PROBABILITIES),
     unsupported("temp_scaled_logprobs", Neutral::Empty, PROBABILITIES),
     unsupported("top_p_normalized_logprobs", Neutral::Empty, PROBABILITIES),
@@ -222,11 +228,6 @@ pub const FIELDS: &[FieldSpec] = &[
     unsupported("stop_regex", Neutral::Empty, ENDING),
     unsupported("repetition_detection", Neutral::Empty, ENDING),
     unsupported("priority", Neutral::Number(0.0), ORDER),
-    unsupported("include_reasoning", Neutral::Yes, THINKING),
-    unsupported("separate_reasoning", Neutral::Empty, THINKING),
-    unsupported("reasoning_format", Neutral::Words(&["none", "auto"]), THINKING),
-    row("thinking", Other("a wish not to think"), Chat, "Told the template as `enable_thinking`.").neutral(Neutral::NoThinking),
-    row("reasoning", Other("a wish not to think"), Chat, "Told the template as `enable_thinking`.").neutral(Neutral::NoThinking),
     unsupported("thinking_budget", Neutral::Number(-1.0), THINKING),
     unsupported("reasoning_budget", Neutral::Number(-1.0), THINKING),
     unsupported("reasoning_max_tokens", Neutral::Nothing, THINKING),
@@ -306,7 +307,11 @@ mod tests {
                  a 400 with the code `unsupported_parameter`.\n\n| Field | What passes | Belongs to |\n|---|---|---|\n";
         for field in FIELDS {
             if let Some(neutral) = field.neutral {
-                let group = if matches!(field.value, Unsupported) { field.doc } else { "see above" };
+                let group = match (field.value, field.taken_by) {
+                    (Unsupported, _) => field.doc,
+                    (_, Chat) => "chats; see above",
+                    _ => "see above",
+                };
                 writeln!(text, "| `{}` | {} | {group} |", field.name, passes(neutral)).unwrap();
             }
         }

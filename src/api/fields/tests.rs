@@ -139,7 +139,7 @@ fn unsupported_fields_are_refused_by_name_and_neutral_values_pass() {
     ];
     for body in refused {
         let fields = Fields::new(&body).unwrap();
-        let failure = refuse_unsupported(&fields).unwrap_err();
+        let failure = refuse_unsupported(&fields, false).unwrap_err();
         assert_eq!(failure.code, Some("unsupported_parameter"), "{body}");
         assert!(body.to_string().contains(failure.param.unwrap().rsplit('.').next().unwrap()));
     }
@@ -149,7 +149,22 @@ fn unsupported_fields_are_refused_by_name_and_neutral_values_pass() {
         "num_beams": 1, "repetition_detection": {}, "thinking_budget": -1, "include_reasoning": true, "separate_reasoning": false,
         "thinking": {"type": "disabled"}, "reasoning": {"effort": "none", "summary": null},
     });
-    assert!(refuse_unsupported(&Fields::new(&neutral).unwrap()).is_ok());
+    assert!(refuse_unsupported(&Fields::new(&neutral).unwrap(), false).is_ok());
+}
+
+/// Fields of chats have readers of their own there.
+#[test]
+fn in_chats_tools_and_thoughts_pass() {
+    let body = json!({
+        "tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required", "include_reasoning": false,
+        "separate_reasoning": true, "thinking": {"type": "enabled"}, "reasoning": {"effort": "high"},
+    });
+    let fields = Fields::new(&body).unwrap();
+    assert!(refuse_unsupported(&fields, true).is_ok());
+    assert_eq!(refuse_unsupported(&fields, false).unwrap_err().code, Some("unsupported_parameter"));
+    for body in [json!({"thinking_budget": 5}), json!({"reasoning_max_tokens": 5}), json!({"guided_regex": "a"})] {
+        assert!(refuse_unsupported(&Fields::new(&body).unwrap(), true).is_err(), "{body}");
+    }
 }
 
 #[test]
@@ -162,7 +177,7 @@ fn tools_pass_when_they_are_only_text_for_the_template() {
         (json!({"chat_template_kwargs": {"tools": []}}), None),
         (json!({"chat_template_kwargs": {"tools": tools}}), Some("chat_template_kwargs.tools")),
     ] {
-        let refused = refuse_unsupported(&Fields::new(&body).unwrap()).err();
+        let refused = refuse_unsupported(&Fields::new(&body).unwrap(), false).err();
         assert_eq!(refused.and_then(|failure| failure.param).as_deref(), param, "{body}");
     }
 }

@@ -1,7 +1,15 @@
 //! Parsers: the text of a sequence → typed deltas. A model's answer is one string in which thoughts and tool calls are marked in the
 //! model's own way; a parser takes them apart as the text comes.
+//!
+//! `reasoning` and `tools/table` are the formats; [`answer::Parsing`] is what a request wants of them.
 
 use crate::api::delta::DeltaKind;
+
+pub mod answer;
+mod harmony;
+mod marks;
+pub mod reasoning;
+pub mod tools;
 
 /// Takes the text of one sequence apart. Its deltas are of the kinds `Text`, `Reasoning` and `ToolCall`.
 pub trait Parser: Send {
@@ -10,6 +18,11 @@ pub trait Parser: Send {
 
     /// The sequence has ended: adds what still waited.
     fn finish(&mut self, deltas: &mut Vec<DeltaKind>);
+
+    /// The text so far ends in a thought.
+    fn in_reasoning(&self) -> bool {
+        false
+    }
 }
 
 /// For models and routes whose text is the answer as it stands.

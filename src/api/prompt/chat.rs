@@ -1,18 +1,24 @@
 //! Messages → one prompt, through the chat template.
 
+use std::sync::Arc;
+
 use serde_json::{Map, Value, json};
 
-use crate::api::fields::refuse::is_thinking_off;
-use crate::api::fields::{Field, Fields, invalid, missing, wrong_type};
+use crate::api::fields::{Fields, missing};
 use crate::api::logprobs::Echo;
 use crate::api::options::GenerationOptions;
+use crate::api::parse::answer::{Parsing, Reasoning};
+use crate::api::parse::reasoning::Start;
+use crate::api::parse::tools::request::{ToolChoice, ToolRequest};
 use crate::api::prompt::contents::{self, Contents};
 use crate::api::prompt::fit::Fit;
 use crate::api::prompt::guard::{Guard, Marks};
 use crate::api::prompt::messages;
 use crate::api::prompt::template::ChatTemplate;
+use crate::api::prompt::thinking::{self, Thoughts};
 use crate::api::request::{GenerationRequest, Prompt};
 use crate::api::served::ServedModel;
+use crate::api::tools;
 use crate::error::Failure;
 use crate::text::tokenizer::Special;
 
@@ -23,18 +29,48 @@ const NOUN: &str = "messages";
 pub fn request(served: &ServedModel, fields: &Fields<'_>, options: GenerationOptions) -> Result<GenerationRequest, Failure> {
     let fit = Fit { served, options: &options, noun: NOUN };
     let mut echo = None;
+    let mut parsing = parsing(served, fields)?;
     let ids = match (fields.token_ids("prompt_token_ids", served.limits.vocab_size)?, fields.get("messages")) {
-        (Some(ids), _) => ids,
+        (Some(ids), _) => {
+            // Nothing can be put behind a prompt that is not ours.
+            if let Some(field) =
+                fields.get("tool_choice").filter(|_| parsing.tools.as_ref().is_some_and(|tools| tools.forced_opening().is_some()))
+            {
+                let message = format!("'{}' cannot demand a call behind 'prompt_token_ids'. Use 'messages'.", field.name);
+                return Err(Failure::bad_request(field.name, message).code("unsupported_value"));
+            }
+            parsing.begin(&end_of(served, &ids));
+            ids
+        }
         (None, Some(field)) => {
             fit.given_text(field.value, fields.get("chat_template").is_some())?;
             let messages = messages::read(&field)?;
             echo = options.echo.then(|| last_text(&messages, served.response_role())).flatten();
-            encode(served, fields, messages, &options)?
+            render(served, fields, messages, &options, &mut parsing)?
         }
         (None, None) => return Err(missing("messages", "'messages' is missing. It is a list of at least one message.")),
     };
     let prompts = vec![Prompt::new(fit.ids(ids)?, echo.map(Echo::of_text))];
-    GenerationRequest::new(prompts, options, false, &served.limits)
+    Ok(GenerationRequest { parsing, ..GenerationRequest::new(prompts, options, false, &served.limits)? })
+}
+
+/// What is to be told apart in the answers: as the model can, and as the request wants it. Where they begin is not known yet.
+fn parsing(served: &ServedModel, fields: &Fields<'_>) -> Result<Parsing, Failure> {
+    let thoughts = thinking::thoughts(fields)?;
+    let tools = tools::read(served, fields)?;
+    let format = served.reasoning_format.filter(|_| thoughts != Thoughts::InContent);
+    let reasoning = format.map(|format| Reasoning { format, start: Start::default(), shown: thoughts == Thoughts::Apart });
+    let mut marks = format.map_or_else(Vec::new, |format| format.marks());
+    marks.extend(tools.as_ref().and_then(|tools| tools.format).map_or_else(Vec::new, |format| format.marks()));
+    Ok(Parsing { reasoning, tools: tools.map(Arc::new), opening: String::new(), marks: Arc::new(served.marks(&marks)) })
+}
+
+/// The last words of a prompt that is given as token ids.
+fn end_of(served: &ServedModel, ids: &[u32]) -> String {
+    const TOKENS: usize = 32;
+    let last = &ids[ids.len().saturating_sub(TOKENS)..];
+    let bytes: Vec<u8> = last.iter().flat_map(|id| served.tokenizer.token_bytes(*id).unwrap_or_default()).copied().collect();
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// The text of the last message when it is by the one who answers: what a continued message begins with.
@@ -43,12 +79,18 @@ fn last_text(messages: &[Value], role: &str) -> Option<String> {
     last.get("content").map(contents::text)
 }
 
-/// Renders and tokenizes.
-pub fn encode(
+/// Renders and tokenizes messages whose answers are not parsed.
+pub fn encode(served: &ServedModel, fields: &Fields<'_>, messages: Vec<Value>, options: &GenerationOptions) -> Result<Vec<u32>, Failure> {
+    render(served, fields, messages, options, &mut Parsing::default())
+}
+
+/// Renders and tokenizes, and notes where the answer begins.
+fn render(
     served: &ServedModel,
     fields: &Fields<'_>,
     mut messages: Vec<Value>,
     options: &GenerationOptions,
+    parsing: &mut Parsing,
 ) -> Result<Vec<u32>, Failure> {
     let of_request = request_template(served, fields)?;
     let (template, contents) = match &of_request {
@@ -56,7 +98,7 @@ pub fn encode(
         None => served.chat_template()?,
     };
     contents.shape(&mut messages);
-    let mut variables = Variables::read(served, fields, messages)?;
+    let mut variables = Variables::read(served, fields, messages, parsing.tools.as_deref())?;
     let marks = Guard::marks(&[&variables.messages, &variables.user])?;
     if !served.settings.allow_special_tokens {
         // What ends a turn is never markup, whatever a template looks for.
@@ -72,6 +114,10 @@ pub fn encode(
     let mut rendered = template.render(&variables.into_map(served))?;
     if let Some(text) = continued {
         cut_after(&mut rendered, &text, marks)?;
+        parsing.go_on(&text);
+    } else {
+        parsing.begin(&rendered);
+        rendered += &parsing.demand();
     }
     let fit = Fit { served, options, noun: NOUN };
     let mut ids = match served.settings.allow_special_tokens {
@@ -131,7 +177,7 @@ struct Variables {
 }
 
 impl Variables {
-    fn read(served: &ServedModel, fields: &Fields<'_>, messages: Vec<Value>) -> Result<Self, Failure> {
+    fn read(served: &ServedModel, fields: &Fields<'_>, messages: Vec<Value>, tools: Option<&ToolRequest>) -> Result<Self, Failure> {
         let continue_final_message = fields.flag("continue_final_message")?;
         let add_generation_prompt = fields.bool("add_generation_prompt")?;
         if continue_final_message && add_generation_prompt == Some(true) {
@@ -146,8 +192,8 @@ impl Variables {
         if let Some(documents) = fields.get("documents") {
             user.entry("documents").or_insert_with(|| documents.value.clone());
         }
-        tools(fields, &mut user, served.settings.exclude_unused_tools)?;
-        thinking(fields, &mut user)?;
+        show_tools(tools, &mut user, served.settings.exclude_unused_tools);
+        thinking::switches(fields, &mut user)?;
         Ok(Self {
             messages: Value::Array(messages),
             user: Value::Object(user),
@@ -187,41 +233,13 @@ impl Variables {
     }
 }
 
-/// The tools of a request that lets the model call none (others are refused): text that the template may show, unless `exclude`.
-/// `chat_template_kwargs` wins.
-fn tools(fields: &Fields<'_>, user: &mut Map<String, Value>, exclude: bool) -> Result<(), Failure> {
-    if let Some(field) = fields.get("tools") {
-        let list = field.value.as_array().ok_or_else(|| wrong_type(&field, "a list of tools"))?;
-        if let Some((position, value)) = list.iter().enumerate().find(|(_, value)| !value.is_object()) {
-            return Err(wrong_type(&Field { name: format!("{}[{position}]", field.name), value }, "a tool: an object with a 'function'"));
-        }
-        if !list.is_empty() {
-            user.entry("tools").or_insert_with(|| field.value.clone());
-        }
+/// Hands the tools to the template. `exclude`: not those that must not be called. `chat_template_kwargs` wins.
+fn show_tools(tools: Option<&ToolRequest>, user: &mut Map<String, Value>, exclude: bool) {
+    let callable = tools.is_some_and(|tools| tools.choice != ToolChoice::None);
+    if let Some(tools) = tools {
+        user.entry("tools").or_insert_with(|| tools.tools.iter().map(|tool| tool.definition.clone()).collect());
     }
-    if exclude {
+    if exclude && !callable {
         user.shift_remove("tools");
     }
-    Ok(())
-}
-
-/// The switches for thinking, under the names that clients use. `chat_template_kwargs` wins.
-fn thinking(fields: &Fields<'_>, user: &mut Map<String, Value>) -> Result<(), Failure> {
-    if let Some(flag) = fields.bool("enable_thinking")? {
-        user.entry("enable_thinking").or_insert(json!(flag));
-    }
-    if ["thinking", "reasoning"].into_iter().filter_map(|name| fields.get(name)).any(|field| is_thinking_off(field.value)) {
-        user.entry("enable_thinking").or_insert(json!(false));
-    }
-    let Some(field) = fields.get("reasoning_effort") else { return Ok(()) };
-    const EFFORTS: [&str; 7] = ["none", "minimal", "low", "medium", "high", "xhigh", "max"];
-    let Some(effort) = field.value.as_str().filter(|effort| EFFORTS.contains(effort)) else {
-        let field = Field { name: field.name, value: field.value };
-        return Err(invalid(&field, format!("'{}' must be one of {}, but it is {}.", field.name, EFFORTS.join(", "), field.value)));
-    };
-    user.entry("reasoning_effort").or_insert(json!(effort));
-    if effort == "none" {
-        user.entry("enable_thinking").or_insert(json!(false));
-    }
-    Ok(())
 }

@@ -7,3 +7,4 @@ pub mod guard;
 pub mod messages;
 pub mod template;
 pub mod text;
+pub mod thinking;

@@ -39,7 +39,7 @@ async fn chat_mistakes_at_the_direct_door_and_through_the_queue() {
         (json!({"messages": hi(), "stop": [""]}), 400, "stop", Some("invalid_value")),
         (json!({"messages": hi(), "logit_bias": {"999999": 1}}), 400, "logit_bias.999999", Some("invalid_value")),
         (json!({"messages": hi(), "stream": "yes"}), 400, "stream", None),
-        (json!({"messages": hi(), "tools": [{"type": "function"}]}), 400, "tools", Some("unsupported_parameter")),
+        (json!({"messages": hi(), "tools": [{"type": "function"}]}), 400, "tools[0].function", Some("missing_required_parameter")),
         (json!({"messages": hi(), "response_format": {"type": "xml"}}), 400, "response_format.type", Some("invalid_value")),
         (
             json!({"messages": hi(), "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "array", "uniqueItems": true}}}}),

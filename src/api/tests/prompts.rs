@@ -309,10 +309,13 @@ async fn tools_and_calls_are_text_for_the_template() {
         let hiding = with_template(TEMPLATE, ApiSettings { exclude_unused_tools: true, ..ApiSettings::default() }).await;
         assert_eq!(prompt_ids(&hiding, more).await, world.ids("user:Hi;", Special::Text));
     }
-    for more in [json!({"tools": tools}), json!({"tools": tools, "tool_choice": "auto"}), json!({"chat_template_kwargs": {"tools": tools}})]
-    {
+    for (more, code) in [
+        (json!({"tools": tools}), "invalid_value"),
+        (json!({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "auto"}), "unsupported_value"),
+        (json!({"chat_template_kwargs": {"tools": tools}}), "unsupported_parameter"),
+    ] {
         let failure = world.chat(more.clone()).await.unwrap_err();
-        assert_eq!((failure.status(), failure.code), (400, Some("unsupported_parameter")), "{more}");
+        assert_eq!((failure.status(), failure.code), (400, Some(code)), "{more}");
     }
     assert_eq!(world.chat(json!({"model": ""})).await.unwrap()["model"], "baidu/ERNIE-test");
 }

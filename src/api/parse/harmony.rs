@@ -1,0 +1,131 @@
+//! gpt-oss's output: messages with a header, `<|channel|>analysis<|message|>…<|end|>`. Thoughts are of one channel, calls go to a
+//! recipient, and the rest is the answer.
+
+use std::sync::Arc;
+
+use crate::api::delta::{DeltaKind, ToolCallPart};
+use crate::api::parse::Parser;
+use crate::api::parse::marks::{Found, find};
+use crate::api::parse::reasoning::push_reasoning;
+use crate::api::parse::tools::request::{ToolRequest, call_id};
+use crate::api::parse::tools::table::{CallIds, HARMONY_MARKS};
+
+pub struct Harmony {
+    /// Calls are wanted.
+    tools: Option<Arc<ToolRequest>>,
+    /// Thoughts are kept apart: whether they are told at all.
+    reasoning: Option<bool>,
+    buffer: String,
+    state: State,
+    calls: usize,
+    /// The call at hand has arguments.
+    argued: bool,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+enum State {
+    /// In a message's header, as far as it has come.
+    Header(String),
+    Answer,
+    Reasoning,
+    Call,
+}
+
+impl Harmony {
+    pub fn new(tools: Option<Arc<ToolRequest>>, reasoning: Option<bool>) -> Self {
+        Self { tools, reasoning, buffer: String::new(), state: State::Answer, calls: 0, argued: false }
+    }
+
+    fn step(&mut self, ended: bool, deltas: &mut Vec<DeltaKind>) -> bool {
+        let (at, mark) = match find(&self.buffer, HARMONY_MARKS.into_iter(), ended) {
+            Found::Mark { at, mark } => (at, Some(mark)),
+            Found::Begins(at) => (at, None),
+            Found::None => (self.buffer.len(), None),
+        };
+        let rest = self.buffer.split_off(at);
+        let text = std::mem::replace(&mut self.buffer, rest);
+        self.tell(text, deltas);
+        let Some(mark) = mark else { return false };
+        self.buffer.drain(..mark.len());
+        match mark {
+            "<|message|>" => {
+                if let State::Header(header) = &self.state {
+                    self.state = self.message(&header.clone(), deltas);
+                }
+            }
+            "<|start|>" | "<|channel|>" | "<|constrain|>" => match &mut self.state {
+                State::Header(header) => header.push_str(mark),
+                _ => self.leave(State::Header(mark.to_owned()), deltas),
+            },
+            _ => self.leave(State::Answer, deltas),
+        }
+        true
+    }
+
+    /// The message ends.
+    fn leave(&mut self, state: State, deltas: &mut Vec<DeltaKind>) {
+        if self.state == State::Call && !self.argued {
+            self.tell("{}".to_owned(), deltas);
+        }
+        self.state = state;
+    }
+
+    /// What follows a header.
+    fn message(&mut self, header: &str, deltas: &mut Vec<DeltaKind>) -> State {
+        let channel = header.split("<|channel|>").nth(1).unwrap_or_default();
+        let recipient = header.split("to=").nth(1).map(|rest| rest.split([' ', '\n', '<']).next().unwrap_or_default());
+        if let (Some(name), true) = (recipient.filter(|name| !name.is_empty()), self.tools.is_some()) {
+            self.calls += 1;
+            self.argued = false;
+            let name = name.strip_prefix("functions.").unwrap_or(name).to_owned();
+            self.push_call(ToolCallPart::Start { id: call_id(CallIds::OpenAi), name }, deltas);
+            return State::Call;
+        }
+        match channel.trim_start().starts_with("analysis") && self.reasoning.is_some() {
+            true => State::Reasoning,
+            false => State::Answer,
+        }
+    }
+
+    fn push_call(&self, part: ToolCallPart, deltas: &mut Vec<DeltaKind>) {
+        let index = self.calls - 1;
+        if index == 0 || self.tools.as_ref().is_some_and(|tools| tools.parallel) {
+            deltas.push(DeltaKind::ToolCall { index, part });
+        }
+    }
+
+    fn tell(&mut self, text: String, deltas: &mut Vec<DeltaKind>) {
+        if text.is_empty() {
+            return;
+        }
+        match &mut self.state {
+            State::Header(header) => header.push_str(&text),
+            State::Reasoning if self.reasoning == Some(true) => push_reasoning(text, deltas),
+            State::Reasoning => {}
+            State::Call => {
+                self.argued = true;
+                self.push_call(ToolCallPart::Arguments(text), deltas);
+            }
+            State::Answer => match deltas.last_mut() {
+                Some(DeltaKind::Text(last)) => last.push_str(&text),
+                _ => deltas.push(DeltaKind::Text(text)),
+            },
+        }
+    }
+}
+
+impl Parser for Harmony {
+    fn push(&mut self, text: String, deltas: &mut Vec<DeltaKind>) {
+        self.buffer.push_str(&text);
+        while self.step(false, deltas) {}
+    }
+
+    fn finish(&mut self, deltas: &mut Vec<DeltaKind>) {
+        while self.step(true, deltas) {}
+        self.leave(State::Answer, deltas);
+    }
+
+    fn in_reasoning(&self) -> bool {
+        self.state == State::Reasoning
+    }
+}
