@@ -12,7 +12,7 @@ use crate::api::request::GenerationRequest;
 use crate::api::served::ServedModel;
 use crate::text::tokenizer::Tokenizer;
 
-mod logprobs;
+pub mod logprobs;
 
 use logprobs::TokenNames;
 
