@@ -81,6 +81,33 @@ pub struct ChoiceUpdate {
     pub logprobs: Vec<TokenLogprobs>,
     pub prompt_logprobs: Option<Arc<Vec<Logprobs>>>,
     pub end: Option<EndReason>,
+    /// The order in which text, reasoning, calls and log probabilities came, for dialects that keep it.
+    pub order: Vec<Span>,
+}
+
+/// So much of one kind of content came in a row.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Span {
+    /// Bytes.
+    Text(usize),
+    /// Bytes.
+    Reasoning(usize),
+    /// A tool call begins.
+    CallStart(usize),
+    /// Bytes of a call's arguments.
+    Arguments { index: usize, bytes: usize },
+    /// Tokens.
+    Logprobs(usize),
+}
+
+/// One part of a choice, in the order in which the parts came.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Part<'a> {
+    Text(&'a str),
+    Reasoning(&'a str),
+    CallStart { index: usize, id: &'a str, name: &'a str },
+    Arguments { index: usize, text: &'a str },
+    Logprobs(&'a [TokenLogprobs]),
 }
 
 /// The parts of one tool call put together.
@@ -102,7 +129,49 @@ impl ChoiceUpdate {
         !self.text.is_empty() || !self.reasoning.is_empty() || !self.tool_calls.is_empty()
     }
 
+    /// Text, reasoning, tool calls and log probabilities in the order in which they came.
+    pub fn parts(&self) -> Vec<Part<'_>> {
+        let (mut text, mut reasoning, mut logprobs) = (self.text.as_str(), self.reasoning.as_str(), self.logprobs.as_slice());
+        let mut arguments: Vec<&str> = self.tool_calls.iter().map(|call| call.arguments.as_str()).collect();
+        let call = |index: usize| self.tool_calls.iter().position(|call| call.index == index);
+        let part = |span: &Span| {
+            Some(match *span {
+                Span::Text(bytes) => Part::Text(cut(&mut text, bytes)?),
+                Span::Reasoning(bytes) => Part::Reasoning(cut(&mut reasoning, bytes)?),
+                Span::CallStart(index) => {
+                    let (id, name) = self.tool_calls[call(index)?].start.as_ref()?;
+                    Part::CallStart { index, id, name }
+                }
+                Span::Arguments { index, bytes } => Part::Arguments { index, text: cut(&mut arguments[call(index)?], bytes)? },
+                Span::Logprobs(tokens) => {
+                    let (these, rest) = logprobs.split_at_checked(tokens)?;
+                    logprobs = rest;
+                    Part::Logprobs(these)
+                }
+            })
+        };
+        self.order.iter().filter_map(part).collect()
+    }
+
+    /// Notes what is about to be added.
+    fn note(&mut self, kind: &DeltaKind) {
+        let span = match kind {
+            DeltaKind::Text(text) => Span::Text(text.len()),
+            DeltaKind::Reasoning(text) => Span::Reasoning(text.len()),
+            DeltaKind::ToolCall { index, part: ToolCallPart::Start { .. } } => Span::CallStart(*index),
+            DeltaKind::ToolCall { index, part: ToolCallPart::Arguments(text) } => Span::Arguments { index: *index, bytes: text.len() },
+            DeltaKind::Tokens { logprobs, .. } if !logprobs.is_empty() => Span::Logprobs(logprobs.len()),
+            DeltaKind::Tokens { .. } | DeltaKind::PromptLogprobs(_) | DeltaKind::End(_) => return,
+        };
+        match (self.order.last_mut(), span) {
+            (Some(Span::Text(bytes)), Span::Text(more)) | (Some(Span::Reasoning(bytes)), Span::Reasoning(more)) => *bytes += more,
+            (Some(Span::Arguments { index, bytes }), Span::Arguments { index: same, bytes: more }) if *index == same => *bytes += more,
+            _ => self.order.push(span),
+        }
+    }
+
     fn add(&mut self, kind: DeltaKind) {
+        self.note(&kind);
         match kind {
             DeltaKind::Text(text) => append(&mut self.text, text),
             DeltaKind::Reasoning(text) => append(&mut self.reasoning, text),
@@ -124,6 +193,13 @@ impl ChoiceUpdate {
             DeltaKind::End(reason) => self.end = Some(reason),
         }
     }
+}
+
+/// Takes so many bytes off the front.
+fn cut<'a>(text: &mut &'a str, bytes: usize) -> Option<&'a str> {
+    let (front, rest) = text.split_at_checked(bytes)?;
+    *text = rest;
+    Some(front)
 }
 
 fn append(text: &mut String, more: String) {
@@ -164,5 +240,38 @@ mod tests {
         assert_eq!(updates.len(), 2);
         assert_eq!((updates[0].choice, updates[0].text.as_str(), updates[0].token_ids.len(), updates[0].end.is_some()), (1, "ab", 2, true));
         assert_eq!((updates[1].choice, updates[1].text.as_str(), updates[1].end.is_some()), (0, "xy", false));
+    }
+
+    #[test]
+    fn parts_keep_the_order_in_which_they_came() {
+        let start = |index, id: &str| DeltaKind::ToolCall { index, part: ToolCallPart::Start { id: id.to_owned(), name: "f".to_owned() } };
+        let arguments = |index, text: &str| DeltaKind::ToolCall { index, part: ToolCallPart::Arguments(text.to_owned()) };
+        let text = |text: &str| DeltaKind::Text(text.to_owned());
+        let kinds = [
+            DeltaKind::Reasoning("é".to_owned()),
+            DeltaKind::Reasoning("b".to_owned()),
+            text("x"),
+            text("y"),
+            start(0, "c0"),
+            arguments(0, "{"),
+            arguments(0, "}"),
+            start(1, "c1"),
+            arguments(1, "[]"),
+            text("z"),
+        ];
+        let updates = by_choice(kinds.into_iter().map(|kind| Delta { choice: 0, kind }).collect());
+        assert_eq!(updates[0].text, "xyz");
+        assert_eq!(
+            updates[0].parts(),
+            [
+                Part::Reasoning("éb"),
+                Part::Text("xy"),
+                Part::CallStart { index: 0, id: "c0", name: "f" },
+                Part::Arguments { index: 0, text: "{}" },
+                Part::CallStart { index: 1, id: "c1", name: "f" },
+                Part::Arguments { index: 1, text: "[]" },
+                Part::Text("z"),
+            ]
+        );
     }
 }

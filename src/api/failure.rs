@@ -5,6 +5,7 @@
 
 use serde_json::{Value, json};
 
+use crate::api::frames;
 use crate::error::{Failure, Kind};
 
 /// The body of a failed HTTP call: `{"error":{message,type,param,code},"object":"error","message","code":N}`.
@@ -42,7 +43,68 @@ pub fn job_error(failure: &Failure) -> String {
 
 /// A failure inside a stream whose status line is gone already: one frame, then the end mark.
 pub fn sse(failure: &Failure) -> String {
-    format!("data: {}\n\ndata: [DONE]\n\n", body(failure))
+    ErrorForm::OpenAi.sse(failure.status(), &body(failure), 0)
+}
+
+/// Whose clients read a failure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ErrorForm {
+    /// OpenAI's envelope and, in a stream, a frame without a name and `[DONE]`.
+    #[default]
+    OpenAi,
+    /// The same envelope; in a stream an `error` event, which ends it.
+    Responses,
+    /// Anthropic's object; in a stream an `error` event with it, which ends it.
+    Anthropic,
+}
+
+impl ErrorForm {
+    /// The body of a failed HTTP call, of the body that [`body`] gives.
+    pub fn body(self, status: u16, body: Value, request_id: &str) -> Value {
+        if self != Self::Anthropic {
+            return body;
+        }
+        let mut body = anthropic(status, message_of(&body));
+        body["request_id"] = json!(request_id);
+        body
+    }
+
+    /// The end of a stream that fails, of the body that [`body`] gives. `events`: how many events were written before it.
+    pub fn sse(self, status: u16, body: &Value, events: usize) -> String {
+        match self {
+            Self::OpenAi => format!("data: {body}\n\ndata: [DONE]\n\n"),
+            Self::Responses => {
+                let (error, mut event) = (&body["error"], json!({"type": "error"}));
+                event["code"] = error["code"].clone();
+                event["message"] = json!(message_of(body));
+                event["param"] = error["param"].clone();
+                event["sequence_number"] = json!(events);
+                frames::event("error", &event)
+            }
+            Self::Anthropic => frames::event("error", &anthropic(status, message_of(body))),
+        }
+    }
+}
+
+/// The message of a body, which is in OpenAI's form, or in Anthropic's already.
+fn message_of(body: &Value) -> &str {
+    body["error"]["message"].as_str().unwrap_or_default()
+}
+
+/// Anthropic's error object.
+fn anthropic(status: u16, message: &str) -> Value {
+    let kind = match status {
+        401 => "authentication_error",
+        403 => "permission_error",
+        404 => "not_found_error",
+        413 => "request_too_large",
+        429 => "rate_limit_error",
+        503 | 529 => "overloaded_error",
+        504 => "timeout_error",
+        400..=498 => "invalid_request_error",
+        _ => "api_error",
+    };
+    json!({"type": "error", "error": {"type": kind, "message": message}})
 }
 
 /// Response headers that tell the SDKs whether and when to try again.
@@ -178,6 +240,34 @@ mod tests {
         let value: Value = serde_json::from_str(frames[0].strip_prefix("data: ").unwrap()).unwrap();
         assert_eq!(value["error"]["message"], "line one\nline two");
         assert_eq!(frames[1], "data: [DONE]");
+    }
+
+    #[test]
+    fn anthropics_clients_read_their_own_object() {
+        let rows = [
+            (400, "invalid_request_error"),
+            (401, "authentication_error"),
+            (403, "permission_error"),
+            (404, "not_found_error"),
+            (405, "invalid_request_error"),
+            (413, "request_too_large"),
+            (415, "invalid_request_error"),
+            (429, "rate_limit_error"),
+            (499, "api_error"),
+            (500, "api_error"),
+            (503, "overloaded_error"),
+            (504, "timeout_error"),
+        ];
+        let openai = body(&Failure::bad_request("max_tokens", "no"));
+        for (status, kind) in rows {
+            let expected = json!({"type": "error", "error": {"type": kind, "message": "no"}, "request_id": "r"});
+            assert_eq!(ErrorForm::Anthropic.body(status, openai.clone(), "r"), expected);
+        }
+        let end = "event: error\ndata: {\"type\":\"error\",\"error\":{\"type\":\"api_error\",\"message\":\"no\"}}\n\n";
+        assert_eq!(ErrorForm::Anthropic.sse(500, &openai, 7), end);
+        let end =
+            "event: error\ndata: {\"type\":\"error\",\"code\":null,\"message\":\"no\",\"param\":\"max_tokens\",\"sequence_number\":7}\n\n";
+        assert_eq!(ErrorForm::Responses.sse(500, &openai, 7), end);
     }
 
     #[test]

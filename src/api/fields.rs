@@ -9,7 +9,9 @@ use serde_json::{Map, Value};
 use crate::api::fields::table::{FieldSpec, ValueSpec};
 use crate::error::Failure;
 
+pub mod dialect_tables;
 pub mod refuse;
+pub mod rows;
 pub mod table;
 
 /// Layers of fields, the first of which wins: a request's top level, then `sampling_params`, then `metadata`.

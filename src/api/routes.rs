@@ -2,6 +2,8 @@
 
 use percent_encoding::percent_decode_str;
 
+use crate::api::failure::ErrorForm;
+
 /// What a path stands for.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Route {
@@ -10,33 +12,84 @@ pub enum Route {
     Models,
     Model(String),
     Embeddings,
+    Responses,
+    /// A stored response.
+    Response(String),
+    /// What a stored response was an answer to. The query says which page of it.
+    InputItems {
+        id: String,
+        query: String,
+    },
+    /// Anthropic's.
+    Messages,
+    /// Anthropic's.
+    CountTokens,
 }
 
 /// The methods of a path, for the `allow` header of a 405; `None` when there is no such path.
 pub fn allow(path: &str) -> Option<&'static str> {
-    find(path).map(|route| route.method())
+    find(path).map(|route| route.methods())
+}
+
+/// How the failures of a path are written, whether or not there is such a path.
+pub fn error_form(path: &str) -> ErrorForm {
+    let path = bare(path);
+    let is_under = |root: &str| path.strip_prefix(root).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+    if is_under("v1/messages") {
+        ErrorForm::Anthropic
+    } else if is_under("v1/responses") {
+        ErrorForm::Responses
+    } else {
+        ErrorForm::OpenAi
+    }
 }
 
 impl Route {
-    /// The method that it takes.
-    pub fn method(&self) -> &'static str {
+    /// The methods that it takes, joined by a comma and a space.
+    pub fn methods(&self) -> &'static str {
         match self {
-            Route::Chat | Route::Completions | Route::Embeddings => "POST",
-            Route::Models | Route::Model(_) => "GET",
+            Route::Chat | Route::Completions | Route::Embeddings | Route::Responses | Route::Messages | Route::CountTokens => "POST",
+            Route::Models | Route::Model(_) | Route::InputItems { .. } => "GET",
+            Route::Response(_) => "GET, DELETE",
         }
     }
+
+    /// Whether it takes this method. A HEAD is a GET.
+    pub fn takes(&self, method: &str) -> bool {
+        self.methods().split(", ").any(|taken| taken == method || (taken == "GET" && method == "HEAD"))
+    }
+}
+
+/// A path without its query, slashes around it, and `openai` before it.
+fn bare(path: &str) -> &str {
+    let path = path.split(['?', '#']).next().unwrap_or_default().trim_matches('/');
+    if path == "openai" { "" } else { path.strip_prefix("openai/").unwrap_or(path) }
 }
 
 /// The path as the client wrote it: with or without a leading slash, `/openai` before it, a slash after it.
 pub fn find(path: &str) -> Option<Route> {
-    let path = path.split(['?', '#']).next().unwrap_or_default().trim_matches('/');
-    let path = if path == "openai" { "" } else { path.strip_prefix("openai/").unwrap_or(path) };
+    let decoded = |id: &str| percent_decode_str(id).decode_utf8_lossy().into_owned();
+    let query = path.split_once('?').map_or("", |(_, query)| query);
+    let path = bare(path);
     match path {
         "" | "v1/chat/completions" | "chat/completions" | "api/v1/chat/completions" => Some(Route::Chat),
         "v1/completions" | "completions" => Some(Route::Completions),
         "v1/models" | "models" => Some(Route::Models),
         "v1/embeddings" | "embeddings" => Some(Route::Embeddings),
-        _ => path.strip_prefix("v1/models/").map(|id| Route::Model(percent_decode_str(id).decode_utf8_lossy().into_owned())),
+        "v1/responses" | "responses" => Some(Route::Responses),
+        "v1/messages" => Some(Route::Messages),
+        "v1/messages/count_tokens" => Some(Route::CountTokens),
+        _ => {
+            if let Some(id) = path.strip_prefix("v1/models/") {
+                return Some(Route::Model(decoded(id)));
+            }
+            let rest = path.strip_prefix("v1/responses/")?;
+            match rest.split_once('/') {
+                None => Some(Route::Response(decoded(rest))),
+                Some((id, "input_items")) => Some(Route::InputItems { id: decoded(id), query: query.to_owned() }),
+                Some(_) => None,
+            }
+        }
     }
 }
 
@@ -62,6 +115,22 @@ mod tests {
         }
         assert_eq!(find("/v1/models/100%25%zz%"), Some(Route::Model("100%%zz%".to_owned())));
         assert_eq!(find("/v2/chat/completions"), None);
+        assert_eq!(find("/openai/v1/responses/"), Some(Route::Responses));
+        assert_eq!(find("/v1/responses/resp_1"), Some(Route::Response("resp_1".to_owned())));
+        let items = Route::InputItems { id: "resp_1".to_owned(), query: "limit=2".to_owned() };
+        assert_eq!(find("/v1/responses/resp_1/input_items?limit=2"), Some(items));
+        assert_eq!((find("/v1/responses/resp_1/cancel"), allow("/v1/responses/resp_1")), (None, Some("GET, DELETE")));
+        assert_eq!(find("/v1/messages?beta=true"), Some(Route::Messages));
+        assert_eq!(find("/openai/v1/messages/count_tokens"), Some(Route::CountTokens));
+        for (path, form) in [
+            ("/openai/v1/messages?beta=true", ErrorForm::Anthropic),
+            ("/v1/messages/batches", ErrorForm::Anthropic),
+            ("/v1/responses/x/input_items", ErrorForm::Responses),
+            ("/v1/messages_of_ours", ErrorForm::OpenAi),
+            ("/v1/chat/completions", ErrorForm::OpenAi),
+        ] {
+            assert_eq!(error_form(path), form, "{path}");
+        }
         assert_eq!((allow("/v1/completions"), allow("/v1/models/x"), allow("/nothing")), (Some("POST"), Some("GET"), None));
     }
 }

@@ -15,6 +15,7 @@ use crate::api::parse::tools::table::{self as tool_formats, ToolFormat};
 use crate::api::prompt::contents::{self, Contents};
 use crate::api::prompt::guard::Guard;
 use crate::api::prompt::template::{self, ChatTemplate};
+use crate::api::response_store::{ResponseStore, StoreLimits};
 use crate::config::{ApiSettings, defaults};
 use crate::engine::Limits;
 use crate::error::{Failure, Kind};
@@ -34,6 +35,8 @@ pub struct ServedModel {
     pub embedding_rows: usize,
     pub guard: Guard,
     pub grammars: Grammars,
+    /// What `/v1/responses` has given; `None` when responses are not stored.
+    pub responses: Option<Arc<ResponseStore>>,
     /// The template with the form of contents that it takes, or why there is none.
     chat_template: Result<(ChatTemplate, Contents), String>,
     /// The template writes the text of system messages into the prompt.
@@ -120,6 +123,7 @@ impl ServedModel {
             tool_support: ToolSupport::new(settings.tool_call_parser.as_deref(), &template_text)?,
             reasoning_format: reasoning_format(settings.reasoning_parser.as_deref(), &template_text)?,
             guard: Guard::new(&tokenizer)?,
+            responses: response_store(&settings),
             chat_template,
             shows_system,
             settings,
@@ -183,6 +187,16 @@ impl ServedModel {
         };
         GenerationOptions::read(fields, form, &context)
     }
+}
+
+/// Where responses are kept, unless the settings say that they are not.
+fn response_store(settings: &ApiSettings) -> Option<Arc<ResponseStore>> {
+    let limits = StoreLimits {
+        entries: settings.responses_store_entries.unwrap_or(defaults::RESPONSES_STORE_ENTRIES),
+        bytes: settings.responses_store_mb.unwrap_or(defaults::RESPONSES_STORE_MB).saturating_mul(1 << 20),
+        ttl: settings.responses_store_ttl.unwrap_or(defaults::RESPONSES_STORE_TTL),
+    };
+    settings.responses_store.unwrap_or(true).then(|| Arc::new(ResponseStore::new(limits)))
 }
 
 /// The ids that end a sequence: those of the configuration files, the tokenizer's own end of sequence, and ERNIE's end of an assistant turn.

@@ -7,7 +7,7 @@ use futures::Stream;
 use serde_json::Value;
 
 use crate::api::body::BodyLimits;
-use crate::api::dialects::{Dialect, Prepared, chat, completions, native, tokens};
+use crate::api::dialects::{Dialect, Prepared, anthropic, chat, completions, native, responses, tokens};
 use crate::api::fields::Fields;
 use crate::api::job::{self, Job};
 use crate::api::model::ModelInfo;
@@ -28,10 +28,10 @@ pub enum Answer {
     /// slowly gets fewer and larger ones, and nobody slows the engine. Dropping the stream cancels the generation.
     ///
     /// For HTTP and for `openai_route` jobs a piece is a string of whole server-sent-event frames, the last of which is
-    /// `data: [DONE]`. For native jobs it is one chunk object.
+    /// `data: [DONE]` or an event that ends its stream. For native jobs it is one chunk object.
     ///
     /// A failure ends the stream. If it is the **first item**, nothing has been written: its status can still be told. If it comes later,
-    /// the item before it tells it to who reads the pieces alone: a frame with `data: [DONE]`, or for native jobs a chunk that is the error
+    /// the item before it tells it to who reads the pieces alone: frames that end the stream, or for native jobs a chunk that is the error
     /// envelope.
     Stream(Pieces),
 }
@@ -42,7 +42,7 @@ pub type Pieces = Pin<Box<dyn Stream<Item = Result<Value, Failure>> + Send>>;
 pub struct Call {
     /// Upper case.
     pub method: String,
-    /// Path without query, as the client wrote it (`/v1/chat/completions`, `/openai/v1/models`).
+    /// As the client wrote it (`/v1/chat/completions`, `/openai/v1/models`), with or without its query.
     pub path: String,
     /// The parsed body, `Null` when there was none.
     pub body: Value,
@@ -109,9 +109,8 @@ impl Service {
         let Some(route) = routes::find(&call.path) else {
             return Err(Failure::new(Kind::NotFound, format!("There is no route {} {}.", call.method, call.path)).code("unknown_route"));
         };
-        let allowed = route.method();
-        if call.method != allowed && !(allowed == "GET" && call.method == "HEAD") {
-            let message = format!("{} does not take {}, only {allowed}.", call.path, call.method);
+        if !route.takes(&call.method) {
+            let message = format!("{} does not take {}, only {}.", call.path, call.method, route.methods());
             return Err(Failure::new(Kind::MethodNotAllowed, message).code("method_not_allowed"));
         }
         match route {
@@ -122,6 +121,12 @@ impl Service {
                 let message = format!("The model `{}` generates text and does not support the Embeddings API.", self.name());
                 Err(Failure::bad_request("model", message).code("unsupported_value"))
             }
+            Route::Responses => self.generate(responses::read, call.request_id, call.body).await,
+            Route::Response(id) if call.method == "DELETE" => responses::delete(&self.served, &id).map(Answer::Whole),
+            Route::Response(id) => responses::retrieve(&self.served, &id).map(Answer::Whole),
+            Route::InputItems { id, query } => responses::input_items(&self.served, &id, &query).map(Answer::Whole),
+            Route::Messages => self.generate(anthropic::read, call.request_id, call.body).await,
+            Route::CountTokens => self.count(call.body).await.map(Answer::Whole),
             Route::Chat => self.generate(chat::read, call.request_id, call.body).await,
             Route::Completions => self.generate(completions::read, call.request_id, call.body).await,
         }
@@ -138,14 +143,27 @@ impl Service {
         Ok(Answer::Whole(dialect.whole(choices, run.usage())))
     }
 
-    /// Reads on a thread of its own: the checks, template and tokenization of long prompts must not hold up the sockets.
+    /// Tokens of the prompt that a body of Anthropic's comes to.
+    async fn count(&self, body: Value) -> Result<Value, Failure> {
+        self.reading(body, anthropic::count).await
+    }
+
     async fn prepare(&self, read: Read, id: String, body: Value) -> Result<(Prepared, String), Failure> {
+        self.reading(body, move |served, body| read(served, &id, body).map(|prepared| (prepared, id))).await
+    }
+
+    /// Reads on a thread of its own: the checks, template and tokenization of long prompts must not hold up the sockets.
+    async fn reading<T: Send + 'static>(
+        &self,
+        body: Value,
+        read: impl FnOnce(&ServedModel, &Value) -> Result<T, Failure> + Send + 'static,
+    ) -> Result<T, Failure> {
         let served = self.served.clone();
         let task = tokio::task::spawn_blocking(move || {
-            let prepared = read(&served, &id, &body);
+            let read = read(&served, &body);
             drop(body);
             reclaim::freed();
-            prepared.map(|prepared| (prepared, id))
+            read
         });
         task.await.unwrap_or_else(|error| {
             tracing::error!("a request could not be read: {error}");

@@ -12,7 +12,9 @@ use crate::error::Failure;
 use crate::runpod::{self, Ended, Handler, RetryPolicy, Worker};
 
 /// Queue mode.
-pub async fn run(settings: Settings) -> Result<ExitCode, Failure> {
+pub async fn run(mut settings: Settings) -> Result<ExitCode, Failure> {
+    // The next request of a conversation may reach another worker.
+    settings.api.responses_store.get_or_insert(false);
     tracing::info!("worker-candle {}: queue worker", env!("CARGO_PKG_VERSION"));
     if let Err(problem) = runpod::check(&settings.runpod) {
         return Ok(refused(&settings.runpod, &problem).await);

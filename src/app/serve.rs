@@ -13,6 +13,7 @@ use super::say;
 use super::signals::Shutdown;
 use super::{open_files, queue};
 use crate::api::body::BodyLimits;
+use crate::api::frames;
 use crate::api::tally::{End, Tally};
 use crate::api::{Answer, Call, Service};
 use crate::config::{RunpodSettings, SecretString, ServerSettings, Settings, defaults};
@@ -228,7 +229,7 @@ impl Closing {
     fn see(&mut self, piece: &Result<Value, Failure>) {
         match piece {
             Err(failure) => self.end = Some(Err(failure.clone())),
-            Ok(Value::String(frames)) if frames.ends_with("data: [DONE]\n\n") => self.end = Some(Ok(())),
+            Ok(Value::String(text)) if frames::end_stream(text) => self.end = Some(Ok(())),
             Ok(_) => {}
         }
     }

@@ -37,6 +37,11 @@ pub const MAX_N: usize = 128;
 /// Alternatives at each token.
 pub const MAX_LOGPROBS: u32 = 20;
 
+/// Responses that are kept for `/v1/responses`, their size in MiB, and for how long.
+pub const RESPONSES_STORE_ENTRIES: usize = 1024;
+pub const RESPONSES_STORE_MB: usize = 64;
+pub const RESPONSES_STORE_TTL: Duration = Duration::from_secs(24 * 3600);
+
 /// For each so many sequences of a step, one more job is taken than can run: it is at hand when a sequence ends. More would wait here
 /// while a worker elsewhere is idle, and their time limit runs.
 pub const SEQS_PER_WAITING_JOB: usize = 8;

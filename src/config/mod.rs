@@ -243,6 +243,14 @@ pub struct ApiSettings {
     pub force_include_usage: bool,
     /// `ENABLE_PROMPT_TOKENS_DETAILS=false`: usage without `prompt_tokens_details`.
     pub hide_prompt_tokens_details: bool,
+    /// `RESPONSES_STORE`: responses of `/v1/responses` are kept. `None`: unless this is a queue worker.
+    pub responses_store: Option<bool>,
+    /// Default [`defaults::RESPONSES_STORE_ENTRIES`].
+    pub responses_store_entries: Option<usize>,
+    /// Default [`defaults::RESPONSES_STORE_MB`].
+    pub responses_store_mb: Option<usize>,
+    /// Default [`defaults::RESPONSES_STORE_TTL`].
+    pub responses_store_ttl: Option<Duration>,
     /// Engine's `SEED`: base of the seeds picked for requests without one.
     pub seed: Option<u64>,
     pub request_timeout: Option<Duration>,

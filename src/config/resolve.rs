@@ -154,6 +154,10 @@ fn api(given: &Given) -> ApiSettings {
         tokens_as_ids: switch(&table::RETURN_TOKENS_AS_TOKEN_IDS),
         force_include_usage: switch(&table::ENABLE_FORCE_INCLUDE_USAGE),
         hide_prompt_tokens_details: given.switch(&table::ENABLE_PROMPT_TOKENS_DETAILS) == Some(false),
+        responses_store: given.switch(&table::RESPONSES_STORE),
+        responses_store_entries: given.count(&table::RESPONSES_STORE_ENTRIES),
+        responses_store_mb: given.count(&table::RESPONSES_STORE_MB),
+        responses_store_ttl: given.number(&table::RESPONSES_STORE_TTL).map(Duration::from_secs_f64),
         seed: None,
         request_timeout: None,
     }

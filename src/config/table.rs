@@ -211,6 +211,16 @@ settings! {
         ENABLE_FORCE_INCLUDE_USAGE = Setting::switch(false);
         /// Tell in `usage.prompt_tokens_details` how many prompt tokens came from the prefix cache.
         ENABLE_PROMPT_TOKENS_DETAILS = Setting::switch(true);
+        /// Keep what `/v1/responses` answers, in memory, so that `previous_response_id` and `GET /v1/responses/{id}` find it. Of several
+        /// workers behind one address each has its own.
+        RESPONSES_STORE = Setting::new(Kind::Switch, Prose("true; false in a queue worker, as the next job may reach another one"))
+            .also(&["VLLM_ENABLE_RESPONSES_API_STORE"]);
+        /// Responses that are kept at most; the oldest go first.
+        RESPONSES_STORE_ENTRIES = Setting::new(COUNT, Count(defaults::RESPONSES_STORE_ENTRIES));
+        /// Memory for responses that are kept, in MiB.
+        RESPONSES_STORE_MB = Setting::new(COUNT, Count(defaults::RESPONSES_STORE_MB));
+        /// Seconds for which a response is kept.
+        RESPONSES_STORE_TTL = Setting::new(SECONDS, Seconds(defaults::RESPONSES_STORE_TTL));
     }
     Queue {
         /// Jobs taken at once from the queue; never more than MAX_NUM_SEQS and MAX_WAITING together.

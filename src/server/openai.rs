@@ -18,7 +18,8 @@ use serde_json::{Value, json};
 use super::ModelLimits;
 use super::health::Readiness;
 use super::sse::{self, Pace};
-use super::wire::{self, Refusal, RequestId};
+use super::wire::{self, Refusal};
+use crate::api::failure::ErrorForm;
 use crate::api::{self, Answer, Call, Pieces};
 use crate::error::{Failure, Kind};
 
@@ -43,36 +44,36 @@ async fn version() -> Json<Value> {
 }
 
 async fn call(State(front): State<Arc<Front>>, request: Request) -> Response {
-    front.answer(request).await.unwrap_or_else(Refusal::into_response)
+    let form = wire::error_form(request.uri(), request.headers());
+    let request_id = wire::request_id(request.extensions());
+    let answer = front.answer(request, form, &request_id).await;
+    answer.unwrap_or_else(|refusal| refusal.in_form(form, &request_id).into_response())
 }
 
 impl Front {
-    async fn answer(&self, request: Request) -> Result<Response, Refusal> {
+    async fn answer(&self, request: Request, form: ErrorForm, request_id: &str) -> Result<Response, Refusal> {
         let (parts, body) = request.into_parts();
-        let path = parts.uri.path().to_owned();
+        let path = wire::with_page(parts.uri.path().to_owned(), &parts.uri);
         // A HEAD is a GET whose body the HTTP layer leaves out.
-        let post = match self.admit(&parts, &path) {
+        let method = match self.admit(&parts, parts.uri.path()) {
             Ok(Admitted::About) => return Ok(Json(about()).into_response()),
-            Ok(Admitted::Get) => false,
-            Ok(Admitted::Post) => true,
+            Ok(Admitted::Call(method)) => method,
             Err(refusal) => {
                 wire::throw_away(&parts.headers, body).await;
                 return Err(refusal);
             }
         };
-        let body = if post {
+        let body = if method == "POST" {
             let limits = (self.limits)();
             let bytes = wire::read_body(&parts.headers, body, limits.bytes).await?;
             wire::parse_object(&parts.headers, &bytes, &limits)?
         } else {
             Value::Null
         };
-        let request_id = parts.extensions.get::<RequestId>().map(|id| id.0.clone()).unwrap_or_default();
-        let method = if post { "POST" } else { "GET" };
-        let call = Call { method: method.to_owned(), path: path.clone(), body, request_id };
+        let call = Call { method: method.to_owned(), path, body, request_id: request_id.to_owned() };
         match (self.door)(call).await {
             Ok(Answer::Whole(value)) => Ok((StatusCode::OK, Json(value)).into_response()),
-            Ok(Answer::Stream(pieces)) => Ok(sse::respond(frames(pieces), self.pace).await),
+            Ok(Answer::Stream(pieces)) => Ok(sse::respond(frames(pieces, form, request_id.to_owned()), self.pace).await),
             Err(failure) => Err(failure.into()),
         }
     }
@@ -83,25 +84,39 @@ impl Front {
             let message = format!("There is no route {} {path}.", parts.method);
             return Err(Failure::new(Kind::NotFound, message).code("unknown_route").into());
         };
-        let is_get = matches!(parts.method, Method::GET | Method::HEAD);
-        let admitted = match (allowed, is_get) {
-            _ if path == "/" && is_get => return Ok(Admitted::About),
-            ("GET", true) => Admitted::Get,
-            ("POST", false) if parts.method == Method::POST => Admitted::Post,
-            ("GET", _) => return Err(wire::method_not_allowed(&parts.method, path, "GET, HEAD")),
-            _ if path == "/" => return Err(wire::method_not_allowed(&parts.method, path, "GET, HEAD, POST")),
-            _ => return Err(wire::method_not_allowed(&parts.method, path, allowed)),
+        let takes = |method: &str| allowed.split(", ").any(|taken| taken == method);
+        let method = match parts.method {
+            Method::GET | Method::HEAD if path == "/" => return Ok(Admitted::About),
+            Method::GET | Method::HEAD if takes("GET") => "GET",
+            Method::POST if takes("POST") => "POST",
+            Method::DELETE if takes("DELETE") => "DELETE",
+            _ => {
+                return Err(wire::method_not_allowed(
+                    &parts.method,
+                    path,
+                    if path == "/" { "GET, HEAD, POST" } else { with_head(allowed) },
+                ));
+            }
         };
         self.readiness.check()?;
-        Ok(admitted)
+        Ok(Admitted::Call(method))
+    }
+}
+
+/// Where there is a GET, there is a HEAD.
+fn with_head(allowed: &'static str) -> &'static str {
+    match allowed {
+        "GET" => "GET, HEAD",
+        "GET, DELETE" => "GET, HEAD, DELETE",
+        other => other,
     }
 }
 
 /// What a request is, when its path is there for its method.
 enum Admitted {
     About,
-    Get,
-    Post,
+    /// A call by this method.
+    Call(&'static str),
 }
 
 /// What a browser sees at the root.
@@ -109,14 +124,14 @@ fn about() -> Value {
     json!({
         "name": "worker-candle",
         "version": env!("CARGO_PKG_VERSION"),
-        "routes": ["/v1/models", "/v1/chat/completions", "/v1/completions", "/health", "/ping"],
+        "routes": ["/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/health", "/ping"],
     })
 }
 
-fn frames(pieces: Pieces) -> sse::Frames {
-    Box::pin(pieces.map(|piece| match piece {
+fn frames(pieces: Pieces, form: ErrorForm, request_id: String) -> sse::Frames {
+    Box::pin(pieces.map(move |piece| match piece {
         Ok(Value::String(text)) => Ok(text),
         Ok(object) => Ok(format!("data: {object}\n\n")),
-        Err(failure) => Err(failure.into()),
+        Err(failure) => Err(Refusal::from(failure).in_form(form, &request_id)),
     }))
 }

@@ -62,7 +62,7 @@ fn body(first: Option<String>, mut frames: Frames, keep_alive: Duration) -> impl
                 }
                 Ok(Some(Err(refusal))) => {
                     if !begun {
-                        yield Ok(refusal.sse());
+                        yield Ok(refusal.sse(0));
                     }
                     break;
                 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use futures::StreamExt;
@@ -14,7 +14,8 @@ use serde_json::{Value, json};
 
 use super::auth::Keys;
 use crate::api::body::{self, BodyLimits};
-use crate::api::failure;
+use crate::api::failure::{self, ErrorForm};
+use crate::api::routes::{self, Route};
 use crate::error::{Failure, Kind};
 
 /// How long a client may take to send its body.
@@ -27,18 +28,26 @@ const THROWN_AWAY: usize = 64 * 1024 * 1024;
 pub struct Refusal {
     pub status: StatusCode,
     pub headers: Vec<(&'static str, String)>,
+    /// In OpenAI's form, until [`Refusal::in_form`].
     pub body: Value,
+    form: ErrorForm,
 }
 
 impl Refusal {
+    /// As the clients of the request's route read it.
+    pub fn in_form(self, form: ErrorForm, request_id: &str) -> Self {
+        let body = form.body(self.status.as_u16(), self.body, request_id);
+        Self { body, form, ..self }
+    }
+
     /// The short form of the RunPod routes: `{"error": "…"}`.
     pub fn plain(failure: &Failure) -> Self {
         Self { body: json!({ "error": failure.message }), ..Self::from(failure) }
     }
 
-    /// The same inside a stream whose status line is gone already.
-    pub fn sse(&self) -> String {
-        format!("data: {}\n\ndata: [DONE]\n\n", self.body)
+    /// The same inside a stream whose status line is gone already, after so many events.
+    pub fn sse(&self, events: usize) -> String {
+        self.form.sse(self.status.as_u16(), &self.body, events)
     }
 }
 
@@ -50,7 +59,7 @@ impl From<&Failure> for Refusal {
             body["detail"] = failure::envelope(failure);
         }
         let status = StatusCode::from_u16(failure.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        Self { status, headers: failure::headers(failure), body }
+        Self { status, headers: failure::headers(failure), body, form: ErrorForm::OpenAi }
     }
 }
 
@@ -219,6 +228,34 @@ fn is_json(headers: &HeaderMap) -> bool {
 #[derive(Debug, Clone)]
 pub struct RequestId(pub String);
 
+/// The id of a request that came through the [`gate`].
+pub fn request_id(request: &axum::http::Extensions) -> String {
+    request.get::<RequestId>().map(|id| id.0.clone()).unwrap_or_default()
+}
+
+/// A path as the service reads it: with the query, where the route has pages.
+pub fn with_page(path: String, uri: &Uri) -> String {
+    match (routes::find(&path), uri.query()) {
+        (Some(Route::InputItems { .. }), Some(query)) => format!("{path}?{query}"),
+        _ => path,
+    }
+}
+
+/// How the client of a request reads failures: by its path, under whatever door, and Anthropic's clients by their own header on the paths
+/// that they share.
+pub fn error_form(uri: &Uri, headers: &HeaderMap) -> ErrorForm {
+    let path = uri.path();
+    // `/v2/{id}/openai/v1/…`: the path is the part after the endpoint's id.
+    let route = path.strip_prefix("/v2/").and_then(|rest| rest.split_once('/')).map_or(path, |(_, route)| route);
+    let by_header = headers.contains_key("anthropic-version") && route.trim_end_matches('/').rsplit("v1/").next().is_some_and(is_models);
+    if by_header { ErrorForm::Anthropic } else { routes::error_form(route) }
+}
+
+/// `models`, or one of them.
+fn is_models(route: &str) -> bool {
+    route == "models" || route.starts_with("models/")
+}
+
 /// What stands in front of every route.
 pub struct Gate {
     pub keys: Keys,
@@ -230,8 +267,9 @@ pub struct Gate {
 
 /// Gives each request an id, answers preflights, checks keys, and marks the response with id and CORS headers.
 pub async fn gate(State(gate): State<Arc<Gate>>, mut request: Request, next: Next) -> Response {
-    let id = request_id(request.headers());
+    let id = id_of(request.headers());
     request.extensions_mut().insert(RequestId(id.clone()));
+    let form = error_form(request.uri(), request.headers());
     let origin = request.headers().get(header::ORIGIN).cloned();
     let preflight = request.method() == Method::OPTIONS && request.headers().contains_key(header::ACCESS_CONTROL_REQUEST_METHOD);
     let mut response = if preflight {
@@ -239,11 +277,14 @@ pub async fn gate(State(gate): State<Arc<Gate>>, mut request: Request, next: Nex
     } else if gate.guards(&request) && !gate.keys.admit(request.headers()) {
         let (parts, body) = request.into_parts();
         throw_away(&parts.headers, body).await;
-        Refusal::from(unauthorized(&parts.headers)).into_response()
+        Refusal::from(unauthorized(&parts.headers)).in_form(form, &id).into_response()
     } else {
         next.run(request).await
     };
     if let Ok(value) = HeaderValue::from_str(&id) {
+        if form == ErrorForm::Anthropic {
+            response.headers_mut().insert("request-id", value.clone());
+        }
         response.headers_mut().insert("x-request-id", value);
     }
     if let Some(origin) = origin {
@@ -274,7 +315,10 @@ impl Gate {
             origin.clone()
         };
         headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, value);
-        headers.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue::from_static("x-request-id, retry-after, x-should-retry"));
+        headers.insert(
+            header::ACCESS_CONTROL_EXPOSE_HEADERS,
+            HeaderValue::from_static("x-request-id, request-id, retry-after, x-should-retry"),
+        );
     }
 }
 
@@ -292,7 +336,7 @@ fn unauthorized(headers: &HeaderMap) -> Failure {
 fn answer_preflight(asked: &HeaderMap) -> Response {
     let mut response = StatusCode::NO_CONTENT.into_response();
     let headers = response.headers_mut();
-    headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("GET, POST, OPTIONS"));
+    headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("GET, POST, DELETE, OPTIONS"));
     headers.insert(header::ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("86400"));
     let allowed = asked.get(header::ACCESS_CONTROL_REQUEST_HEADERS).cloned().unwrap_or(HeaderValue::from_static("*"));
     headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, allowed);
@@ -301,7 +345,7 @@ fn answer_preflight(asked: &HeaderMap) -> Response {
 }
 
 /// The client's `x-request-id` when it is 1 to 128 printable ASCII characters, else a new one.
-fn request_id(headers: &HeaderMap) -> String {
+fn id_of(headers: &HeaderMap) -> String {
     headers
         .get("x-request-id")
         .and_then(|value| value.to_str().ok())

@@ -4,10 +4,13 @@
 //! |---|---|---|
 //! | `chat` | `/v1/chat/completions` | `chat.completion`, server-sent events |
 //! | `completions` | `/v1/completions` | `text_completion`, server-sent events |
+//! | `responses` | `/v1/responses` | `response`, named events |
+//! | `anthropic` | `/v1/messages` | `message`, named events |
 //! | `native` | a job's own input | either object, chunk objects |
 //! | `tokens` | the same, with `NATIVE_OUTPUT_FORMAT=tokens` | the older form of `{"choices":[{"tokens"}],"usage"}` |
 //!
-//! What several of them share stands beside them: `objects` (OpenAI's objects), `sse` (frames), `job_request` (a job's own input).
+//! What several of them share stands beside them: `objects` (OpenAI's objects), `sse` (frames), `job_request` (a job's own
+//! input), `chat_form` (requests that are translated into chats).
 
 use serde_json::Value;
 
@@ -15,11 +18,14 @@ use crate::api::delta::{ChoiceUpdate, Delta, Usage};
 use crate::api::request::GenerationRequest;
 use crate::error::Failure;
 
+pub mod anthropic;
 pub mod chat;
+mod chat_form;
 pub mod completions;
 mod job_request;
 pub mod native;
 mod objects;
+pub mod responses;
 mod sse;
 #[cfg(test)]
 mod tests;

@@ -14,7 +14,7 @@ use crate::api::served::ServedModel;
 use crate::config::ReasoningField;
 use crate::text::tokenizer::Tokenizer;
 
-mod logprobs;
+pub mod logprobs;
 
 use logprobs::TokenNames;
 

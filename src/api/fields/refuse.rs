@@ -33,7 +33,8 @@ pub fn unsupported(name: &str) -> Failure {
     Failure::bad_request(name, message).code("unsupported_parameter")
 }
 
-fn passes(value: &Value, neutral: Neutral) -> bool {
+/// Whether a value is one of those that change nothing.
+pub fn passes(value: &Value, neutral: Neutral) -> bool {
     let empty = match value {
         Value::Bool(flag) => !flag,
         Value::String(text) => text.is_empty(),

@@ -56,6 +56,10 @@ pub enum TakenBy {
     Completions,
     /// A job's own input alone.
     Jobs,
+    /// `/v1/responses` alone, which translates it.
+    Responses,
+    /// `/v1/messages` alone, which translates it.
+    Messages,
 }
 
 /// Which values of a field change nothing and may pass.
@@ -74,20 +78,20 @@ pub enum Neutral {
     NoThinking,
 }
 
-const fn row(name: &'static str, value: ValueSpec, taken_by: TakenBy, doc: &'static str) -> FieldSpec {
+pub(super) const fn row(name: &'static str, value: ValueSpec, taken_by: TakenBy, doc: &'static str) -> FieldSpec {
     FieldSpec { name, aliases: &[], value, taken_by, neutral: None, doc }
 }
 
-const fn unsupported(name: &'static str, neutral: Neutral, group: &'static str) -> FieldSpec {
+pub(super) const fn unsupported(name: &'static str, neutral: Neutral, group: &'static str) -> FieldSpec {
     row(name, Unsupported, All, group).neutral(neutral)
 }
 
 impl FieldSpec {
-    const fn aliases(self, aliases: &'static [&'static str]) -> Self {
+    pub(super) const fn aliases(self, aliases: &'static [&'static str]) -> Self {
         Self { aliases, ..self }
     }
 
-    const fn neutral(self, neutral: Neutral) -> Self {
+    pub(super) const fn neutral(self, neutral: Neutral) -> Self {
         Self { neutral: Some(neutral), ..self }
     }
 }
@@ -252,6 +256,7 @@ mod tests {
     use std::fmt::Write;
 
     use super::*;
+    use crate::api::fields::dialect_tables::{MESSAGES, RESPONSES};
 
     #[test]
     fn names_are_told_apart() {
@@ -299,6 +304,7 @@ mod tests {
                 Chat => "chats",
                 Completions => "completions",
                 Jobs => "a job's own input",
+                TakenBy::Responses | TakenBy::Messages => unreachable!("{} is in a table of its own", field.name),
             };
             let aliases: String = field.aliases.iter().map(|alias| format!(", `{alias}`")).collect();
             writeln!(text, "| `{}`{aliases} | {value} | {default} | {place} | {} |", field.name, field.doc).unwrap();
@@ -314,6 +320,25 @@ mod tests {
                 };
                 writeln!(text, "| `{}` | {} | {group} |", field.name, passes(neutral)).unwrap();
             }
+        }
+        for (route, table) in [("/v1/responses", RESPONSES), ("/v1/messages", MESSAGES)] {
+            text += &of_route(route, table);
+        }
+        text
+    }
+
+    fn of_route(route: &str, table: &[FieldSpec]) -> String {
+        let mut text = format!(
+            "\n## `{route}`\n\nFields of this route's own. All others are those of chats, under the same names.\n\n| Field | Value | What \
+             |\n|---|---|---|\n"
+        );
+        for field in table {
+            let (words, doc) = match (field.neutral, field.value) {
+                (Some(neutral), Unsupported) => (passes(neutral), format!("Refused otherwise: {}.", field.doc)),
+                (Some(neutral), _) => (passes(neutral), format!("Refused otherwise. {}", field.doc)),
+                (None, _) => (value(field).0, field.doc.to_owned()),
+            };
+            writeln!(text, "| `{}` | {words} | {doc} |", field.name).unwrap();
         }
         text
     }

@@ -237,3 +237,16 @@ pub fn events(pieces: &[Value]) -> Vec<Value> {
     assert!(done, "no [DONE]");
     events
 }
+
+/// Named events of strings of whole frames: each is named as its type, and only the last one ends the stream.
+pub fn named_events(pieces: &[Value]) -> Vec<Value> {
+    let text: String = pieces.iter().map(|piece| piece.as_str().expect("a string")).collect();
+    assert!(crate::api::frames::end_stream(&text), "{text}");
+    let read = |frame: &str| {
+        let (name, data) = frame.split_once('\n').expect("two lines");
+        let event: Value = serde_json::from_str(data.strip_prefix("data: ").expect("data")).unwrap();
+        assert_eq!(Some(event["type"].as_str().unwrap()), name.strip_prefix("event: "));
+        event
+    };
+    text.split_terminator("\n\n").map(read).collect()
+}

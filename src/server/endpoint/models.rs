@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use super::Endpoints;
 use super::job::{Order, Origin, Status};
-use super::openai::{self, Incoming};
+use super::openai::{self, Caller, Incoming};
 use super::queue::{CancelOnDrop, Queue};
 use crate::error::{Failure, Kind};
 use crate::server::sse::Pace;
@@ -42,7 +42,13 @@ pub fn router(endpoints: Endpoints, pace: Pace) -> Router {
 }
 
 async fn handle(State((endpoints, pace)): State<(Endpoints, Pace)>, request: Request) -> Result<Response, Refusal> {
-    let path = request.uri().path().to_owned();
+    let caller = Caller::of(&request);
+    answer(&endpoints, pace, request, &caller).await.map_err(|refusal| caller.refuse(refusal))
+}
+
+async fn answer(endpoints: &Endpoints, pace: Pace, request: Request, caller: &Caller) -> Result<Response, Refusal> {
+    let uri = request.uri().clone();
+    let path = uri.path().to_owned();
     if path == "/" && matches!(*request.method(), Method::GET | Method::HEAD) {
         let about = json!({ "name": "worker-candle gateway", "version": env!("CARGO_PKG_VERSION") });
         return Ok(Json(about).into_response());
@@ -64,7 +70,8 @@ async fn handle(State((endpoints, pace)): State<(Endpoints, Pace)>, request: Req
         (None, None) => String::new(),
     };
     let queue = pick(served, &model).await?;
-    openai::relay(queue, &route, call, pace).await
+    let route = wire::with_page(route, &uri);
+    openai::relay(queue, &route, call, pace, caller).await
 }
 
 /// The endpoint that serves `model`; the least loaded one of several.

@@ -15,7 +15,8 @@ use super::Endpoints;
 use super::job::{Order, Origin, Status};
 use super::queue::{CancelOnDrop, Queue};
 use super::state::Progress;
-use crate::api::{self, body};
+use crate::api::failure::ErrorForm;
+use crate::api::{self, body, frames};
 use crate::error::{Failure, Kind};
 use crate::server::sse::{self, Pace};
 use crate::server::wire::{self, Refusal};
@@ -32,12 +33,34 @@ async fn handle(
     Path((id, _)): Path<(String, String)>,
     request: Request,
 ) -> Result<Response, Refusal> {
-    let queue = endpoints.queue(&id)?;
-    // From the path as written: a model's name may hold an encoded slash.
-    let route = request.uri().path().splitn(5, '/').nth(4).unwrap_or_default();
-    let route = format!("/{route}");
-    let call = Incoming::read(request, &route, queue.options.sync_limit).await?;
-    relay(queue, &route, call, pace).await
+    let caller = Caller::of(&request);
+    let answer = async {
+        let queue = endpoints.queue(&id)?;
+        // From the path as written: a model's name may hold an encoded slash.
+        let route = format!("/{}", request.uri().path().splitn(5, '/').nth(4).unwrap_or_default());
+        let route = wire::with_page(route, request.uri());
+        let call = Incoming::read(request, &route, queue.options.sync_limit).await?;
+        relay(queue, &route, call, pace, &caller).await
+    };
+    answer.await.map_err(|refusal: Refusal| caller.refuse(refusal))
+}
+
+/// How whoever calls reads failures.
+#[derive(Clone)]
+pub struct Caller {
+    form: ErrorForm,
+    request_id: String,
+}
+
+impl Caller {
+    pub fn of(request: &Request) -> Self {
+        Self { form: wire::error_form(request.uri(), request.headers()), request_id: wire::request_id(request.extensions()) }
+    }
+
+    /// A refusal in the caller's form.
+    pub fn refuse(&self, refusal: impl Into<Refusal>) -> Refusal {
+        refusal.into().in_form(self.form, &self.request_id)
+    }
 }
 
 /// An OpenAI call as it came in.
@@ -61,7 +84,8 @@ impl Incoming {
         let (parts, body) = request.into_parts();
         // Workers of other makes have routes of their own.
         let allowed = match api::routes::allow(route) {
-            Some("GET") => "GET, HEAD",
+            // The queue carries no method: what has no body is a GET.
+            Some("GET" | "GET, DELETE") => "GET, HEAD",
             Some(other) => other,
             None => "GET, HEAD, POST",
         };
@@ -84,7 +108,7 @@ impl Incoming {
 
 /// Queues the call as a job and answers with what comes of it. When the client goes away, this future or the response's body is dropped,
 /// and the job is cancelled.
-pub async fn relay(queue: Arc<Queue>, route: &str, call: Incoming, pace: Pace) -> Result<Response, Refusal> {
+pub async fn relay(queue: Arc<Queue>, route: &str, call: Incoming, pace: Pace, caller: &Caller) -> Result<Response, Refusal> {
     let streams = call.body.as_ref().is_some_and(|body| body.streams);
     let id = queue.submit(order(route, call.body))?;
     let mut ticket = CancelOnDrop::new(queue.clone(), id);
@@ -100,7 +124,7 @@ pub async fn relay(queue: Arc<Queue>, route: &str, call: Incoming, pace: Pace) -
         return whole(first, queue.options.cloud_errors);
     }
     // The patience is spent: what is there now goes out, or a comment.
-    Ok(sse::respond(frames(ticket, first), Pace { patience: Duration::ZERO, ..pace }).await)
+    Ok(sse::respond(stream(ticket, first, caller.clone()), Pace { patience: Duration::ZERO, ..pace }).await)
 }
 
 /// The call as a job.
@@ -129,7 +153,7 @@ fn whole(progress: Progress, cloud_errors: bool) -> Result<Response, Refusal> {
     };
     Ok(match output {
         Value::String(text) => {
-            let kind = if text.trim_start().starts_with("data:") {
+            let kind = if is_frame(&text) {
                 "text/event-stream; charset=utf-8"
             } else if serde_json::from_str::<serde::de::IgnoredAny>(&text).is_ok() {
                 "application/json"
@@ -145,34 +169,36 @@ fn whole(progress: Progress, cloud_errors: bool) -> Result<Response, Refusal> {
 }
 
 /// The job's stream as frames. The ticket goes with it.
-fn frames(mut ticket: CancelOnDrop, first: Progress) -> sse::Frames {
+fn stream(mut ticket: CancelOnDrop, first: Progress, caller: Caller) -> sse::Frames {
     Box::pin(async_stream::stream! {
         let cloud_errors = ticket.queue().options.cloud_errors;
         let mut attempt = first.retries;
         let mut progress = first;
         let mut begun = false;
         let mut closed = false;
+        let mut events = 0;
         loop {
             if progress.retries != attempt && begun {
                 // Half an answer is out: another worker's whole one cannot follow it.
                 let failure = Failure::internal("The worker was lost in the middle of its answer; please try again.").code("worker_lost");
-                yield Ok(Refusal::from(failure).sse());
+                yield Ok(caller.refuse(failure).sse(events));
                 return;
             }
             attempt = progress.retries;
             let text: String = progress.chunks.iter().map(frame_text).collect();
             if !text.is_empty() {
                 begun = true;
-                closed = text.trim_end().ends_with("data: [DONE]");
+                closed = frames::end_stream(&text);
+                events += frames::count_events(&text);
                 yield Ok(text);
             }
             if progress.status.is_final() {
                 ticket.disarm();
                 if progress.status != Status::Completed {
-                    let refusal = refusal(&progress, cloud_errors);
+                    let refusal = caller.refuse(refusal(&progress, cloud_errors));
                     match (begun, closed) {
                         (false, _) => yield Err(refusal),
-                        (true, false) => yield Ok(refusal.sse()),
+                        (true, false) => yield Ok(refusal.sse(events)),
                         // The worker has told of it in the stream already.
                         (true, true) => {}
                     }
@@ -185,8 +211,8 @@ fn frames(mut ticket: CancelOnDrop, first: Progress) -> sse::Frames {
             match ticket.queue().wait_chunks(ticket.id(), Instant::now() + FOREVER, Some(attempt)).await {
                 Ok(next) => progress = next,
                 Err(failure) => {
-                    let refusal = Refusal::from(failure);
-                    yield if begun { Ok(refusal.sse()) } else { Err(refusal) };
+                    let refusal = caller.refuse(failure);
+                    yield if begun { Ok(refusal.sse(events)) } else { Err(refusal) };
                     return;
                 }
             }
@@ -204,10 +230,16 @@ fn frame_text(value: &Value) -> String {
     }
 }
 
+/// The text of frames.
+fn is_frame(text: &str) -> bool {
+    let text = text.trim_start();
+    text.starts_with("data:") || text.starts_with("event:")
+}
+
 /// An aggregate of frames, and not one plain answer.
 fn is_frames(output: &Value) -> bool {
     match output {
-        Value::String(text) => text.trim_start().starts_with("data:"),
+        Value::String(text) => is_frame(text),
         Value::Array(items) => !items.is_empty() && items.iter().all(is_frames),
         _ => false,
     }

@@ -35,6 +35,11 @@ impl TokenNames<'_> {
 
     /// The `logprobs` of a chat choice: `top` alternatives each.
     pub fn chat(&self, tokens: &[TokenLogprobs], top: u32) -> Value {
+        json!({"content": self.items(tokens, top), "refusal": null})
+    }
+
+    /// One object a token, with `top` alternatives each.
+    pub fn items(&self, tokens: &[TokenLogprobs], top: u32) -> Vec<Value> {
         let content = tokens.iter().map(|token| {
             let own = self.in_text(token);
             let alternatives = token.logprobs.top.iter().take(top as usize).map(|(id, value)| {
@@ -45,7 +50,7 @@ impl TokenNames<'_> {
             item.insert("top_logprobs".to_owned(), alternatives.collect());
             Value::Object(item)
         });
-        json!({"content": content.collect::<Vec<_>>(), "refusal": null})
+        content.collect()
     }
 
     /// The `logprobs` of a text choice: the most probable `top` and the token itself. The first token of an echoed prompt has none.
