@@ -59,6 +59,7 @@ fn list_files(files: &ModelFiles) {
         let size = match source {
             Source::Path(path) => std::fs::metadata(path).map_or(0, |metadata| metadata.len()),
             Source::Embedded(bytes) => bytes.len() as u64,
+            Source::Made(bytes) => bytes.len() as u64,
         };
         say(&format!("  {name}: {size} bytes"));
     }

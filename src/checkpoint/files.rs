@@ -3,9 +3,11 @@
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use serde_json::Value;
 
+use crate::checkpoint::gguf;
 use crate::error::Failure;
 
 /// Says which shard holds which tensor.
@@ -19,6 +21,8 @@ pub const SENTENCEPIECE_FILES: [&str; 3] = ["tokenizer.model", "spm.model", "ern
 pub enum Source {
     Path(PathBuf),
     Embedded(&'static [u8]),
+    /// Made of what another file says: the configuration of a GGUF file.
+    Made(Arc<[u8]>),
 }
 
 /// A model's files by name (`config.json`, `model-00001-of-00002.safetensors` …).
@@ -46,6 +50,7 @@ impl ModelFiles {
         match self.get(file) {
             None => Ok(None),
             Some(Source::Embedded(bytes)) => Ok(Some(Cow::Borrowed(bytes))),
+            Some(Source::Made(bytes)) => Ok(Some(Cow::Owned(bytes.to_vec()))),
             Some(Source::Path(path)) => match std::fs::read(path) {
                 Ok(bytes) => Ok(Some(Cow::Owned(bytes))),
                 Err(error) => Err(Failure::internal(format!("model file {}: {error}", path.display()))),
@@ -88,12 +93,16 @@ impl ModelFiles {
     }
 }
 
-/// The weight files among `names`: those of the index when there is one (a repository may hold the same weights twice), else
+/// The weight files among `names`: GGUF files (of a model that has one, nothing else is looked at), else those of the index when there is one (a repository may hold the same weights twice), else
 /// `model.safetensors`, else the parts of a set (`model-00001-of-00002.safetensors` …), else a single file of another name.
 ///
 /// # Errors
 /// What is missing, in words that can follow "lacks".
 pub fn weight_files(names: &[&str], index: Option<&Value>) -> Result<Vec<String>, String> {
+    let gguf: Vec<String> = names.iter().filter(|name| gguf::is_gguf(name)).map(|name| (*name).to_owned()).collect();
+    if !gguf.is_empty() {
+        return Ok(gguf);
+    }
     if let Some(index) = index {
         let map = index.get("weight_map").and_then(Value::as_object).ok_or_else(|| format!("a \"weight_map\" in {INDEX}"))?;
         let mut shards = BTreeSet::new();

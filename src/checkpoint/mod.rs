@@ -3,14 +3,16 @@
 //! A [`Checkpoint`] gives encoded rows of a tensor, or of a range of its rows and columns: what shards, formats and parts for several
 //! devices need is the same call.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use crate::error::Failure;
 
 pub mod demo;
 pub mod files;
+pub mod gguf;
 pub mod hub;
 mod stored;
 
@@ -22,12 +24,14 @@ use stored::{Stored, StoredPart};
 enum Bytes {
     Mapped(memmap2::Mmap),
     Embedded(&'static [u8]),
+    Made(Arc<[u8]>),
 }
 
 impl Bytes {
     fn open(source: &Source) -> Result<Self, Failure> {
         let path = match source {
             Source::Embedded(bytes) => return Ok(Bytes::Embedded(bytes)),
+            Source::Made(bytes) => return Ok(Bytes::Made(bytes.clone())),
             Source::Path(path) => path,
         };
         let failed = |error: std::io::Error| Failure::internal(format!("weights file {}: {error}", path.display()));
@@ -42,15 +46,23 @@ impl Bytes {
         match self {
             Bytes::Mapped(map) => map,
             Bytes::Embedded(bytes) => bytes,
+            Bytes::Made(bytes) => bytes,
         }
     }
 }
 
 struct Entry {
     file: usize,
-    dtype: safetensors::Dtype,
+    stored: StoredType,
     shape: Vec<usize>,
     range: std::ops::Range<usize>,
+}
+
+/// A tensor's type, with the name that the file gives it; `None`: it is not one that weights are read from.
+#[derive(Clone)]
+struct StoredType {
+    name: Cow<'static, str>,
+    stored: Option<Stored>,
 }
 
 /// An opened checkpoint.
@@ -58,6 +70,8 @@ pub struct Checkpoint {
     name: String,
     files: Vec<Bytes>,
     entries: BTreeMap<String, Entry>,
+    /// What tensors are called in GGUF files, if these are some.
+    gguf: Option<gguf::Naming>,
     /// The configuration says that the weights are quantized, and by which method.
     quantized: Option<String>,
     used: Mutex<BTreeSet<String>>,
@@ -96,12 +110,17 @@ impl Checkpoint {
             name: files.name.clone(),
             files: Vec::new(),
             entries: BTreeMap::new(),
+            gguf: None,
             quantized: quantized.map(str::to_owned),
             used: Mutex::default(),
         };
         for file in files.weight_files()? {
             let source = files.get(&file).ok_or_else(|| Failure::internal(format!("{} ({}) lacks {file}", files.name, files.origin)))?;
-            checkpoint.add_file(&file, Bytes::open(source)?)?;
+            let bytes = Bytes::open(source)?;
+            match gguf::is_gguf(&file) {
+                true => checkpoint.add_gguf(&file, bytes)?,
+                false => checkpoint.add_file(&file, bytes)?,
+            }
         }
         Ok(checkpoint)
     }
@@ -117,11 +136,49 @@ impl Checkpoint {
             if to > bytes.get().len() {
                 return Err(broken(format!("tensor {name}: the file is cut short or its header is wrong")));
             }
-            let entry = Entry { file: self.files.len(), dtype: info.dtype, shape: info.shape.clone(), range: from..to };
+            let stored = StoredType { name: format!("{:?}", info.dtype).into(), stored: Stored::of(info.dtype) };
+            let entry = Entry { file: self.files.len(), stored, shape: info.shape.clone(), range: from..to };
             self.entries.insert(name.clone(), entry);
         }
         self.files.push(bytes);
         Ok(())
+    }
+
+    fn add_gguf(&mut self, file: &str, bytes: Bytes) -> Result<(), Failure> {
+        let broken = |problem: String| Failure::internal(format!("GGUF file {file} of {}: {problem}", self.name));
+        let header = gguf::Header::parse(bytes.get()).map_err(broken)?;
+        let naming = match &self.gguf {
+            Some(naming) => *naming,
+            // Of a set of files the first one alone says what kind of model it is.
+            None => *self.gguf.insert(gguf::Naming::of(&header).map_err(broken)?),
+        };
+        let mut entries = Vec::new();
+        for tensor in &header.tensors {
+            let stored = StoredType { name: tensor.kind.name().into(), stored: Stored::of_gguf(tensor.kind) };
+            for part in naming.parts(tensor).map_err(broken)? {
+                entries.push((part.name, Entry { file: self.files.len(), stored: stored.clone(), shape: part.shape, range: part.range }));
+            }
+        }
+        for (name, entry) in entries {
+            if let Some(other) = self.entries.insert(name.clone(), entry) {
+                let place = if other.file == self.files.len() { "twice in it" } else { "in another file too" };
+                return Err(broken(format!("tensor {name} is {place}")));
+            }
+        }
+        self.files.push(bytes);
+        Ok(())
+    }
+
+    /// The types of a GGUF file's matrices, by how many numbers they hold; `None`: it is no such file.
+    pub fn gguf_types(&self) -> Option<String> {
+        self.gguf?;
+        let mut types: BTreeMap<&str, usize> = BTreeMap::new();
+        for entry in self.entries.values().filter(|entry| entry.shape.len() > 1) {
+            *types.entry(&entry.stored.name).or_default() += entry.shape.iter().product::<usize>();
+        }
+        let mut types: Vec<_> = types.into_iter().collect();
+        types.sort_by_key(|(_, numbers)| std::cmp::Reverse(*numbers));
+        Some(types.into_iter().map(|(name, _)| name).collect::<Vec<_>>().join(", "))
     }
 
     /// The model's name, for messages.
@@ -155,6 +212,9 @@ impl Checkpoint {
         if shape != expected || (!is_stack && entry.shape != expected) {
             let layout = if slice.transposed { "[in, out]" } else { "[out, in]" };
             return Err(self.wrong_shape(&slice.name, entry, &format!("{expected:?} ({layout})")));
+        }
+        if slice.transposed && matches!(stored, Stored::Blocks(_)) {
+            return Err(self.wrong_shape(&slice.name, entry, &format!("{:?} ([out, in], as quantized tensors have it)", [slice.outputs, slice.inputs])));
         }
         if slice.rows.end > slice.outputs || slice.columns.end > slice.inputs || slice.columns.len() != width {
             return Err(Failure::internal(format!("{}: {slice:?} does not lie inside its tensor", self.name)));
@@ -194,11 +254,10 @@ impl Checkpoint {
     /// A tensor that is used from now on, and its type.
     fn entry(&self, name: &str, shape: &[usize]) -> Result<(&Entry, Stored), Failure> {
         let entry = self.entries.get(name).ok_or_else(|| self.missing(&[name], shape))?;
-        let stored = Stored::of(entry.dtype).ok_or_else(|| {
-            let (model, dtype, hint) = (&self.name, entry.dtype, self.quantization_hint());
-            Failure::internal(format!(
-                "{model}: tensor {name} has type {dtype:?}; F32, F16, BF16 (or U16 holding bf16 bits) can be read{hint}"
-            ))
+        let stored = entry.stored.stored.ok_or_else(|| {
+            let (model, dtype, hint) = (&self.name, &entry.stored.name, self.quantization_hint());
+            let readable = if self.gguf.is_some() { gguf::READABLE } else { "F32, F16, BF16 (or U16 holding bf16 bits)" };
+            Failure::internal(format!("{model}: tensor {name} has type {dtype}; {readable} can be read{hint}"))
         })?;
         if let Ok(mut used) = self.used.lock() {
             used.insert(name.to_string());

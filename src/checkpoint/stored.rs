@@ -4,6 +4,8 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
+use super::gguf::{Blocks, TensorType};
+
 /// The type of a stored tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stored {
@@ -11,6 +13,8 @@ pub(super) enum Stored {
     F16,
     /// Also U16: older Paddle versions write bf16 bits under that name.
     Bf16,
+    /// Quantized, in a GGUF file.
+    Blocks(Blocks),
 }
 
 impl Stored {
@@ -21,6 +25,16 @@ impl Stored {
             safetensors::Dtype::F16 => Some(Self::F16),
             safetensors::Dtype::BF16 | safetensors::Dtype::U16 => Some(Self::Bf16),
             _ => None,
+        }
+    }
+
+    /// The same of a GGUF file's tensor.
+    pub fn of_gguf(kind: TensorType) -> Option<Self> {
+        match kind.name() {
+            "F32" => Some(Self::F32),
+            "F16" => Some(Self::F16),
+            "BF16" => Some(Self::Bf16),
+            _ => kind.blocks().map(Self::Blocks),
         }
     }
 }
@@ -66,6 +80,11 @@ impl StoredMatrix<'_> {
     /// All of it is bf16.
     pub fn is_bf16(&self) -> bool {
         self.parts.iter().all(|part| part.stored == Stored::Bf16)
+    }
+
+    /// Some of it is quantized.
+    pub fn is_quantized(&self) -> bool {
+        self.parts.iter().any(|part| matches!(part.stored, Stored::Blocks(_)))
     }
 
     /// The same numbers, however they are stored.
@@ -130,6 +149,21 @@ impl StoredPart<'_> {
             Stored::F32 => self.copy_as(first, target, width, |b: [u8; 4]| T::from_f32(f32::from_le_bytes(b))),
             Stored::F16 => self.copy_as(first, target, width, |b: [u8; 2]| T::from_f32(f16::from_le_bytes(b).to_f32())),
             Stored::Bf16 => self.copy_as(first, target, width, |b: [u8; 2]| T::from_bf16(bf16::from_le_bytes(b))),
+            Stored::Blocks(blocks) => self.copy_blocks(blocks, first, target, width),
+        }
+    }
+
+    /// Of each row the blocks that hold its columns. Such tensors are never transposed.
+    fn copy_blocks<T: Number>(&self, blocks: Blocks, first: usize, target: &mut [T], width: usize) {
+        let (size, bytes) = (blocks.kind.block(), blocks.kind.bytes());
+        let row_bytes = self.shape.1 / size * bytes;
+        let columns = self.first_column / size..(self.first_column + width).div_ceil(size);
+        let mut decoded = Vec::new();
+        for (row, target) in target.chunks_exact_mut(width).enumerate() {
+            let row = &self.bytes[(self.rows.start + first + row) * row_bytes..][..row_bytes];
+            blocks.decode(&row[columns.start * bytes..columns.end * bytes], &mut decoded);
+            let source = &decoded[self.first_column - columns.start * size..];
+            target.iter_mut().zip(source).for_each(|(target, value)| *target = T::from_f32(*value));
         }
     }
 
@@ -194,6 +228,7 @@ mod tests {
             Stored::F32 => at(n).to_le_bytes().to_vec(),
             Stored::F16 => f16::from_f32(at(n)).to_le_bytes().to_vec(),
             Stored::Bf16 => bf16::from_f32(at(n)).to_le_bytes().to_vec(),
+            Stored::Blocks(_) => unreachable!("blocks have tests of their own"),
         };
         (0..rows * width).flat_map(number).collect()
     }

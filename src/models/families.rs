@@ -106,7 +106,23 @@ impl Model {
         })?;
         let mut model = llama_like(config, family)?;
         (family.adapt)(config, &mut model)?;
+        if config.has("gguf") {
+            model.as_converted(config.object("gguf")?)?;
+        }
         Ok(model)
+    }
+
+    /// What llama.cpp's converter does to weights: norms are stored as they are multiplied, and the rows of queries and keys may be moved so
+    /// that neighbours are rotated together.
+    fn as_converted(&mut self, gguf: Config<'_>) -> Result<(), String> {
+        self.spec.norm.plus_one = false;
+        let pairing = if gguf.flag("interleaved")?.unwrap_or(false) { Pairing::Interleaved } else { Pairing::Half };
+        self.attention(|spec| {
+            if let Some(rope) = &mut spec.rope {
+                rope.pairing = pairing;
+            }
+        });
+        Ok(())
     }
 
     /// Changes the attention of every layer.

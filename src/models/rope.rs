@@ -24,6 +24,7 @@ pub fn table(parameters: Config<'_>, width: usize, theta: f64) -> Result<RopeTab
         "proportional" => (proportional(parameters, width, theta)?, 1.0),
         // Multimodal rotation: the positions of a text are the same in all of its sections.
         "mrope" => (plain, 1.0),
+        "factors" => (divided(parameters, plain)?, 1.0),
         other => return Err(format!("\"rope_type\": rope scaling of type \"{other}\" is not supported")),
     };
     Ok(RopeTable { frequencies: frequencies.into_iter().map(|f| f as f32).collect(), factor: factor as f32 })
@@ -121,6 +122,14 @@ fn proportional(parameters: Config<'_>, width: usize, theta: f64) -> Result<Vec<
     Ok((0..width / 2).map(frequency).collect())
 }
 
+/// GGUF files of Llama 3: a divisor for each frequency, in which all stretching is already.
+fn divided(parameters: Config<'_>, plain: Vec<f64>) -> Result<Vec<f64>, String> {
+    let wrong = || format!("\"factors\" must be {} positive numbers", plain.len());
+    let factors = parameters.0["factors"].as_array().filter(|factors| factors.len() == plain.len()).ok_or_else(wrong)?;
+    let divide = |(f, factor): (&f64, &serde_json::Value)| Some(f / factor.as_f64().filter(|factor| *factor > 0.0)?);
+    plain.iter().zip(factors).map(divide).collect::<Option<_>>().ok_or_else(wrong)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -141,6 +150,8 @@ mod tests {
         assert!(llama[1] > 0.0125 && llama[1] < 0.1, "{llama:?}");
         let yarn = of(json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64})).unwrap();
         assert!((yarn.factor - 1.138_629_4).abs() < 1e-6, "{}", yarn.factor);
+        let divided = of(json!({"rope_type": "factors", "factors": [1, 1, 2.0, 4.0]})).unwrap();
+        assert_eq!(divided.frequencies, [1.0, 0.1, 0.005, 0.00025]);
         let part = of(json!({"rope_type": "proportional", "partial_rotary_factor": 0.5})).unwrap();
         assert_eq!(part.frequencies, [1.0, 0.1, 0.0, 0.0]);
     }
@@ -149,6 +160,7 @@ mod tests {
     fn what_is_not_known_is_named() {
         assert!(of(json!({"rope_type": "dynamic"})).unwrap_err().contains("\"dynamic\""));
         assert!(of(json!({"rope_type": "llama3", "factor": 8.0})).unwrap_err().contains("original_max_position_embeddings"));
+        assert!(of(json!({"rope_type": "factors", "factors": [1, 0, 1, 1]})).unwrap_err().contains("4 positive numbers"));
         assert!(of(json!({"type": 5})).unwrap_err().contains("\"type\" must be a string"));
     }
 }

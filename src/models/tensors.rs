@@ -182,6 +182,9 @@ impl<'a> Tensors<'a> {
 
     /// A line for the log.
     pub fn describe(&self) -> String {
+        if let Some(types) = self.checkpoint.gguf_types() {
+            return format!("GGUF, {types}");
+        }
         let layout = if self.transposed { "[in, out] (Paddle layout)" } else { "[out, in] (Hugging Face layout)" };
         format!("prefix \"{}\", {layout}", self.prefix)
     }

@@ -41,6 +41,8 @@ pub struct Piece<'a> {
 pub struct Model<'a> {
     pub pieces: Vec<Piece<'a>>,
     byte_fallback: bool,
+    /// Text begins as if a space stood before it.
+    space_prefix: bool,
 }
 
 impl<'a> Model<'a> {
@@ -60,7 +62,13 @@ impl<'a> Model<'a> {
         }
         trainer.check()?;
         normalizer.check()?;
-        Ok(Self { pieces, byte_fallback: trainer.byte_fallback })
+        Ok(Self { pieces, byte_fallback: trainer.byte_fallback, space_prefix: false })
+    }
+
+    /// A vocabulary that came another way.
+    pub fn of_pieces(pieces: Vec<Piece<'a>>, space_prefix: bool) -> Self {
+        let byte_fallback = pieces.iter().any(|piece| matches!(piece.kind, Kind::Byte(_)));
+        Self { pieces, byte_fallback, space_prefix }
     }
 }
 
@@ -203,6 +211,7 @@ pub struct Bpe {
     bytes: [Option<u32>; 256],
     unknown: Option<u32>,
     byte_fallback: bool,
+    space_prefix: bool,
 }
 
 impl Bpe {
@@ -219,6 +228,7 @@ impl Bpe {
             bytes: [None; 256],
             unknown: None,
             byte_fallback: model.byte_fallback,
+            space_prefix: model.space_prefix,
         };
         let mut fixed = Vec::new();
         for (id, piece) in (0u32..).zip(&model.pieces) {
@@ -281,7 +291,10 @@ impl Bpe {
         if text.is_empty() {
             return;
         }
-        let text = text.replace(' ', SPACE);
+        let mut text = text.replace(' ', SPACE);
+        if self.space_prefix {
+            text.insert_str(0, SPACE);
+        }
         let (mut symbols, mut unused) = (self.symbols(&text), HashMap::new());
         let mut queue = Vec::with_capacity(symbols.len());
         for right in 1..symbols.len() {

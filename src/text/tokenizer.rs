@@ -1,20 +1,24 @@
 //! Text to token ids and back.
 //!
-//! Two ways lead to a [`Tokenizer`]: a `tokenizer.json`, run by the `tokenizers` crate ([`json`]), else a SentencePiece
-//! `tokenizer.model` with the special tokens that the files beside it name ([`crate::text::sentencepiece`], [`added`]).
+//! Three ways lead to a [`Tokenizer`]: a `tokenizer.json`, run by the `tokenizers` crate ([`json`]), else a SentencePiece
+//! `tokenizer.model` with the special tokens that the files beside it name ([`crate::text::sentencepiece`], [`added`]), else the metadata of
+//! a GGUF file ([`gguf`]), which becomes the one or the other.
 
 use std::ops::Range;
 
 use aho_corasick::{AhoCorasick, Input, MatchKind};
 
 use crate::checkpoint::files::{ModelFiles, SENTENCEPIECE_FILES};
+use crate::checkpoint::gguf::{File, TOKENIZER};
 use crate::error::Failure;
 use crate::models::Vocabulary;
 use crate::text::sentencepiece::{self, Bpe};
 
 mod added;
+mod gguf;
 mod json;
 mod least;
+mod pre_tokenizers;
 mod token_bytes;
 
 use added::Added;
@@ -52,7 +56,7 @@ enum Encoder {
 }
 
 impl Tokenizer {
-    /// From `tokenizer.json`, else from `tokenizer.model` (SentencePiece).
+    /// From `tokenizer.json`, else from `tokenizer.model` (SentencePiece), else from a GGUF file.
     pub fn load(files: &ModelFiles) -> Result<Self, Failure> {
         let named = |file: &str| {
             let file = file.to_owned();
@@ -68,6 +72,11 @@ impl Tokenizer {
                 return Self::from_sentencepiece(&model, added).map_err(named(file));
             }
         }
+        if let Some(source) = files.get(TOKENIZER) {
+            let file = File::open(source)?;
+            let vocabulary = file.header().and_then(|header| gguf::read(&header));
+            return vocabulary.and_then(Self::from_gguf).map_err(named("the tokenizer in the GGUF file"));
+        }
         Err(Failure::internal(format!(
             "model {} ({}) has no tokenizer: put its tokenizer.json, {} beside its weights",
             files.name,
@@ -77,7 +86,17 @@ impl Tokenizer {
     }
 
     fn from_json(bytes: &[u8]) -> Result<Self, String> {
-        let (json, bytes, added) = json::load(bytes)?;
+        Self::of_json(json::load(bytes)?)
+    }
+
+    fn from_gguf(vocabulary: gguf::Vocabulary<'_>) -> Result<Self, String> {
+        match vocabulary {
+            gguf::Vocabulary::SentencePiece(model) => Self::from_sentencepiece(&model, Added::of_pieces(&model)),
+            gguf::Vocabulary::Bytes(tokenizer) => Self::of_json(json::of(*tokenizer)?),
+        }
+    }
+
+    fn of_json((json, bytes, added): (json::Json, TokenBytes, Added)) -> Result<Self, String> {
         let vocabulary = vocabulary(&bytes, &added, 0);
         Self::assemble(Encoder::Json(Box::new(json)), bytes, added, vocabulary)
     }

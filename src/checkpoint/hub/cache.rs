@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::folder::{self, Need};
+use super::folder::{self, Need, Target};
 use super::unavailable;
 use crate::checkpoint::files::ModelFiles;
 use crate::config::{HubSettings, defaults};
@@ -15,13 +15,14 @@ pub struct Search {
 }
 
 /// Looks in `LOCAL_MODEL_ROOT` and the caches. A place with an incomplete model is passed over.
-pub fn search(model: &str, settings: &HubSettings, need: Need) -> Result<Search, Failure> {
+pub fn search(target: &Target<'_>, settings: &HubSettings, need: Need) -> Result<Search, Failure> {
     if let Some(revision) = &settings.revision
         && !folder::is_revision(revision)
     {
         return Err(unavailable(format!("REVISION {revision:?} is not a branch, tag or commit")));
     }
     let mut looked = Vec::new();
+    let model = target.place;
     let last = model.rsplit('/').next().unwrap_or(model);
     let local = settings.local_model_root.iter().map(|root| (root.join(last), Ok(root.join(last))));
     let caches = settings.caches.iter().map(|cache| (cache.clone(), snapshot(cache, model, settings.revision.as_deref())));
@@ -29,7 +30,7 @@ pub fn search(model: &str, settings: &HubSettings, need: Need) -> Result<Search,
         let seen = match folder {
             Err(why) => why,
             Ok(folder) if !folder.is_dir() => "not there".to_owned(),
-            Ok(folder) => match folder::read(&folder, model, origin(&place, &folder)) {
+            Ok(folder) => match folder::read(&folder, target, origin(&place, &folder)) {
                 Err(failure) => failure.message,
                 Ok(files) => match folder::missing(&files, need) {
                     None => return Ok(Search { found: Some(files), looked }),

@@ -13,8 +13,9 @@ use hf_hub::api::tokio::{Api, ApiBuilder, ApiError, ApiRepo, Progress};
 use hf_hub::{Cache, Repo, RepoType};
 use indicatif::ProgressBar;
 
-use super::folder::{self, Need};
+use super::folder::{self, Need, Target};
 use super::unavailable;
+use crate::checkpoint::gguf;
 use crate::checkpoint::files::{INDEX, ModelFiles, Source, weight_files};
 use crate::config::{ExposeSecret, HubSettings, defaults};
 use crate::error::Failure;
@@ -44,13 +45,16 @@ pub async fn into_folder(model: &str, settings: &HubSettings, folder: &Path) -> 
     let files = Download::new(model, settings, &cache, true)?.run(Need::Model).await?;
     let broken =
         |error: std::io::Error| unavailable(format!("model {model} is fetched, but cannot be moved to {}: {error}", folder.display()));
-    for (name, source) in files.iter() {
+    // A GGUF file is its own tokenizer.
+    for (name, source) in files.iter().filter(|(name, _)| *name != gguf::TOKENIZER) {
         if let Source::Path(path) = source {
-            std::fs::rename(path, folder.join(name)).map_err(broken)?;
+            let to = folder.join(name);
+            to.parent().map_or(Ok(()), std::fs::create_dir_all).map_err(broken)?;
+            std::fs::rename(path, to).map_err(broken)?;
         }
     }
     std::fs::remove_dir_all(&cache).map_err(broken)?;
-    let files = folder::read(folder, model, format!("folder {}", folder.display()))?;
+    let files = folder::read(folder, &Target::of(model), format!("folder {}", folder.display()))?;
     match folder::missing(&files, Need::Model) {
         Some(what) => Err(unavailable(format!("the folder {} lacks {what} after the download", folder.display()))),
         None => Ok(files),
@@ -65,6 +69,7 @@ fn writable(folder: &Path) -> bool {
 
 struct Download<'a> {
     model: &'a str,
+    target: Target<'a>,
     revision: &'a str,
     cache: PathBuf,
     /// Shown in messages: no credentials in it.
@@ -89,7 +94,7 @@ impl<'a> Download<'a> {
             .map_err(|_| unavailable("the hub's client cannot be made: HF_TOKEN holds characters that no token has".to_owned()))?;
         let revision = settings.revision.as_deref().unwrap_or(defaults::REVISION);
         let bars = bars && std::io::stderr().is_terminal();
-        Ok(Self { model, revision, cache: cache.to_owned(), endpoint: shown, has_token, bars, api })
+        Ok(Self { model, target: Target::of(model), revision, cache: cache.to_owned(), endpoint: shown, has_token, bars, api })
     }
 
     async fn run(&self, need: Need) -> Result<ModelFiles, Failure> {
@@ -101,16 +106,18 @@ impl<'a> Download<'a> {
         // Pinned: a push in between must not mix two versions.
         let repo = self.api.repo(self.repo(commit));
         let snapshot = Cache::new(self.cache.clone()).repo(self.repo(commit)).pointer_path(commit);
-        let names: Vec<&str> = info.siblings.iter().map(|file| file.rfilename.as_str()).filter(|name| folder::wanted(name, need)).collect();
-        for name in names.iter().filter(|name| !name.ends_with(".safetensors")) {
-            self.file(&repo, &snapshot, name).await?;
-        }
-        if need != Need::Tokenizer {
-            for name in self.weights(&snapshot, &names)? {
+        let all: Vec<&str> = info.siblings.iter().map(|file| file.rfilename.as_str()).collect();
+        let names: Vec<&str> = all.iter().copied().filter(|name| folder::wanted(name, need)).collect();
+        let is_plain = |name: &&str| name.ends_with(".safetensors") || (need == Need::Tokenizer && name.starts_with("tokenizer."));
+        if self.target.gguf.is_some() || (!names.iter().any(is_plain) && all.iter().any(|path| gguf::is_model_part(path))) {
+            let files = gguf::pick(&all, self.target.gguf).map_err(|lost| self.cannot(format!("the repository lacks {lost}")))?;
+            for name in files {
                 self.file(&repo, &snapshot, &name).await?;
             }
+        } else {
+            self.plain_files(&repo, &snapshot, &names, need).await?;
         }
-        let files = folder::read(&snapshot, self.model, format!("download from {}, commit {commit}", self.endpoint))?;
+        let files = folder::read(&snapshot, &self.target, format!("download from {}, commit {commit}", self.endpoint))?;
         if let Some(what) = folder::missing(&files, need) {
             return Err(self.cannot(format!("the repository lacks {what}")));
         }
@@ -118,8 +125,20 @@ impl<'a> Download<'a> {
         Ok(files)
     }
 
+    async fn plain_files(&self, repo: &ApiRepo, snapshot: &Path, names: &[&str], need: Need) -> Result<(), Failure> {
+        for name in names.iter().filter(|name| !name.ends_with(".safetensors")) {
+            self.file(repo, snapshot, name).await?;
+        }
+        if need != Need::Tokenizer {
+            for name in self.weights(snapshot, names)? {
+                self.file(repo, snapshot, &name).await?;
+            }
+        }
+        Ok(())
+    }
+
     fn repo(&self, revision: &str) -> Repo {
-        Repo::with_revision(self.model.to_owned(), RepoType::Model, revision.to_owned())
+        Repo::with_revision(self.target.place.to_owned(), RepoType::Model, revision.to_owned())
     }
 
     fn weights(&self, snapshot: &Path, names: &[&str]) -> Result<Vec<String>, Failure> {

@@ -1,9 +1,10 @@
 //! What belongs to a model, and what a folder holds of it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::unavailable;
 use crate::checkpoint::files::{INDEX, ModelFiles, SENTENCEPIECE_FILES, Source, weight_files};
+use crate::checkpoint::gguf;
 use crate::error::Failure;
 
 /// Which part of a repository is asked for.
@@ -15,6 +16,27 @@ pub enum Need {
     Weights,
     /// The tokenizer alone.
     Tokenizer,
+}
+
+/// A model as it was asked for: a folder or a repository, and of several GGUF files in it the one that stands behind a colon.
+#[derive(Debug, Clone, Copy)]
+pub struct Target<'a> {
+    /// As it was written.
+    pub name: &'a str,
+    /// Without what stands behind the colon.
+    pub place: &'a str,
+    pub gguf: Option<&'a str>,
+}
+
+impl<'a> Target<'a> {
+    pub fn of(name: &'a str) -> Self {
+        match name.split_once(':') {
+            Some((place, gguf)) if !gguf.is_empty() && !Path::new(name).exists() && (is_hub_id(place) || Path::new(place).is_dir()) => {
+                Self { name, place, gguf: Some(gguf) }
+            }
+            _ => Self { name, place: name, gguf: None },
+        }
+    }
 }
 
 /// Files that a model is made of. Weights in other formats, images and texts are left where they are.
@@ -36,8 +58,68 @@ fn of_tokenizer(name: &str) -> bool {
         || matches!(name, "tokenizer_config.json" | "special_tokens_map.json" | "added_tokens.json" | "chat_template.json")
 }
 
-/// The wanted files in a folder. Links are resolved; a dangling one (a download that was cut) is left out.
-pub fn read(folder: &Path, name: &str, origin: String) -> Result<ModelFiles, Failure> {
+/// The wanted files in a folder. Links are resolved; a dangling one (a download that was cut) is left out. A GGUF file is taken where one is
+/// asked for, or nothing else is there.
+pub fn read(folder: &Path, target: &Target<'_>, origin: String) -> Result<ModelFiles, Failure> {
+    let files = plain_files(folder, target.name, &origin)?;
+    if target.gguf.is_none() && files.iter().any(|(name, _)| name.ends_with(".safetensors")) {
+        return Ok(without_doubles(files));
+    }
+    let found = gguf_files(folder)?;
+    if target.gguf.is_none() && found.is_empty() {
+        return Ok(files);
+    }
+    gguf_model(&found, target.gguf, target.name, &origin)
+        .map_err(|lost| unavailable(format!("the model's folder {} lacks {lost}", folder.display())))?
+}
+
+/// The model of a GGUF file, with the other parts of a set that it belongs to.
+pub fn gguf_file(path: &Path, name: &str) -> Result<ModelFiles, Failure> {
+    let folder = path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."));
+    let file = path.file_name().map(|file| file.to_string_lossy().into_owned()).unwrap_or_default();
+    if !gguf::is_model_part(&file) {
+        return Err(unavailable(format!("model {name} is a file that is no GGUF model (*.gguf): a model is such a file, or a folder")));
+    }
+    let found: Vec<_> = gguf_files(folder)?.into_iter().filter(|(path, _)| !path.contains('/')).collect();
+    gguf_model(&found, Some(&file), name, &format!("file {}", path.display()))
+        .map_err(|lost| unavailable(format!("model {name}: the folder {} lacks {lost}", folder.display())))?
+}
+
+/// GGUF models in a folder and in the folders in it, by their path below it: a set of parts often has a folder of its own.
+fn gguf_files(folder: &Path) -> Result<Vec<(String, PathBuf)>, Failure> {
+    let broken = |error: std::io::Error| unavailable(format!("the model's folder {}: {error}", folder.display()));
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(broken)? {
+        let entry = entry.map_err(broken)?;
+        let Ok(name) = entry.file_name().into_string() else { continue };
+        if !entry.path().is_dir() {
+            found.push((name, entry.path()));
+            continue;
+        }
+        // What is not ours to read is passed over.
+        for inner in std::fs::read_dir(entry.path()).into_iter().flatten().flatten() {
+            if let Ok(file) = inner.file_name().into_string() {
+                found.push((format!("{name}/{file}"), inner.path()));
+            }
+        }
+    }
+    found.retain(|(path, _)| gguf::is_model_part(path));
+    Ok(found)
+}
+
+/// The model that `wanted` names among `found`. The outer error: what is lacking, in words.
+fn gguf_model(found: &[(String, PathBuf)], wanted: Option<&str>, name: &str, origin: &str) -> Result<Result<ModelFiles, Failure>, String> {
+    // A link that leads nowhere is a download that was cut.
+    let found: Vec<(&str, PathBuf)> = found.iter().filter_map(|(path, place)| Some((path.as_str(), place.canonicalize().ok()?))).collect();
+    let picked = gguf::pick(&found.iter().map(|(path, _)| *path).collect::<Vec<_>>(), wanted)?;
+    let source = |path: String| {
+        let (_, place) = found.iter().find(|(other, _)| *other == path)?;
+        Some((path, Source::Path(place.clone())))
+    };
+    Ok(gguf::model_files(name, origin, picked.into_iter().filter_map(source).collect()))
+}
+
+fn plain_files(folder: &Path, name: &str, origin: &str) -> Result<ModelFiles, Failure> {
     let broken = |error: std::io::Error| unavailable(format!("the model's folder {}: {error}", folder.display()));
     let mut files = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(broken)? {
@@ -52,8 +134,7 @@ pub fn read(folder: &Path, name: &str, origin: String) -> Result<ModelFiles, Fai
             files.push((file, Source::Path(path)));
         }
     }
-    let files = ModelFiles::new(name, origin, files);
-    Ok(without_doubles(files))
+    Ok(ModelFiles::new(name, origin, files))
 }
 
 /// Drops weight files that are not the model's.
@@ -69,7 +150,7 @@ fn without_doubles(files: ModelFiles) -> ModelFiles {
 /// What is missing of `need`, in words; `None` when it is whole.
 pub fn missing(files: &ModelFiles, need: Need) -> Option<String> {
     let names: Vec<&str> = files.iter().map(|(name, _)| name).collect();
-    let tokenizer = files.get("tokenizer.json").is_some() || SENTENCEPIECE_FILES.iter().any(|file| files.get(file).is_some());
+    let tokenizer = files.get("tokenizer.json").is_some() || files.get(gguf::TOKENIZER).is_some() || SENTENCEPIECE_FILES.iter().any(|file| files.get(file).is_some());
     if need != Need::Weights && !tokenizer {
         return Some(format!("a tokenizer (tokenizer.json, {})", SENTENCEPIECE_FILES.join(" or ")));
     }

@@ -1,4 +1,4 @@
-//! Finding a model: a local folder, `LOCAL_MODEL_ROOT`, the Hugging Face caches (the platform's store among them), else a download.
+//! Finding a model: a GGUF file, a local folder, `LOCAL_MODEL_ROOT`, the Hugging Face caches (the platform's store among them), else a download.
 //!
 //! What lies on disk is used without asking the network, so that a cold start with a cached model needs none. A snapshot with a file
 //! missing counts as not found, and a download completes it.
@@ -19,9 +19,9 @@ mod folder;
 mod tests;
 
 use cache::Search;
-use folder::Need;
+use folder::{Need, Target};
 
-/// Finds `model` without the network, in this order: `demo` (built in), a folder, `local_model_root`, the caches.
+/// Finds `model` without the network, in this order: `demo` (built in), a GGUF file, a folder, `local_model_root`, the caches.
 ///
 /// # Errors
 /// When `model` names a folder that is not there or lacks files.
@@ -50,7 +50,7 @@ pub async fn fetch(model: &str, settings: &HubSettings) -> Result<ModelFiles, Fa
 /// Downloads `model` into the cache, or its files into the folder `to`, with progress bars where there is a terminal. What is there
 /// already is not fetched again.
 pub async fn pull(model: &str, settings: &HubSettings, to: Option<&Path>) -> Result<ModelFiles, Failure> {
-    if !folder::is_hub_id(model) {
+    if !folder::is_hub_id(Target::of(model).place) {
         return Err(unavailable(format!("model {model:?} is not the id of a model on the hub, like baidu/ERNIE-4.5-0.3B-Paddle")));
     }
     if settings.offline {
@@ -89,17 +89,24 @@ fn search(model: &str, settings: &HubSettings, need: Need) -> Result<Search, Fai
     if model == demo::NAME {
         return Ok(Search { found: Some(demo::files()), looked: Vec::new() });
     }
-    if Path::new(model).is_dir() {
-        let files = folder::read(Path::new(model), model, format!("folder {model}"))?;
+    let target = Target::of(model);
+    let path = Path::new(target.place);
+    if path.is_file() {
+        return Ok(Search { found: Some(folder::gguf_file(path, model)?), looked: Vec::new() });
+    }
+    if path.is_dir() {
+        let files = folder::read(path, &target, format!("folder {}", target.place))?;
         return match folder::missing(&files, need) {
-            Some(what) => Err(unavailable(format!("the model's folder {model} lacks {what}"))),
+            Some(what) => Err(unavailable(format!("the model's folder {} lacks {what}", target.place))),
             None => Ok(Search { found: Some(files), looked: Vec::new() }),
         };
     }
-    if !folder::is_hub_id(model) {
-        return Err(unavailable(format!("model {model:?} is neither a folder that is there nor the id of a model on the hub")));
+    if !folder::is_hub_id(target.place) {
+        return Err(unavailable(format!(
+            "model {model:?} is neither a folder or GGUF file that is there nor the id of a model on the hub"
+        )));
     }
-    cache::search(model, settings, need)
+    cache::search(&target, settings, need)
 }
 
 fn unavailable(message: String) -> Failure {

@@ -37,6 +37,15 @@ pub fn format_of(quantization: Quantization, place: Place, width: usize) -> Opti
     }
 }
 
+/// Unless something else is asked for, weights that are stored in blocks of few bits are held at 8: as 32-bit numbers they would take several
+/// times the file's size for the same answers.
+fn held(quantization: Quantization, source: &StoredMatrix<'_>) -> Quantization {
+    match quantization {
+        Quantization::AsStored if source.is_quantized() => Quantization::Wint8,
+        quantization => quantization,
+    }
+}
+
 impl<B: Backend> Decoder<B> {
     /// Reads the weights and makes the buffers of steps up to `limits`.
     pub fn load(
@@ -305,7 +314,7 @@ impl<B: Backend> Loader<'_, '_, B> {
     }
 
     fn linear(&self, source: &StoredMatrix<'_>, columns: Columns, place: Place, bias: Option<Vec<f32>>) -> Result<LinearOf<B>, Failure> {
-        let format = format_of(self.quantization, place, source.width);
+        let format = format_of(held(self.quantization, source), place, source.width);
         Ok(Linear {
             weight: self.backend.weight(source, format, columns).map_err(failure)?,
             bias: bias.map(|bias| self.backend.vector(bias).map_err(failure)).transpose()?,

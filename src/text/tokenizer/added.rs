@@ -52,17 +52,15 @@ impl Added {
         added
     }
 
+    /// The same by the pieces alone.
+    pub fn of_pieces(model: &Model<'_>) -> Self {
+        Self::new(List::of_pieces(model).tokens)
+    }
+
     /// The recipe for a model without `tokenizer.json`: control pieces, the pieces and ids that the JSON files beside `tokenizer.model` name,
     /// and user-defined pieces that look like markup.
     pub fn beside_sentencepiece(model: &Model<'_>, files: &ModelFiles) -> Result<Self, Failure> {
-        let mut list = List { tokens: Vec::new(), places: HashMap::new(), pieces: model.pieces.len() };
-        for (id, piece) in (0u32..).zip(&model.pieces) {
-            match piece.kind {
-                Kind::Control | Kind::Unknown => list.set(piece.text, id, true),
-                Kind::UserDefined if looks_like_markup(piece.text) => list.set(piece.text, id, false),
-                _ => {}
-            }
-        }
+        let mut list = List::of_pieces(model);
         let find = |name: &str| model.pieces.iter().position(|piece| piece.text == name).map(|id| id as u32);
         if let Some(Value::Object(tokens)) = files.read_json("added_tokens.json")? {
             for (name, id) in tokens {
@@ -132,6 +130,19 @@ struct List {
 }
 
 impl List {
+    /// Control pieces, and user-defined ones that look like markup.
+    fn of_pieces(model: &Model<'_>) -> Self {
+        let mut list = Self { tokens: Vec::new(), places: HashMap::new(), pieces: model.pieces.len() };
+        for (id, piece) in (0u32..).zip(&model.pieces) {
+            match piece.kind {
+                Kind::Control | Kind::Unknown => list.set(piece.text, id, true),
+                Kind::UserDefined if looks_like_markup(piece.text) => list.set(piece.text, id, false),
+                _ => {}
+            }
+        }
+        list
+    }
+
     fn set(&mut self, name: &str, id: u32, special: bool) {
         match self.places.get(name) {
             Some(&place) => self.tokens[place] = (name.to_owned(), id, special),

@@ -30,7 +30,12 @@ type Cuts<'a> = &'a dyn Fn(&str, &[u32]) -> Option<Vec<usize>>;
 
 /// The tokenizer, what each token reads as, and its added vocabulary.
 pub fn load(file: &[u8]) -> Result<(Json, TokenBytes, Added), String> {
-    let mut inner = tokenizers::Tokenizer::from_bytes(file).map_err(|error| format!("not a tokenizer that can be read: {error}"))?;
+    let inner = tokenizers::Tokenizer::from_bytes(file).map_err(|error| format!("not a tokenizer that can be read: {error}"))?;
+    of(inner)
+}
+
+/// The same of a tokenizer that came another way.
+pub fn of(mut inner: tokenizers::Tokenizer) -> Result<(Json, TokenBytes, Added), String> {
     // Lengths are for the server to limit, with an error that says so.
     inner.with_truncation(None).map_err(|error| error.to_string())?;
     inner.with_padding(None);

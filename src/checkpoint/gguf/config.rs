@@ -1,0 +1,276 @@
+//! A GGUF file's metadata as the JSON files of a Hugging Face folder, so that everything behind reads one form.
+
+use serde_json::{Map, Value as Json, json};
+
+use super::architectures::{Architecture, KEYS};
+use super::header::{Header, Value};
+
+/// Control tokens that end an answer wherever they are in a vocabulary: many files name one end where the model has several.
+const ENDS: &[&str] = &[
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<|flush|>",
+    "<|calls|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|eom_id|>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<|end_of_text|>",
+    "<end_of_utterance>",
+    "<eos>",
+    "<｜end▁of▁sentence｜>",
+    "[e~[",
+];
+
+/// Metadata that names one token, and that token's role in tokenizer_config.json.
+const ROLES: &[(&str, &str)] = &[
+    ("tokenizer.ggml.bos_token_id", "bos_token"),
+    ("tokenizer.ggml.eos_token_id", "eos_token"),
+    ("tokenizer.ggml.unknown_token_id", "unk_token"),
+    ("tokenizer.ggml.padding_token_id", "pad_token"),
+];
+
+/// Sampling that the file recommends, and its names in generation_config.json.
+const SAMPLING: &[(&str, &str)] = &[
+    ("general.sampling.temp", "temperature"),
+    ("general.sampling.top_k", "top_k"),
+    ("general.sampling.top_p", "top_p"),
+    ("general.sampling.min_p", "min_p"),
+    ("general.sampling.penalty_repeat", "repetition_penalty"),
+];
+
+/// Pre-tokenizers whose texts begin with the beginning-of-sequence token, where the file does not say so.
+const WITH_BOS: &[&str] = &["llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "tekken"];
+
+/// A token of the vocabulary that text is not made of.
+const CONTROL: u64 = 3;
+
+/// `config.json`. `file`: the whole file, of which the factors of rope frequencies are read.
+pub fn model(header: &Header<'_>, file: &[u8]) -> Result<Json, String> {
+    let architecture = Architecture::of(header)?;
+    let name = architecture.name;
+    let mut config = Map::new();
+    config.insert("model_type".into(), json!(architecture.model_type));
+    for (theirs, ours) in KEYS.iter().chain(architecture.keys) {
+        if let Some(value) = scalar(header, &format!("{name}.{theirs}"))? {
+            config.insert((*ours).to_owned(), value);
+        }
+    }
+    config.extend(architecture.fixed.iter().map(|(key, value)| ((*key).to_owned(), json!(value))));
+    // Heads that predict further tokens are counted as layers.
+    let layers = needed(header, &format!("{name}.block_count"))?;
+    let layers = layers.saturating_sub(header.integer(&format!("{name}.nextn_predict_layers"))?.unwrap_or(0));
+    config.insert("num_hidden_layers".into(), json!(layers));
+    for key in ["embedding_length", "attention.head_count", "feed_forward_length"] {
+        needed(header, &format!("{name}.{key}"))?;
+    }
+    let embedding = header.tensor("token_embd.weight").ok_or("tensor token_embd.weight is missing")?;
+    config.insert("vocab_size".into(), json!(embedding.shape.first()));
+    config.insert("tie_word_embeddings".into(), json!(header.tensor("output.weight").is_none()));
+    biases(header, &mut config);
+    windows(header, name, layers, &mut config)?;
+    gemma(name, layers, &mut config);
+    if let Some(scaling) = rope_scaling(header, name, file)? {
+        config.insert("rope_scaling".into(), scaling);
+    }
+    config.insert("gguf".into(), json!({"interleaved": architecture.interleaved}));
+    refuse_odd(header, name, &config)?;
+    Ok(Json::Object(config))
+}
+
+fn needed(header: &Header<'_>, key: &str) -> Result<u64, String> {
+    match scalar(header, key)? {
+        Some(value) => value.as_u64().filter(|number| *number > 0).ok_or_else(|| format!("metadata \"{key}\" must be a positive integer, found {value}")),
+        None => Err(format!("metadata \"{key}\" is missing")),
+    }
+}
+
+/// A value; an array counts where all its values are the same.
+fn scalar(header: &Header<'_>, key: &str) -> Result<Option<Json>, String> {
+    let single = |value: Value<'_>| match value {
+        Value::Unsigned(number) => Ok(json!(number)),
+        Value::Signed(number) => Ok(json!(number)),
+        Value::Float(number) if number.is_finite() => Ok(json!(number)),
+        Value::Float(number) => Err(format!("metadata \"{key}\" is {number}")),
+        Value::Bool(flag) => Ok(json!(flag)),
+        Value::Text(text) => Ok(json!(text)),
+        Value::Array(_) => Err(format!("metadata \"{key}\" is an array of arrays")),
+    };
+    match header.get(key) {
+        None => Ok(None),
+        Some(Value::Array(array)) => {
+            let mut values = array.iter();
+            let first = values.next().ok_or_else(|| format!("metadata \"{key}\" is an empty array"))?;
+            if values.any(|value| value != first) {
+                return Err(format!("metadata \"{key}\" differs from layer to layer, which is not supported"));
+            }
+            single(first).map(Some)
+        }
+        Some(value) => single(value).map(Some),
+    }
+}
+
+/// Which projections have a bias: the metadata does not say, the tensors do.
+fn biases(header: &Header<'_>, config: &mut Map<String, Json>) {
+    let has = |names: &[&str]| names.iter().any(|name| header.tensor(name).is_some());
+    let attention = has(&["blk.0.attn_q.bias", "blk.0.attn_qkv.bias"]);
+    for (key, flag) in [
+        ("attention_bias", attention),
+        ("use_bias", attention),
+        ("attention_out_bias", has(&["blk.0.attn_output.bias"])),
+        ("mlp_bias", has(&["blk.0.ffn_up.bias", "blk.0.ffn_down.bias"])),
+        ("use_qk_norm", has(&["blk.0.attn_q_norm.weight"])),
+    ] {
+        config.insert(key.to_owned(), json!(flag));
+    }
+}
+
+/// Which layers see a window only.
+fn windows(header: &Header<'_>, name: &str, layers: u64, config: &mut Map<String, Json>) -> Result<(), String> {
+    // Gemma 2 has windows whether its file says so or not.
+    if !config.contains_key("sliding_window") && name != "gemma2" {
+        config.insert("sliding_window".into(), json!(0));
+    }
+    let key = format!("{name}.attention.sliding_window_pattern");
+    match header.get(&key) {
+        None => {}
+        Some(Value::Array(pattern)) => {
+            let kind = |value| match value {
+                Value::Bool(false) => Ok("full_attention"),
+                Value::Bool(true) => Ok("sliding_attention"),
+                _ => Err(format!("metadata \"{key}\" must hold booleans")),
+            };
+            let types = pattern.iter().take(layers as usize).map(kind).collect::<Result<Vec<_>, _>>()?;
+            config.insert("layer_types".into(), json!(types));
+        }
+        Some(value) => {
+            let nth = value.integer().ok_or_else(|| format!("metadata \"{key}\" must be a whole number or an array"))?;
+            config.insert("sliding_window_pattern".into(), json!(nth));
+        }
+    }
+    Ok(())
+}
+
+/// What llama.cpp knows of Gemma by heart: the scale of scores, and the base of layers with a window.
+fn gemma(name: &str, layers: u64, config: &mut Map<String, Json>) {
+    let number = |key: &str| config.get(key).and_then(Json::as_u64);
+    let per_head = number("hidden_size").zip(number("num_attention_heads")).map(|(hidden, heads)| hidden / heads.max(1));
+    let largest = matches!((name, layers), ("gemma2", 46) | ("gemma3", 62));
+    let scale = if largest { per_head } else { number("head_dim").or(per_head) };
+    if matches!(name, "gemma2" | "gemma3") {
+        config.insert("query_pre_attn_scalar".into(), json!(scale));
+    }
+    if name == "gemma3" && !config.contains_key("rope_local_base_freq") {
+        config.insert("rope_local_base_freq".into(), json!(10_000.0));
+    }
+}
+
+fn rope_scaling(header: &Header<'_>, name: &str, file: &[u8]) -> Result<Option<Json>, String> {
+    let get = |key: &str| scalar(header, &format!("{name}.rope.scaling.{key}"));
+    let kind = header.text(&format!("{name}.rope.scaling.type"))?.filter(|kind| *kind != "none");
+    // The oldest files had one number for it.
+    let factor = match get("factor")? {
+        Some(factor) => Some(factor),
+        None => scalar(header, &format!("{name}.rope.scale_linear"))?,
+    };
+    if let Some(factors) = header.tensor("rope_freqs.weight") {
+        if let Some(kind) = kind {
+            return Err(format!("rope scaling of type \"{kind}\" beside a tensor rope_freqs.weight is not supported"));
+        }
+        let bytes = file.get(factors.range.clone()).filter(|_| factors.kind.name() == "F32").ok_or("tensor rope_freqs.weight must be F32")?;
+        let factors: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+        return Ok(Some(json!({"rope_type": "factors", "factors": factors})));
+    }
+    if header.tensor("rope_factors_long.weight").is_some() || kind == Some("longrope") {
+        return Ok(Some(json!({"rope_type": "longrope"})));
+    }
+    let Some(kind) = kind.or(factor.is_some().then_some("linear")) else { return Ok(None) };
+    let mut scaling = Map::from_iter([("rope_type".to_owned(), json!(kind))]);
+    let length = header.integer(&format!("{name}.context_length"))?;
+    let rows = [
+        ("factor", factor),
+        ("original_max_position_embeddings", get("original_context_length")?.or(length.map(|length| json!(length)))),
+        ("attention_factor", get("yarn_attn_factor")?),
+        ("beta_fast", get("yarn_beta_fast")?),
+        ("beta_slow", get("yarn_beta_slow")?),
+        ("llama_4_scaling_beta", scalar(header, &format!("{name}.attention.temperature_scale"))?),
+    ];
+    scaling.extend(rows.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))));
+    if let Some(all) = get("yarn_log_multiplier")?.filter(|all| all.as_f64().is_some_and(|all| all > 0.0)) {
+        scaling.insert("mscale".into(), json!(1.0));
+        scaling.insert("mscale_all_dim".into(), all);
+    }
+    Ok(Some(Json::Object(scaling)))
+}
+
+/// What would change the numbers and is not computed.
+fn refuse_odd(header: &Header<'_>, name: &str, config: &Map<String, Json>) -> Result<(), String> {
+    let value_length = scalar(header, &format!("{name}.attention.value_length"))?;
+    if let (Some(keys), Some(values)) = (config.get("head_dim"), &value_length)
+        && keys != values
+    {
+        return Err(format!("metadata \"{name}.attention.value_length\" is {values}, and keys have {keys}: both must be the same"));
+    }
+    let sections = header.array(&format!("{name}.rope.dimension_sections"))?;
+    if sections.is_some_and(|sections| sections.iter().any(|section| section.number() != Some(0.0))) {
+        return Err(format!("metadata \"{name}.rope.dimension_sections\": positions of several dimensions are not supported"));
+    }
+    Ok(())
+}
+
+/// `tokenizer_config.json`.
+pub fn tokenizer(header: &Header<'_>) -> Result<Json, String> {
+    let mut config = Map::new();
+    for (key, role) in ROLES {
+        if let Some(id) = header.integer(key)? {
+            config.insert((*role).to_owned(), json!(token(header, key, id)?));
+        }
+    }
+    if let Some(template) = header.text("tokenizer.chat_template")? {
+        config.insert("chat_template".into(), json!(template));
+    }
+    let sentencepiece = header.text("tokenizer.ggml.model")? == Some("llama");
+    let begins = header.text("tokenizer.ggml.pre")?.is_some_and(|pre| WITH_BOS.contains(&pre));
+    let add_bos = header.flag("tokenizer.ggml.add_bos_token")?.unwrap_or(sentencepiece || begins);
+    config.insert("add_bos_token".into(), json!(add_bos && config.contains_key("bos_token")));
+    Ok(Json::Object(config))
+}
+
+/// The text of the token that a key names.
+fn token<'a>(header: &Header<'a>, key: &str, id: u64) -> Result<&'a str, String> {
+    let tokens = header.array("tokenizer.ggml.tokens")?.ok_or("metadata \"tokenizer.ggml.tokens\" is missing")?;
+    let token = usize::try_from(id).ok().and_then(|id| tokens.iter().nth(id)).and_then(Value::text);
+    token.ok_or_else(|| format!("metadata \"{key}\" is {id}, and the vocabulary has {} tokens", tokens.len))
+}
+
+/// `generation_config.json`: where answers end, and how the file would have tokens drawn.
+pub fn generation(header: &Header<'_>) -> Result<Json, String> {
+    let mut ends = Vec::new();
+    for key in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"] {
+        ends.extend(header.integer(key)?);
+    }
+    let (tokens, types) = (header.array("tokenizer.ggml.tokens")?, header.array("tokenizer.ggml.token_type")?);
+    if let (Some(tokens), Some(types)) = (tokens, types) {
+        let pairs = (0u64..).zip(tokens.iter().zip(types.iter()));
+        let control = pairs.filter(|(_, (_, kind))| kind.integer() == Some(CONTROL));
+        ends.extend(control.filter(|(_, (token, _))| token.text().is_some_and(|token| ENDS.contains(&token))).map(|(id, _)| id));
+    }
+    ends.sort_unstable();
+    ends.dedup();
+    let mut config = Map::new();
+    if !ends.is_empty() {
+        config.insert("eos_token_id".into(), json!(ends));
+    }
+    for (theirs, ours) in SAMPLING {
+        if let Some(value) = scalar(header, theirs)? {
+            config.insert((*ours).to_owned(), value);
+        }
+    }
+    Ok(Json::Object(config))
+}

@@ -1,0 +1,115 @@
+//! The tokenizer in the metadata of a GGUF file: SentencePiece BPE (`llama`) or BPE over bytes (`gpt2`), cut as llama.cpp cuts.
+
+use tokenizers::models::bpe::{BPE, Vocab};
+use tokenizers::normalizer::SplitDelimiterBehavior;
+use tokenizers::pre_tokenizers::PreTokenizerWrapper;
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::pre_tokenizers::sequence::Sequence;
+use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+use tokenizers::AddedToken;
+
+use super::pre_tokenizers::{Pre, pre_tokenizer};
+use crate::checkpoint::gguf::{Header, Value};
+use crate::text::sentencepiece::{self, Kind, Piece, byte_piece};
+
+/// `tokenizer.ggml.token_type`.
+const NORMAL: u64 = 1;
+const CONTROL: u64 = 3;
+const USER_DEFINED: u64 = 4;
+
+/// What a file's metadata holds.
+pub enum Vocabulary<'a> {
+    SentencePiece(sentencepiece::Model<'a>),
+    Bytes(Box<tokenizers::Tokenizer>),
+}
+
+/// Reads the vocabulary. Kinds of tokenizers that are not known are refused by their names.
+pub fn read<'a>(header: &Header<'a>) -> Result<Vocabulary<'a>, String> {
+    match header.text("tokenizer.ggml.model")? {
+        Some("llama") => sentencepiece(header).map(Vocabulary::SentencePiece),
+        Some("gpt2") => bytes(header).map(|tokenizer| Vocabulary::Bytes(Box::new(tokenizer))),
+        Some(other) => Err(format!("tokenizer.ggml.model \"{other}\" is not supported (llama and gpt2 are); set TOKENIZER to a model with a tokenizer.json")),
+        None => Err("it has no tokenizer (tokenizer.ggml.model); set TOKENIZER to a model with one".to_owned()),
+    }
+}
+
+/// Each token's text and type, in the order of ids.
+fn tokens<'a>(header: &Header<'a>) -> Result<Vec<(&'a str, u64)>, String> {
+    let tokens = header.array("tokenizer.ggml.tokens")?.ok_or("metadata \"tokenizer.ggml.tokens\" is missing")?;
+    let types = header.array("tokenizer.ggml.token_type")?;
+    if let Some(types) = types.filter(|types| types.len != tokens.len) {
+        return Err(format!("metadata \"tokenizer.ggml.token_type\" has {} values, and there are {} tokens", types.len, tokens.len));
+    }
+    let mut types = types.into_iter().flat_map(|types| types.iter());
+    let token = |(id, token): (usize, Value<'a>)| {
+        let text = token.text().ok_or("metadata \"tokenizer.ggml.tokens\" must hold strings")?;
+        let kind = types.next().map_or(Some(NORMAL), Value::integer).filter(|kind| *kind <= 6);
+        Ok((text, kind.ok_or_else(|| format!("metadata \"tokenizer.ggml.token_type\": the type of token {id} is not known"))?))
+    };
+    tokens.iter().enumerate().map(token).collect()
+}
+
+fn sentencepiece<'a>(header: &Header<'a>) -> Result<sentencepiece::Model<'a>, String> {
+    let tokens = tokens(header)?;
+    let scores = header.array("tokenizer.ggml.scores")?.filter(|scores| scores.len == tokens.len());
+    let scores = scores.ok_or_else(|| format!("metadata \"tokenizer.ggml.scores\" must have a score for each of the {} tokens", tokens.len()))?;
+    let piece = |((text, kind), score): ((&'a str, u64), Value<'a>)| {
+        let kind = match kind {
+            0 | NORMAL => Kind::Normal,
+            2 => Kind::Unknown,
+            CONTROL => Kind::Control,
+            USER_DEFINED => Kind::UserDefined,
+            5 => Kind::Unused,
+            _ => Kind::Byte(byte_piece(text).ok_or_else(|| format!("token {text:?} is marked as a byte but not written <0xNN>"))?),
+        };
+        let score = score.number().ok_or("metadata \"tokenizer.ggml.scores\" must hold numbers")? as f32;
+        Ok(Piece { text, score, kind })
+    };
+    let pieces = tokens.into_iter().zip(scores.iter()).map(piece).collect::<Result<Vec<_>, String>>()?;
+    let prefix = header.flag("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
+    Ok(sentencepiece::Model::of_pieces(pieces, prefix))
+}
+
+fn bytes(header: &Header<'_>) -> Result<tokenizers::Tokenizer, String> {
+    // Files from before there were names for them.
+    let name = header.text("tokenizer.ggml.pre")?.unwrap_or("default");
+    let pre = pre_tokenizer(name)
+        .ok_or_else(|| format!("tokenizer.ggml.pre \"{name}\" is not supported; set TOKENIZER to the model that the file was made of"))?;
+    let tokens = tokens(header)?;
+    let vocab: Vocab = (0u32..).zip(&tokens).map(|(id, (text, _))| ((*text).to_owned(), id)).collect();
+    let merges = header.array("tokenizer.ggml.merges")?.ok_or("metadata \"tokenizer.ggml.merges\" is missing")?;
+    let merges = merges.iter().map(|merge| pair(merge, &vocab)).filter_map(Result::transpose).collect::<Result<Vec<_>, String>>()?;
+    let wrong = |error: tokenizers::Error| format!("its vocabulary cannot be read: {error}");
+    let bpe = BPE::builder().vocab_and_merges(vocab, merges).ignore_merges(pre.ignore_merges).build().map_err(wrong)?;
+    let mut tokenizer = tokenizers::Tokenizer::new(bpe);
+    tokenizer.with_pre_tokenizer(Some(splits(pre).map_err(wrong)?));
+    tokenizer.with_decoder(Some(ByteLevel::new(false, false, false)));
+    let added = |wanted: u64, special: bool| {
+        let tokens = tokens.iter().filter(move |(text, kind)| *kind == wanted && !text.is_empty());
+        tokens.map(move |(text, _)| AddedToken::from(*text, special).normalized(false)).collect::<Vec<_>>()
+    };
+    tokenizer.add_special_tokens(added(CONTROL, true)).map_err(wrong)?;
+    tokenizer.add_tokens(added(USER_DEFINED, false)).map_err(wrong)?;
+    Ok(tokenizer)
+}
+
+/// Both sides of a merge; `None`: what it would make is no token, so that it never happens.
+fn pair(merge: Value<'_>, vocab: &Vocab) -> Result<Option<(String, String)>, String> {
+    let text = merge.text().ok_or("metadata \"tokenizer.ggml.merges\" must hold strings")?;
+    // A space of a token's own is written otherwise, but for a first character nobody promises that.
+    let space = text.char_indices().skip(1).find(|(_, character)| *character == ' ').map(|(at, _)| at);
+    let (left, right) = space.map(|at| (&text[..at], &text[at + 1..])).ok_or_else(|| format!("metadata \"tokenizer.ggml.merges\": {text:?} is no pair"))?;
+    let whole = format!("{left}{right}");
+    let is_known = [left, right, whole.as_str()].iter().all(|token| vocab.contains_key(*token));
+    Ok(is_known.then(|| (left.to_owned(), right.to_owned())))
+}
+
+fn splits(pre: &Pre) -> Result<PreTokenizerWrapper, tokenizers::Error> {
+    let split = |regex: &&str| {
+        let pattern = SplitPattern::Regex((*regex).to_owned());
+        Split::new(pattern, SplitDelimiterBehavior::Isolated, false).map(PreTokenizerWrapper::from)
+    };
+    let mut steps = pre.regexes.iter().map(split).collect::<Result<Vec<_>, _>>()?;
+    steps.push(ByteLevel::new(false, false, false).into());
+    Ok(Sequence::new(steps).into())
+}
