@@ -7,7 +7,7 @@ use crate::api::{Answer, Call};
 use crate::config::ApiSettings;
 use crate::error::Failure;
 
-const USAGE: Usage = Usage { prompt_tokens: 3, completion_tokens: 4, cached_tokens: 1 };
+const USAGE: Usage = Usage { prompt_tokens: 3, completion_tokens: 4, reasoning_tokens: None, cached_tokens: 1 };
 
 /// A thought, a text, two calls of tools, a text again; each list came at once.
 fn batches(end: EndReason) -> Vec<Vec<Delta>> {
