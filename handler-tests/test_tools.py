@@ -104,7 +104,7 @@ def test_a_call_is_demanded(client, tool_choice, reason):
     for question in (PARIS, BY_NAME["tool-not-needed"]):
         for stream in (False, True):
             if stream:
-                message = questions.gathered([chunk.model_dump() for chunk in ask(client, question, tool_choice=tool_choice, stream=True, max_tokens=40)])
+                message = questions.gathered([chunk.model_dump(exclude_unset=True) for chunk in ask(client, question, tool_choice=tool_choice, stream=True, max_tokens=40)])
                 names = [call["function"]["name"] for call in message["tool_calls"]]
             else:
                 choice = ask(client, question, tool_choice=tool_choice, max_tokens=40).choices[0]

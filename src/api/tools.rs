@@ -4,6 +4,7 @@ use serde_json::{Map, Value, json};
 
 use crate::api::fields::{Field, Fields, invalid, missing, wrong_type};
 use crate::api::parse::tools::request::{Tool, ToolChoice, ToolRequest};
+use crate::api::parse::tools::table::ToolFormat;
 use crate::api::served::{ServedModel, ToolSupport};
 use crate::error::Failure;
 
@@ -52,30 +53,24 @@ pub fn read(served: &ServedModel, fields: &Fields<'_>) -> Result<Option<ToolRequ
     if let (ToolChoice::Named(name), Some(choice_field)) = (&choice, &choice_field) {
         known(choice_field, &tools, name)?;
     }
-    let request = ToolRequest {
-        tools,
-        format: format(served, &field, &choice)?,
-        choice,
-        parallel: parallel && !fields.get("functions").is_some_and(|functions| functions.name == field.name),
-    };
-    if let (ToolChoice::Required | ToolChoice::Named(_), None, Some(choice_field)) =
-        (&request.choice, request.forced_opening(), choice_field)
-    {
-        let message = format!(
-            "'{}' demands a call of a tool, which this server cannot make sure of with this model's format of tool calls. Use 'auto'.",
-            choice_field.name
-        );
-        return Err(Failure::bad_request(choice_field.name, message).code("unsupported_value"));
+    // The older form has no more than one call, and so has a choice that names one.
+    let single = field.name.ends_with("functions") || matches!(choice, ToolChoice::Named(_));
+    let request = ToolRequest { tools, format: format(served, &field, &choice)?, choice, parallel: parallel && !single };
+    let demands = matches!(request.choice, ToolChoice::Required | ToolChoice::Named(_));
+    match choice_field.filter(|_| demands && request.forced_opening().is_none()) {
+        None => Ok(Some(request)),
+        Some(field) => {
+            let message = format!(
+                "'{}' demands a call of a tool, which this server cannot make sure of with this model's format of tool calls. Use 'auto'.",
+                field.name
+            );
+            Err(Failure::bad_request(field.name, message).code("unsupported_value"))
+        }
     }
-    Ok(Some(ToolRequest { parallel: request.parallel && !matches!(request.choice, ToolChoice::Named(_)), ..request }))
 }
 
 /// The format of the calls, if the model has one and requests may have tools.
-fn format(
-    served: &ServedModel,
-    field: &Field<'_>,
-    choice: &ToolChoice,
-) -> Result<Option<&'static crate::api::parse::tools::table::ToolFormat>, Failure> {
+fn format(served: &ServedModel, field: &Field<'_>, choice: &ToolChoice) -> Result<Option<&'static ToolFormat>, Failure> {
     if *choice == ToolChoice::Auto && served.settings.refuse_auto_tools {
         let message = "Tools with the tool choice 'auto' are switched off here. Remove the tools, or start the server with ENABLE_AUTO_TOOL_CHOICE=true.";
         return Err(Failure::bad_request(&field.name, message).code("unsupported_value"));

@@ -149,7 +149,12 @@ fn tool_call(name: &str, call: &mut Value) -> Result<(), Failure> {
     // Arguments come as a JSON string, and templates expect an object.
     let arguments = match function.get("arguments") {
         // NOTE: arguments that do not parse must not fail this and every later turn of the conversation.
-        Some(Value::String(text)) => serde_json::from_str::<Value>(text).ok().filter(Value::is_object).unwrap_or_else(|| json!({})),
+        Some(Value::String(text)) => serde_json::from_str::<Value>(text).ok().filter(Value::is_object).unwrap_or_else(|| {
+            if !text.trim().is_empty() {
+                tracing::warn!("the arguments of '{name}' are no JSON object: the template gets an empty one");
+            }
+            json!({})
+        }),
         None | Some(Value::Null) => json!({}),
         Some(value) => value.clone(),
     };

@@ -19,6 +19,7 @@ mod logprobs;
 mod native;
 mod prompts;
 mod streams;
+mod tools;
 mod whole;
 
 pub const CONTEXT: usize = 96;

@@ -172,7 +172,7 @@ const HERMES_FORCE: Option<Force> =
 /// All of them. Where a template fits several, the first is taken: the more telling marks come first.
 #[rustfmt::skip]
 pub const FORMATS: &[ToolFormat] = &[
-    ToolFormat { name: "openai", aliases: &["gpt_oss", "harmony"], detect: &[&["<|channel|>", "to=functions."]], body: Body::Harmony, ..JSON },
+    ToolFormat { name: "openai", aliases: &["gpt_oss", "harmony"], detect: &[&["<|channel|>", "functions"]], body: Body::Harmony, ..JSON },
     ToolFormat {
         name: "qwen3_coder", aliases: &["qwen3_xml", "qwen3_5"], detect: &[&["<function=", "<parameter=", "<tool_call>"]],
         section: pair(&["<tool_call>"], &["</tool_call>"]), call: pair(&["<function="], &["</function>"]),
@@ -266,16 +266,16 @@ pub const FORMATS: &[ToolFormat] = &[
         name: "phi4_mini_json", detect: &[&["<|/tool_call|>"], &["functools["]], call: pair(&["functools", "<|tool_call|>"], &["<|/tool_call|>"]), ..JSON
     },
     ToolFormat {
-        name: "granite", detect: &[&["<|tool_call|>"], &["<|start_of_role|>", "tool_call"]], call: pair(&["<|tool_call|>", "<tool_call>"], &["</tool_call>"]),
-        force: Some(Force { any: "<|tool_call|>[{\"name\":", named: "<|tool_call|>[{\"name\": \"{name}\", \"arguments\":" }), ..JSON
-    },
-    ToolFormat {
         name: "ernie45", aliases: &["ernie_x1", "ernie45_thinking", "ernie_45_vl_thinking"], detect: &[&["<tool_call>", "<response>"]],
         call: pair(&["<tool_call>"], &["</tool_call>"]), force: HERMES_FORCE, ..JSON
     },
     ToolFormat {
         name: "hermes", aliases: &["qwen", "qwen25", "qwen2_5", "qwen3", "smollm3", "granite4", "longcat"],
         detect: &[&["<tool_call>"]], call: pair(&["<tool_call>"], &["</tool_call>"]), force: HERMES_FORCE, ..JSON
+    },
+    ToolFormat {
+        name: "granite", detect: &[&["<|tool_call|>"], &["<|start_of_role|>", "tool_call"]], call: pair(&["<|tool_call|>", "<tool_call>"], &["</tool_call>"]),
+        force: Some(Force { any: "<|tool_call|>[{\"name\":", named: "<|tool_call|>[{\"name\": \"{name}\", \"arguments\":" }), ..JSON
     },
     ToolFormat {
         name: "llama3_json", aliases: &["llama3", "llama4_json"], detect: &[&["<|python_tag|>"], &["ipython", "\"parameters\""]],

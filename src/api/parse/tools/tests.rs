@@ -257,6 +257,36 @@ fn without_parallel_calls_only_the_first_is_told() {
     assert_eq!(answer.content, "End.");
 }
 
+/// The tables of docs/tools-and-reasoning.md. `UPDATE_DOCS=1` writes them anew.
+#[test]
+fn the_reference_page_is_true() {
+    use crate::api::parse::reasoning;
+    let row = |name: &str, aliases: &[&str], detect: &[&[&str]]| {
+        let code = |text: &&str| format!("`{}`", text.replace('|', "\\|"));
+        let groups: Vec<String> = detect.iter().map(|group| group.iter().map(code).collect::<Vec<_>>().join(" and ")).collect();
+        let shown = if groups.is_empty() { "– (by name only)".to_owned() } else { groups.join(", or ") };
+        format!("| `{name}` | {} | {shown} |\n", aliases.iter().map(code).collect::<Vec<_>>().join(", "))
+    };
+    let tools: String = table::FORMATS.iter().map(|format| row(format.name, format.aliases, format.detect)).collect();
+    let thoughts: String = reasoning::FORMATS.iter().map(|format| row(format.name, format.aliases, format.detect)).collect();
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/tools-and-reasoning.md");
+    let page = std::fs::read_to_string(&path).unwrap();
+    let mut expected = page.clone();
+    for (mark, what, rows) in [("<!-- tools -->\n", "Tool calls", tools), ("<!-- reasoning -->\n", "Thoughts", thoughts)] {
+        let start = expected.find(mark).unwrap() + mark.len();
+        let end = start + expected[start..].find("<!-- end -->").unwrap();
+        let head = format!("\n| {what} | Other names | The template has |\n|---|---|---|\n");
+        expected.replace_range(start..end, &format!("{head}{rows}\n"));
+    }
+    if std::env::var_os("UPDATE_DOCS").is_some() {
+        std::fs::write(&path, &expected).unwrap();
+    }
+    assert!(
+        std::fs::read_to_string(&path).unwrap() == expected,
+        "docs/tools-and-reasoning.md is not what the tables say: run this test with UPDATE_DOCS=1"
+    );
+}
+
 #[test]
 fn ids_are_those_of_the_family() {
     let id = |format: &str, text: &str| {
