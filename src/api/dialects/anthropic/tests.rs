@@ -304,6 +304,12 @@ async fn mistakes_are_told_by_the_names_of_the_caller() {
         (json!({"thinking": {"type": "enabled"}}), 400, "thinking.budget_tokens", Some("missing_required_parameter")),
         (json!({"thinking": {"type": "enabled", "budget_tokens": 5}}), 400, "thinking.budget_tokens", Some("invalid_value")),
         (json!({"thinking": {"type": "enabled", "budget_tokens": 2000}}), 400, "thinking.budget_tokens", Some("invalid_value")),
+        (
+            json!({"thinking": {"type": "enabled", "budget_tokens": 2000}, "max_tokens": 3000}),
+            400,
+            "thinking.budget_tokens",
+            Some("unsupported_parameter"),
+        ),
         (json!({"thinking": {"type": "sometimes"}}), 400, "thinking.type", Some("invalid_value")),
         (json!({"output_config": {"effort": "huge"}}), 400, "output_config.effort", Some("invalid_value")),
         (json!({"output_config": {"format": {"type": "xml"}}}), 400, "output_config.format.type", Some("invalid_value")),
