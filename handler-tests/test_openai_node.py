@@ -37,6 +37,13 @@ def test_logprobs(node, capital):
     assert result["streamed"]["logprobs"]["content"] == content
 
 
+def test_responses(node, story):
+    result = node("responses", story)["result"]
+    assert result["whole"]["output_text"] == result["final"]["output_text"] == result["text"] == story.answer
+    assert result["next"]["previous_response_id"] == result["final"]["id"]
+    assert result["next"]["usage"]["input_tokens"] > result["whole"]["usage"]["input_tokens"]
+
+
 def test_stream(node, story):
     chunks = node("stream", story)["result"]
     assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == story.answer

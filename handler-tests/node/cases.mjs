@@ -48,6 +48,16 @@ const cases = {
     const final = await client.chat.completions.stream({ ...request, stream: true }).finalChatCompletion();
     return { whole: whole.choices[0], streamed: final.choices[0] };
   },
+  async responses() {
+    const request = { model: await model(), input: messages.at(-1).content, temperature: 0 };
+    const whole = await client.responses.create(request);
+    const stream = client.responses.stream(request);
+    let text = "";
+    stream.on("response.output_text.delta", (event) => (text += event.delta));
+    const final = await stream.finalResponse();
+    const next = await client.responses.create({ ...request, previous_response_id: final.id });
+    return { whole, final, text, next };
+  },
   async stream() {
     const stream = await client.chat.completions.create({ model: await model(), messages, temperature: 0, stream: true });
     const chunks = [];

@@ -161,6 +161,36 @@ async fn failures_of_the_service_keep_status_code_and_hints() {
 }
 
 #[tokio::test]
+async fn anthropics_clients_are_refused_in_their_own_form() {
+    let options = Options { api_keys: vec![Secret::new("k")], ..Options::default() };
+    let (server, readiness) = serve(&options).await;
+    let client = reqwest::Client::new();
+    let url = format!("{}/v1/messages", server.base);
+    let post = |model: &str| client.post(&url).header("x-api-key", "k").json(&json!({ "model": model }));
+    let get = |path: &str| client.get(format!("{}{path}", server.base)).header("x-api-key", "k").header("anthropic-version", "2023-06-01");
+    let check = async |request: reqwest::RequestBuilder, status: u16, kind: &str| {
+        let response = request.header("x-request-id", "abc").send().await.unwrap();
+        assert_eq!((response.status().as_u16(), &response.headers()["request-id"]), (status, &"abc".parse().unwrap()));
+        let body: Value = response.json().await.unwrap();
+        assert_eq!((&body["type"], &body["error"]["type"], &body["request_id"]), (&json!("error"), &json!(kind), &json!("abc")));
+    };
+    check(client.post(&url).json(&json!({})), 401, "authentication_error").await;
+    check(post("missing"), 404, "not_found_error").await;
+    check(post("busy"), 429, "rate_limit_error").await;
+    check(post("late"), 400, "invalid_request_error").await;
+    check(get("/v1/messages"), 405, "invalid_request_error").await;
+    check(get("/v1/messages/batches"), 404, "not_found_error").await;
+    readiness.set(Phase::Loading);
+    check(post("x"), 503, "overloaded_error").await;
+    check(get("/v1/models/x"), 503, "overloaded_error").await;
+    // Others read OpenAI's envelope.
+    refused(client.get(format!("{}/v1/models/x", server.base)).header("x-api-key", "k").send().await.unwrap(), 503).await;
+    readiness.set(Phase::Ready);
+    let response = post("x").send().await.unwrap();
+    assert_eq!((response.status().as_u16(), response.headers().contains_key("request-id")), (200, true));
+}
+
+#[tokio::test]
 async fn a_path_that_is_not_there_is_a_404_whatever_is_sent_to_it() {
     let (server, _) = serve(&Options { body_limit: 1000, ..Options::default() }).await;
     let client = reqwest::Client::new();

@@ -47,7 +47,7 @@ pub const MESSAGES: &[FieldSpec] = &[
     row("max_tokens", Other("an integer ≥ 1"), Messages, "Most tokens of the answer. Required, but for counting."),
     row("tools", Other("a list of `{name, description, input_schema}`"), Messages, "Tools that run at the provider are refused."),
     row("tool_choice", Object, Messages, "`type`: `auto`, `any`, `tool` with `name`, `none`; `disable_parallel_tool_use`."),
-    row("thinking", Object, Messages, "`type`: `enabled` with `budget_tokens`, `adaptive`, `disabled`. Without it: as the model does by itself."),
+    row("thinking", Object, Messages, "`type`: `adaptive` or `disabled`. `enabled` wants a budget, which is refused by name: nothing here ends a thought early. Without it: as the model does by itself."),
     row("output_config", Object, Messages, "`effort`: as `reasoning_effort` of chats. `format`: `json_schema` with `schema`."),
     row("output_format", Object, Messages, "The older place of `output_config.format`."),
     row("metadata", Object, Messages, "`user_id`: has no effect."),

@@ -1,3 +1,5 @@
+use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
 use serde_json::{Value, json};
 
 use crate::api::Answer;
@@ -84,7 +86,8 @@ fn put_together(events: &[Value]) -> Value {
         }
     }
     for (index, input) in inputs {
-        message["content"][index as usize]["input"] = serde_json::from_str(&input).unwrap();
+        let input = serde_json::from_str(&input).ok().filter(Value::is_object);
+        message["content"][index as usize]["input"] = input.unwrap_or_else(|| json!({}));
     }
     message
 }
@@ -115,6 +118,42 @@ async fn a_stream_adds_up_to_the_whole_answer() {
     let blocks = [block(3), block(1), block(2), block(0)].concat();
     assert_eq!(types, [vec!["message_start", "ping"], blocks, vec!["message_delta", "message_stop"]].concat());
     assert_eq!(events[0]["message"]["usage"]["output_tokens"], 0);
+}
+
+/// Deltas of any kinds, cut into lists in any way.
+fn any_batches() -> impl Strategy<Value = Vec<Vec<Delta>>> {
+    prop::collection::vec((0..4_u8, "[a-zé ]{0,3}", any::<bool>()), 1..24).prop_map(|steps| {
+        let (mut batches, mut calls) = (vec![Vec::new()], 0);
+        for (kind, text, cut) in steps {
+            let kind = match kind {
+                0 => DeltaKind::Text(text),
+                1 => DeltaKind::Reasoning(text),
+                2 if calls > 0 => DeltaKind::ToolCall { index: calls - 1, part: ToolCallPart::Arguments(text) },
+                _ => {
+                    calls += 1;
+                    let part = ToolCallPart::Start { id: format!("call_{calls}"), name: "f".to_owned() };
+                    DeltaKind::ToolCall { index: calls - 1, part }
+                }
+            };
+            batches.last_mut().unwrap().push(Delta { choice: 0, kind });
+            if cut {
+                batches.push(Vec::new());
+            }
+        }
+        batches.last_mut().unwrap().push(Delta { choice: 0, kind: DeltaKind::End(EndReason::Stop) });
+        batches
+    })
+}
+
+#[tokio::test]
+async fn any_stream_adds_up_to_the_whole_answer() {
+    let world = saying("").await;
+    let run = TestRunner::default().run(&any_batches(), |batches| {
+        let whole = prepared(&world).dialect.whole(by_choice(batches.concat()), USAGE);
+        prop_assert_eq!(put_together(&stream(prepared(&world), batches)), whole);
+        Ok(())
+    });
+    run.unwrap();
 }
 
 #[tokio::test]
@@ -265,6 +304,12 @@ async fn mistakes_are_told_by_the_names_of_the_caller() {
         (json!({"thinking": {"type": "enabled"}}), 400, "thinking.budget_tokens", Some("missing_required_parameter")),
         (json!({"thinking": {"type": "enabled", "budget_tokens": 5}}), 400, "thinking.budget_tokens", Some("invalid_value")),
         (json!({"thinking": {"type": "enabled", "budget_tokens": 2000}}), 400, "thinking.budget_tokens", Some("invalid_value")),
+        (
+            json!({"thinking": {"type": "enabled", "budget_tokens": 2000}, "max_tokens": 3000}),
+            400,
+            "thinking.budget_tokens",
+            Some("unsupported_parameter"),
+        ),
         (json!({"thinking": {"type": "sometimes"}}), 400, "thinking.type", Some("invalid_value")),
         (json!({"output_config": {"effort": "huge"}}), 400, "output_config.effort", Some("invalid_value")),
         (json!({"output_config": {"format": {"type": "xml"}}}), 400, "output_config.format.type", Some("invalid_value")),

@@ -1,3 +1,5 @@
+use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
 use serde_json::{Value, json};
 
 use crate::api::delta::{Delta, DeltaKind, EndReason, ToolCallPart, Usage, by_choice};
@@ -148,6 +150,44 @@ async fn a_stream_adds_up_to_the_whole_answer() {
     assert_eq!(bare(output(last)), expected);
     assert_eq!(events[0]["response"]["id"], last["id"]);
     assert_eq!((&events[0]["response"]["status"], &events[0]["response"]["output"]), (&json!("in_progress"), &json!([])));
+}
+
+/// Deltas of any kinds, cut into lists in any way.
+fn any_batches() -> impl Strategy<Value = Vec<Vec<Delta>>> {
+    prop::collection::vec((0..4_u8, "[a-zé ]{0,3}", any::<bool>()), 1..24).prop_map(|steps| {
+        let (mut batches, mut calls) = (vec![Vec::new()], 0);
+        for (kind, text, cut) in steps {
+            let kind = match kind {
+                0 => DeltaKind::Text(text),
+                1 => DeltaKind::Reasoning(text),
+                2 if calls > 0 => DeltaKind::ToolCall { index: calls - 1, part: ToolCallPart::Arguments(text) },
+                _ => {
+                    calls += 1;
+                    let part = ToolCallPart::Start { id: format!("call_{calls}"), name: "f".to_owned() };
+                    DeltaKind::ToolCall { index: calls - 1, part }
+                }
+            };
+            batches.last_mut().unwrap().push(Delta { choice: 0, kind });
+            if cut {
+                batches.push(Vec::new());
+            }
+        }
+        batches.last_mut().unwrap().push(Delta { choice: 0, kind: DeltaKind::End(EndReason::Stop) });
+        batches
+    })
+}
+
+#[tokio::test]
+async fn any_stream_adds_up_to_the_whole_answer() {
+    let world = saying("").await;
+    let run = TestRunner::default().run(&any_batches(), |batches| {
+        let whole = read(&world, json!({})).unwrap().dialect.whole(by_choice(batches.concat()), USAGE);
+        let events = named_events(&frames(read(&world, json!({})).unwrap(), batches));
+        prop_assert!(events.iter().enumerate().all(|(number, event)| event["sequence_number"] == number));
+        prop_assert_eq!(bare(put_together(&events)), bare(output(&whole)));
+        Ok(())
+    });
+    run.unwrap();
 }
 
 #[tokio::test]

@@ -121,6 +121,45 @@ async fn a_stream_that_fails_midway_says_so_once() {
 }
 
 #[tokio::test]
+async fn a_stream_of_named_events_fails_in_its_own_form() {
+    let bench = bench(quick()).await;
+    let ends = [
+        (
+            "/v1/responses",
+            "event: response.created\ndata: {}\n\n",
+            "event: error\ndata: {\"type\":\"error\",\"code\":\"job_failed\",\"message\":\"oops\",\"param\":null,\"sequence_number\":1}\n\n",
+        ),
+        (
+            "/v1/messages",
+            "event: message_start\ndata: {}\n\n",
+            "event: error\ndata: {\"type\":\"error\",\"error\":{\"type\":\"api_error\",\"message\":\"oops\"}}\n\n",
+        ),
+    ];
+    for (route, begun, end) in ends {
+        for told in [false, true] {
+            let call = bench.openai(route, json!({"stream": true}));
+            let job = bench.await_job("w").await;
+            bench.chunk("w", id(&job), json!(begun)).await;
+            if told {
+                bench.chunk("w", id(&job), json!(end)).await;
+            }
+            bench.done("w", id(&job), json!({"error": "oops"})).await;
+            assert_eq!(call.await.unwrap().text().await.unwrap(), format!("{begun}{end}"), "told {told}");
+        }
+        let call = bench.openai(route, json!({}));
+        let job = bench.await_job("w").await;
+        let envelope =
+            json!({"error": {"message": "no", "type": "invalid_request_error", "param": "max_tokens", "code": null, "status": 400}});
+        bench.done("w", id(&job), json!({"error": envelope.to_string()})).await;
+        let answer = call.await.unwrap();
+        assert_eq!(answer.status(), 400);
+        let body: serde_json::Value = answer.json().await.unwrap();
+        assert_eq!(body["error"]["message"], "no");
+        assert_eq!(body["type"] == "error", route == "/v1/messages", "{body}");
+    }
+}
+
+#[tokio::test]
 async fn an_openai_stream_whose_worker_is_lost_does_not_begin_again() {
     let bench = bench(Options { lost_after: Duration::from_millis(100), ..quick() }).await;
     let call = bench.openai("/v1/completions", json!({"stream": true}));
