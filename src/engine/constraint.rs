@@ -2,7 +2,7 @@
 //!
 //! The engine knows no grammar. It asks a [`Constraint`] of the sequence, in three ways:
 //!
-//! - **Masks.** [`Constraint::next`] says [`Next::Some`]: [`MaskJob`] makes the mask on another thread while the forward pass runs, and the
+//! - **Masks.** [`Constraint::next`] says [`Next::Masked`]: [`MaskJob`] makes the mask on another thread while the forward pass runs, and the
 //!   sampler waits for it. A row with draft tokens gets one mask for each sample; drafts that the constraint forbids are never accepted.
 //! - **Forced tokens.** [`Next::Forced`]: they are appended without being sampled and run together in the next step, as a chunk.
 //! - **The end.** [`Next::End`]: the sequence has finished.
@@ -21,7 +21,7 @@ pub trait Constraint: Send {
     /// What may follow now. Called on the engine's thread after each token: it must take microseconds.
     fn next(&mut self) -> Result<Next, Failure>;
 
-    /// The tokens that may follow, when [`Constraint::next`] says [`Next::Some`]. May take milliseconds: it is not called on the engine's thread.
+    /// The tokens that may follow, when [`Constraint::next`] says [`Next::Masked`]. May take milliseconds: it is not called on the engine's thread.
     fn mask(&mut self) -> Result<TokenMask, Failure>;
 
     /// The sequence goes on with `token`.
@@ -40,7 +40,7 @@ pub enum Next {
     /// Any token. This costs nothing.
     Anything,
     /// The tokens of [`Constraint::mask`].
-    Some,
+    Masked,
     /// These tokens in this order and no others, at least one.
     Forced(Vec<u32>),
     /// Nothing: the sequence is complete.
@@ -151,7 +151,7 @@ impl MaskJob {
         loop {
             let allowed = match constraint.next()? {
                 Next::Anything => Allowed::Anything,
-                Next::Some => Allowed::Only(self.without_end(constraint.mask()?)),
+                Next::Masked => Allowed::Only(self.without_end(constraint.mask()?)),
                 Next::Forced(ids) => Allowed::Only(TokenMask::only(ids.get(..1).unwrap_or_default())),
                 // Only a constraint that allows no token at all gets here: a sequence leaves when its constraint has ended.
                 Next::End => Allowed::Only(TokenMask::only(&self.params.eos_token_ids)),

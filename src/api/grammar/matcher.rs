@@ -18,7 +18,7 @@ impl GrammarConstraint {
     /// Fails when no output at all meets the grammar.
     pub fn check_start(&mut self) -> Result<(), Failure> {
         match self.next()? {
-            Next::Some => self.mask().map(|_| ()),
+            Next::Masked => self.mask().map(|_| ()),
             _ => Ok(()),
         }
     }
@@ -45,7 +45,7 @@ impl Constraint for GrammarConstraint {
         }
         let forced = self.matcher.compute_ff_tokens();
         self.checked()?;
-        Ok(if forced.is_empty() { Next::Some } else { Next::Forced(forced) })
+        Ok(if forced.is_empty() { Next::Masked } else { Next::Forced(forced) })
     }
 
     fn mask(&mut self) -> Result<TokenMask, Failure> {

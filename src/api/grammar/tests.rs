@@ -38,7 +38,7 @@ fn drive(grammar: &Grammar, seed: u64, most: usize) -> (String, bool) {
                 forced.iter().for_each(|id| constraint.accept(*id).unwrap());
                 ids.extend(forced);
             }
-            Next::Some => {
+            Next::Masked => {
                 let mask = constraint.mask().unwrap();
                 let allowed: Vec<u32> = (0..TOKENIZER.vocab_size() as u32).filter(|id| mask.allows(*id)).collect();
                 let closers: Vec<u32> = closing.iter().copied().filter(|id| mask.allows(*id)).collect();

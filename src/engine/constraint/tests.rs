@@ -43,7 +43,7 @@ impl Constraint for Automaton {
         Ok(match forced.is_empty() {
             false => Next::Forced(forced),
             true if (at as u32 + self.seed) % 5 == 0 => Next::Anything,
-            true => Next::Some,
+            true => Next::Masked,
         })
     }
 
@@ -58,7 +58,7 @@ impl Constraint for Automaton {
     fn accept(&mut self, token: u32) -> Result<(), Failure> {
         let allowed = match self.next()? {
             Next::Anything => true,
-            Next::Some => self.mask()?.allows(token),
+            Next::Masked => self.mask()?.allows(token),
             Next::Forced(tokens) => tokens[0] == token,
             Next::End => false,
         };
@@ -94,7 +94,7 @@ fn expected(prompt: &[u32], mut constraint: Automaton, max_tokens: usize) -> (Ve
             Next::End => return (constraint.output, Finish::Stop),
             _ if constraint.output.len() >= max_tokens => return (constraint.output, Finish::Length),
             Next::Anything => Allowed::Anything,
-            Next::Some => Allowed::Only(constraint.mask().unwrap()),
+            Next::Masked => Allowed::Only(constraint.mask().unwrap()),
             Next::Forced(tokens) => Allowed::Only(TokenMask::only(&tokens[..1])),
         };
         let token = choose(&tokens, &allowed);
@@ -291,7 +291,7 @@ struct Panics;
 
 impl Constraint for Panics {
     fn next(&mut self) -> Result<Next, Failure> {
-        Ok(Next::Some)
+        Ok(Next::Masked)
     }
 
     fn mask(&mut self) -> Result<TokenMask, Failure> {
