@@ -10,9 +10,13 @@
 //!    [`delta::Delta`]s.
 //! 4. The dialect writes the deltas as its own objects.
 //!
+//! Calls that generate nothing are in `calls/`.
+//!
 //! Neither the run nor the engine knows a dialect, and no dialect knows another.
 
+pub mod batch;
 pub mod body;
+mod calls;
 mod clock;
 pub mod delta;
 mod dialects;
@@ -30,6 +34,7 @@ pub mod reclaim;
 mod request;
 pub mod routes;
 mod run;
+mod running;
 mod sequence_task;
 mod served;
 mod service;

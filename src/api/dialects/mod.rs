@@ -3,6 +3,7 @@
 //! | Dialect | Requests | Answers |
 //! |---|---|---|
 //! | `chat` | `/v1/chat/completions` | `chat.completion`, server-sent events |
+//! | `fastchat` | `/api/v1/chat/completions` | the same as `chat`, with FastChat's defaults |
 //! | `completions` | `/v1/completions` | `text_completion`, server-sent events |
 //! | `native` | a job's own input | either object, chunk objects |
 //! | `tokens` | the same, with `NATIVE_OUTPUT_FORMAT=tokens` | the older form of `{"choices":[{"tokens"}],"usage"}` |
@@ -17,6 +18,7 @@ use crate::error::Failure;
 
 pub mod chat;
 pub mod completions;
+pub mod fastchat;
 mod job_request;
 pub mod native;
 mod objects;

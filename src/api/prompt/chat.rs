@@ -3,14 +3,14 @@
 use serde_json::{Map, Value, json};
 
 use crate::api::fields::refuse::is_thinking_off;
-use crate::api::fields::{Field, Fields, invalid, missing, wrong_type};
+use crate::api::fields::{Field, Fields, invalid, missing, token_ids, wrong_type};
 use crate::api::logprobs::Echo;
 use crate::api::options::GenerationOptions;
 use crate::api::prompt::contents::{self, Contents};
 use crate::api::prompt::fit::Fit;
 use crate::api::prompt::guard::{Guard, Marks};
-use crate::api::prompt::messages;
 use crate::api::prompt::template::ChatTemplate;
+use crate::api::prompt::{messages, text};
 use crate::api::request::{GenerationRequest, Prompt};
 use crate::api::served::ServedModel;
 use crate::error::Failure;
@@ -25,6 +25,12 @@ pub fn request(served: &ServedModel, fields: &Fields<'_>, options: GenerationOpt
     let mut echo = None;
     let ids = match (fields.token_ids("prompt_token_ids", served.limits.vocab_size)?, fields.get("messages")) {
         (Some(ids), _) => ids,
+        (None, Some(field)) if field.value[0].is_number() => token_ids(&field, served.limits.vocab_size)?,
+        (None, Some(field)) if fields.flag("disable_chat_template")? => {
+            let first = messages::read(&field)?.swap_remove(0);
+            let given = contents::text(&first["content"]);
+            text::encode(served, fit.text(&given)?, &options)?
+        }
         (None, Some(field)) => {
             fit.given_text(field.value, fields.get("chat_template").is_some())?;
             let messages = messages::read(&field)?;
@@ -44,12 +50,43 @@ fn last_text(messages: &[Value], role: &str) -> Option<String> {
 }
 
 /// Renders and tokenizes.
-pub fn encode(
-    served: &ServedModel,
-    fields: &Fields<'_>,
-    mut messages: Vec<Value>,
-    options: &GenerationOptions,
-) -> Result<Vec<u32>, Failure> {
+pub fn encode(served: &ServedModel, fields: &Fields<'_>, messages: Vec<Value>, options: &GenerationOptions) -> Result<Vec<u32>, Failure> {
+    let fit = Fit { served, options, noun: NOUN };
+    render(served, fields, messages)?.encode(served, options.add_special_tokens, |text| fit.text(text))
+}
+
+/// A prompt as the template wrote it, with the marks inside that keep users from writing control tokens.
+pub struct Rendered {
+    text: String,
+    marks: Marks,
+}
+
+impl Rendered {
+    pub fn text(&self) -> String {
+        self.text.replace(self.marks.break_mark, "")
+    }
+
+    /// Token ids. `add`: the request's `add_special_tokens`. `fit` gives the end of the text that is to be tokenized.
+    pub fn encode(
+        &self,
+        served: &ServedModel,
+        add: Option<bool>,
+        fit: impl FnOnce(&str) -> Result<&str, Failure>,
+    ) -> Result<Vec<u32>, Failure> {
+        let mut ids = match served.settings.allow_special_tokens {
+            true => served.tokenizer.encode(fit(&self.text)?, Special::Control)?,
+            false => served.guard.encode(&served.tokenizer, &self.text, self.marks.break_mark, fit)?,
+        };
+        // Templates write the beginning-of-sequence token themselves: only when asked, and never twice.
+        if add == Some(true) && served.bos_token_id.is_some() && ids.first() != served.bos_token_id.as_ref() {
+            ids.splice(0..0, served.bos_token_id);
+        }
+        Ok(ids)
+    }
+}
+
+/// Renders messages through the chat template.
+pub fn render(served: &ServedModel, fields: &Fields<'_>, mut messages: Vec<Value>) -> Result<Rendered, Failure> {
     let of_request = request_template(served, fields)?;
     let (template, contents) = match &of_request {
         Some(template) => template,
@@ -73,16 +110,7 @@ pub fn encode(
     if let Some(text) = continued {
         cut_after(&mut rendered, &text, marks)?;
     }
-    let fit = Fit { served, options, noun: NOUN };
-    let mut ids = match served.settings.allow_special_tokens {
-        true => served.tokenizer.encode(fit.text(&rendered)?, Special::Control)?,
-        false => served.guard.encode(&served.tokenizer, &rendered, marks.break_mark, |text| fit.text(text))?,
-    };
-    // Templates write the beginning-of-sequence token themselves: only when asked, and never twice.
-    if options.add_special_tokens == Some(true) && served.bos_token_id.is_some() && ids.first() != served.bos_token_id.as_ref() {
-        ids.splice(0..0, served.bos_token_id);
-    }
-    Ok(ids)
+    Ok(Rendered { text: rendered, marks })
 }
 
 /// Marks the end of a text, which is given back without the mark.
