@@ -55,6 +55,8 @@ pub enum EndReason {
     StopToken(u32),
     /// `max_tokens` or the context's end is reached.
     Length,
+    /// Somebody has ended the request (`/v1/abort_requests`).
+    Abort,
 }
 
 /// Tokens of a request up to now, all its choices together.

@@ -95,6 +95,11 @@ impl<'a> Fields<'a> {
     /// The same with another lower bound than the table's.
     pub fn number_from(&self, name: &str, min: f64) -> Result<Option<f64>, Failure> {
         let ValueSpec::Number { max, .. } = value_spec(name)? else { return Err(misread(name)) };
+        self.number_within(name, min, max)
+    }
+
+    /// The same with both bounds other than the table's.
+    pub fn number_within(&self, name: &str, min: f64, max: f64) -> Result<Option<f64>, Failure> {
         let Some(field) = self.get(name) else { return Ok(None) };
         let number = field.value.as_f64().filter(|number| number.is_finite()).ok_or_else(|| wrong_type(&field, "a number"))?;
         if number < min {

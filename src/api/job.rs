@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value};
 
+use crate::api::batch::{self, Given};
 use crate::api::fields::{Field, kind, missing, wrong_type};
 use crate::api::routes;
 use crate::error::Failure;
@@ -10,13 +11,53 @@ use crate::error::Failure;
 pub enum Job {
     /// An OpenAI call wrapped as `openai_route` or `route`.
     Call { method: String, path: String, body: Value },
+    /// Lines of a batch with their numbers, from `batch` or `input_file_content`. With `stream` each answer comes when it is ready.
+    Batch { lines: Vec<(usize, Given)>, stream: bool },
     /// `messages`, `prompt` and their kin.
     Own(Value),
 }
 
 pub fn read(input: Value) -> Result<Job, Failure> {
     let mut input = unwrapped(object(input)?)?;
-    Ok(wrapped_call(&mut input)?.unwrap_or_else(|| Job::Own(Value::Object(input))))
+    if let Some(call) = wrapped_call(&mut input)? {
+        return Ok(call);
+    }
+    let lines = batch(&mut input)?;
+    let stream = input.get("stream") == Some(&Value::Bool(true));
+    Ok(match lines {
+        Some(lines) => Job::Batch { lines, stream },
+        None => Job::Own(Value::Object(input)),
+    })
+}
+
+/// Most lines in one job.
+const MOST_LINES: usize = 1000;
+
+/// `batch`, a list of lines, or `input_file_content`, the text of a file of them; not beside a prompt, which wins.
+fn batch(input: &mut Map<String, Value>) -> Result<Option<Vec<(usize, Given)>>, Failure> {
+    let is_given = |name: &str| input.get(name).is_some_and(|value| !value.is_null());
+    if is_given("messages") || PROMPTS.into_iter().any(is_given) {
+        return Ok(None);
+    }
+    let mut take = |name: &str| input.get_mut(name).map(Value::take).filter(|value| !value.is_null());
+    let too_many = |name: &str, lines: usize| {
+        let message = format!("'{name}' holds {lines} lines, more than the maximum of {MOST_LINES} in one job. Send several jobs.");
+        Err(Failure::bad_request(name, message).code("invalid_value"))
+    };
+    let wrong = |name: &str, value: &Value, words: &str| Err(wrong_type(&Field { name: name.to_owned(), value }, words));
+    match (take("batch"), take("input_file_content")) {
+        (Some(Value::Array(lines)), _) if lines.len() > MOST_LINES => too_many("batch", lines.len()),
+        (Some(Value::Array(lines)), _) => {
+            Ok(Some(lines.into_iter().enumerate().map(|(place, line)| (place + 1, Given::Value(line))).collect()))
+        }
+        (Some(value), _) => wrong("batch", &value, "a list of lines"),
+        (None, Some(Value::String(text))) => match batch::lines(&text).count() {
+            many if many > MOST_LINES => too_many("input_file_content", many),
+            _ => Ok(Some(batch::lines(&text).map(|(number, line)| (number, Given::Text(line.to_owned()))).collect())),
+        },
+        (None, Some(value)) => wrong("input_file_content", &value, "the text of a file of lines"),
+        (None, None) => Ok(None),
+    }
 }
 
 fn object(input: Value) -> Result<Map<String, Value>, Failure> {

@@ -11,9 +11,13 @@
 //!    [`delta::Delta`]s.
 //! 4. The dialect writes the deltas as its own objects.
 //!
+//! Calls that generate nothing are in `calls/`.
+//!
 //! Neither the run nor the engine knows a dialect, and no dialect knows another.
 
+pub mod batch;
 pub mod body;
+mod calls;
 mod clock;
 pub mod delta;
 mod dialects;
@@ -34,6 +38,7 @@ mod request;
 mod response_store;
 pub mod routes;
 mod run;
+mod running;
 mod sequence_task;
 mod served;
 mod service;

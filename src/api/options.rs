@@ -24,6 +24,8 @@ pub struct SamplingDefaults {
     presence_penalty: f64,
     frequency_penalty: f64,
     repetition_penalty: f64,
+    /// Most that a request may ask for.
+    max_temperature: Option<f64>,
 }
 
 impl SamplingDefaults {
@@ -37,6 +39,7 @@ impl SamplingDefaults {
             presence_penalty: fields::default_of("presence_penalty"),
             frequency_penalty: fields::default_of("frequency_penalty"),
             repetition_penalty: fields::default_of("repetition_penalty"),
+            max_temperature: settings.fastdeploy_compatible.then_some(f64::MAX),
         };
         if let (false, Value::Object(config)) = (settings.ignore_generation_config, generation_config) {
             for (name, value) in config {
@@ -72,14 +75,23 @@ impl SamplingDefaults {
             return Err(invalid(&field, format!("{} is less than the minimum of 0.001 - '{}'", field.value, field.name)));
         }
         Ok(Self {
-            temperature: fields.number("temperature")?.unwrap_or(self.temperature),
+            temperature: self.temperature(fields)?,
             top_p: fields.number("top_p")?.unwrap_or(self.top_p),
             top_k: top_k.unwrap_or(self.top_k),
             min_p: fields.number("min_p")?.unwrap_or(self.min_p),
             presence_penalty: fields.number("presence_penalty")?.unwrap_or(self.presence_penalty),
             frequency_penalty: fields.number("frequency_penalty")?.unwrap_or(self.frequency_penalty),
             repetition_penalty: repetition_penalty.unwrap_or(self.repetition_penalty),
+            max_temperature: self.max_temperature,
         })
+    }
+
+    fn temperature(&self, fields: &Fields<'_>) -> Result<f64, Failure> {
+        let given = match self.max_temperature {
+            Some(max) => fields.number_within("temperature", 0.0, max)?,
+            None => fields.number("temperature")?,
+        };
+        Ok(given.unwrap_or(self.temperature))
     }
 }
 
@@ -115,6 +127,12 @@ pub struct GenerationOptions {
     pub echo: bool,
     /// The request's: every prompt begins with it, and further choices count up from it. Without one each sequence gets its own.
     pub seed: Option<u64>,
+    /// Most tokens after the model's thoughts.
+    pub response_max_tokens: Option<usize>,
+    /// What the answer has begun with: tokens after the prompt.
+    pub completion_token_ids: Vec<u32>,
+    /// Tokens of one choice in one chunk of a stream, at least.
+    pub stream_group: usize,
     /// The first choice's; `max_tokens` and `seed` are not set yet.
     pub sampling: SamplingParams,
     /// What each answer must be.
@@ -167,6 +185,9 @@ impl GenerationOptions {
             prompt_logprobs: logprobs.of_prompt(echo && !form.is_chat(), context.settings),
             echo,
             seed: fields.seed()?,
+            response_max_tokens: fields.count("response_max_tokens")?,
+            completion_token_ids: fields.token_ids("completion_token_ids", context.limits.vocab_size)?.unwrap_or_default(),
+            stream_group: fields.count_or_default("max_streaming_response_tokens")?,
             sampling,
             grammar: compiled(fields, context)?,
         })

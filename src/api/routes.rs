@@ -24,6 +24,16 @@ pub enum Route {
     Messages,
     /// Anthropic's.
     CountTokens,
+    /// FastChat's chat, with defaults of its own.
+    FastChat,
+    Tokenize,
+    Detokenize,
+    ApplyTemplate,
+    Render,
+    TokenCheck,
+    Abort,
+    Version,
+    Load,
 }
 
 /// The methods of a path, for the `allow` header of a 405; `None` when there is no such path.
@@ -48,9 +58,9 @@ impl Route {
     /// The methods that it takes, joined by a comma and a space.
     pub fn methods(&self) -> &'static str {
         match self {
-            Route::Chat | Route::Completions | Route::Embeddings | Route::Responses | Route::Messages | Route::CountTokens => "POST",
-            Route::Models | Route::Model(_) | Route::InputItems { .. } => "GET",
+            Route::Models | Route::Model(_) | Route::Version | Route::Load | Route::InputItems { .. } => "GET",
             Route::Response(_) => "GET, DELETE",
+            _ => "POST",
         }
     }
 
@@ -68,17 +78,28 @@ fn bare(path: &str) -> &str {
 
 /// The path as the client wrote it: with or without a leading slash, `/openai` before it, a slash after it.
 pub fn find(path: &str) -> Option<Route> {
-    let decoded = |id: &str| percent_decode_str(id).decode_utf8_lossy().into_owned();
     let query = path.split_once('?').map_or("", |(_, query)| query);
     let path = bare(path);
+    if let Some((_, of_engine)) = engine(path) {
+        return find(of_engine);
+    }
     match path {
-        "" | "v1/chat/completions" | "chat/completions" | "api/v1/chat/completions" => Some(Route::Chat),
+        "" | "v1/chat/completions" | "chat/completions" => Some(Route::Chat),
+        "api/v1/chat/completions" => Some(Route::FastChat),
         "v1/completions" | "completions" => Some(Route::Completions),
         "v1/models" | "models" => Some(Route::Models),
         "v1/embeddings" | "embeddings" => Some(Route::Embeddings),
         "v1/responses" | "responses" => Some(Route::Responses),
         "v1/messages" => Some(Route::Messages),
         "v1/messages/count_tokens" => Some(Route::CountTokens),
+        "tokenize" | "v1/tokenize" => Some(Route::Tokenize),
+        "detokenize" | "v1/detokenize" => Some(Route::Detokenize),
+        "apply-template" | "v1/apply-template" => Some(Route::ApplyTemplate),
+        "v1/chat/completions/render" => Some(Route::Render),
+        "api/v1/token_check" => Some(Route::TokenCheck),
+        "v1/abort_requests" | "abort_requests" => Some(Route::Abort),
+        "version" | "v1/version" => Some(Route::Version),
+        "load" | "v1/load" => Some(Route::Load),
         _ => {
             if let Some(id) = path.strip_prefix("v1/models/") {
                 return Some(Route::Model(decoded(id)));
@@ -91,6 +112,22 @@ pub fn find(path: &str) -> Option<Route> {
             }
         }
     }
+}
+
+/// The model that the path names: `/v1/engines/MODEL/completions`. The body's `model` comes before it.
+pub fn model(path: &str) -> Option<String> {
+    engine(bare(path)).map(|(model, _)| decoded(model))
+}
+
+/// The model of an engine's path, and the route below it. A model's name may hold slashes.
+fn engine(path: &str) -> Option<(&str, &'static str)> {
+    let rest = path.strip_prefix("v1/engines/")?;
+    let below = |route: &'static str| Some((rest.strip_suffix(route)?.strip_suffix('/')?, route));
+    ["chat/completions", "completions", "embeddings"].into_iter().find_map(below).filter(|(model, _)| !model.is_empty())
+}
+
+fn decoded(text: &str) -> String {
+    percent_decode_str(text).decode_utf8_lossy().into_owned()
 }
 
 #[cfg(test)]
@@ -131,6 +168,27 @@ mod tests {
         ] {
             assert_eq!(error_form(path), form, "{path}");
         }
+        assert_eq!((find("/api/v1/chat/completions"), find("/openai/tokenize/")), (Some(Route::FastChat), Some(Route::Tokenize)));
+        assert_eq!((allow("/load"), allow("/v1/chat/completions/render"), find("/v1/render")), (Some("GET"), Some("POST"), None));
+    }
+
+    #[test]
+    fn engines_are_models_in_the_path() {
+        for (path, route, name) in [
+            ("/v1/engines/demo/completions", Route::Completions, "demo"),
+            ("/v1/engines/a/b/chat/completions/", Route::Chat, "a/b"),
+            ("/openai/v1/engines/a%2Fb/embeddings?x=1", Route::Embeddings, "a/b"),
+        ] {
+            assert_eq!((find(path), model(path).as_deref()), (Some(route), Some(name)), "{path}");
+        }
+        for path in ["/v1/engines", "/v1/engines/completions", "/v1/engines/a/models", "/v1/engines//completions"] {
+            assert_eq!((find(path), model(path)), (None, None), "{path}");
+        }
+        assert_eq!(model("/v1/completions"), None);
+    }
+
+    #[test]
+    fn methods() {
         assert_eq!((allow("/v1/completions"), allow("/v1/models/x"), allow("/nothing")), (Some("POST"), Some("GET"), None));
     }
 }

@@ -14,7 +14,8 @@ use tokio::task::JoinHandle;
 
 use crate::api::delta::{self, ChoiceUpdate, Delta, DeltaKind, Usage};
 use crate::api::request::GenerationRequest;
-use crate::api::sequence_task::{Opening, Progress, SequenceTask, TextOptions};
+use crate::api::running::{Registered, Running};
+use crate::api::sequence_task::{Opening, Progress, ResponseLimit, SequenceTask, TextOptions};
 use crate::api::tally::Tally;
 use crate::engine::{Handle, Request};
 use crate::error::Failure;
@@ -27,6 +28,7 @@ pub struct Runs {
     /// After so long a request fails.
     pub timeout: Option<Duration>,
     pub seeds: Seeds,
+    pub running: Arc<Running>,
 }
 
 /// Seeds of the sequences whose request names none.
@@ -71,6 +73,11 @@ fn text_options(runs: &Runs, request: &GenerationRequest) -> TextOptions {
         score_only: options.max_tokens == Some(0),
         report: options.logprobs.output.is_some(),
         report_hidden: options.return_token_ids,
+        response: options.response_max_tokens.map(|tokens| ResponseLimit {
+            tokens,
+            think: runs.tokenizer.token_id("<think>"),
+            think_end: runs.tokenizer.token_id("</think>"),
+        }),
     }
 }
 
@@ -88,6 +95,10 @@ pub struct RequestStream {
     reasoning_tokens: Option<usize>,
     /// Where the request's tokens are counted for the log.
     tally: Arc<Tally>,
+    /// Until this is dropped, others can abort the request.
+    registered: Registered,
+    /// Tokens of one choice that are given together, at least.
+    group: usize,
     /// Choices of each prompt, and the sequences that they are chosen from.
     n: usize,
     candidates: usize,
@@ -110,6 +121,7 @@ impl RequestStream {
         let id: Arc<str> = id.into();
         let deadline = runs.timeout.and_then(|limit| Instant::now().checked_add(limit));
         let text = Arc::new(text_options(runs, request));
+        let registered = runs.running.register(&id);
         let (sender, progress) = mpsc::unbounded_channel();
         let open = request.prompts.len() * options.candidates;
         let mut tasks = Vec::with_capacity(open);
@@ -129,13 +141,14 @@ impl RequestStream {
                 let sequence = Request { id: id.clone(), prompt: prompt.ids.clone(), params, prompt_logprobs, deadline, constraint };
                 let generation = runs.engine.submit(sequence)?;
                 let opening = Opening {
+                    thinking: text.response.as_ref().is_some_and(|limit| limit.opened_by(&prompt.ids)),
                     echo: prompt.echo.as_ref().map(|echo| echo.text.clone()).unwrap_or_default(),
                     scored: scored.take(),
                     scores: options.prompt_logprobs.map(|_| scores.clone()),
                 };
                 let first = place * options.candidates + candidate;
                 let task = SequenceTask::new(first..first + copies, text.clone(), request.parsing.parser(), opening);
-                tasks.push(task.follow(generation, sender.clone()));
+                tasks.push(task.follow(generation, registered.aborted.clone(), sender.clone()));
             }
         }
         let task = tokio::spawn(async move { tasks.into_iter().collect::<FuturesUnordered<_>>().collect::<()>().await });
@@ -151,6 +164,8 @@ impl RequestStream {
             completion_tokens: 0,
             reasoning_tokens: request.parsing.reasoning.map(|_| 0),
             tally,
+            registered,
+            group: if options.stream { options.stream_group } else { 1 },
             n: options.n,
             candidates: options.candidates,
             cached: vec![None; request.prompts.len()],
@@ -169,7 +184,7 @@ impl RequestStream {
         }
     }
 
-    /// Everything that is ready, at least one delta; `None` when all choices have ended or one has failed.
+    /// Everything that is ready, at least one delta, and where the request wants its tokens in groups at least one of those; `None` when all choices have ended or one has failed.
     pub async fn next(&mut self) -> Option<Result<Vec<Delta>, Failure>> {
         if let Some(failure) = self.failure.take() {
             return Some(Err(self.fail(failure)));
@@ -189,7 +204,15 @@ impl RequestStream {
                     self.failure = Some(failure);
                     break;
                 }
-                Err(_) => break,
+                Err(_) if self.open == 0 || has_tokens(&deltas, self.group) => break,
+                Err(_) => match self.progress.recv().await {
+                    Some(Ok(progress)) => deltas.extend(self.count(progress)),
+                    Some(Err(failure)) => {
+                        self.failure = Some(failure);
+                        break;
+                    }
+                    None => break,
+                },
             }
         }
         Some(Ok(deltas))
@@ -210,6 +233,7 @@ impl RequestStream {
                 DeltaKind::Tokens { ids, .. } => {
                     self.completion_tokens += ids.len();
                     self.tally.add_output(ids.len());
+                    self.registered.output_tokens.fetch_add(ids.len(), Ordering::Relaxed);
                 }
                 DeltaKind::End(_) => self.open -= 1,
                 _ => {}
@@ -258,4 +282,10 @@ impl RequestStream {
         self.task.abort();
         failure
     }
+}
+
+/// Whether some choice has at least so many tokens.
+fn has_tokens(deltas: &[Delta], least: usize) -> bool {
+    let tokens = |delta: &Delta| if let DeltaKind::Tokens { ids, .. } = &delta.kind { ids.len() } else { 0 };
+    least <= 1 || deltas.iter().any(|first| deltas.iter().filter(|delta| delta.choice == first.choice).map(tokens).sum::<usize>() >= least)
 }

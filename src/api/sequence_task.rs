@@ -30,10 +30,29 @@ pub struct TextOptions {
     pub report: bool,
     /// Of the end of sequence and the tokens of a stop string, too: token ids are asked for, and those hold them.
     pub report_hidden: bool,
+    pub response: Option<ResponseLimit>,
+}
+
+/// Most tokens after the model's thoughts (`response_max_tokens`): all tokens of an answer without thoughts.
+pub struct ResponseLimit {
+    pub tokens: usize,
+    /// The ids of `<think>` and `</think>`, where there are any.
+    pub think: Option<u32>,
+    pub think_end: Option<u32>,
+}
+
+impl ResponseLimit {
+    /// Whether an answer to this prompt begins inside a thought: the prompt has opened one.
+    pub fn opened_by(&self, prompt: &[u32]) -> bool {
+        let last = prompt.iter().rev().find(|id| self.think == Some(**id) || self.think_end == Some(**id));
+        last.is_some_and(|id| self.think == Some(*id))
+    }
 }
 
 /// What a choice begins with.
 pub struct Opening {
+    /// The prompt has opened a thought.
+    pub thinking: bool,
     pub echo: String,
     /// Where the first choice of a prompt leaves the prompt's scores.
     pub scored: Option<watch::Sender<Option<Arc<Vec<Logprobs>>>>>,
@@ -67,6 +86,9 @@ pub struct SequenceTask {
     detokenizer: Detokenizer,
     reports: Reports,
     produced: usize,
+    /// Inside a thought, and tokens outside of one: counted for [`ResponseLimit`] alone.
+    thinking: bool,
+    answered: usize,
     cached_tokens: Option<usize>,
 }
 
@@ -84,13 +106,21 @@ impl SequenceTask {
     pub fn new(choices: Range<usize>, options: Arc<TextOptions>, parser: Box<dyn Parser>, opening: Opening) -> Self {
         let detokenizer = Detokenizer::new(&options.stops, options.include_stop);
         let reports = Reports { offset: opening.echo.chars().count(), keep_hidden: options.report_hidden, ..Reports::default() };
-        Self { choices, options, parser, opening: Some(opening), detokenizer, reports, produced: 0, cached_tokens: None }
+        let thinking = opening.thinking;
+        let opening = Some(opening);
+        Self { choices, options, parser, opening, detokenizer, reports, produced: 0, thinking, answered: 0, cached_tokens: None }
     }
 
-    /// A stop string ends the sequence here, before the engine knows.
-    pub async fn follow(mut self, mut generation: Generation, sender: ProgressSender) {
+    /// A stop string ends the sequence here, before the engine knows; and so does `aborted`, when it becomes true.
+    pub async fn follow(mut self, mut generation: Generation, mut aborted: watch::Receiver<bool>, sender: ProgressSender) {
         loop {
-            let step = match generation.next().await {
+            let event = tokio::select! {
+                event = generation.next() => Some(event),
+                true = is_true(&mut aborted) => None,
+            };
+            let stopped_here = event.is_some();
+            let step = match event.unwrap_or(Event::Started { cached_tokens: 0 }) {
+                _ if !stopped_here => self.abort(),
                 Event::Prompt(scores) => {
                     if let Some(scored) = self.opening.as_ref().and_then(|opening| opening.scored.as_ref()) {
                         scored.send_replace(Some(Arc::new(scores)));
@@ -104,7 +134,7 @@ impl SequenceTask {
                 }
                 Event::Token(token) if !self.options.score_only => self.token(token),
                 Event::Token(_) => Step { end: Some(EndReason::Length), ..Step::default() },
-                Event::Finished(finish) => self.finish(finish),
+                Event::Finished(finish) => self.finish(end_of(finish)),
                 Event::Failed(failure) => {
                     // A receiver that is gone wants no failure either.
                     let _ = sender.send(Err(failure));
@@ -125,7 +155,11 @@ impl SequenceTask {
                 return;
             }
             if ended {
-                return generation.complete();
+                // Dropped without this, it counts as aborted.
+                if stopped_here {
+                    generation.complete();
+                }
+                return;
             }
         }
     }
@@ -176,15 +210,40 @@ impl SequenceTask {
             self.reports.push(report, bytes.is_some());
         }
         self.reports.shown(step.text.len(), self.detokenizer.is_whole());
-        self.release(stop, step)
+        let step = self.release(stop, step);
+        if self.is_last(token.id) && step.end.is_none() && !token.ends { self.cut(step) } else { step }
     }
 
-    fn finish(&mut self, finish: Finish) -> Step {
-        let end = match finish {
-            Finish::Stop => EndReason::Stop,
-            Finish::StopToken(id) => EndReason::StopToken(id),
-            Finish::Length => EndReason::Length,
-        };
+    /// Whether the limit of the response is reached with this token.
+    fn is_last(&mut self, id: u32) -> bool {
+        let Some(limit) = &self.options.response else { return false };
+        let is = |mark: Option<u32>| mark == Some(id);
+        if is(limit.think_end) || is(limit.think) {
+            self.thinking = is(limit.think);
+        } else if !self.thinking {
+            self.answered += 1;
+        }
+        self.answered >= limit.tokens
+    }
+
+    /// The sequence ends with this step, whatever the engine has in store.
+    fn cut(&mut self, mut step: Step) -> Step {
+        let rest = self.finish(EndReason::Length);
+        step.text.push_str(&rest.text);
+        step.logprobs.extend(rest.logprobs);
+        Step { end: rest.end, ..step }
+    }
+
+    /// The request is aborted: what is held back comes out.
+    fn abort(&mut self) -> Step {
+        // The scores of a prompt that was not run to its end never come.
+        if let Some(opening) = &mut self.opening {
+            opening.scores = None;
+        }
+        self.finish(EndReason::Abort)
+    }
+
+    fn finish(&mut self, end: EndReason) -> Step {
         let mut step = Step { end: Some(end), ..Step::default() };
         let stop = self.detokenizer.finish(self.produced > self.options.min_tokens, &mut step.text);
         self.reports.complete(self.detokenizer.completed());
@@ -199,6 +258,19 @@ impl SequenceTask {
             step.end = Some(EndReason::StopText(self.options.stops[stop].clone()));
         }
         step
+    }
+}
+
+/// Waits until it is; false when it never will be.
+async fn is_true(flag: &mut watch::Receiver<bool>) -> bool {
+    flag.wait_for(|flag| *flag).await.is_ok()
+}
+
+fn end_of(finish: Finish) -> EndReason {
+    match finish {
+        Finish::Stop => EndReason::Stop,
+        Finish::StopToken(id) => EndReason::StopToken(id),
+        Finish::Length => EndReason::Length,
     }
 }
 

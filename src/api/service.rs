@@ -3,19 +3,20 @@
 use std::pin::Pin;
 use std::sync::Arc;
 
-use futures::Stream;
+use futures::{Stream, StreamExt};
 use serde_json::Value;
 
+use crate::api::batch::{self, Given, Line, Unread};
 use crate::api::body::BodyLimits;
-use crate::api::dialects::{Dialect, Prepared, anthropic, chat, completions, native, responses, tokens};
+use crate::api::dialects::{Dialect, Prepared, anthropic, chat, completions, fastchat, native, responses, tokens};
 use crate::api::fields::Fields;
 use crate::api::job::{self, Job};
 use crate::api::model::ModelInfo;
 use crate::api::routes::{self, Route};
 use crate::api::run::{RequestStream, Runs, Seeds};
 use crate::api::served::ServedModel;
-use crate::api::{model_list, reclaim};
-use crate::config::{ApiSettings, NativeFormat};
+use crate::api::{calls, model_list, reclaim};
+use crate::config::{ApiSettings, NativeFormat, defaults};
 use crate::engine::Handle;
 use crate::error::{Failure, Kind};
 use crate::text::tokenizer::Tokenizer;
@@ -69,6 +70,7 @@ impl Service {
             tokenizer: tokenizer.clone(),
             timeout: settings.request_timeout,
             seeds: Seeds::new(settings.seed),
+            running: Arc::default(),
         };
         let served = Arc::new(ServedModel::new(settings, engine.limits().clone(), tokenizer, model)?);
         Ok(Self { engine, served, runs })
@@ -90,10 +92,11 @@ impl Service {
     }
 
     /// The queue's door: the `input` of a RunPod job (`messages`, `prompt`, `openai_route`, `route` …).
-    pub async fn job(&self, input: Value, job_id: &str) -> Result<Answer, Failure> {
+    pub async fn job(self: &Arc<Self>, input: Value, job_id: &str) -> Result<Answer, Failure> {
         let request_id = job_id.to_owned();
         match job::read(input)? {
             Job::Call { method, path, body } => self.call(Call { method, path, body, request_id }).await,
+            Job::Batch { lines, stream } => self.batch(lines, stream).await,
             Job::Own(body) => {
                 let read = match self.served.settings.native_format {
                     NativeFormat::OpenAi => native::read,
@@ -104,14 +107,61 @@ impl Service {
         }
     }
 
+    /// Answers lines of a batch: a list in their order, or each as soon as it is ready.
+    async fn batch(self: &Arc<Self>, lines: Vec<(usize, Given)>, stream: bool) -> Result<Answer, Failure> {
+        let (service, at_once) = (self.clone(), self.lines_at_once());
+        let answers = futures::stream::iter(lines).map(move |(number, given)| {
+            let service = service.clone();
+            async move { service.line(given.read(number, &service.body_limits())).await }
+        });
+        match stream {
+            true => Ok(Answer::Stream(Box::pin(answers.buffer_unordered(at_once).map(Ok)))),
+            false => Ok(Answer::Whole(Value::Array(answers.buffered(at_once).collect().await))),
+        }
+    }
+
+    /// Lines of a batch that are best run together.
+    pub fn lines_at_once(&self) -> usize {
+        let rows = self.served.limits.max_num_seqs;
+        rows.saturating_add(rows.div_ceil(defaults::SEQS_PER_WAITING_JOB))
+    }
+
+    /// Answers one line of a batch. Where the engine has no room for it, it waits.
+    pub async fn line(&self, line: Result<Line, Unread>) -> Value {
+        let id = format!("req-{}", uuid::Uuid::new_v4().simple());
+        let line = match line {
+            Ok(line) => line,
+            Err(unread) => return unread.answer(&id),
+        };
+        loop {
+            let call = Call { method: line.method.clone(), path: line.url.clone(), body: line.body.clone(), request_id: id.clone() };
+            let answer = match self.call(call).await {
+                Err(failure) if failure.kind == Kind::Overloaded => {
+                    tokio::time::sleep(batch::AGAIN).await;
+                    continue;
+                }
+                Ok(Answer::Whole(body)) => Ok(body),
+                // `stream` lay deeper than where reading the line looks for it.
+                Ok(Answer::Stream(_)) => Err(batch::no_stream()),
+                Err(failure) => Err(failure),
+            };
+            return line.answer(&id, &answer);
+        }
+    }
+
     /// The direct door: what an OpenAI client sent. Calls that a job wraps come here, too.
-    pub async fn call(&self, call: Call) -> Result<Answer, Failure> {
+    pub async fn call(&self, mut call: Call) -> Result<Answer, Failure> {
         let Some(route) = routes::find(&call.path) else {
             return Err(Failure::new(Kind::NotFound, format!("There is no route {} {}.", call.method, call.path)).code("unknown_route"));
         };
         if !route.takes(&call.method) {
             let message = format!("{} does not take {}, only {}.", call.path, call.method, route.methods());
             return Err(Failure::new(Kind::MethodNotAllowed, message).code("method_not_allowed"));
+        }
+        if let (Some(model), Value::Object(body)) = (routes::model(&call.path), &mut call.body)
+            && body.get("model").is_none_or(Value::is_null)
+        {
+            body.insert("model".to_owned(), Value::String(model));
         }
         match route {
             Route::Models => Ok(Answer::Whole(model_list::list(&self.served))),
@@ -129,11 +179,37 @@ impl Service {
             Route::CountTokens => self.count(call.body).await.map(Answer::Whole),
             Route::Chat => self.generate(chat::read, call.request_id, call.body).await,
             Route::Completions => self.generate(completions::read, call.request_id, call.body).await,
+            Route::FastChat => self.generate(fastchat::read, call.request_id, call.body).await,
+            Route::Tokenize => self.compute(calls::tokenize, call.body).await,
+            Route::Detokenize => self.compute(calls::detokenize, call.body).await,
+            Route::ApplyTemplate => self.compute(calls::apply_template, call.body).await,
+            Route::Render => self.compute(calls::render, call.body).await,
+            Route::TokenCheck => self.compute(calls::token_check, call.body).await,
+            Route::Abort => calls::abort(&self.runs.running, &call.body).map(Answer::Whole),
+            Route::Version => Ok(Answer::Whole(calls::version())),
+            Route::Load => Ok(Answer::Whole(calls::load(self.engine.load()))),
         }
+    }
+
+    /// Answers from the body alone, on a thread of its own: to tokenize a long text must not hold up the sockets.
+    async fn compute(&self, compute: calls::Compute, body: Value) -> Result<Answer, Failure> {
+        let served = self.served.clone();
+        let task = tokio::task::spawn_blocking(move || {
+            let answer = compute(&served, &body);
+            drop(body);
+            reclaim::freed();
+            answer
+        });
+        let answer = task.await.unwrap_or_else(|error| {
+            tracing::error!("a call could not be answered: {error}");
+            Err(Failure::internal("The call could not be answered."))
+        });
+        answer.map(Answer::Whole)
     }
 
     /// Reads a request, runs it, and gives the answer: as a stream, if the request says so.
     async fn generate(&self, read: Read, id: String, body: Value) -> Result<Answer, Failure> {
+        let id = request_id(&body)?.unwrap_or(id);
         let (Prepared { request, mut dialect }, id) = self.prepare(read, id, body).await?;
         let mut run = RequestStream::start(&self.runs, &id, &request)?;
         if request.options.stream {
@@ -170,6 +246,18 @@ impl Service {
             Err(Failure::internal("The request could not be read."))
         })
     }
+}
+
+/// The id that the request gives itself (`request_id`, FastDeploy's `req_id`): answers carry it, and `/v1/abort_requests` knows it.
+fn request_id(body: &Value) -> Result<Option<String>, Failure> {
+    const LONGEST: usize = 128;
+    let fields = Fields::new(body)?;
+    let Some(id) = fields.string("request_id")? else { return Ok(None) };
+    if (1..=LONGEST).contains(&id.len()) && id.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
+        return Ok(Some(id.to_owned()));
+    }
+    let message = format!("'request_id' must be 1 to {LONGEST} printable ASCII characters.");
+    Err(Failure::bad_request(fields.get("request_id").map_or_else(String::new, |field| field.name), message).code("invalid_value"))
 }
 
 /// The answer of a run as a stream of `dialect`. Dropping the stream drops the run.

@@ -15,6 +15,7 @@ mod model;
 mod oneshot;
 mod open_files;
 mod queue;
+mod run_batch;
 mod serve;
 mod signals;
 
@@ -33,6 +34,7 @@ enum Mode {
     OneShot(String),
     Pull(crate::config::PullArgs),
     Bench(crate::config::BenchArgs),
+    RunBatch(crate::config::RunBatchArgs),
     /// With the flags that a server's process gets.
     ColdStart(crate::config::BenchArgs, Vec<String>),
     Check,
@@ -89,6 +91,7 @@ fn choose(args: &Args, settings: &Settings) -> Option<Mode> {
         Some(Command::Pull(pull)) => return Some(Mode::Pull(pull.clone())),
         Some(Command::Bench(bench)) if bench.cold_start => return Some(Mode::ColdStart(bench.clone(), cold_start::handed_on(args))),
         Some(Command::Bench(bench)) => return Some(Mode::Bench(bench.clone())),
+        Some(Command::RunBatch(args)) => return Some(Mode::RunBatch(args.clone())),
         Some(Command::Check(_)) => return Some(Mode::Check),
         None => {}
     }
@@ -177,6 +180,7 @@ fn run(mode: Mode, settings: Settings) -> Result<ExitCode, Failure> {
             Mode::Pull(pull) => pull_model(settings, pull).await,
             Mode::ColdStart(bench, flags) => cold_start::run(&settings, &bench, &flags).await,
             Mode::Bench(bench) => bench::run(settings, bench).await,
+            Mode::RunBatch(args) => run_batch::run(settings, args).await,
             Mode::Check => check::run(&settings).await,
         }
     });

@@ -96,6 +96,8 @@ pub enum Command {
     Pull(PullArgs),
     /// Measure speed.
     Bench(BenchArgs),
+    /// Answer a file of requests, OpenAI's batch lines, into another file. The same command goes on where it was stopped.
+    RunBatch(RunBatchArgs),
     /// Show the settings, the device, the memory plan and the model's files.
     Check(ModelArgument),
 }
@@ -145,6 +147,18 @@ pub struct BenchArgs {
     pub cold_start: bool,
 }
 
+#[derive(Debug, Clone, PartialEq, clap::Args)]
+pub struct RunBatchArgs {
+    #[command(flatten)]
+    pub model: ModelArgument,
+    /// The requests, one JSON object a line: `{"custom_id", "method", "url", "body"}`.
+    #[arg(short, long, value_name = "FILE")]
+    pub input_file: PathBuf,
+    /// Where the answers go, one a line, as they come. Requests that it answers already are left out.
+    #[arg(short, long, value_name = "FILE")]
+    pub output_file: PathBuf,
+}
+
 fn positive(value: &str) -> Result<usize, String> {
     value.parse().ok().filter(|&number: &usize| number > 0).ok_or_else(|| "must be a whole number, at least 1".to_owned())
 }
@@ -173,6 +187,7 @@ impl Args {
         let given = match &self.command {
             Some(Command::Serve(given) | Command::Http(given) | Command::Check(given)) => given,
             Some(Command::Bench(bench)) => &bench.model,
+            Some(Command::RunBatch(batch)) => &batch.model,
             Some(Command::Gateway | Command::Pull(_)) | None => return Ok(()),
         };
         match (&given.model, self.flags.get(&table::MODEL)) {
@@ -433,6 +448,44 @@ mod tests {
     fn a_command_line_that_cannot_be_read_may_still_say_what_it_is_for() {
         assert!(Args::names_work(["x", "--no-such-flag", "serve"]) && Args::names_work(["x", "--test_input={}"]));
         assert!(!Args::names_work(["serve", "--no-such-flag"]), "the first word is the program");
+    }
+
+    #[test]
+    fn files_of_a_batch() {
+        for line in [
+            &["run-batch", "-i", "in.jsonl", "-o", "out.jsonl", "--model", "demo"][..],
+            &["run-batch", "demo", "--input-file=in.jsonl", "--output_file", "out.jsonl"],
+        ] {
+            let args = parse(line);
+            let Some(Command::RunBatch(batch)) = &args.command else { panic!("{line:?}") };
+            assert_eq!((batch.input_file.to_str(), batch.output_file.to_str()), (Some("in.jsonl"), Some("out.jsonl")));
+            assert_eq!(args.flags.get(&table::MODEL), Some("demo"));
+        }
+        assert!(Args::parse_argv(["x", "run-batch", "-i", "in.jsonl"]).is_err());
+    }
+
+    /// FastDeploy's command line, as its documents write it.
+    #[test]
+    fn the_flags_of_fastdeploy() {
+        let line = "serve --model demo --port 8180 --metrics-port 8181 --engine-worker-queue-port 8182 --cache-queue-port 8183 \
+                    --tensor-parallel-size 1 --max-model-len 4096 --max-num-seqs 32 --quantization wint4 --gpu-memory-utilization 0.9 \
+                    --kv-cache-ratio 0.75 --enable-prefix-caching --swap-space 4 --enable-chunked-prefill --max-num-partial-prefills 1 \
+                    --max-long-partial-prefills 1 --long-prefill-token-threshold 0 --static-decode-blocks 2 --enable-logprob \
+                    --guided-decoding-backend off --load-choices default_v1 --use-warmup 0 --max-concurrency 8 --max-waiting-time -1 \
+                    --workers 1 --block-size 64 --max-num-batched-tokens 2048 --config fd.yaml";
+        let args = parse(&line.split_whitespace().collect::<Vec<_>>());
+        assert_eq!(args.command, Some(Command::Serve(ModelArgument::default())));
+        for (setting, value) in [
+            (&table::MODEL, "demo"),
+            (&table::PORT, "8180"),
+            (&table::MAX_MODEL_LEN, "4096"),
+            (&table::MAX_NUM_SEQS, "32"),
+            (&table::QUANTIZATION, "wint4"),
+            (&table::ENABLE_PREFIX_CACHING, "true"),
+            (&table::VLLM_CONFIG_FILE, "fd.yaml"),
+        ] {
+            assert_eq!(args.flags.get(setting), Some(value), "{}", setting.name);
+        }
     }
 
     #[test]

@@ -19,7 +19,7 @@ pub mod setting;
 mod sources;
 pub mod table;
 
-pub use cli::{Args, BenchArgs, Command, Flags, ModelArgument, PullArgs};
+pub use cli::{Args, BenchArgs, Command, Flags, ModelArgument, PullArgs, RunBatchArgs};
 pub use parse::quantization;
 pub use report::report;
 /// Keys and tokens: never shown, and wiped when dropped.
@@ -207,6 +207,7 @@ pub struct ApiSettings {
     /// The names clients may use; the first is the one answers carry. Empty = the model's own name.
     pub served_names: Vec<String>,
     pub any_model_name: bool,
+    pub fastdeploy_compatible: bool,
     pub allow_special_tokens: bool,
     pub native_format: NativeFormat,
     /// `max_tokens` when a request has none; `None` = rest of the context (16 on `/v1/completions`).

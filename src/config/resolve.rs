@@ -117,6 +117,7 @@ fn api(given: &Given) -> ApiSettings {
     ApiSettings {
         served_names: given.list(&table::SERVED_MODEL_NAME),
         any_model_name: switch(&table::ANY_MODEL_NAME),
+        fastdeploy_compatible: switch(&table::FASTDEPLOY_COMPATIBLE),
         allow_special_tokens: switch(&table::ALLOW_SPECIAL_TOKENS),
         native_format: match text(&table::NATIVE_OUTPUT_FORMAT).as_deref() {
             Some("tokens") => NativeFormat::Tokens,

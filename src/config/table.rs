@@ -207,6 +207,12 @@ settings! {
             .form(Form::new("Native output format",
                 "Answers to jobs that do not come through the OpenAI path",
                 Input::Options(&[("OpenAI objects", "openai"), ("Lists of tokens (older workers)", "tokens")])).advanced());
+        /// Answer as FastDeploy's own server does where the two differ: `arrival_time` in chunks, its names of token ids and texts beside
+        /// vLLM's, temperatures above 2.
+        FASTDEPLOY_COMPATIBLE = Setting::switch(false)
+            .form(Form::new("FastDeploy's form",
+                "arrival_time in chunks, FastDeploy's names of token ids, temperatures above 2",
+                Input::Switch).advanced());
         /// Send usage in every stream, asked for or not.
         ENABLE_FORCE_INCLUDE_USAGE = Setting::switch(false);
         /// Tell in `usage.prompt_tokens_details` how many prompt tokens came from the prefix cache.

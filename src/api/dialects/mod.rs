@@ -3,6 +3,7 @@
 //! | Dialect | Requests | Answers |
 //! |---|---|---|
 //! | `chat` | `/v1/chat/completions` | `chat.completion`, server-sent events |
+//! | `fastchat` | `/api/v1/chat/completions` | the same as `chat`, with FastChat's defaults |
 //! | `completions` | `/v1/completions` | `text_completion`, server-sent events |
 //! | `responses` | `/v1/responses` | `response`, named events |
 //! | `anthropic` | `/v1/messages` | `message`, named events |
@@ -22,6 +23,7 @@ pub mod anthropic;
 pub mod chat;
 mod chat_form;
 pub mod completions;
+pub mod fastchat;
 mod job_request;
 pub mod native;
 mod objects;

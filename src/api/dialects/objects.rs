@@ -14,8 +14,10 @@ use crate::api::served::ServedModel;
 use crate::config::ReasoningField;
 use crate::text::tokenizer::Tokenizer;
 
+mod fastdeploy;
 pub mod logprobs;
 
+use fastdeploy::FastDeploy;
 use logprobs::TokenNames;
 
 /// Which objects a request is answered with.
@@ -43,6 +45,8 @@ pub struct Objects {
     n: usize,
     prompts: Vec<(Arc<Vec<u32>>, Option<Echo>)>,
     return_token_ids: bool,
+    /// FastDeploy's names and its clock, where the settings ask for them.
+    fastdeploy: Option<FastDeploy>,
     prompt_tokens_details: bool,
     reasoning_field: ReasoningField,
     /// The request names the function that is called: then the call is no reason of its own to end.
@@ -75,6 +79,7 @@ impl Objects {
             n: options.n,
             prompts: request.prompts.iter().map(|prompt| (prompt.ids.clone(), prompt.echo.clone())).collect(),
             return_token_ids: options.return_token_ids,
+            fastdeploy: served.settings.fastdeploy_compatible.then(FastDeploy::begin),
             prompt_tokens_details: !served.settings.hide_prompt_tokens_details,
             reasoning_field: served.settings.reasoning_field,
             named_call: request.parsing.tools.as_ref().is_some_and(|tools| matches!(tools.choice, ToolChoice::Named(_))),
@@ -124,6 +129,9 @@ impl Objects {
         }
         put_end(&mut choice, update.end.as_ref(), !update.tool_calls.is_empty() && !self.named_call);
         self.put_token_ids(&mut choice, update, true);
+        if let Some(form) = &self.fastdeploy {
+            form.put_whole(&mut choice, &self.tokens_of(update));
+        }
         choice
     }
 
@@ -169,6 +177,15 @@ impl Objects {
         let nothing = update.logprobs.is_empty() && update.prompt_logprobs.is_none();
         choice["logprobs"] = if nothing { Value::Null } else { self.all_logprobs(update) };
         self.put_token_ids(choice, update, opens);
+        if let Some(form) = &self.fastdeploy {
+            form.put_chunk(choice, &self.tokens_of(update), opens);
+        }
+    }
+
+    /// A choice's tokens, as FastDeploy's form needs them.
+    fn tokens_of<'a>(&'a self, update: &'a ChoiceUpdate) -> fastdeploy::Tokens<'a> {
+        let prompt = self.prompts.get(update.choice / self.n).map_or(&[][..], |(ids, _)| ids);
+        fastdeploy::Tokens { tokenizer: &self.tokenizer, prompt, output: &update.token_ids, asked: self.return_token_ids }
     }
 
     /// With log probabilities token ids come with those, whose text may wait for more: one by one they belong together. Completions give
@@ -304,6 +321,7 @@ fn put_end(choice: &mut Value, end: Option<&EndReason>, called: bool) {
         EndReason::StopText(text) => ("stop", json!(text)),
         EndReason::StopToken(id) => ("stop", json!(id)),
         EndReason::Length => ("length", Value::Null),
+        EndReason::Abort => ("abort", Value::Null),
     };
     choice["finish_reason"] = json!(finish_reason);
     choice["stop_reason"] = stop_reason;

@@ -60,6 +60,8 @@ pub enum TakenBy {
     Responses,
     /// `/v1/messages` alone, which translates it.
     Messages,
+    /// Calls that generate nothing: `/tokenize`, `/detokenize`, `/api/v1/token_check`, `/v1/abort_requests`.
+    Calls,
 }
 
 /// Which values of a field change nothing and may pass.
@@ -102,7 +104,7 @@ pub fn find(name: &str) -> Option<&'static FieldSpec> {
     BY_NAME.get(name).copied()
 }
 
-use TakenBy::{All, Chat, Completions, Jobs};
+use TakenBy::{All, Calls, Chat, Completions, Jobs};
 use ValueSpec::{Bool, Integer, Number, Object, Other, Text, TokenIds, Unsupported};
 
 const PROBABILITIES: &str = "probabilities";
@@ -118,9 +120,10 @@ const MEDIA: &str = "other media";
 pub const FIELDS: &[FieldSpec] = &[
     // What is asked, and where further fields lie.
     row("model", Text, All, "One of the served names, the repository id, its last segment, or `default`. Others are 404 unless `ANY_MODEL_NAME` is set."),
-    row("messages", Other("a list of messages, or a string for one user message"), Chat, "What the chat template is rendered with. In a job's own input it wins over every prompt."),
+    row("messages", Other("a list of messages, or a string for one user message; or token ids"), Chat, "What the chat template is rendered with; token ids are the prompt. In a job's own input it wins over every prompt."),
     row("prompt", Other("a string, a list of strings, token ids, or lists of token ids"), Completions, "Continued as it is, without a template."),
     row("prompt_token_ids", TokenIds, All, "The prompt as token ids, in place of `messages` or `prompt`."),
+    row("completion_token_ids", TokenIds, All, "What the answer has begun with: the prompt goes on with these tokens. For one prompt only."),
     row("text", Other("as `prompt`"), Jobs, "Another name of `prompt`."),
     row("input", Other("as `prompt`; an object is the job's input itself"), Jobs, "Another name of `prompt`."),
     row("input_ids", TokenIds, Jobs, "Another name of `prompt_token_ids`."),
@@ -128,6 +131,7 @@ pub const FIELDS: &[FieldSpec] = &[
     row("metadata", Object, All, "The same below `sampling_params`. Strings in it are labels and are not read."),
     // The template.
     row("apply_chat_template", Bool(Some(false)), Jobs, "Each prompt is rendered as one user message."),
+    row("disable_chat_template", Bool(Some(false)), Chat, "The text of the first message is the prompt, as on `/v1/completions`."),
     row("chat_template", Text, Chat, "A template of the request's own, where `TRUST_REQUEST_CHAT_TEMPLATE` allows it."),
     row("chat_template_kwargs", Object, Chat, "Further variables for the template. They win over fields that set the same."),
     row("add_generation_prompt", Bool(None), Chat, "The template opens the answer. Without it: unless the final message is continued."),
@@ -155,10 +159,11 @@ pub const FIELDS: &[FieldSpec] = &[
     row("max_new_tokens", Integer { min: 1, default: None }, All, "Another name, after those two."),
     row("n_predict", Integer { min: 1, default: None }, All, "Another name, after those three. -1 is no limit."),
     row("min_tokens", Integer { min: 0, default: Some(0) }, All, "No end before so many tokens.").aliases(&["min_new_tokens"]),
+    row("response_max_tokens", Integer { min: 1, default: None }, All, "Most tokens after `</think>`; of an answer without thoughts, most tokens of all."),
     row("truncate_prompt_tokens", Integer { min: -1, default: None }, All, "A longer prompt is cut to its last tokens, so many; -1: as many as leave room for the answer. 0 is refused."),
     row("truncate_sequence", Bool(Some(false)), All, "The same as -1 there."),
     // Sampling.
-    row("temperature", Number { min: 0.0, max: 2.0, default: 1.0 }, All, "0 is greedy."),
+    row("temperature", Number { min: 0.0, max: 2.0, default: 1.0 }, All, "0 is greedy. With `FASTDEPLOY_COMPATIBLE` there is no upper bound."),
     row("top_p", Number { min: 0.0, max: 1.0, default: 1.0 }, All, "0 is greedy."),
     row("top_k", Integer { min: -1, default: Some(0) }, All, "0 and -1 are off."),
     row("min_p", Number { min: 0.0, max: 1.0, default: 0.0 }, All, "Tokens less probable than this part of the most probable one are left out."),
@@ -198,6 +203,8 @@ pub const FIELDS: &[FieldSpec] = &[
     // What comes back.
     row("stream", Bool(Some(false)), All, "The answer comes in chunks."),
     row("stream_options", Object, All, "`include_usage`: a last chunk with the usage. `continuous_usage_stats`: usage in every chunk."),
+    row("max_streaming_response_tokens", Integer { min: 1, default: Some(1) }, All, "Tokens of one choice in one chunk, at least."),
+    row("request_id", Text, All, "The request's id: 1 to 128 printable ASCII characters. Answers carry it, and `/v1/abort_requests` knows it.").aliases(&["req_id"]),
     row("echo", Bool(Some(false)), All, "The answer begins with the prompt, in chats with the message that it continues."),
     row("logprobs", Other("true or false in chats, a number in completions, either in a job's own input"), All, "How probable the answer's tokens were; in completions with so many alternatives."),
     row("top_logprobs", Other("a number of at least 0"), Chat, "Alternatives at each token, at most 20 or `MAX_LOGPROBS`."),
@@ -205,6 +212,16 @@ pub const FIELDS: &[FieldSpec] = &[
     row("return_tokens_as_token_ids", Bool(None), All, "Tokens are named `token_id:N`. Without it: as `RETURN_TOKENS_AS_TOKEN_IDS` says."),
     row("return_token_ids", Bool(Some(false)), All, "`token_ids` and `prompt_token_ids` in the answer."),
     row("skip_special_tokens", Bool(Some(true)), All, "Control tokens are no part of the text."),
+    // Calls that generate nothing.
+    row("content", Text, Calls, "llama.cpp's form: the text whose tokens are wanted."),
+    row("add_special", Bool(Some(false)), Calls, "With `content`: what `add_special_tokens` is elsewhere."),
+    row("parse_special", Bool(None), Calls, "Names of special tokens are control tokens. Without it: with `content`, and with `prompt` only as `ALLOW_SPECIAL_TOKENS` says."),
+    row("with_pieces", Bool(Some(false)), Calls, "With `content`: what each token stands for, too."),
+    row("return_token_strs", Bool(Some(false)), Calls, "`token_strs`: what each token stands for."),
+    row("req_ids", Other("a list of request ids"), Calls, "What `/v1/abort_requests` ends: ids of requests or of their answers.").aliases(&["request_ids"]),
+    row("abort_all", Bool(Some(false)), Calls, "It ends every request that runs here."),
+    row("tokens", Other("a list of token ids"), Calls, "What `/detokenize` makes a text of."),
+    row("prompts", Other("a list of objects with `model`, `prompt` and `max_tokens`"), Calls, "What `/api/v1/token_check` checks."),
     // Not supported, from here on, but for neutral values.
     unsupported("logprob_token_ids", Neutral::Empty, PROBABILITIES),
     unsupported("temp_scaled_logprobs", Neutral::Empty, PROBABILITIES),
@@ -235,13 +252,10 @@ pub const FIELDS: &[FieldSpec] = &[
     unsupported("thinking_budget", Neutral::Number(-1.0), THINKING),
     unsupported("reasoning_budget", Neutral::Number(-1.0), THINKING),
     unsupported("reasoning_max_tokens", Neutral::Nothing, THINKING),
-    unsupported("response_max_tokens", Neutral::Nothing, THINKING),
     unsupported("thinking_token_budget", Neutral::Nothing, THINKING),
     unsupported("thinking_budget_tokens", Neutral::Nothing, THINKING),
     row("suffix", Other("an object"), All, "The same as `metadata`, below it.").neutral(Neutral::Empty),
     unsupported("prompt_embeds", Neutral::Empty, PROMPT),
-    unsupported("completion_token_ids", Neutral::Empty, PROMPT),
-    unsupported("disable_chat_template", Neutral::Empty, PROMPT),
     unsupported("return_prompt_text", Neutral::Empty, PROMPT),
     unsupported("truncation_side", Neutral::Words(&["left"]), PROMPT),
     unsupported("modalities", Neutral::Words(&["text"]), MEDIA),
@@ -305,6 +319,7 @@ mod tests {
                 Completions => "completions",
                 Jobs => "a job's own input",
                 TakenBy::Responses | TakenBy::Messages => unreachable!("{} is in a table of its own", field.name),
+                Calls => "calls that generate nothing",
             };
             let aliases: String = field.aliases.iter().map(|alias| format!(", `{alias}`")).collect();
             writeln!(text, "| `{}`{aliases} | {value} | {default} | {place} | {} |", field.name, field.doc).unwrap();

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
-use crate::api::fields::{Fields, missing};
+use crate::api::fields::{Fields, missing, token_ids};
 use crate::api::logprobs::Echo;
 use crate::api::options::GenerationOptions;
 use crate::api::parse::answer::{Parsing, Reasoning};
@@ -13,9 +13,9 @@ use crate::api::parse::tools::request::{ToolChoice, ToolRequest};
 use crate::api::prompt::contents::{self, Contents};
 use crate::api::prompt::fit::Fit;
 use crate::api::prompt::guard::{Guard, Marks};
-use crate::api::prompt::messages;
 use crate::api::prompt::template::ChatTemplate;
 use crate::api::prompt::thinking::{self, Thoughts};
+use crate::api::prompt::{messages, text};
 use crate::api::request::{GenerationRequest, Prompt};
 use crate::api::served::ServedModel;
 use crate::api::tools;
@@ -31,22 +31,21 @@ pub fn request(served: &ServedModel, fields: &Fields<'_>, options: GenerationOpt
     let mut echo = None;
     let mut parsing = parsing(served, fields)?;
     let ids = match (fields.token_ids("prompt_token_ids", served.limits.vocab_size)?, fields.get("messages")) {
-        (Some(ids), _) => {
-            // Nothing can be put behind a prompt that is not ours.
-            if let Some(field) =
-                fields.get("tool_choice").filter(|_| parsing.tools.as_ref().is_some_and(|tools| tools.forced_opening().is_some()))
-            {
-                let message = format!("'{}' cannot demand a call behind 'prompt_token_ids'. Use 'messages'.", field.name);
-                return Err(Failure::bad_request(field.name, message).code("unsupported_value"));
-            }
-            parsing.begin(&end_of(served, &ids));
-            ids
+        (Some(ids), _) => given_ids(served, fields, &mut parsing, ids)?,
+        (None, Some(field)) if field.value[0].is_number() => {
+            given_ids(served, fields, &mut parsing, token_ids(&field, served.limits.vocab_size)?)?
+        }
+        (None, Some(field)) if fields.flag("disable_chat_template")? => {
+            let first = messages::read(&field)?.swap_remove(0);
+            let given = contents::text(&first["content"]);
+            text::encode(served, fit.text(&given)?, &options)?
         }
         (None, Some(field)) => {
             fit.given_text(field.value, fields.get("chat_template").is_some())?;
             let messages = messages::read(&field)?;
             echo = options.echo.then(|| last_text(&messages, served.response_role())).flatten();
-            render(served, fields, messages, &options, &mut parsing)?
+            let rendered = render_for(served, fields, messages, &mut parsing)?;
+            rendered.encode(served, options.add_special_tokens, |text| fit.text(text))?
         }
         (None, None) => return Err(missing("messages", "'messages' is missing. It is a list of at least one message.")),
     };
@@ -65,6 +64,17 @@ fn parsing(served: &ServedModel, fields: &Fields<'_>) -> Result<Parsing, Failure
     Ok(Parsing { reasoning, tools: tools.map(Arc::new), opening: String::new(), marks: Arc::new(served.marks(&marks)) })
 }
 
+/// A prompt that is given as token ids. Nothing can be put behind it, as a call that is demanded would have to be.
+fn given_ids(served: &ServedModel, fields: &Fields<'_>, parsing: &mut Parsing, ids: Vec<u32>) -> Result<Vec<u32>, Failure> {
+    let demands = parsing.tools.as_ref().is_some_and(|tools| tools.forced_opening().is_some());
+    if let Some(field) = fields.get("tool_choice").filter(|_| demands) {
+        let message = format!("'{}' cannot demand a call behind a prompt of token ids. Use 'messages' with texts.", field.name);
+        return Err(Failure::bad_request(field.name, message).code("unsupported_value"));
+    }
+    parsing.begin(&end_of(served, &ids));
+    Ok(ids)
+}
+
 /// The last words of a prompt that is given as token ids.
 fn end_of(served: &ServedModel, ids: &[u32]) -> String {
     const TOKENS: usize = 32;
@@ -81,17 +91,48 @@ fn last_text(messages: &[Value], role: &str) -> Option<String> {
 
 /// Renders and tokenizes messages whose answers are not parsed.
 pub fn encode(served: &ServedModel, fields: &Fields<'_>, messages: Vec<Value>, options: &GenerationOptions) -> Result<Vec<u32>, Failure> {
-    render(served, fields, messages, options, &mut Parsing::default())
+    let fit = Fit { served, options, noun: NOUN };
+    let rendered = render_for(served, fields, messages, &mut Parsing::default())?;
+    rendered.encode(served, options.add_special_tokens, |text| fit.text(text))
 }
 
-/// Renders and tokenizes, and notes where the answer begins.
-fn render(
-    served: &ServedModel,
-    fields: &Fields<'_>,
-    mut messages: Vec<Value>,
-    options: &GenerationOptions,
-    parsing: &mut Parsing,
-) -> Result<Vec<u32>, Failure> {
+/// A prompt as the template wrote it, with the marks inside that keep users from writing control tokens.
+pub struct Rendered {
+    text: String,
+    marks: Marks,
+}
+
+impl Rendered {
+    pub fn text(&self) -> String {
+        self.text.replace(self.marks.break_mark, "")
+    }
+
+    /// Token ids. `add`: the request's `add_special_tokens`. `fit` gives the end of the text that is to be tokenized.
+    pub fn encode(
+        &self,
+        served: &ServedModel,
+        add: Option<bool>,
+        fit: impl FnOnce(&str) -> Result<&str, Failure>,
+    ) -> Result<Vec<u32>, Failure> {
+        let mut ids = match served.settings.allow_special_tokens {
+            true => served.tokenizer.encode(fit(&self.text)?, Special::Control)?,
+            false => served.guard.encode(&served.tokenizer, &self.text, self.marks.break_mark, fit)?,
+        };
+        // Templates write the beginning-of-sequence token themselves: only when asked, and never twice.
+        if add == Some(true) && served.bos_token_id.is_some() && ids.first() != served.bos_token_id.as_ref() {
+            ids.splice(0..0, served.bos_token_id);
+        }
+        Ok(ids)
+    }
+}
+
+/// Renders messages through the chat template, as a request with these fields would.
+pub fn render(served: &ServedModel, fields: &Fields<'_>, messages: Vec<Value>) -> Result<Rendered, Failure> {
+    render_for(served, fields, messages, &mut parsing(served, fields)?)
+}
+
+/// Renders, and notes where the answer begins.
+fn render_for(served: &ServedModel, fields: &Fields<'_>, mut messages: Vec<Value>, parsing: &mut Parsing) -> Result<Rendered, Failure> {
     let of_request = request_template(served, fields)?;
     let (template, contents) = match &of_request {
         Some(template) => template,
@@ -119,16 +160,7 @@ fn render(
         parsing.begin(&rendered);
         rendered += &parsing.demand();
     }
-    let fit = Fit { served, options, noun: NOUN };
-    let mut ids = match served.settings.allow_special_tokens {
-        true => served.tokenizer.encode(fit.text(&rendered)?, Special::Control)?,
-        false => served.guard.encode(&served.tokenizer, &rendered, marks.break_mark, |text| fit.text(text))?,
-    };
-    // Templates write the beginning-of-sequence token themselves: only when asked, and never twice.
-    if options.add_special_tokens == Some(true) && served.bos_token_id.is_some() && ids.first() != served.bos_token_id.as_ref() {
-        ids.splice(0..0, served.bos_token_id);
-    }
-    Ok(ids)
+    Ok(Rendered { text: rendered, marks })
 }
 
 /// Marks the end of a text, which is given back without the mark.

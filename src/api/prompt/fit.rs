@@ -33,9 +33,10 @@ impl Fit<'_> {
         Ok(end_of(text, bytes))
     }
 
-    /// Cuts a prompt if the request asks for it, and checks that it leaves room for an answer.
+    /// Adds what the answer has begun with, cuts a prompt if the request asks for it, and checks that it leaves room for an answer.
     pub fn ids(&self, mut ids: Vec<u32>) -> Result<Arc<Vec<u32>>, Failure> {
         let (context, noun, rows) = (self.served.limits.max_model_len, self.noun, self.served.embedding_rows);
+        ids.extend(&self.options.completion_token_ids);
         if let Some(keep) = self.keep() {
             ids.drain(..ids.len().saturating_sub(keep));
         }

@@ -23,6 +23,10 @@ pub fn request(
 ) -> Result<GenerationRequest, Failure> {
     // Before work is done for prompts that are too many.
     options.check_number(given.len(), true, &served.limits)?;
+    if given.len() > 1 && !options.completion_token_ids.is_empty() {
+        let message = "'completion_token_ids' go on from one prompt, and this request has several.";
+        return Err(Failure::bad_request("completion_token_ids", message).code("invalid_value"));
+    }
     let fit = Fit { served, options: &options, noun: "prompt" };
     let mut prompts = Vec::with_capacity(given.len());
     for prompt in given {
@@ -82,9 +86,18 @@ fn element(field: &Field<'_>, first: &Value, i: usize, value: &Value, vocab_size
 
 /// Token ids of a raw prompt.
 pub fn encode(served: &ServedModel, text: &str, options: &GenerationOptions) -> Result<Vec<u32>, Failure> {
-    let special = if served.settings.allow_special_tokens { Special::Control } else { Special::Text };
+    ids(served, text, special(served), options.add_special_tokens.unwrap_or(true))
+}
+
+/// How the names of special tokens in a prompt are read.
+pub fn special(served: &ServedModel) -> Special {
+    if served.settings.allow_special_tokens { Special::Control } else { Special::Text }
+}
+
+/// Token ids of a text. `around`: with what the tokenizer wants around it.
+pub fn ids(served: &ServedModel, text: &str, special: Special, around: bool) -> Result<Vec<u32>, Failure> {
     let mut ids = served.tokenizer.encode(text, special)?;
-    if options.add_special_tokens.unwrap_or(true) {
+    if around {
         add_around(served, &mut ids);
     }
     Ok(ids)

@@ -14,7 +14,9 @@ use crate::error::Failure;
 use crate::models::{Logprobs, LogprobsMode, LogprobsSpec, Output, Plan, Runner, Shape, StepError};
 use crate::text::tokenizer::{Special, Tokenizer};
 
+mod calls;
 mod errors;
+mod fastdeploy;
 mod logprobs;
 mod native;
 mod prompts;

@@ -86,7 +86,10 @@ pub fn model(header: &Header<'_>, file: &[u8]) -> Result<Json, String> {
 
 fn needed(header: &Header<'_>, key: &str) -> Result<u64, String> {
     match scalar(header, key)? {
-        Some(value) => value.as_u64().filter(|number| *number > 0).ok_or_else(|| format!("metadata \"{key}\" must be a positive integer, found {value}")),
+        Some(value) => value
+            .as_u64()
+            .filter(|number| *number > 0)
+            .ok_or_else(|| format!("metadata \"{key}\" must be a positive integer, found {value}")),
         None => Err(format!("metadata \"{key}\" is missing")),
     }
 }
@@ -183,7 +186,8 @@ fn rope_scaling(header: &Header<'_>, name: &str, file: &[u8]) -> Result<Option<J
         if let Some(kind) = kind {
             return Err(format!("rope scaling of type \"{kind}\" beside a tensor rope_freqs.weight is not supported"));
         }
-        let bytes = file.get(factors.range.clone()).filter(|_| factors.kind.name() == "F32").ok_or("tensor rope_freqs.weight must be F32")?;
+        let bytes =
+            file.get(factors.range.clone()).filter(|_| factors.kind.name() == "F32").ok_or("tensor rope_freqs.weight must be F32")?;
         let factors: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
         return Ok(Some(json!({"rope_type": "factors", "factors": factors})));
     }

@@ -17,6 +17,7 @@ use super::Endpoints;
 use super::job::{Order, Origin, Status};
 use super::openai::{self, Caller, Incoming};
 use super::queue::{CancelOnDrop, Queue};
+use crate::api;
 use crate::error::{Failure, Kind};
 use crate::server::sse::Pace;
 use crate::server::wire::{self, Refusal};
@@ -54,7 +55,8 @@ async fn answer(endpoints: &Endpoints, pace: Pace, request: Request, caller: &Ca
         return Ok(Json(about).into_response());
     }
     let route = path.strip_prefix("/openai").unwrap_or(&path).trim_end_matches('/').to_owned();
-    if !route.starts_with("/v1/") {
+    // Workers of other makes have `/v1/` routes of their own; ours have some besides.
+    if !route.starts_with("/v1/") && (route.is_empty() || api::routes::allow(&route).is_none()) {
         let (parts, body) = request.into_parts();
         wire::throw_away(&parts.headers, body).await;
         return Err(Failure::new(Kind::NotFound, format!("There is nothing at {path}.")).into());
@@ -65,6 +67,7 @@ async fn answer(endpoints: &Endpoints, pace: Pace, request: Request, caller: &Ca
         return Ok(Json(json!({ "object": "list", "data": all(&served).await })).into_response());
     }
     let model = match (&call.body, route.strip_prefix("/v1/models/")) {
+        (Some(body), _) if body.model.is_empty() => api::routes::model(&route).unwrap_or_default(),
         (Some(body), _) => body.model.clone(),
         (None, Some(name)) => name.replace("%2F", "/").replace("%2f", "/"),
         (None, None) => String::new(),

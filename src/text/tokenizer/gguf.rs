@@ -1,12 +1,12 @@
 //! The tokenizer in the metadata of a GGUF file: SentencePiece BPE (`llama`) or BPE over bytes (`gpt2`), cut as llama.cpp cuts.
 
+use tokenizers::AddedToken;
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::normalizer::SplitDelimiterBehavior;
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-use tokenizers::AddedToken;
 
 use super::pre_tokenizers::{Pre, pre_tokenizer};
 use crate::checkpoint::gguf::{Header, Value};
@@ -28,7 +28,9 @@ pub fn read<'a>(header: &Header<'a>) -> Result<Vocabulary<'a>, String> {
     match header.text("tokenizer.ggml.model")? {
         Some("llama") => sentencepiece(header).map(Vocabulary::SentencePiece),
         Some("gpt2") => bytes(header).map(|tokenizer| Vocabulary::Bytes(Box::new(tokenizer))),
-        Some(other) => Err(format!("tokenizer.ggml.model \"{other}\" is not supported (llama and gpt2 are); set TOKENIZER to a model with a tokenizer.json")),
+        Some(other) => Err(format!(
+            "tokenizer.ggml.model \"{other}\" is not supported (llama and gpt2 are); set TOKENIZER to a model with a tokenizer.json"
+        )),
         None => Err("it has no tokenizer (tokenizer.ggml.model); set TOKENIZER to a model with one".to_owned()),
     }
 }
@@ -52,7 +54,8 @@ fn tokens<'a>(header: &Header<'a>) -> Result<Vec<(&'a str, u64)>, String> {
 fn sentencepiece<'a>(header: &Header<'a>) -> Result<sentencepiece::Model<'a>, String> {
     let tokens = tokens(header)?;
     let scores = header.array("tokenizer.ggml.scores")?.filter(|scores| scores.len == tokens.len());
-    let scores = scores.ok_or_else(|| format!("metadata \"tokenizer.ggml.scores\" must have a score for each of the {} tokens", tokens.len()))?;
+    let scores =
+        scores.ok_or_else(|| format!("metadata \"tokenizer.ggml.scores\" must have a score for each of the {} tokens", tokens.len()))?;
     let piece = |((text, kind), score): ((&'a str, u64), Value<'a>)| {
         let kind = match kind {
             0 | NORMAL => Kind::Normal,
@@ -98,7 +101,8 @@ fn pair(merge: Value<'_>, vocab: &Vocab) -> Result<Option<(String, String)>, Str
     let text = merge.text().ok_or("metadata \"tokenizer.ggml.merges\" must hold strings")?;
     // A space of a token's own is written otherwise, but for a first character nobody promises that.
     let space = text.char_indices().skip(1).find(|(_, character)| *character == ' ').map(|(at, _)| at);
-    let (left, right) = space.map(|at| (&text[..at], &text[at + 1..])).ok_or_else(|| format!("metadata \"tokenizer.ggml.merges\": {text:?} is no pair"))?;
+    let (left, right) =
+        space.map(|at| (&text[..at], &text[at + 1..])).ok_or_else(|| format!("metadata \"tokenizer.ggml.merges\": {text:?} is no pair"))?;
     let whole = format!("{left}{right}");
     let is_known = [left, right, whole.as_str()].iter().all(|token| vocab.contains_key(*token));
     Ok(is_known.then(|| (left.to_owned(), right.to_owned())))

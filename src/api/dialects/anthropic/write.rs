@@ -145,7 +145,8 @@ impl Writer {
     fn stop(&self) -> (Value, Value) {
         match &self.end {
             None => (Value::Null, Value::Null),
-            Some(EndReason::Length) => (json!("max_tokens"), Value::Null),
+            // Anthropic has no word for an answer that the client had ended from elsewhere: it is cut off, too.
+            Some(EndReason::Length | EndReason::Abort) => (json!("max_tokens"), Value::Null),
             Some(EndReason::StopText(text)) => (json!("stop_sequence"), json!(text)),
             Some(EndReason::Stop | EndReason::StopToken(_)) if self.called => (json!("tool_use"), Value::Null),
             Some(EndReason::Stop | EndReason::StopToken(_)) => (json!("end_turn"), Value::Null),

@@ -236,9 +236,14 @@ impl Writer {
         self.output.push(item);
     }
 
+    /// The model would have gone on.
+    fn is_cut(&self) -> bool {
+        matches!(self.end, Some(EndReason::Length | EndReason::Abort))
+    }
+
     /// Completes the response, and keeps it where it is to be kept.
     fn finish(&mut self, usage: Usage) {
-        let cut = self.end == Some(EndReason::Length);
+        let (cut, aborted) = (self.is_cut(), self.end == Some(EndReason::Abort));
         if self.open.is_none() && self.output.is_empty() {
             self.begin(Kind::Message);
         }
@@ -246,7 +251,7 @@ impl Writer {
         let response = &mut self.response;
         response["status"] = json!(if cut { "incomplete" } else { "completed" });
         if cut {
-            response["incomplete_details"] = json!({"reason": "max_output_tokens"});
+            response["incomplete_details"] = json!({"reason": if aborted { "aborted" } else { "max_output_tokens" }});
         } else {
             response["completed_at"] = json!(clock::now());
         }
@@ -308,8 +313,7 @@ impl Dialect for Writer {
 
     fn end(&mut self, usage: Usage) {
         self.finish(usage);
-        let cut = self.end == Some(EndReason::Length);
-        let name = if cut { "response.incomplete" } else { "response.completed" };
+        let name = if self.is_cut() { "response.incomplete" } else { "response.completed" };
         self.events.add(name, json!({"response": self.response}));
     }
 
