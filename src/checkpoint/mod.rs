@@ -210,7 +210,11 @@ impl Checkpoint {
             return Err(self.wrong_shape(&slice.name, entry, &format!("{expected:?} ({layout})")));
         }
         if slice.transposed && matches!(stored, Stored::Blocks(_)) {
-            return Err(self.wrong_shape(&slice.name, entry, &format!("{:?} ([out, in], as quantized tensors have it)", [slice.outputs, slice.inputs])));
+            return Err(self.wrong_shape(
+                &slice.name,
+                entry,
+                &format!("{:?} ([out, in], as quantized tensors have it)", [slice.outputs, slice.inputs]),
+            ));
         }
         if slice.rows.end > slice.outputs || slice.columns.end > slice.inputs || slice.columns.len() != width {
             return Err(Failure::internal(format!("{}: {slice:?} does not lie inside its tensor", self.name)));

@@ -79,8 +79,7 @@ fn dequantized(quantization: Quantization) -> ModelFiles {
     let bytes: &'static [u8] = safetensors::serialize(views, None).unwrap().leak();
     let replaced = |(name, source): (&str, &Source)| match (name, source) {
         ("model.safetensors", _) => (name.to_owned(), Source::Embedded(bytes)),
-        (_, Source::Embedded(bytes)) => (name.to_owned(), Source::Embedded(bytes)),
-        (_, Source::Path(path)) => (name.to_owned(), Source::Path(path.clone())),
+        (_, source) => (name.to_owned(), source.clone()),
     };
     ModelFiles::new("dequantized", "test", files.iter().map(replaced).collect())
 }

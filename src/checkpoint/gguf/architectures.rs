@@ -168,12 +168,7 @@ pub const ARCHITECTURES: &[Architecture] = &[
         ..LLAMA
     },
     Architecture { name: "exaone4", model_type: "exaone4", ..LLAMA },
-    Architecture {
-        name: "starcoder2",
-        model_type: "starcoder2",
-        tensors: &[("ffn_up", "mlp.c_fc"), ("ffn_down", "mlp.c_proj")],
-        ..LLAMA
-    },
+    Architecture { name: "starcoder2", model_type: "starcoder2", tensors: &[("ffn_up", "mlp.c_fc"), ("ffn_down", "mlp.c_proj")], ..LLAMA },
     Architecture { name: "cohere2", model_type: "cohere2", interleaved: true, keys: &[("logit_scale", "logit_scale")], ..LLAMA },
     Architecture {
         name: "hunyuan-dense",

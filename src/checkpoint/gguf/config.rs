@@ -1,5 +1,7 @@
 //! A GGUF file's metadata as the JSON files of a Hugging Face folder, so that everything behind reads one form.
 
+use std::collections::HashSet;
+
 use serde_json::{Map, Value as Json, json};
 
 use super::architectures::{Architecture, KEYS};
@@ -74,6 +76,7 @@ pub fn model(header: &Header<'_>, file: &[u8]) -> Result<Json, String> {
     config.insert("vocab_size".into(), json!(embedding.shape.first()));
     config.insert("tie_word_embeddings".into(), json!(header.tensor("output.weight").is_none()));
     biases(header, &mut config);
+    shapes(header, layers, &mut config);
     windows(header, name, layers, &mut config)?;
     gemma(name, layers, &mut config);
     if let Some(scaling) = rope_scaling(header, name, file)? {
@@ -86,7 +89,10 @@ pub fn model(header: &Header<'_>, file: &[u8]) -> Result<Json, String> {
 
 fn needed(header: &Header<'_>, key: &str) -> Result<u64, String> {
     match scalar(header, key)? {
-        Some(value) => value.as_u64().filter(|number| *number > 0).ok_or_else(|| format!("metadata \"{key}\" must be a positive integer, found {value}")),
+        Some(value) => value
+            .as_u64()
+            .filter(|number| *number > 0)
+            .ok_or_else(|| format!("metadata \"{key}\" must be a positive integer, found {value}")),
         None => Err(format!("metadata \"{key}\" is missing")),
     }
 }
@@ -128,6 +134,22 @@ fn biases(header: &Header<'_>, config: &mut Map<String, Json>) {
         ("use_qk_norm", has(&["blk.0.attn_q_norm.weight"])),
     ] {
         config.insert(key.to_owned(), json!(flag));
+    }
+}
+
+/// What only the tensors tell: the width of a head where no key says it, and which layers have no experts.
+fn shapes(header: &Header<'_>, layers: u64, config: &mut Map<String, Json>) {
+    let rows = header.tensor("blk.0.attn_q.weight").and_then(|tensor| tensor.shape.first().copied());
+    let heads = config.get("num_attention_heads").and_then(Json::as_u64);
+    if let (None, Some(rows), Some(heads)) = (config.get("head_dim"), rows, heads) {
+        config.insert("head_dim".into(), json!(rows as u64 / heads.max(1)));
+    }
+    let routers: HashSet<&str> = header.tensors.iter().filter_map(|tensor| tensor.name.strip_suffix(".ffn_gate_inp.weight")).collect();
+    if !routers.is_empty() {
+        // The header was read whole: it has at least one tensor for each layer, or the model is refused for the first that is missing.
+        let layers = layers.min(header.tensors.len() as u64);
+        let dense: Vec<u64> = (0..layers).filter(|layer| !routers.contains(format!("blk.{layer}").as_str())).collect();
+        config.insert("mlp_only_layers".into(), json!(dense));
     }
 }
 
@@ -183,7 +205,8 @@ fn rope_scaling(header: &Header<'_>, name: &str, file: &[u8]) -> Result<Option<J
         if let Some(kind) = kind {
             return Err(format!("rope scaling of type \"{kind}\" beside a tensor rope_freqs.weight is not supported"));
         }
-        let bytes = file.get(factors.range.clone()).filter(|_| factors.kind.name() == "F32").ok_or("tensor rope_freqs.weight must be F32")?;
+        let bytes =
+            file.get(factors.range.clone()).filter(|_| factors.kind.name() == "F32").ok_or("tensor rope_freqs.weight must be F32")?;
         let factors: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
         return Ok(Some(json!({"rope_type": "factors", "factors": factors})));
     }

@@ -92,7 +92,9 @@ impl<'a> Header<'a> {
         }
         match cursor.u32("the version")? {
             2 | 3 => {}
-            version if matches!(version.swap_bytes(), 1..=3) => return Err("its byte order is big-endian, which is not supported".to_owned()),
+            version if matches!(version.swap_bytes(), 1..=3) => {
+                return Err("its byte order is big-endian, which is not supported".to_owned());
+            }
             version => return Err(format!("GGUF version {version} is not supported (2 and 3 are)")),
         }
         let tensors = cursor.u64("the number of tensors")?;
@@ -147,7 +149,11 @@ impl<'a> Cursor<'a> {
     fn take(&mut self, len: u64, what: &str) -> Result<&'a [u8], String> {
         let rest = self.bytes.get(self.at..).unwrap_or_default();
         let taken = usize::try_from(len).ok().and_then(|len| rest.get(..len)).ok_or_else(|| {
-            format!("{what}: {len} bytes at byte {} are asked for, and the file has {} more: it is cut short or damaged", self.at, rest.len())
+            format!(
+                "{what}: {len} bytes at byte {} are asked for, and the file has {} more: it is cut short or damaged",
+                self.at,
+                rest.len()
+            )
         })?;
         self.at += taken.len();
         Ok(taken)

@@ -72,7 +72,14 @@ mod tests {
 
     #[test]
     fn one_of_several() {
-        let paths = ["README.md", "m-Q4_K_M.gguf", "m-Q8_0.gguf", "mmproj-m-f16.gguf", "big/m-BF16-00001-of-00002.gguf", "big/m-BF16-00002-of-00002.gguf"];
+        let paths = [
+            "README.md",
+            "m-Q4_K_M.gguf",
+            "m-Q8_0.gguf",
+            "mmproj-m-f16.gguf",
+            "big/m-BF16-00001-of-00002.gguf",
+            "big/m-BF16-00002-of-00002.gguf",
+        ];
         let get = |wanted| pick(&paths, wanted);
         for wanted in ["Q4_K_M", "q4_k_m", "m-Q4_K_M.gguf", "m-q4_k_m"] {
             assert_eq!(get(Some(wanted)).unwrap(), ["m-Q4_K_M.gguf"], "{wanted}");

@@ -15,8 +15,8 @@ use indicatif::ProgressBar;
 
 use super::folder::{self, Need, Target};
 use super::unavailable;
-use crate::checkpoint::gguf;
 use crate::checkpoint::files::{INDEX, ModelFiles, Source, weight_files};
+use crate::checkpoint::gguf;
 use crate::config::{ExposeSecret, HubSettings, defaults};
 use crate::error::Failure;
 

@@ -150,7 +150,9 @@ fn without_doubles(files: ModelFiles) -> ModelFiles {
 /// What is missing of `need`, in words; `None` when it is whole.
 pub fn missing(files: &ModelFiles, need: Need) -> Option<String> {
     let names: Vec<&str> = files.iter().map(|(name, _)| name).collect();
-    let tokenizer = files.get("tokenizer.json").is_some() || files.get(gguf::TOKENIZER).is_some() || SENTENCEPIECE_FILES.iter().any(|file| files.get(file).is_some());
+    let tokenizer = files.get("tokenizer.json").is_some()
+        || files.get(gguf::TOKENIZER).is_some()
+        || SENTENCEPIECE_FILES.iter().any(|file| files.get(file).is_some());
     if need != Need::Weights && !tokenizer {
         return Some(format!("a tokenizer (tokenizer.json, {})", SENTENCEPIECE_FILES.join(" or ")));
     }

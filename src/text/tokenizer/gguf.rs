@@ -1,12 +1,12 @@
 //! The tokenizer in the metadata of a GGUF file: SentencePiece BPE (`llama`) or BPE over bytes (`gpt2`), cut as llama.cpp cuts.
 
+use tokenizers::AddedToken;
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::normalizer::SplitDelimiterBehavior;
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-use tokenizers::AddedToken;
 
 use super::pre_tokenizers::{Pre, pre_tokenizer};
 use crate::checkpoint::gguf::{Header, Value};
@@ -16,6 +16,7 @@ use crate::text::sentencepiece::{self, Kind, Piece, byte_piece};
 const NORMAL: u64 = 1;
 const CONTROL: u64 = 3;
 const USER_DEFINED: u64 = 4;
+const UNUSED: u64 = 5;
 
 /// What a file's metadata holds.
 pub enum Vocabulary<'a> {
@@ -28,7 +29,9 @@ pub fn read<'a>(header: &Header<'a>) -> Result<Vocabulary<'a>, String> {
     match header.text("tokenizer.ggml.model")? {
         Some("llama") => sentencepiece(header).map(Vocabulary::SentencePiece),
         Some("gpt2") => bytes(header).map(|tokenizer| Vocabulary::Bytes(Box::new(tokenizer))),
-        Some(other) => Err(format!("tokenizer.ggml.model \"{other}\" is not supported (llama and gpt2 are); set TOKENIZER to a model with a tokenizer.json")),
+        Some(other) => Err(format!(
+            "tokenizer.ggml.model \"{other}\" is not supported (llama and gpt2 are); set TOKENIZER to a model with a tokenizer.json"
+        )),
         None => Err("it has no tokenizer (tokenizer.ggml.model); set TOKENIZER to a model with one".to_owned()),
     }
 }
@@ -46,20 +49,26 @@ fn tokens<'a>(header: &Header<'a>) -> Result<Vec<(&'a str, u64)>, String> {
         let kind = types.next().map_or(Some(NORMAL), Value::integer).filter(|kind| *kind <= 6);
         Ok((text, kind.ok_or_else(|| format!("metadata \"tokenizer.ggml.token_type\": the type of token {id} is not known"))?))
     };
-    tokens.iter().enumerate().map(token).collect()
+    let mut tokens = tokens.iter().enumerate().map(token).collect::<Result<Vec<_>, String>>()?;
+    // What the converter writes for rows of the embedding that have no token.
+    while tokens.last().is_some_and(|(text, kind)| *kind == UNUSED && text.starts_with("[PAD")) {
+        tokens.pop();
+    }
+    Ok(tokens)
 }
 
 fn sentencepiece<'a>(header: &Header<'a>) -> Result<sentencepiece::Model<'a>, String> {
     let tokens = tokens(header)?;
-    let scores = header.array("tokenizer.ggml.scores")?.filter(|scores| scores.len == tokens.len());
-    let scores = scores.ok_or_else(|| format!("metadata \"tokenizer.ggml.scores\" must have a score for each of the {} tokens", tokens.len()))?;
+    let scores = header.array("tokenizer.ggml.scores")?.filter(|scores| scores.len >= tokens.len());
+    let scores =
+        scores.ok_or_else(|| format!("metadata \"tokenizer.ggml.scores\" must have a score for each of the {} tokens", tokens.len()))?;
     let piece = |((text, kind), score): ((&'a str, u64), Value<'a>)| {
         let kind = match kind {
             0 | NORMAL => Kind::Normal,
             2 => Kind::Unknown,
             CONTROL => Kind::Control,
             USER_DEFINED => Kind::UserDefined,
-            5 => Kind::Unused,
+            UNUSED => Kind::Unused,
             _ => Kind::Byte(byte_piece(text).ok_or_else(|| format!("token {text:?} is marked as a byte but not written <0xNN>"))?),
         };
         let score = score.number().ok_or("metadata \"tokenizer.ggml.scores\" must hold numbers")? as f32;
@@ -98,7 +107,8 @@ fn pair(merge: Value<'_>, vocab: &Vocab) -> Result<Option<(String, String)>, Str
     let text = merge.text().ok_or("metadata \"tokenizer.ggml.merges\" must hold strings")?;
     // A space of a token's own is written otherwise, but for a first character nobody promises that.
     let space = text.char_indices().skip(1).find(|(_, character)| *character == ' ').map(|(at, _)| at);
-    let (left, right) = space.map(|at| (&text[..at], &text[at + 1..])).ok_or_else(|| format!("metadata \"tokenizer.ggml.merges\": {text:?} is no pair"))?;
+    let (left, right) =
+        space.map(|at| (&text[..at], &text[at + 1..])).ok_or_else(|| format!("metadata \"tokenizer.ggml.merges\": {text:?} is no pair"))?;
     let whole = format!("{left}{right}");
     let is_known = [left, right, whole.as_str()].iter().all(|token| vocab.contains_key(*token));
     Ok(is_known.then(|| (left.to_owned(), right.to_owned())))
