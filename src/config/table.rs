@@ -29,11 +29,11 @@ macro_rules! settings {
 
 settings! {
     Model {
-        /// The model: a hub id, a folder, or `demo` (the demo model inside this binary).
+        /// The model: a hub id (`owner/repository:Q4_K_M` for a GGUF file in it), a folder, a GGUF file, or `demo` (the demo model inside this binary).
         MODEL = Setting::new(Kind::Text, Text(defaults::MODEL))
             .also(&["MODEL_NAME", "MODEL_REPO"])
             .form(Form::new("Model",
-                "Hub id of a text model of a family that is served (ERNIE 4.5, Llama, Qwen, Gemma, Mistral and more: docs/models.md), a folder on the network volume, or demo",
+                "Hub id of a text model of a family that is served (ERNIE 4.5, Llama, Qwen, Gemma, Mistral and more: docs/models.md), a folder or GGUF file on the network volume, or demo",
                 Input::Model).required());
         /// Branch, tag or commit of the model.
         REVISION = Setting::new(Kind::Text, Text(defaults::REVISION))

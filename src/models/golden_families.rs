@@ -17,11 +17,11 @@ const TOLERANCE: f32 = 1e-4;
 const BLOCK: usize = 4;
 
 #[derive(Deserialize)]
-struct Golden {
+pub(super) struct Golden {
     generator: Generator,
-    config: Value,
-    tensors: Vec<Tensor>,
-    sequences: Vec<Sequence>,
+    pub(super) config: Value,
+    pub(super) tensors: Vec<Tensor>,
+    pub(super) sequences: Vec<Sequence>,
 }
 
 #[derive(Deserialize)]
@@ -37,23 +37,23 @@ struct Sample {
 }
 
 #[derive(Deserialize)]
-struct Tensor {
-    name: String,
-    shape: Vec<usize>,
+pub(super) struct Tensor {
+    pub(super) name: String,
+    pub(super) shape: Vec<usize>,
     offset: f32,
     scale: f32,
 }
 
 #[derive(Deserialize)]
-struct Sequence {
-    ids: Vec<u32>,
+pub(super) struct Sequence {
+    pub(super) ids: Vec<u32>,
     /// `[ids, vocab]`, f32 little-endian in base64.
     logits: String,
 }
 
 impl Tensor {
     /// The generator's number at a flat index.
-    fn value(&self, index: usize) -> f32 {
+    pub(super) fn value(&self, index: usize) -> f32 {
         let hash = self.name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
         let z = hash.wrapping_add((index as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -63,7 +63,7 @@ impl Tensor {
     }
 }
 
-fn base64(text: &str) -> Vec<u8> {
+pub(super) fn base64(text: &str) -> Vec<u8> {
     let digit = |c: u8| b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/".iter().position(|d| *d == c).unwrap() as u32;
     let group = |group: &[u8]| {
         let digits: Vec<u8> = group.iter().copied().filter(|c| *c != b'=').collect();
@@ -74,7 +74,7 @@ fn base64(text: &str) -> Vec<u8> {
 }
 
 impl Sequence {
-    fn rows(&self, vocab: usize) -> Vec<Vec<f32>> {
+    pub(super) fn rows(&self, vocab: usize) -> Vec<Vec<f32>> {
         let numbers: Vec<f32> = base64(&self.logits).as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
         assert_eq!(numbers.len(), vocab * self.ids.len());
         numbers.chunks_exact(vocab).map(<[f32]>::to_vec).collect()
@@ -82,7 +82,7 @@ impl Sequence {
 }
 
 impl Golden {
-    fn read(family: &str) -> Self {
+    pub(super) fn read(family: &str) -> Self {
         let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("handler-tests/fixtures/families");
         let golden: Self = serde_json::from_slice(&std::fs::read(folder.join(format!("{family}.json"))).unwrap()).unwrap();
         for Sample { name, index, bits } in &golden.generator.samples {
@@ -92,7 +92,7 @@ impl Golden {
         golden
     }
 
-    fn files(&self) -> ModelFiles {
+    pub(super) fn files(&self) -> ModelFiles {
         self.files_as(&self.config, |name| name.to_owned())
     }
 
@@ -113,12 +113,12 @@ impl Golden {
         ModelFiles::new("golden", "test", files)
     }
 
-    fn vocab(&self) -> usize {
+    pub(super) fn vocab(&self) -> usize {
         self.config["vocab_size"].as_u64().unwrap() as usize
     }
 }
 
-fn settings(quantization: Quantization) -> EngineSettings {
+pub(super) fn settings(quantization: Quantization) -> EngineSettings {
     EngineSettings {
         device: DeviceChoice::Cpu,
         threads: Some(2),
@@ -155,7 +155,7 @@ fn close(got: &[Vec<f32>], want: &[Vec<f32>], what: &str) {
 }
 
 /// Prefill, prefill in chunks, decode, and a mixed batch of the three sequences.
-fn check(runner: &mut ModelRunner, golden: &Golden, what: &str) {
+pub(super) fn check(runner: &mut ModelRunner, golden: &Golden, what: &str) {
     let want: Vec<Vec<Vec<f32>>> = golden.sequences.iter().map(|sequence| sequence.rows(golden.vocab())).collect();
     let ids: Vec<&[u32]> = golden.sequences.iter().map(|sequence| sequence.ids.as_slice()).collect();
     let mut run = |parts: &[(usize, usize, usize)]| {
@@ -184,7 +184,7 @@ fn check(runner: &mut ModelRunner, golden: &Golden, what: &str) {
 }
 
 /// Runs `f` on a thread of its own, since a runner makes its thread a computing one for good.
-fn on_thread<T: Send>(f: impl FnOnce() -> T + Send) -> T {
+pub(super) fn on_thread<T: Send>(f: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| scope.spawn(f).join()).unwrap()
 }
 

@@ -227,4 +227,6 @@ mod golden_families;
 #[cfg(test)]
 mod golden_files;
 #[cfg(test)]
+mod golden_gguf;
+#[cfg(test)]
 mod golden_quantized;

@@ -1,5 +1,7 @@
 //! A GGUF file's metadata as the JSON files of a Hugging Face folder, so that everything behind reads one form.
 
+use std::collections::HashSet;
+
 use serde_json::{Map, Value as Json, json};
 
 use super::architectures::{Architecture, KEYS};
@@ -48,6 +50,10 @@ const SAMPLING: &[(&str, &str)] = &[
 /// Pre-tokenizers whose texts begin with the beginning-of-sequence token, where the file does not say so.
 const WITH_BOS: &[&str] = &["llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "tekken"];
 
+/// More layers, and more components of a head, than any model has: such a file is damaged, and not worth tables of that size.
+const MOST_LAYERS: u64 = 4_096;
+const WIDEST_HEAD: u64 = 65_536;
+
 /// A token of the vocabulary that text is not made of.
 const CONTROL: u64 = 3;
 
@@ -66,14 +72,21 @@ pub fn model(header: &Header<'_>, file: &[u8]) -> Result<Json, String> {
     // Heads that predict further tokens are counted as layers.
     let layers = needed(header, &format!("{name}.block_count"))?;
     let layers = layers.saturating_sub(header.integer(&format!("{name}.nextn_predict_layers"))?.unwrap_or(0));
+    if layers > MOST_LAYERS {
+        return Err(format!("metadata \"{name}.block_count\" is {layers}, more than any model has"));
+    }
     config.insert("num_hidden_layers".into(), json!(layers));
-    for key in ["embedding_length", "attention.head_count", "feed_forward_length"] {
+    for key in ["attention.head_count", "feed_forward_length"] {
         needed(header, &format!("{name}.{key}"))?;
     }
     let embedding = header.tensor("token_embd.weight").ok_or("tensor token_embd.weight is missing")?;
+    if embedding.shape.get(1).map(|width| *width as u64) != Some(needed(header, &format!("{name}.embedding_length"))?) {
+        return Err(format!("metadata \"{name}.embedding_length\" is not the width of token_embd.weight ({:?})", embedding.shape));
+    }
     config.insert("vocab_size".into(), json!(embedding.shape.first()));
     config.insert("tie_word_embeddings".into(), json!(header.tensor("output.weight").is_none()));
     biases(header, &mut config);
+    shapes(header, layers, &mut config);
     windows(header, name, layers, &mut config)?;
     gemma(name, layers, &mut config);
     if let Some(scaling) = rope_scaling(header, name, file)? {
@@ -131,6 +144,22 @@ fn biases(header: &Header<'_>, config: &mut Map<String, Json>) {
         ("use_qk_norm", has(&["blk.0.attn_q_norm.weight"])),
     ] {
         config.insert(key.to_owned(), json!(flag));
+    }
+}
+
+/// What only the tensors tell: the width of a head where no key says it, and which layers have no experts.
+fn shapes(header: &Header<'_>, layers: u64, config: &mut Map<String, Json>) {
+    let rows = header.tensor("blk.0.attn_q.weight").and_then(|tensor| tensor.shape.first().copied());
+    let heads = config.get("num_attention_heads").and_then(Json::as_u64);
+    if let (None, Some(rows), Some(heads)) = (config.get("head_dim"), rows, heads) {
+        config.insert("head_dim".into(), json!(rows as u64 / heads.max(1)));
+    }
+    let routers: HashSet<&str> = header.tensors.iter().filter_map(|tensor| tensor.name.strip_suffix(".ffn_gate_inp.weight")).collect();
+    if !routers.is_empty() {
+        // The header was read whole: it has at least one tensor for each layer, or the model is refused for the first that is missing.
+        let layers = layers.min(header.tensors.len() as u64);
+        let dense: Vec<u64> = (0..layers).filter(|layer| !routers.contains(format!("blk.{layer}").as_str())).collect();
+        config.insert("mlp_only_layers".into(), json!(dense));
     }
 }
 
@@ -220,6 +249,9 @@ fn refuse_odd(header: &Header<'_>, name: &str, config: &Map<String, Json>) -> Re
         && keys != values
     {
         return Err(format!("metadata \"{name}.attention.value_length\" is {values}, and keys have {keys}: both must be the same"));
+    }
+    if let Some(width) = config.get("head_dim").and_then(Json::as_u64).filter(|width| *width > WIDEST_HEAD) {
+        return Err(format!("metadata \"{name}.attention.key_length\" is {width}, more than any model has"));
     }
     let sections = header.array(&format!("{name}.rope.dimension_sections"))?;
     if sections.is_some_and(|sections| sections.iter().any(|section| section.number() != Some(0.0))) {

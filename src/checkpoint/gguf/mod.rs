@@ -32,6 +32,11 @@ pub const TOKENIZER: &str = "tokenizer.gguf";
 /// The types of tensors that can be read, for messages.
 pub const READABLE: &str = "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS and MXFP4";
 
+/// The architectures that are served.
+pub fn architectures() -> impl Iterator<Item = &'static str> {
+    architectures::ARCHITECTURES.iter().map(|row| row.name)
+}
+
 /// A file with weights.
 pub fn is_gguf(name: &str) -> bool {
     name.ends_with(".gguf") && name != TOKENIZER

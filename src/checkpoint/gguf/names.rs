@@ -29,6 +29,10 @@ impl Naming {
 
     /// The tensors that one of the file is. A name that is not known stays: nothing will ask for it, which is said when a model is loaded.
     pub fn parts(self, tensor: &Tensor<'_>) -> Result<Vec<Part>, String> {
+        // Read already, for the configuration.
+        if tensor.name == "rope_freqs.weight" {
+            return Ok(Vec::new());
+        }
         let whole = |name: String| vec![Part { name, shape: tensor.shape.clone(), range: tensor.range.clone() }];
         let known = match tensor.name {
             "token_embd.weight" => Some("model.embed_tokens.weight"),

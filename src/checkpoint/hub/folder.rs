@@ -31,7 +31,14 @@ pub struct Target<'a> {
 impl<'a> Target<'a> {
     pub fn of(name: &'a str) -> Self {
         match name.split_once(':') {
-            Some((place, gguf)) if !gguf.is_empty() && !Path::new(name).exists() && (is_hub_id(place) || Path::new(place).is_dir()) => {
+            // Neither an address nor a drive.
+            Some((place, gguf))
+                if !gguf.is_empty()
+                    && !gguf.starts_with('/')
+                    && !gguf.contains('\\')
+                    && !Path::new(name).exists()
+                    && (is_hub_id(place) || Path::new(place).is_dir()) =>
+            {
                 Self { name, place, gguf: Some(gguf) }
             }
             _ => Self { name, place: name, gguf: None },

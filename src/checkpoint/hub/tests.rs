@@ -46,7 +46,7 @@ impl Hub {
         let address = format!("http://{}", listener.local_addr().unwrap());
         let router = Router::new()
             .route("/api/models/{owner}/{name}/revision/{revision}", get(info))
-            .route("/{owner}/{name}/resolve/{revision}/{file}", get(resolve))
+            .route("/{owner}/{name}/resolve/{revision}/{*file}", get(resolve))
             .with_state(hub.clone());
         tokio::spawn(async move { axum::serve(listener, router).await });
         (hub, address)
@@ -114,7 +114,7 @@ async fn resolve(
     let part = bytes.slice(start..end);
     let response = Response::builder()
         .status(StatusCode::PARTIAL_CONTENT)
-        .header(header::ETAG, format!("\"etag-{file}\""))
+        .header(header::ETAG, format!("\"etag-{}\"", file.replace('/', "-")))
         .header("x-repo-commit", COMMIT)
         .header(header::CONTENT_RANGE, format!("bytes {start}-{}/{}", end - 1, bytes.len()))
         .header(header::CONTENT_LENGTH, part.len());
@@ -209,6 +209,71 @@ async fn only_the_shards_of_the_index_and_a_lost_one_is_fetched_again() {
     // The link that now leads nowhere must not stop the second download.
     let files = fetch(ID, &settings(&cache, &endpoint)).await.unwrap();
     assert_eq!(files.read("model-00002-of-00002.safetensors").unwrap().unwrap().as_ref(), b"second");
+}
+
+/// The first of so many GGUF files of a model.
+fn tiny_gguf(parts: u32) -> Vec<u8> {
+    use crate::checkpoint::gguf::writer::{Value, write};
+    let number = |key: &str, number: u32| (key.to_owned(), Value::U32(number));
+    let metadata = [
+        ("general.architecture".to_owned(), Value::Text("llama".into())),
+        number("llama.block_count", 1),
+        number("llama.embedding_length", 4),
+        number("llama.feed_forward_length", 4),
+        number("llama.attention.head_count", 2),
+        number("split.count", parts),
+    ];
+    write(&metadata, &[("token_embd.weight".to_owned(), vec![2, 4], 0, vec![0; 32])])
+}
+
+#[tokio::test]
+async fn of_gguf_files_the_one_that_is_meant_with_all_its_parts() {
+    let (one, two) = (tiny_gguf(1), tiny_gguf(2));
+    let big = ["big/m-BF16-00001-of-00002.gguf", "big/m-BF16-00002-of-00002.gguf"];
+    let files: [(&str, &[u8]); 6] = [
+        ("README.md", b"read me"),
+        ("config.json", b"not looked at"),
+        ("m-Q8_0.gguf", &one),
+        ("mmproj-m.gguf", b"projector"),
+        (big[0], &two),
+        (big[1], b"GGUF"),
+    ];
+    let (hub, endpoint) = Hub::with(&files).serve().await;
+    let cache = TempDir::new().unwrap();
+    let failure = fetch(ID, &settings(&cache, &endpoint)).await.unwrap_err();
+    assert!(failure.message.contains("big/m-BF16.gguf, m-Q8_0.gguf"), "{failure}");
+    assert!(hub.asked().is_empty());
+    let asked = |pick: &str| format!("{ID}:{pick}");
+    let files = fetch(&asked("Q8_0"), &settings(&cache, &endpoint)).await.unwrap();
+    assert_eq!(hub.asked(), ["m-Q8_0.gguf"]);
+    assert_eq!(names(&files), ["config.json", "generation_config.json", "m-Q8_0.gguf", "tokenizer.gguf", "tokenizer_config.json"]);
+    assert_eq!((files.name.as_str(), files.weight_files().unwrap()), ("org/Tiny-Model:Q8_0", vec!["m-Q8_0.gguf".to_owned()]));
+    let files = fetch(&asked("bf16"), &settings(&cache, &endpoint)).await.unwrap();
+    assert_eq!(files.weight_files().unwrap(), big);
+    assert_eq!(hub.asked()[1..], big);
+    // Found again, by the file's name too; what is not there is told without the network.
+    for pick in ["Q8_0", "m-Q8_0.gguf", "bf16"] {
+        assert!(find_local(&asked(pick), &offline(&cache)).unwrap().is_some(), "{pick}");
+    }
+    let failure = fetch(&asked("Q4_0"), &offline(&cache)).await.unwrap_err();
+    assert!(failure.message.contains("a GGUF file \"Q4_0\" (there are big/m-BF16.gguf, m-Q8_0.gguf)"), "{failure}");
+    let folder = TempDir::new().unwrap();
+    let files = pull(&asked("BF16"), &settings(&cache, &endpoint), Some(folder.path())).await.unwrap();
+    assert_eq!(files.weight_files().unwrap(), big);
+    assert!(folder.path().join(big[1]).is_file() && !folder.path().join("tokenizer.gguf").exists());
+    // A file of the set, wherever in it, stands for all of it.
+    let file = folder.path().join(big[1]).to_string_lossy().into_owned();
+    assert_eq!(find_local(&file, &offline(&cache)).unwrap().unwrap().weight_files().unwrap().len(), 2);
+    let failure = find_local(&folder.path().join(".download").to_string_lossy(), &offline(&cache)).unwrap_err();
+    assert!(failure.message.contains("neither a folder or GGUF file"), "{failure}");
+}
+
+#[test]
+fn addresses_and_drives_are_no_gguf_files() {
+    for name in ["http://host/model", "C:\\models\\m", "org/model:", "/no/such/folder:Q8_0"] {
+        assert_eq!(Target::of(name).gguf, None, "{name}");
+    }
+    assert_eq!(Target::of("org/model:Q8_0").gguf, Some("Q8_0"));
 }
 
 #[tokio::test]

@@ -16,6 +16,7 @@ use crate::text::sentencepiece::{self, Kind, Piece, byte_piece};
 const NORMAL: u64 = 1;
 const CONTROL: u64 = 3;
 const USER_DEFINED: u64 = 4;
+const UNUSED: u64 = 5;
 
 /// What a file's metadata holds.
 pub enum Vocabulary<'a> {
@@ -48,12 +49,17 @@ fn tokens<'a>(header: &Header<'a>) -> Result<Vec<(&'a str, u64)>, String> {
         let kind = types.next().map_or(Some(NORMAL), Value::integer).filter(|kind| *kind <= 6);
         Ok((text, kind.ok_or_else(|| format!("metadata \"tokenizer.ggml.token_type\": the type of token {id} is not known"))?))
     };
-    tokens.iter().enumerate().map(token).collect()
+    let mut tokens = tokens.iter().enumerate().map(token).collect::<Result<Vec<_>, String>>()?;
+    // What the converter writes for rows of the embedding that have no token.
+    while tokens.last().is_some_and(|(text, kind)| *kind == UNUSED && text.starts_with("[PAD")) {
+        tokens.pop();
+    }
+    Ok(tokens)
 }
 
 fn sentencepiece<'a>(header: &Header<'a>) -> Result<sentencepiece::Model<'a>, String> {
     let tokens = tokens(header)?;
-    let scores = header.array("tokenizer.ggml.scores")?.filter(|scores| scores.len == tokens.len());
+    let scores = header.array("tokenizer.ggml.scores")?.filter(|scores| scores.len >= tokens.len());
     let scores =
         scores.ok_or_else(|| format!("metadata \"tokenizer.ggml.scores\" must have a score for each of the {} tokens", tokens.len()))?;
     let piece = |((text, kind), score): ((&'a str, u64), Value<'a>)| {
@@ -62,7 +68,7 @@ fn sentencepiece<'a>(header: &Header<'a>) -> Result<sentencepiece::Model<'a>, St
             2 => Kind::Unknown,
             CONTROL => Kind::Control,
             USER_DEFINED => Kind::UserDefined,
-            5 => Kind::Unused,
+            UNUSED => Kind::Unused,
             _ => Kind::Byte(byte_piece(text).ok_or_else(|| format!("token {text:?} is marked as a byte but not written <0xNN>"))?),
         };
         let score = score.number().ok_or("metadata \"tokenizer.ggml.scores\" must hold numbers")? as f32;

@@ -5,7 +5,7 @@
 
 /// One way of cutting.
 pub struct Pre {
-    names: &'static [&'static str],
+    pub names: &'static [&'static str],
     pub regexes: &'static [&'static str],
     /// A piece that is a token is not looked at any closer.
     pub ignore_merges: bool,
@@ -61,6 +61,6 @@ pub fn pre_tokenizer(name: &str) -> Option<&'static Pre> {
 }
 
 #[cfg(test)]
-pub fn names() -> impl Iterator<Item = &'static str> {
-    PRE_TOKENIZERS.iter().flat_map(|pre| pre.names.iter().copied())
+pub fn all() -> impl Iterator<Item = &'static Pre> {
+    PRE_TOKENIZERS.iter()
 }
