@@ -148,12 +148,15 @@ impl MaskJob {
     fn samples(&self, constraint: &mut dyn Constraint) -> Result<Vec<Allowed>, Failure> {
         let mut samples = Vec::with_capacity(self.drafts.len() + 1);
         let mut drafts = self.drafts.iter().copied();
+        let mut accepted = 0;
         loop {
             let allowed = match constraint.next()? {
                 Next::Anything => Allowed::Anything,
                 Next::Masked => Allowed::Only(self.without_end(constraint.mask()?)),
                 Next::Forced(ids) => Allowed::Only(TokenMask::only(ids.get(..1).unwrap_or_default())),
-                // Only a constraint that allows no token at all gets here: a sequence leaves when its constraint has ended.
+                // After these drafts the sequence is complete, and nothing is sampled.
+                Next::End if accepted > 0 => break,
+                // A constraint that allows no token from the start on.
                 Next::End => Allowed::Only(TokenMask::only(&self.params.eos_token_ids)),
             };
             let next = drafts.next().filter(|draft| match &allowed {
@@ -164,8 +167,9 @@ impl MaskJob {
             samples.push(allowed);
             let Some(draft) = next else { break };
             constraint.accept(draft)?;
+            accepted += 1;
         }
-        constraint.rollback(samples.len() - 1)?;
+        constraint.rollback(accepted)?;
         Ok(samples)
     }
 

@@ -152,7 +152,7 @@ fn without_anchors(regex: &str) -> &str {
     let regex = regex.strip_prefix('^').unwrap_or(regex);
     match regex.strip_suffix('$') {
         // An escaped `$` is a dollar sign.
-        Some(rest) if rest.len() - rest.trim_end_matches('\\').len() & 1 == 0 => rest,
+        Some(rest) if (rest.len() - rest.trim_end_matches('\\').len()).is_multiple_of(2) => rest,
         _ => regex,
     }
 }

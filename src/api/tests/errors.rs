@@ -50,7 +50,7 @@ async fn chat_mistakes_at_the_direct_door_and_through_the_queue() {
         (
             json!({"messages": hi(), "structured_outputs": {"json_object": true, "regex": "a"}}),
             400,
-            "structured_outputs.json_object",
+            "structured_outputs.regex",
             Some("invalid_value"),
         ),
         (json!({"messages": hi(), "logprobs": "yes"}), 400, "logprobs", None),
