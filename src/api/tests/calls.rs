@@ -32,7 +32,8 @@ async fn messages_come_back_as_the_tokens_that_a_chat_reads() {
     {
         let asked = with(json!({"messages": messages, "max_tokens": 1, "return_token_ids": true}), more.clone());
         let read = world.post("/v1/chat/completions", asked).await.unwrap();
-        let asked = with(json!({"messages": messages, "tools": [{"type": "function", "function": {"name": "f"}}]}), more.clone());
+        let tools = json!({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"});
+        let asked = with(with(json!({"messages": messages}), tools), more.clone());
         let whole = world.post("/tokenize", asked.clone()).await.unwrap();
         assert_eq!(whole["tokens"], read["prompt_token_ids"], "{more}");
         let rendered = world.post("/v1/chat/completions/render", asked.clone()).await.unwrap();
