@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
-use crate::api::grammar::source::lark_string;
+use crate::api::grammar::lark::lark_string;
 
 /// Parentheses may nest so deep; Lark's own parser takes 30 levels.
 const MOST_NESTED: usize = 24;

@@ -22,6 +22,7 @@ use crate::text::tokenizer::Tokenizer;
 mod cache;
 mod expansion;
 mod gbnf;
+mod lark;
 mod matcher;
 pub mod request;
 mod source;

@@ -4,6 +4,7 @@ use llguidance::api::{GrammarWithLexer, TopLevelGrammar};
 use llguidance::regex_to_lark;
 use serde_json::{Map, Value, json};
 
+use crate::api::grammar::lark::lark_string;
 use crate::api::grammar::{expansion, gbnf};
 
 /// Most bytes of a grammar's text.
@@ -163,10 +164,4 @@ fn choice(texts: &[String]) -> Result<TopLevelGrammar, String> {
     }
     let texts: Vec<String> = texts.iter().map(|text| lark_string(text)).collect();
     Ok(TopLevelGrammar::from_lark(format!("start: {}\n", texts.join(" | "))))
-}
-
-/// A literal of Lark.
-pub fn lark_string(text: &str) -> String {
-    // Lark takes JSON's strings but for this one character.
-    Value::from(text).to_string().replace('\u{7f}', "\\u007f")
 }

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use serde_json::Value;
 
-use crate::api::grammar::source::lark_string;
+use crate::api::grammar::lark::lark_string;
 
 /// One kind of part.
 struct Tag<'a> {
