@@ -169,6 +169,11 @@ impl Checkpoint {
         Ok(())
     }
 
+    /// Some tensors are stored in blocks of few bits.
+    pub fn is_quantized(&self) -> bool {
+        self.entries.values().any(|entry| matches!(entry.stored.stored, Some(Stored::Blocks(_))))
+    }
+
     /// The types of a GGUF file's matrices, by how many numbers they hold; `None`: it is no such file.
     pub fn gguf_types(&self) -> Option<String> {
         self.gguf?;

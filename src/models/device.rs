@@ -63,11 +63,16 @@ pub fn device_of(settings: &EngineSettings) -> Result<Device, Failure> {
         DeviceChoice::Auto => automatic(cuda::open(0), settings.gpu_required),
         choice => open_device(choice),
     }?;
-    if let (Some(name), Some(card)) = (settings.quantization.name(), cuda::capability(&device)) {
-        quantized_kernels(option_env!("CUDA_COMPUTE_CAP"), card)
-            .map_err(|problem| Failure::internal(format!("QUANTIZATION={name}: {problem}")))?;
+    if let Some(name) = settings.quantization.name() {
+        check_quantized(&device, &format!("QUANTIZATION={name}"))?;
     }
     Ok(device)
+}
+
+/// Refuses `what`, which would be held in a quantized form, on a GPU that has no kernels for it.
+pub fn check_quantized(device: &Device, what: &str) -> Result<(), Failure> {
+    let Some(card) = cuda::capability(device) else { return Ok(()) };
+    quantized_kernels(option_env!("CUDA_COMPUTE_CAP"), card).map_err(|problem| Failure::internal(format!("{what}: {problem}")))
 }
 
 /// What `DEVICE=auto` comes to, given what opening the first GPU came to.

@@ -16,7 +16,7 @@ use crate::kernels::sizing::Operation;
 use crate::kernels::sizing::Sizing;
 use crate::kernels::{Backend, Batch, BatchRow, ComputeDtype, Footprint, StepLimits};
 use crate::models::decoder::{self, Decoder};
-use crate::models::device::{describe, device_failure, device_memory, device_of, step_error, without_backtrace};
+use crate::models::device::{check_quantized, describe, device_failure, device_memory, device_of, step_error, without_backtrace};
 use crate::models::families::Model;
 use crate::models::memory::{self, LOGITS_ROWS, MemoryPlan};
 use crate::models::sample;
@@ -77,6 +77,9 @@ impl ModelRunner {
         let threads = memory::threads(settings);
         let model = Model::from_files(files)?;
         let checkpoint = Checkpoint::open(files, model.spec.quantized.as_deref())?;
+        if checkpoint.is_quantized() {
+            check_quantized(device, &format!("{}, a quantized GGUF file", files.name))?;
+        }
         let tensors = Tensors::find(&checkpoint, &model)?;
         tracing::debug!("checkpoint: {}", tensors.describe());
         if let Some(line) = decoder::finer_formats(settings.quantization, &model.spec) {
