@@ -133,6 +133,6 @@ def test_messages_on_our_own_route(door):
 
 
 def test_embeddings_are_refused(door):
-    with pytest.raises(litellm.NotFoundError) as caught:
+    with pytest.raises(litellm.BadRequestError) as caught:
         litellm.embedding(model="openai/default", input=["text"], api_base=door, api_key="any")
-    assert "embeddings" in str(caught.value)
+    assert "does not support the Embeddings API" in str(caught.value)
