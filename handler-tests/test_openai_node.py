@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from harness import questions
+
 CASES = Path(__file__).parent / "node/cases.mjs"
 
 
@@ -42,6 +44,19 @@ def test_responses(node, story):
     assert result["whole"]["output_text"] == result["final"]["output_text"] == result["text"] == story.answer
     assert result["next"]["previous_response_id"] == result["final"]["id"]
     assert result["next"]["usage"]["input_tokens"] > result["whole"]["usage"]["input_tokens"]
+
+
+def test_parse(node):
+    """An object by a schema of zod's: a chat, its stream, and a response."""
+    person = {"name": "Ada", "age": 36}
+    assert node("parse", questions.BY_NAME["json"])["result"] == {"whole": person, "final": person, "response": person}
+
+
+def test_run_tools(node):
+    """The SDK's own loop: it calls the function and sends its result back, whole and streamed."""
+    (paris,) = [question for question in questions.WITH_TOOLS if question.name == "tool-paris"]
+    said = "It is sunny there."
+    assert node("runTools", paris)["result"] == {"whole": said, "streamed": said, "asked": ["Paris", "Paris"]}
 
 
 def test_stream(node, story):

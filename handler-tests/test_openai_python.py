@@ -4,6 +4,7 @@ from __future__ import annotations
 import asyncio
 
 import openai
+import pydantic
 import pytest
 
 from harness import questions
@@ -102,6 +103,42 @@ def test_stop_string_is_in_no_chunk(client, model):
     assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (before, "stop")
     chunks = list(client.chat.completions.create(model=model, messages=messages, temperature=0, stop=["nothing", "STOP"], stream=True))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == before
+
+
+class Person(pydantic.BaseModel):
+    """A person."""
+
+    name: str
+    age: int
+
+
+def test_parse(client, model):
+    """An object by a schema of pydantic's: a chat, its stream, and a response."""
+    ada = Person(name="Ada", age=36)
+    messages = questions.BY_NAME["json"].body["messages"]
+    whole = client.chat.completions.parse(model=model, messages=messages, temperature=0, response_format=Person)
+    assert whole.choices[0].message.parsed == ada
+    with client.chat.completions.stream(model=model, messages=messages, temperature=0, response_format=Person) as stream:
+        assert stream.get_final_completion().choices[0].message.parsed == ada
+    response = client.responses.parse(model=model, input=messages, temperature=0, text_format=Person)
+    assert response.output_parsed == ada
+    with client.responses.stream(model=model, input=messages, temperature=0, text_format=Person) as stream:
+        assert stream.get_final_response().output_parsed == ada
+
+
+def test_parse_a_call(client, model):
+    """`pydantic_function_tool` makes a strict tool; the call's arguments are an object of the class."""
+
+    class get_weather(pydantic.BaseModel):
+        """Current weather of a city"""
+
+        city: str
+
+    (paris,) = [question for question in questions.WITH_TOOLS if question.name == "tool-paris"]
+    tools = [openai.pydantic_function_tool(get_weather)]
+    answer = client.chat.completions.parse(model=model, messages=paris.body["messages"], temperature=0, tools=tools)
+    (call,) = answer.choices[0].message.tool_calls
+    assert call.function.parsed_arguments == get_weather(city="Paris")
 
 
 def test_models(client, model):

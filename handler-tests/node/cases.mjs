@@ -1,9 +1,12 @@
 // The official Node SDK: `node cases.mjs CASE BASE_URL QUESTION_JSON` prints what the SDK made of the answers, as JSON.
 import OpenAI from "openai";
+import { zodResponseFormat, zodTextFormat } from "openai/helpers/zod";
+import { z } from "zod";
 
 const [name, baseURL, question] = process.argv.slice(2);
 const { messages } = JSON.parse(question);
 const sent = [];
+const person = z.object({ name: z.string(), age: z.number().int() });
 const client = new OpenAI({
   baseURL,
   apiKey: "any",
@@ -57,6 +60,35 @@ const cases = {
     const final = await stream.finalResponse();
     const next = await client.responses.create({ ...request, previous_response_id: final.id });
     return { whole, final, text, next };
+  },
+  async parse() {
+    const request = { model: await model(), temperature: 0 };
+    const whole = await client.chat.completions.parse({ ...request, messages, response_format: zodResponseFormat(person, "person") });
+    const stream = client.chat.completions.stream({ ...request, messages, response_format: zodResponseFormat(person, "person") });
+    const final = await stream.finalChatCompletion();
+    const response = await client.responses.parse({
+      ...request,
+      input: messages.at(-1).content,
+      text: { format: zodTextFormat(person, "person") },
+    });
+    return { whole: whole.choices[0].message.parsed, final: final.choices[0].message.parsed, response: response.output_parsed };
+  },
+  async runTools() {
+    const asked = [];
+    const get_weather = {
+      type: "function",
+      function: {
+        name: "get_weather",
+        description: "Current weather of a city",
+        parameters: { type: "object", properties: { city: { type: "string" } }, required: ["city"] },
+        parse: JSON.parse,
+        function: ({ city }) => (asked.push(city), { weather: "sunny" }),
+      },
+    };
+    const request = { model: await model(), messages, temperature: 0, tools: [get_weather] };
+    const whole = await client.chat.completions.runTools(request).finalContent();
+    const streamed = await client.chat.completions.runTools({ ...request, stream: true }).finalContent();
+    return { whole, streamed, asked };
   },
   async stream() {
     const stream = await client.chat.completions.create({ model: await model(), messages, temperature: 0, stream: true });
