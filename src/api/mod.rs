@@ -17,6 +17,7 @@ pub mod body;
 mod clock;
 pub mod delta;
 mod dialects;
+mod enforce;
 pub mod failure;
 mod fields;
 pub mod frames;

@@ -125,7 +125,7 @@ impl RequestStream {
                 params.seed = options.seed.map_or_else(|| runs.seeds.pick(), |seed| seed.wrapping_add(candidate as u64));
                 // Of one prompt the first candidate has the scores, for all.
                 let prompt_logprobs = options.prompt_logprobs.filter(|_| candidate == 0);
-                let constraint = options.grammar.as_ref().map(|grammar| grammar.constraint());
+                let constraint = request.constraint()?;
                 let sequence = Request { id: id.clone(), prompt: prompt.ids.clone(), params, prompt_logprobs, deadline, constraint };
                 let generation = runs.engine.submit(sequence)?;
                 let opening = Opening {
@@ -149,7 +149,7 @@ impl RequestStream {
             failure: None,
             prompt_tokens,
             completion_tokens: 0,
-            reasoning_tokens: request.parsing.reasoning.map(|_| 0),
+            reasoning_tokens: request.parsing.told_apart().map(|_| 0),
             tally,
             n: options.n,
             candidates: options.candidates,
