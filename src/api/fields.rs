@@ -318,7 +318,7 @@ pub fn token_ids(field: &Field<'_>, vocab_size: usize) -> Result<Vec<u32>, Failu
 }
 
 /// A JSON number without a fraction; beyond 64 bits the nearest end.
-fn whole(value: &Value) -> Option<i64> {
+pub fn whole(value: &Value) -> Option<i64> {
     let Value::Number(number) = value else { return None };
     if let Some(number) = number.as_i64() {
         return Some(number);

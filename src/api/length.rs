@@ -17,7 +17,9 @@ pub fn read(fields: &Fields<'_>, form: LogprobsForm, echo: bool, settings: &ApiS
     }
     // Everywhere but on `/v1/completions` an answer may fill the rest of the context.
     let default = settings.default_max_tokens.or((form == LogprobsForm::Text).then_some(defaults::COMPLETION_MAX_TOKENS));
-    Ok((asked.or(default), min_tokens))
+    // In chats it is the answer behind the thoughts that is bounded so, while it is written.
+    let response = fields.count("response_max_tokens")?.filter(|_| !form.is_chat());
+    Ok((asked.or(default).into_iter().chain(response).min(), min_tokens))
 }
 
 /// What the request asks for. `max_completion_tokens` wins over the older `max_tokens`, and that over the names of other servers; all are

@@ -21,6 +21,7 @@ mod calls;
 mod clock;
 pub mod delta;
 mod dialects;
+mod enforce;
 pub mod failure;
 mod fields;
 pub mod frames;

@@ -127,8 +127,6 @@ pub struct GenerationOptions {
     pub echo: bool,
     /// The request's: every prompt begins with it, and further choices count up from it. Without one each sequence gets its own.
     pub seed: Option<u64>,
-    /// Most tokens after the model's thoughts.
-    pub response_max_tokens: Option<usize>,
     /// What the answer has begun with: tokens after the prompt.
     pub completion_token_ids: Vec<u32>,
     /// Tokens of one choice in one chunk of a stream, at least.
@@ -185,7 +183,6 @@ impl GenerationOptions {
             prompt_logprobs: logprobs.of_prompt(echo && !form.is_chat(), context.settings),
             echo,
             seed: fields.seed()?,
-            response_max_tokens: fields.count("response_max_tokens")?,
             completion_token_ids: fields.token_ids("completion_token_ids", context.limits.vocab_size)?.unwrap_or_default(),
             stream_group: fields.count_or_default("max_streaming_response_tokens")?,
             sampling,

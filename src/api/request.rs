@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
+use crate::api::enforce::Rules;
 use crate::api::length;
 use crate::api::logprobs::Echo;
 use crate::api::options::GenerationOptions;
 use crate::api::parse::answer::Parsing;
-use crate::engine::Limits;
+use crate::engine::{Constraint, Limits};
 use crate::error::Failure;
 
 /// A request that is checked and tokenized: nothing about it can be refused any more but for want of room in the queue.
@@ -15,6 +16,8 @@ pub struct GenerationRequest {
     pub options: GenerationOptions,
     /// What is told apart in the answers' text.
     pub parsing: Parsing,
+    /// What the answers are held to; none where they are free, or where a grammar alone says what they are.
+    pub rules: Option<Arc<Rules>>,
 }
 
 /// One prompt, which fits the context.
@@ -41,6 +44,13 @@ impl GenerationRequest {
         for prompt in &mut prompts {
             prompt.max_tokens = length::of_prompt(options.max_tokens, options.sampling.min_tokens, prompt.ids.len(), limits)?;
         }
-        Ok(Self { prompts, options, parsing: Parsing::default() })
+        Ok(Self { prompts, options, parsing: Parsing::default(), rules: None })
+    }
+    /// What one answer is sampled under.
+    pub fn constraint(&self) -> Result<Option<Box<dyn Constraint>>, Failure> {
+        match &self.rules {
+            Some(rules) => rules.constraint().map(Some),
+            None => Ok(self.options.grammar.as_ref().map(|grammar| grammar.constraint())),
+        }
     }
 }

@@ -15,7 +15,7 @@ use tokio::task::JoinHandle;
 use crate::api::delta::{self, ChoiceUpdate, Delta, DeltaKind, Usage};
 use crate::api::request::GenerationRequest;
 use crate::api::running::{Registered, Running};
-use crate::api::sequence_task::{Opening, Progress, ResponseLimit, SequenceTask, TextOptions};
+use crate::api::sequence_task::{Opening, Progress, SequenceTask, TextOptions};
 use crate::api::tally::Tally;
 use crate::engine::{Handle, Request};
 use crate::error::Failure;
@@ -73,11 +73,6 @@ fn text_options(runs: &Runs, request: &GenerationRequest) -> TextOptions {
         score_only: options.max_tokens == Some(0),
         report: options.logprobs.output.is_some(),
         report_hidden: options.return_token_ids,
-        response: options.response_max_tokens.map(|tokens| ResponseLimit {
-            tokens,
-            think: runs.tokenizer.token_id("<think>"),
-            think_end: runs.tokenizer.token_id("</think>"),
-        }),
     }
 }
 
@@ -137,11 +132,10 @@ impl RequestStream {
                 params.seed = options.seed.map_or_else(|| runs.seeds.pick(), |seed| seed.wrapping_add(candidate as u64));
                 // Of one prompt the first candidate has the scores, for all.
                 let prompt_logprobs = options.prompt_logprobs.filter(|_| candidate == 0);
-                let constraint = options.grammar.as_ref().map(|grammar| grammar.constraint());
+                let constraint = request.constraint()?;
                 let sequence = Request { id: id.clone(), prompt: prompt.ids.clone(), params, prompt_logprobs, deadline, constraint };
                 let generation = runs.engine.submit(sequence)?;
                 let opening = Opening {
-                    thinking: text.response.as_ref().is_some_and(|limit| limit.opened_by(&prompt.ids)),
                     echo: prompt.echo.as_ref().map(|echo| echo.text.clone()).unwrap_or_default(),
                     scored: scored.take(),
                     scores: options.prompt_logprobs.map(|_| scores.clone()),
@@ -162,7 +156,7 @@ impl RequestStream {
             failure: None,
             prompt_tokens,
             completion_tokens: 0,
-            reasoning_tokens: request.parsing.reasoning.map(|_| 0),
+            reasoning_tokens: request.parsing.told_apart().map(|_| 0),
             tally,
             registered,
             group: if options.stream { options.stream_group } else { 1 },

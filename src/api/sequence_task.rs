@@ -30,29 +30,10 @@ pub struct TextOptions {
     pub report: bool,
     /// Of the end of sequence and the tokens of a stop string, too: token ids are asked for, and those hold them.
     pub report_hidden: bool,
-    pub response: Option<ResponseLimit>,
-}
-
-/// Most tokens after the model's thoughts (`response_max_tokens`): all tokens of an answer without thoughts.
-pub struct ResponseLimit {
-    pub tokens: usize,
-    /// The ids of `<think>` and `</think>`, where there are any.
-    pub think: Option<u32>,
-    pub think_end: Option<u32>,
-}
-
-impl ResponseLimit {
-    /// Whether an answer to this prompt begins inside a thought: the prompt has opened one.
-    pub fn opened_by(&self, prompt: &[u32]) -> bool {
-        let last = prompt.iter().rev().find(|id| self.think == Some(**id) || self.think_end == Some(**id));
-        last.is_some_and(|id| self.think == Some(*id))
-    }
 }
 
 /// What a choice begins with.
 pub struct Opening {
-    /// The prompt has opened a thought.
-    pub thinking: bool,
     pub echo: String,
     /// Where the first choice of a prompt leaves the prompt's scores.
     pub scored: Option<watch::Sender<Option<Arc<Vec<Logprobs>>>>>,
@@ -86,9 +67,6 @@ pub struct SequenceTask {
     detokenizer: Detokenizer,
     reports: Reports,
     produced: usize,
-    /// Inside a thought, and tokens outside of one: counted for [`ResponseLimit`] alone.
-    thinking: bool,
-    answered: usize,
     cached_tokens: Option<usize>,
 }
 
@@ -106,9 +84,8 @@ impl SequenceTask {
     pub fn new(choices: Range<usize>, options: Arc<TextOptions>, parser: Box<dyn Parser>, opening: Opening) -> Self {
         let detokenizer = Detokenizer::new(&options.stops, options.include_stop);
         let reports = Reports { offset: opening.echo.chars().count(), keep_hidden: options.report_hidden, ..Reports::default() };
-        let thinking = opening.thinking;
         let opening = Some(opening);
-        Self { choices, options, parser, opening, detokenizer, reports, produced: 0, thinking, answered: 0, cached_tokens: None }
+        Self { choices, options, parser, opening, detokenizer, reports, produced: 0, cached_tokens: None }
     }
 
     /// A stop string ends the sequence here, before the engine knows; and so does `aborted`, when it becomes true.
@@ -210,28 +187,7 @@ impl SequenceTask {
             self.reports.push(report, bytes.is_some());
         }
         self.reports.shown(step.text.len(), self.detokenizer.is_whole());
-        let step = self.release(stop, step);
-        if self.is_last(token.id) && step.end.is_none() && !token.ends { self.cut(step) } else { step }
-    }
-
-    /// Whether the limit of the response is reached with this token.
-    fn is_last(&mut self, id: u32) -> bool {
-        let Some(limit) = &self.options.response else { return false };
-        let is = |mark: Option<u32>| mark == Some(id);
-        if is(limit.think_end) || is(limit.think) {
-            self.thinking = is(limit.think);
-        } else if !self.thinking {
-            self.answered += 1;
-        }
-        self.answered >= limit.tokens
-    }
-
-    /// The sequence ends with this step, whatever the engine has in store.
-    fn cut(&mut self, mut step: Step) -> Step {
-        let rest = self.finish(EndReason::Length);
-        step.text.push_str(&rest.text);
-        step.logprobs.extend(rest.logprobs);
-        Step { end: rest.end, ..step }
+        self.release(stop, step)
     }
 
     /// The request is aborted: what is held back comes out.

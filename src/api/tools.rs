@@ -57,7 +57,7 @@ pub fn read(served: &ServedModel, fields: &Fields<'_>) -> Result<Option<ToolRequ
     let single = field.name.ends_with("functions") || matches!(choice, ToolChoice::Named(_));
     let request = ToolRequest { tools, format: format(served, &field, &choice)?, choice, parallel: parallel && !single };
     let demands = matches!(request.choice, ToolChoice::Required | ToolChoice::Named(_));
-    match choice_field.filter(|_| demands && request.forced_opening().is_none()) {
+    match choice_field.filter(|_| demands && !request.can_demand()) {
         None => Ok(Some(request)),
         Some(field) => {
             let message = format!(
@@ -87,7 +87,7 @@ fn format(served: &ServedModel, field: &Field<'_>, choice: &ToolChoice) -> Resul
 
 /// A tool that nobody calls.
 fn text(definition: Value) -> Tool {
-    Tool { name: String::new(), parameters: Value::Null, strict: false, definition }
+    Tool { name: String::new(), parameters: Value::Null, strict: false, place: String::new(), definition }
 }
 
 /// Definitions as the template gets them, each with the name of its function's place.
@@ -156,7 +156,7 @@ fn tool(name: &str, definition: &Value) -> Result<Tool, Failure> {
         Some(field) => field.value.as_bool().ok_or_else(|| wrong_type(&field, "true or false"))?,
         None => false,
     };
-    Ok(Tool { name: given.to_owned(), parameters, strict, definition: definition.clone() })
+    Ok(Tool { name: given.to_owned(), parameters, strict, place: name.to_owned(), definition: definition.clone() })
 }
 
 fn check_name(field: &Field<'_>, name: &str) -> Result<(), Failure> {

@@ -5,7 +5,7 @@
 //! - **Masks.** [`Constraint::next`] says [`Next::Masked`]: [`MaskJob`] makes the mask on another thread while the forward pass runs, and the
 //!   sampler waits for it. A row with draft tokens gets one mask for each sample; drafts that the constraint forbids are never accepted.
 //! - **Forced tokens.** [`Next::Forced`]: they are appended without being sampled and run together in the next step, as a chunk.
-//! - **The end.** [`Next::End`]: the sequence has finished.
+//! - **The end.** [`Next::End`]: the sequence has finished; [`Next::Full`]: it has, because it may be no longer.
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -45,6 +45,8 @@ pub enum Next {
     Forced(Vec<u32>),
     /// Nothing: the sequence is complete.
     End,
+    /// Nothing: the sequence has as many tokens as it may have, complete or not.
+    Full,
 }
 
 impl Clone for Box<dyn Constraint> {
@@ -155,9 +157,9 @@ impl MaskJob {
                 Next::Masked => Allowed::Only(self.without_end(constraint.mask()?)),
                 Next::Forced(ids) => Allowed::Only(TokenMask::only(ids.get(..1).unwrap_or_default())),
                 // After these drafts the sequence is complete, and nothing is sampled.
-                Next::End if accepted > 0 => break,
+                Next::End | Next::Full if accepted > 0 => break,
                 // A constraint that allows no token from the start on.
-                Next::End => Allowed::Only(TokenMask::only(&self.params.eos_token_ids)),
+                Next::End | Next::Full => Allowed::Only(TokenMask::only(&self.params.eos_token_ids)),
             };
             let next = drafts.next().filter(|draft| match &allowed {
                 _ if !self.params.ignore_eos && self.params.eos_token_ids.contains(draft) => false,

@@ -191,10 +191,11 @@ impl Sequence {
     /// `finish`, unless the constraint has come to its end.
     pub fn or_complete(&mut self, finish: Option<Finish>) -> Result<Option<Finish>, Failure> {
         match &mut self.constraint {
-            Some(constraint) if matches!(finish, None | Some(Finish::Length)) => {
-                let ended = *constraint.next()? == Next::End;
-                Ok(if ended { Some(Finish::Stop) } else { finish })
-            }
+            Some(constraint) if matches!(finish, None | Some(Finish::Length)) => Ok(match constraint.next()? {
+                Next::End => Some(Finish::Stop),
+                Next::Full => Some(Finish::Length),
+                _ => finish,
+            }),
             _ => Ok(finish),
         }
     }

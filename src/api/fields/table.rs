@@ -111,7 +111,6 @@ const PROBABILITIES: &str = "probabilities";
 const SAMPLING: &str = "other ways to sample";
 const ENDING: &str = "other ways to end";
 const ORDER: &str = "the order of requests";
-const THINKING: &str = "budgets of thinking";
 const PROMPT: &str = "the prompt and its return";
 const MEDIA: &str = "other media";
 
@@ -146,10 +145,11 @@ pub const FIELDS: &[FieldSpec] = &[
     row("parallel_tool_calls", Bool(Some(true)), Chat, "`false`: only the first call is given."),
     row("functions", Other("a list of functions"), Chat, "The older form of `tools`.").neutral(Neutral::Empty),
     row("function_call", Other("`none`, `auto`, or a function"), Chat, "The older form of `tool_choice`.").neutral(Neutral::Words(&["none", "auto"])),
-    row("thinking", Other("true, false, or an object with `type` or `enabled`"), Chat, "Told the template as `enable_thinking` and `thinking`. A budget in it is refused.").neutral(Neutral::NoThinking),
-    row("reasoning", Other("true, false, or an object with `effort`, `enabled` or `exclude`"), Chat, "The same; `exclude` leaves thoughts out of the answer. A budget in it is refused.").neutral(Neutral::NoThinking),
+    row("thinking", Other("true, false, or an object with `type` or `enabled`"), Chat, "Told the template as `enable_thinking` and `thinking`. `budget_tokens` in it is a budget of thinking.").neutral(Neutral::NoThinking),
+    row("reasoning", Other("true, false, or an object with `effort`, `enabled` or `exclude`"), Chat, "The same; `exclude` leaves thoughts out of the answer. `max_tokens` in it is a budget of thinking.").neutral(Neutral::NoThinking),
     row("include_reasoning", Bool(Some(true)), Chat, "`false` leaves thoughts out of the answer.").neutral(Neutral::Yes),
     row("separate_reasoning", Bool(Some(true)), Chat, "`false` leaves thoughts in the content, with their marks.").neutral(Neutral::Empty),
+    row("thinking_token_budget", Integer { min: -1, default: None }, Chat, "Most tokens of thoughts: then they are closed, and the answer begins. 0 closes them at once, -1 is no bound. 400 where the model has no format of thoughts.").aliases(&["reasoning_max_tokens", "thinking_budget", "thinking_budget_tokens", "reasoning_budget"]).neutral(Neutral::Number(-1.0)),
     row("reasoning_format", Other("`auto`, `deepseek`, `parsed`, `none`, `raw` or `hidden`"), Chat, "`none` and `raw` leave thoughts in the content, `hidden` leaves them out.").neutral(Neutral::Words(&["none", "auto"])),
     // How much.
     row("n", Integer { min: 1, default: Some(1) }, All, "Choices for each prompt, at most 128 or `MAX_N`."),
@@ -159,7 +159,7 @@ pub const FIELDS: &[FieldSpec] = &[
     row("max_new_tokens", Integer { min: 1, default: None }, All, "Another name, after those two."),
     row("n_predict", Integer { min: 1, default: None }, All, "Another name, after those three. -1 is no limit."),
     row("min_tokens", Integer { min: 0, default: Some(0) }, All, "No end before so many tokens.").aliases(&["min_new_tokens"]),
-    row("response_max_tokens", Integer { min: 1, default: None }, All, "Most tokens after `</think>`; of an answer without thoughts, most tokens of all."),
+    row("response_max_tokens", Integer { min: 1, default: None }, All, "Most tokens of the answer behind its thoughts; in completions most tokens of all."),
     row("truncate_prompt_tokens", Integer { min: -1, default: None }, All, "A longer prompt is cut to its last tokens, so many; -1: as many as leave room for the answer. 0 is refused."),
     row("truncate_sequence", Bool(Some(false)), All, "The same as -1 there."),
     // Sampling.
@@ -249,11 +249,6 @@ pub const FIELDS: &[FieldSpec] = &[
     unsupported("stop_regex", Neutral::Empty, ENDING),
     unsupported("repetition_detection", Neutral::Empty, ENDING),
     unsupported("priority", Neutral::Number(0.0), ORDER),
-    unsupported("thinking_budget", Neutral::Number(-1.0), THINKING),
-    unsupported("reasoning_budget", Neutral::Number(-1.0), THINKING),
-    unsupported("reasoning_max_tokens", Neutral::Nothing, THINKING),
-    unsupported("thinking_token_budget", Neutral::Nothing, THINKING),
-    unsupported("thinking_budget_tokens", Neutral::Nothing, THINKING),
     row("suffix", Other("an object"), All, "The same as `metadata`, below it.").neutral(Neutral::Empty),
     unsupported("prompt_embeds", Neutral::Empty, PROMPT),
     unsupported("return_prompt_text", Neutral::Empty, PROMPT),

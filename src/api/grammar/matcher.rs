@@ -23,6 +23,16 @@ impl GrammarConstraint {
         }
     }
 
+    /// One in the same state that shares nothing with this one.
+    pub fn copy(&self) -> Self {
+        Self { matcher: self.matcher.deep_clone() }
+    }
+
+    /// Goes on with these tokens, if the grammar allows all of them.
+    pub fn goes_on(&mut self, ids: &[u32]) -> bool {
+        self.matcher.validate_tokens(ids).is_ok_and(|valid| valid == ids.len()) && self.matcher.consume_tokens(ids).is_ok()
+    }
+
     fn failure(&self, error: impl std::fmt::Display) -> Failure {
         let text = format!("the answer cannot go on under its grammar: {}", message(&error.to_string()));
         Failure::new(Kind::BadRequest, text).code("grammar_failed")
@@ -62,7 +72,7 @@ impl Constraint for GrammarConstraint {
     }
 
     fn fork(&self) -> Box<dyn Constraint> {
-        Box::new(Self { matcher: self.matcher.deep_clone() })
+        Box::new(self.copy())
     }
 }
 

@@ -31,7 +31,9 @@ mod structural_tag;
 mod tests;
 mod vocabulary;
 
-pub use source::{Grammar, JsonOptions};
+pub use lark::lark_string;
+pub use source::{Grammar, JsonOptions, guided_schema};
+pub use vocabulary::tokens_within;
 
 /// A grammar that takes longer to compile is refused.
 const COMPILE_LIMIT: Duration = Duration::from_secs(1);
@@ -50,6 +52,12 @@ impl CompiledGrammar {
     /// What one sequence is sampled under.
     pub fn constraint(&self) -> Box<dyn Constraint> {
         self.start.lock().unwrap_or_else(PoisonError::into_inner).fork()
+    }
+
+    /// The same behind these tokens; `None` when no output begins with them.
+    pub fn constraint_after(&self, ids: &[u32]) -> Option<Box<dyn Constraint>> {
+        let mut constraint = self.start.lock().unwrap_or_else(PoisonError::into_inner).copy();
+        constraint.goes_on(ids).then(|| -> Box<dyn Constraint> { Box::new(constraint) })
     }
 }
 

@@ -9,6 +9,8 @@ use crate::api::grammar::{expansion, gbnf};
 
 /// Most bytes of a grammar's text.
 const LONGEST: usize = 256 << 10;
+/// The same of the schemas of all tools together.
+const LONGEST_CALLS: usize = 1 << 20;
 /// Most bytes of a regular expression.
 const LONGEST_REGEX: usize = 32 << 10;
 /// Between the parts of a JSON text: nothing, a space, or a line break with its indentation. Bounded, so that no answer is spaces to its end.
@@ -29,6 +31,8 @@ pub enum Grammar {
     Lark(String),
     /// A grammar as llama.cpp (GBNF) and xgrammar (EBNF) write it.
     Gbnf(String),
+    /// The calls of a request's tools, in Lark.
+    Calls(String),
     /// A list of grammars in llguidance's own JSON form.
     Llguidance(Value),
 }
@@ -53,6 +57,7 @@ impl Grammar {
             Self::Regex(text) => (text.len(), LONGEST_REGEX),
             Self::Choice(texts) => (texts.iter().map(|text| text.len() + 1).sum(), LONGEST),
             Self::Lark(text) | Self::Gbnf(text) => (text.len(), LONGEST),
+            Self::Calls(text) => (text.len(), LONGEST_CALLS),
         };
         if size > most {
             return Err(format!("it has {size} bytes, more than the maximum of {most}"));
@@ -80,7 +85,7 @@ impl Grammar {
             // `\d`, `\w` and `\s` are those of ASCII, as in other servers.
             Self::Regex(regex) => Ok(TopLevelGrammar::from_lark(format!("start: /{}/\n", regex_to_lark(without_anchors(regex), "dws")))),
             Self::Choice(texts) => choice(texts),
-            Self::Lark(text) => Ok(TopLevelGrammar::from_lark(text.clone())),
+            Self::Lark(text) | Self::Calls(text) => Ok(TopLevelGrammar::from_lark(text.clone())),
             Self::Gbnf(text) => {
                 let lark = gbnf::to_lark(text).map_err(|error| format!("read as GBNF (EBNF), it is not valid: {error}"))?;
                 Ok(TopLevelGrammar::from_lark(lark))
@@ -106,6 +111,11 @@ fn check_patterns(schema: &Value) -> Result<(), String> {
 }
 
 fn json_schema(schema: &Value, options: &JsonOptions) -> Result<TopLevelGrammar, String> {
+    Ok(TopLevelGrammar::from_grammar(GrammarWithLexer::from_json_schema(guided_schema(schema, options)?)))
+}
+
+/// The schema with what llguidance is to know of the white space between the parts.
+pub fn guided_schema(schema: &Value, options: &JsonOptions) -> Result<Value, String> {
     let mut object = match schema {
         Value::Object(object) => object.clone(),
         Value::Bool(true) => Map::new(),
@@ -126,7 +136,7 @@ fn json_schema(schema: &Value, options: &JsonOptions) -> Result<TopLevelGrammar,
         settings.extend(own.clone());
     }
     object.insert("x-guidance".to_owned(), settings);
-    Ok(TopLevelGrammar::from_grammar(GrammarWithLexer::from_json_schema(Value::Object(object))))
+    Ok(Value::Object(object))
 }
 
 /// Sets `additionalProperties: false` in every object schema that says nothing of it.

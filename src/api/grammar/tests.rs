@@ -50,7 +50,7 @@ fn drive(grammar: &Grammar, seed: u64, most: usize) -> (String, bool) {
                 constraint.accept(pick).unwrap();
                 ids.push(pick);
             }
-            Next::Anything => unreachable!(),
+            Next::Anything | Next::Full => unreachable!(),
         }
     }
     let whole = ids.iter().flat_map(|id| TOKENIZER.token_bytes(*id).unwrap()).copied().collect::<Vec<u8>>();

@@ -45,23 +45,21 @@ fn word(tokenizer: &Tokenizer, names: &std::collections::HashSet<&str>, id: u32)
     bytes.to_vec()
 }
 
-impl Environment {
-    /// Tokens of `text` as they stand inside a longer text; `None` where the tokenizer would write something else.
-    fn tokenize_within(&self, text: &str) -> Option<Vec<TokenId>> {
-        let spells = |ids: &[u32], bytes: &[u8]| {
-            let spelled = ids.iter().flat_map(|id| self.tokenizer.token_bytes(*id).unwrap_or_default());
-            spelled.eq(bytes.iter())
-        };
-        let plain = self.tokenizer.encode(text, Special::Text).ok()?;
-        if spells(&plain, text.as_bytes()) {
-            return Some(plain);
-        }
-        // Some tokenizers begin every text with a space. After a line break there is none.
-        let after = self.tokenizer.encode(&format!("\n{text}"), Special::Text).ok()?;
-        let from = (1..=after.len().min(3)).find(|at| spells(&after[..*at], b"\n") || spells(&after[..*at], b" \n"))?;
-        let ids = after.get(from..)?;
-        spells(ids, text.as_bytes()).then(|| ids.to_vec())
+/// Tokens of `text` as they stand inside a longer text; `None` where the tokenizer would write something else.
+pub fn tokens_within(tokenizer: &Tokenizer, text: &str) -> Option<Vec<TokenId>> {
+    let spells = |ids: &[u32], bytes: &[u8]| {
+        let spelled = ids.iter().flat_map(|id| tokenizer.token_bytes(*id).unwrap_or_default());
+        spelled.eq(bytes.iter())
+    };
+    let plain = tokenizer.encode(text, Special::Text).ok()?;
+    if spells(&plain, text.as_bytes()) {
+        return Some(plain);
     }
+    // Some tokenizers begin every text with a space. After a line break there is none.
+    let after = tokenizer.encode(&format!("\n{text}"), Special::Text).ok()?;
+    let from = (1..=after.len().min(3)).find(|at| spells(&after[..*at], b"\n") || spells(&after[..*at], b" \n"))?;
+    let ids = after.get(from..)?;
+    spells(ids, text.as_bytes()).then(|| ids.to_vec())
 }
 
 impl TokenizerEnv for Environment {
@@ -71,7 +69,7 @@ impl TokenizerEnv for Environment {
 
     fn tokenize_bytes(&self, bytes: &[u8]) -> Vec<TokenId> {
         self.trie.tokenize_with_greedy_fallback(bytes, |text| {
-            let ids = self.tokenize_within(text).filter(|ids| ids.iter().all(|id| (*id as usize) < self.trie.vocab_size()));
+            let ids = tokens_within(&self.tokenizer, text).filter(|ids| ids.iter().all(|id| (*id as usize) < self.trie.vocab_size()));
             ids.unwrap_or_else(|| self.trie.greedy_tokenize(text.as_bytes()))
         })
     }

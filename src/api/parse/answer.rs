@@ -28,6 +28,8 @@ pub struct Parsing {
 pub struct Reasoning {
     pub format: &'static ReasoningFormat,
     pub start: Start,
+    /// They are told apart from the content, where they otherwise stay.
+    pub apart: bool,
     /// They are part of the answer given out.
     pub shown: bool,
 }
@@ -36,6 +38,12 @@ impl Parsing {
     /// The format of the calls that are looked for.
     fn tool_format(&self) -> Option<&'static ToolFormat> {
         self.tools.as_ref().filter(|tools| tools.choice != ToolChoice::None)?.format
+    }
+
+    /// Opening marks of calls that end a thought, too.
+    pub fn ends_of_thoughts(&self) -> Vec<&'static str> {
+        let ends = self.tool_format().filter(|format| format.ends_reasoning);
+        ends.map_or_else(Vec::new, |format| [format.section.open, format.call.open].concat())
     }
 
     /// Notes where an answer to this prompt begins.
@@ -55,6 +63,7 @@ impl Parsing {
     /// What must stand behind the prompt so that the model calls the tool that the request demands: the opening of the call, and before it
     /// the end of a thought that the prompt has opened. Empty when none is demanded.
     pub fn demand(&mut self) -> String {
+        // What a grammar demands need not be opened.
         let Some(opening) = self.tools.as_ref().and_then(|tools| tools.forced_opening()) else { return String::new() };
         let mut before = String::new();
         if let Some(reasoning) = &mut self.reasoning {
@@ -67,22 +76,26 @@ impl Parsing {
         before + &self.opening
     }
 
+    /// How thoughts are told apart, where they are.
+    pub fn told_apart(&self) -> Option<Reasoning> {
+        self.reasoning.filter(|reasoning| reasoning.apart)
+    }
+
     /// The parser of one answer.
     pub fn parser(&self) -> Box<dyn Parser> {
+        let told_apart = self.told_apart();
         let format = self.tool_format();
         let tools = self.tools.clone().filter(|_| format.is_some());
-        if self.reasoning.is_some_and(|reasoning| reasoning.format.harmony)
-            || format.is_some_and(|format| matches!(format.body, Body::Harmony))
+        if told_apart.is_some_and(|reasoning| reasoning.format.harmony) || format.is_some_and(|format| matches!(format.body, Body::Harmony))
         {
-            return Box::new(Harmony::new(tools, self.reasoning.map(|reasoning| reasoning.shown)));
+            return Box::new(Harmony::new(tools, told_apart.map(|reasoning| reasoning.shown)));
         }
-        if self.reasoning.is_none() && tools.is_none() {
+        if told_apart.is_none() && tools.is_none() {
             return Box::new(PlainText);
         }
-        let ends = format.filter(|format| format.ends_reasoning);
-        let ends = ends.map_or_else(Vec::new, |format| [format.section.open, format.call.open].concat());
+        let ends = self.ends_of_thoughts();
         let mut parser = Answer {
-            reasoning: self.reasoning.map(|reasoning| (ReasoningParser::new(reasoning.format, reasoning.start, ends), reasoning.shown)),
+            reasoning: told_apart.map(|reasoning| (ReasoningParser::new(reasoning.format, reasoning.start, ends), reasoning.shown)),
             tools: tools.zip(format).map(|(tools, format)| ToolParser::new(format, tools)),
             ready: Vec::new(),
         };

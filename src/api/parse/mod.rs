@@ -7,7 +7,7 @@ use crate::api::delta::DeltaKind;
 
 pub mod answer;
 mod harmony;
-mod marks;
+pub mod marks;
 pub mod reasoning;
 pub mod tools;
 

@@ -14,6 +14,8 @@ pub struct ReasoningFormat {
     pub detect: &'static [&'static [&'static str]],
     pub open: &'static [&'static str],
     pub close: &'static [&'static str],
+    /// What ends thoughts before the model does: a closing mark, with the white space that the family writes around it.
+    pub force: &'static str,
     /// Marks around the answer, which are no part of it.
     pub answer: &'static [&'static str],
     /// An answer begins with thoughts even where nothing says so.
@@ -28,6 +30,7 @@ const THINK: ReasoningFormat = ReasoningFormat {
     detect: &[],
     open: &["<think>"],
     close: &["</think>"],
+    force: "\n</think>\n\n",
     answer: &[],
     always: false,
     harmony: false,
@@ -36,18 +39,21 @@ const THINK: ReasoningFormat = ReasoningFormat {
 /// All of them. Where a template fits several, the first is taken.
 #[rustfmt::skip]
 pub const FORMATS: &[ReasoningFormat] = &[
-    ReasoningFormat { name: "openai_gptoss", aliases: &["gpt_oss", "openai", "harmony"], detect: &[&["<|channel|>", "analysis"]], harmony: true, ..THINK },
+    ReasoningFormat { name: "openai_gptoss", aliases: &["gpt_oss", "openai", "harmony"], detect: &[&["<|channel|>", "analysis"]], open: &["<|channel|>analysis<|message|>"],
+        close: &["<|channel|>final"], force: "<|end|><|start|>assistant<|channel|>final<|message|>", harmony: true, ..THINK },
     ReasoningFormat {
-        name: "seed_oss", detect: &[&["<seed:think>"]], open: &["<seed:think>"], close: &["</seed:think>"], ..THINK
+        name: "seed_oss", detect: &[&["<seed:think>"]], open: &["<seed:think>"], close: &["</seed:think>"],
+        force: "\n</seed:think>\n\n", ..THINK
     },
-    ReasoningFormat { name: "mistral", aliases: &["magistral"], detect: &[&["[THINK]"]], open: &["[THINK]"], close: &["[/THINK]"], ..THINK },
+    ReasoningFormat { name: "mistral", aliases: &["magistral"], detect: &[&["[THINK]"]], open: &["[THINK]"], close: &["[/THINK]"],
+        force: "[/THINK]", ..THINK },
     ReasoningFormat {
         name: "granite", detect: &[&["Here is my thought process:"]], open: &["Here is my thought process:", "Here's my thought process:"],
-        close: &["Here is my response:", "Here's my response:"], ..THINK
+        close: &["Here is my response:", "Here's my response:"], force: "\nHere is my response:\n", ..THINK
     },
     ReasoningFormat {
         name: "command", aliases: &["cohere", "cohere_command3"], detect: &[&["<|START_THINKING|>"]], open: &["<|START_THINKING|>"],
-        close: &["<|END_THINKING|>"], answer: &["<|START_RESPONSE|>", "<|END_RESPONSE|>"], ..THINK
+        close: &["<|END_THINKING|>"], force: "<|END_THINKING|>", answer: &["<|START_RESPONSE|>", "<|END_RESPONSE|>"], ..THINK
     },
     ReasoningFormat {
         name: "ernie45", aliases: &["ernie_x1", "ernie45_thinking", "ernie_45_vl", "ernie_45_vl_thinking"], detect: &[&["</think>", "<response>"]],

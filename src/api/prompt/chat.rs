@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
+use crate::api::enforce::calls::CallGrammars;
+use crate::api::enforce::{Rules, Vocabulary, Wishes};
 use crate::api::fields::{Fields, missing, token_ids};
 use crate::api::logprobs::Echo;
 use crate::api::options::GenerationOptions;
@@ -50,16 +52,39 @@ pub fn request(served: &ServedModel, fields: &Fields<'_>, options: GenerationOpt
         (None, None) => return Err(missing("messages", "'messages' is missing. It is a list of at least one message.")),
     };
     let prompts = vec![Prompt::new(fit.ids(ids)?, echo.map(Echo::of_text))];
-    Ok(GenerationRequest { parsing, ..GenerationRequest::new(prompts, options, false, &served.limits)? })
+    let rules = rules(served, fields, &parsing, &options)?;
+    Ok(GenerationRequest { parsing, rules, ..GenerationRequest::new(prompts, options, false, &served.limits)? })
+}
+
+/// What the answers are held to.
+fn rules(served: &ServedModel, fields: &Fields<'_>, parsing: &Parsing, options: &GenerationOptions) -> Result<Option<Arc<Rules>>, Failure> {
+    let budget = thinking::budget(fields)?;
+    if let (Some((field, _)), None) = (&budget, served.reasoning_format) {
+        let message = format!(
+            "'{field}' bounds thoughts, and this model's chat template shows no format of thoughts that this server knows. Remove it, or start \
+             the server with REASONING_PARSER."
+        );
+        return Err(Failure::bad_request(field, message).code("unsupported_parameter"));
+    }
+    let grammar = options.grammar.clone();
+    let calls = parsing.tools.as_ref().map(|tools| CallGrammars::new(&served.grammars, &served.tokenizer, tools, grammar.is_some()));
+    let wishes = Wishes {
+        thought_tokens: budget.map(|(_, tokens)| tokens),
+        answer_tokens: fields.count("response_max_tokens")?,
+        grammar,
+        calls: calls.transpose()?.flatten(),
+    };
+    let vocabulary = Vocabulary { tokenizer: &served.tokenizer, ends: &served.eos_token_ids, size: served.limits.vocab_size };
+    Rules::new(&vocabulary, parsing, wishes)
 }
 
 /// What is to be told apart in the answers: as the model can, and as the request wants it. Where they begin is not known yet.
 fn parsing(served: &ServedModel, fields: &Fields<'_>) -> Result<Parsing, Failure> {
     let thoughts = thinking::thoughts(fields)?;
     let tools = tools::read(served, fields)?;
-    let format = served.reasoning_format.filter(|_| thoughts != Thoughts::InContent);
-    let reasoning = format.map(|format| Reasoning { format, start: Start::default(), shown: thoughts == Thoughts::Apart });
-    let mut marks = format.map_or_else(Vec::new, |format| format.marks());
+    let (apart, shown) = (thoughts != Thoughts::InContent, thoughts == Thoughts::Apart);
+    let reasoning = served.reasoning_format.map(|format| Reasoning { format, start: Start::default(), apart, shown });
+    let mut marks = served.reasoning_format.filter(|_| apart).map_or_else(Vec::new, |format| format.marks());
     marks.extend(tools.as_ref().and_then(|tools| tools.format).map_or_else(Vec::new, |format| format.marks()));
     Ok(Parsing { reasoning, tools: tools.map(Arc::new), opening: String::new(), marks: Arc::new(served.marks(&marks)) })
 }

@@ -2,8 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::api::fields::refuse::unsupported;
-use crate::api::fields::{Field, Fields, invalid, wrong_type};
+use crate::api::fields::{Field, Fields, invalid, whole, wrong_type};
 use crate::error::Failure;
 
 const EFFORTS: [&str; 7] = ["none", "minimal", "low", "medium", "high", "xhigh", "max"];
@@ -74,13 +73,31 @@ fn objects(fields: &Fields<'_>) -> Result<(Option<bool>, Option<String>), Failur
                     flag(&inner)?;
                 }
                 "effort" => effort_given = Some(effort(&inner)?),
-                // Nothing bounds thoughts yet.
-                "budget_tokens" | "max_tokens" | "budget" => return Err(unsupported(&field.name)),
                 _ => {}
             }
         }
     }
     Ok((enabled, effort_given))
+}
+
+/// Names of a budget in `thinking` and `reasoning`.
+const BUDGETS: [&str; 3] = ["budget_tokens", "max_tokens", "budget"];
+
+/// Most tokens of thoughts, with the field that says so; -1 bounds nothing.
+pub fn budget(fields: &Fields<'_>) -> Result<Option<(String, usize)>, Failure> {
+    let own = fields.get("thinking_token_budget").into_iter();
+    let of_objects = ["thinking", "reasoning"].into_iter().filter_map(|name| fields.get(name)).filter_map(|field| {
+        let object = field.value.as_object()?;
+        let (name, value) = BUDGETS.into_iter().find_map(|name| Some((name, object.get(name).filter(|value| !value.is_null())?)))?;
+        Some(Field { name: format!("{}.{name}", field.name), value })
+    });
+    let Some(field) = own.chain(of_objects).next() else { return Ok(None) };
+    let budget = whole(field.value).ok_or_else(|| wrong_type(&field, "an integer"))?;
+    match budget {
+        -1 => Ok(None),
+        ..-1 => Err(invalid(&field, format!("{budget} is less than the minimum of 0 (-1: no budget) - '{}'", field.name))),
+        _ => Ok(Some((field.name, usize::try_from(budget).unwrap_or(usize::MAX)))),
+    }
 }
 
 fn flag(field: &Field<'_>) -> Result<bool, Failure> {

@@ -54,37 +54,17 @@ async fn fastchats_string_is_the_finished_prompt() {
     assert_eq!((&whole["prompt_token_ids"], text(&whole)), (&json!(world.ids("Hi", Special::Text)), "Hello"));
 }
 
-/// A tokenizer with `</think>`, too.
-fn thinking_files() -> ModelFiles {
-    let mut tokenizer: Value = serde_json::from_str(&tokenizer_json()).unwrap();
-    let added = tokenizer["added_tokens"].as_array_mut().unwrap();
-    let mut end = added.last().unwrap().clone();
-    end["content"] = json!("</think>");
-    end["id"] = json!(end["id"].as_u64().unwrap() + 1);
-    added.push(end);
-    files(&[("tokenizer.json", &tokenizer.to_string())])
-}
-
 #[tokio::test]
-async fn a_response_is_limited_apart_from_thoughts() {
-    let says = [vec![Say::Text("abcdef")], vec![Say::Text("<think>abc</think>defghi")], vec![Say::Text("abc</think>defghi")]];
-    let world = world_with(&says, ApiSettings::default(), thinking_files(), Duration::ZERO).await.unwrap();
-    // How the text of thoughts is written is another matter: tokens are counted here.
+async fn a_completion_is_limited_by_either_name() {
+    let world = saying("abcdef").await;
     let tokens = |whole: Value| (whole["usage"]["completion_tokens"].as_u64().unwrap(), whole["choices"][0]["finish_reason"].clone());
     let length = json!("length");
     let asked = json!({"prompt": "Hi", "max_tokens": 50, "response_max_tokens": 2});
-    for (seed, prompt, count) in [(0, "Hi", 2), (1, "Hi", 7), (2, "Hi", 2)] {
-        let whole = world.complete(with(asked.clone(), json!({"seed": seed, "prompt": prompt}))).await.unwrap();
-        assert_eq!(tokens(whole), (count, length.clone()), "{seed}");
-    }
-    // The prompt has opened a thought.
-    let prompt = world.ids("<think>", Special::Control);
-    let whole = world.complete(with(asked.clone(), json!({"seed": 2, "prompt": prompt}))).await.unwrap();
-    assert_eq!(tokens(whole), (6, length.clone()));
+    assert_eq!(tokens(world.complete(asked.clone()).await.unwrap()), (2, length.clone()));
     // A shorter answer ends by itself, and max_tokens holds too.
-    let whole = world.complete(with(asked.clone(), json!({"seed": 0, "response_max_tokens": 7}))).await.unwrap();
+    let whole = world.complete(with(asked.clone(), json!({"response_max_tokens": 7}))).await.unwrap();
     assert_eq!(tokens(whole), (7, json!("stop")));
-    let whole = world.complete(with(asked.clone(), json!({"seed": 0, "max_tokens": 1}))).await.unwrap();
+    let whole = world.complete(with(asked.clone(), json!({"max_tokens": 1}))).await.unwrap();
     assert_eq!(tokens(whole), (1, length));
     assert_eq!(world.complete(json!({"response_max_tokens": 0})).await.unwrap_err().param.as_deref(), Some("response_max_tokens"));
 }

@@ -53,7 +53,13 @@ fn what_a_template_writes_is_read_back() {
     for (name, template) in TEMPLATES {
         let variables = serde_json::Map::from_iter([("calls".to_owned(), calls.clone())]);
         let text = ChatTemplate::compile(template).unwrap().render(&variables).unwrap();
-        let tool = |name: &str| Tool { name: name.to_owned(), parameters: schema.clone(), strict: false, definition: Value::Null };
+        let tool = |name: &str| Tool {
+            name: name.to_owned(),
+            parameters: schema.clone(),
+            strict: false,
+            place: String::new(),
+            definition: Value::Null,
+        };
         let tools = vec![tool("get_weather"), tool("get_time")];
         let request = ToolRequest { tools, choice: ToolChoice::Auto, parallel: true, format: table::find(name) };
         let (mut parser, mut deltas) = (Parsing { tools: Some(Arc::new(request)), ..Parsing::default() }.parser(), Vec::new());
@@ -112,16 +118,58 @@ async fn an_open_thought_in_the_prompt_is_where_the_answer_begins() {
 }
 
 #[tokio::test]
-async fn a_demanded_call_is_opened_in_the_prompt() {
-    let world = calling(" {}}</tool_call>", ApiSettings::default()).await;
+async fn a_demanded_call_that_no_grammar_can_say_is_opened_in_the_prompt() {
+    let settings = ApiSettings { tool_call_parser: Some("glm45".to_owned()), ..ApiSettings::default() };
+    let world = calling("</tool_call>", settings).await;
     let named = json!({"tools": tools(), "tool_choice": {"type": "function", "function": {"name": "f"}}, "return_token_ids": true});
     for (more, before) in [(json!({}), ""), (json!({"enable_thinking": true}), "<think></think>\n\n")] {
         let answer = world.chat(with(named.clone(), more)).await.unwrap();
         assert_eq!(answer["choices"][0]["message"]["tool_calls"][0]["function"], json!({"name": "f", "arguments": "{}"}));
         assert_eq!(answer["choices"][0]["finish_reason"], "stop");
-        let prompt = format!("f;Hi{before}<tool_call>\n{{\"name\": \"f\", \"arguments\":");
+        let prompt = format!("f;Hi{before}<tool_call>f\n");
         assert_eq!(answer["prompt_token_ids"], json!(world.ids(&prompt, Special::Control)));
     }
+}
+
+#[tokio::test]
+async fn a_demanded_call_comes_behind_the_thought() {
+    const CALL: &str = "<tool_call>\n{\"name\": \"f\", \"arguments\": {}}\n</tool_call>";
+    let named = json!({"tools": tools(), "tool_choice": {"type": "function", "function": {"name": "f"}}, "return_token_ids": true});
+    let world = calling(CALL, ApiSettings::default()).await;
+    let answer = world.chat(named.clone()).await.unwrap();
+    assert_eq!(answer["choices"][0]["message"]["tool_calls"][0]["function"], json!({"name": "f", "arguments": "{}"}));
+    assert_eq!(answer["prompt_token_ids"], json!(world.ids("f;Hi", Special::Control)), "nothing is put into the model's mouth");
+    assert_eq!(answer["choices"][0]["finish_reason"], "stop");
+}
+
+#[tokio::test]
+async fn budgets_of_thinking_go_by_many_names_and_need_a_format_of_thoughts() {
+    let world = calling("abcdef</think>b", ApiSettings::default()).await;
+    for wish in [
+        json!({"thinking_token_budget": 2}),
+        json!({"reasoning_max_tokens": 2}),
+        json!({"metadata": {"reasoning_max_tokens": 2}}),
+        json!({"thinking_budget": 2}),
+        json!({"thinking_budget_tokens": 2}),
+        json!({"thinking": {"type": "enabled", "budget_tokens": 2}}),
+        json!({"reasoning": {"enabled": true, "max_tokens": 2}}),
+    ] {
+        let answer = world.chat(with(json!({"enable_thinking": true}), wish.clone())).await.unwrap();
+        let message = &answer["choices"][0]["message"];
+        assert_eq!(message["reasoning_content"], "ab", "{wish}");
+        // The script goes on where the forced tokens end.
+        assert!("abcdef</think>b".ends_with(message["content"].as_str().unwrap()), "{wish}: {message}");
+    }
+    let free = world.chat(json!({"enable_thinking": true, "thinking_budget": -1})).await.unwrap();
+    assert_eq!(free["choices"][0]["message"]["reasoning_content"], "abcdef");
+    for (wish, param) in
+        [(json!({"thinking_budget": -2}), "thinking_budget"), (json!({"reasoning": {"max_tokens": "a"}}), "reasoning.max_tokens")]
+    {
+        assert_eq!(world.chat(wish).await.unwrap_err().param.as_deref(), Some(param));
+    }
+    let none = saying("A").await.chat(json!({"reasoning_max_tokens": 5})).await.unwrap_err();
+    assert_eq!((none.param.as_deref(), none.code), (Some("reasoning_max_tokens"), Some("unsupported_parameter")));
+    assert!(none.message.contains("REASONING_PARSER"), "{none}");
 }
 
 #[tokio::test]

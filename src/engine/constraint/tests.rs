@@ -60,7 +60,7 @@ impl Constraint for Automaton {
             Next::Anything => true,
             Next::Masked => self.mask()?.allows(token),
             Next::Forced(tokens) => tokens[0] == token,
-            Next::End => false,
+            Next::End | Next::Full => false,
         };
         self.output.push(token);
         if allowed { Ok(()) } else { Err(Failure::internal(format!("{token} is not allowed"))) }
@@ -92,6 +92,7 @@ fn expected(prompt: &[u32], mut constraint: Automaton, max_tokens: usize) -> (Ve
     loop {
         let allowed = match constraint.next().unwrap() {
             Next::End => return (constraint.output, Finish::Stop),
+            Next::Full => return (constraint.output, Finish::Length),
             _ if constraint.output.len() >= max_tokens => return (constraint.output, Finish::Length),
             Next::Anything => Allowed::Anything,
             Next::Masked => Allowed::Only(constraint.mask().unwrap()),

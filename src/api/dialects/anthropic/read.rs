@@ -104,7 +104,8 @@ fn put_thinking(chat: &mut ChatForm, rows: &Rows<'_>) -> Result<(), Failure> {
                     "'thinking.budget_tokens' is missing. It is the most tokens to think with; {\"type\": \"adaptive\"} needs none.";
                 return Err(missing("thinking.budget_tokens", message));
             };
-            return Err(no_budget(&field, rows));
+            chat.set("thinking_token_budget", json!(budget(&field, rows)?), &field.name);
+            true
         }
         "adaptive" => true,
         "disabled" => false,
@@ -117,22 +118,17 @@ fn put_thinking(chat: &mut ChatForm, rows: &Rows<'_>) -> Result<(), Failure> {
     Ok(())
 }
 
-/// What is wrong with a budget, if only that nothing here ends a thought before the model does.
-fn no_budget(field: &Field<'_>, rows: &Rows<'_>) -> Failure {
-    let Some(budget) = field.value.as_u64() else { return wrong_type(field, "an integer") };
+/// A budget leaves room for an answer.
+fn budget(field: &Field<'_>, rows: &Rows<'_>) -> Result<u64, Failure> {
+    let budget = field.value.as_u64().ok_or_else(|| wrong_type(field, "an integer"))?;
     if budget < LEAST_BUDGET {
-        return invalid(field, format!("{budget} is less than the minimum of {LEAST_BUDGET} - '{}'", field.name));
+        return Err(invalid(field, format!("{budget} is less than the minimum of {LEAST_BUDGET} - '{}'", field.name)));
     }
     let most = rows.get("max_tokens").and_then(|most| most.value.as_u64());
-    if let Some(most) = most.filter(|most| budget >= *most) {
-        return invalid(field, format!("{budget} is not less than 'max_tokens', which is {most} - '{}'", field.name));
+    match most.filter(|most| budget >= *most) {
+        Some(most) => Err(invalid(field, format!("{budget} is not less than 'max_tokens', which is {most} - '{}'", field.name))),
+        None => Ok(budget),
     }
-    let message = format!(
-        "'{}' is not supported by this server: it cannot end a thought early. Use {{\"type\": \"adaptive\"}}; 'max_tokens' bounds thought and \
-         answer together.",
-        field.name
-    );
-    Failure::bad_request(&field.name, message).code("unsupported_parameter")
 }
 
 /// `output_config`, and the older `output_format`.

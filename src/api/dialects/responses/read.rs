@@ -46,8 +46,11 @@ pub fn translate(body: &Value, store: Option<&ResponseStore>) -> Result<Translat
     }
     put_tools(&mut chat, &rows)?;
     put_format(&mut chat, &rows)?;
-    if let Some(effort) = rows.object("reasoning")?.and_then(|reasoning| member(None, reasoning, "effort")) {
-        chat.set("reasoning_effort", effort.value.clone(), "reasoning.effort");
+    let reasoning = rows.object("reasoning")?;
+    for (name, of_chat) in [("effort", "reasoning_effort"), ("max_tokens", "thinking_token_budget")] {
+        if let Some(field) = reasoning.and_then(|reasoning| member(Some("reasoning"), reasoning, name)) {
+            chat.set(of_chat, field.value.clone(), &field.name);
+        }
     }
     put_logprobs(&mut chat, &rows)?;
     match rows.string("truncation")? {

@@ -23,6 +23,8 @@ pub struct Tool {
     pub parameters: Value,
     /// Arguments are to keep to the schema.
     pub strict: bool,
+    /// Where its function stands in the request.
+    pub place: String,
     /// The whole object as the template gets it.
     pub definition: Value,
 }
@@ -45,6 +47,11 @@ impl ToolRequest {
     pub fn parameters(&self, name: &str) -> &Value {
         const UNKNOWN: &Value = &Value::Null;
         self.tools.iter().find(|tool| tool.name == name).map_or(UNKNOWN, |tool| &tool.parameters)
+    }
+
+    /// The format of the calls lets a call be demanded.
+    pub fn can_demand(&self) -> bool {
+        self.format.is_some_and(|format| format.written.is_some() || format.force.is_some())
     }
 
     /// The beginning of the call that the request demands, in the model's own format. None: it demands none, or the format has none.

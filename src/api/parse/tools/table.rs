@@ -23,11 +23,26 @@ pub struct ToolFormat {
     /// An opening mark ends the thinking, too.
     pub ends_reasoning: bool,
     pub ids: CallIds,
-    /// What begins a call that a request demands.
+    /// What begins a call that a request demands, where no grammar can say what a call is.
     pub force: Option<Force>,
+    /// How a grammar lays calls out; None: no grammar can say what a call is.
+    pub written: Option<Written>,
 }
 
-/// Opening and closing marks, each in any of its spellings.
+/// How calls are laid out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Written {
+    /// Each between marks of its own.
+    Marked,
+    /// As one list of objects between marks.
+    List,
+    /// One after another, without marks.
+    Bare,
+    /// As one list without marks.
+    BareList,
+}
+
+/// Opening and closing marks, each in any of its spellings. A closing mark stands at the place of the opening one that it belongs to.
 #[derive(Debug, Clone, Copy)]
 pub struct Pair {
     pub open: &'static [&'static str],
@@ -77,6 +92,8 @@ pub struct Named {
     pub fence: &'static str,
     /// The name is written `functions.NAME:NUMBER`, which is the call's id.
     pub numbered: bool,
+    /// Models whose vocabulary lacks the end of the name write a list of objects in its place.
+    pub or_objects: bool,
 }
 
 #[derive(Debug)]
@@ -116,6 +133,10 @@ pub struct Force {
 /// What cuts gpt-oss's output into messages.
 pub const HARMONY_MARKS: [&str; 7] = ["<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>", "<|call|>", "<|return|>"];
 
+/// Llama's and InternLM's word for arguments.
+const PARAMETERS: Keys = Keys { name: &["name"], arguments: &["parameters", "arguments"] };
+const MARKED: Option<Written> = Some(Written::Marked);
+const LIST: Option<Written> = Some(Written::List);
 const NONE: Pair = Pair { open: &[], close: &[] };
 const KEYS: Keys = Keys { name: &["name"], arguments: &["arguments", "parameters"] };
 
@@ -133,6 +154,7 @@ const JSON: ToolFormat = ToolFormat {
     ends_reasoning: false,
     ids: CallIds::OpenAi,
     force: None,
+    written: None,
 };
 
 const fn pair(open: &'static [&'static str], close: &'static [&'static str]) -> Pair {
@@ -165,9 +187,7 @@ const GLM_TAGS: Tags = Tags {
     attributes: false,
     lines: false,
 };
-const NAMED: Named = Named { prefix: "", end: "", aside: "", fence: "", numbered: false };
-const HERMES_FORCE: Option<Force> =
-    Some(Force { any: "<tool_call>\n{\"name\":", named: "<tool_call>\n{\"name\": \"{name}\", \"arguments\":" });
+const NAMED: Named = Named { prefix: "", end: "", aside: "", fence: "", numbered: false, or_objects: false };
 
 /// All of them. Where a template fits several, the first is taken: the more telling marks come first.
 #[rustfmt::skip]
@@ -199,34 +219,23 @@ pub const FORMATS: &[ToolFormat] = &[
     ToolFormat {
         name: "deepseek_v3", aliases: &["deepseekv3"], detect: &[&["<｜tool▁sep｜>", "```json"]],
         section: pair(&["<｜tool▁calls▁begin｜>"], &["<｜tool▁calls▁end｜>"]), call: pair(&["<｜tool▁call▁begin｜>"], &["<｜tool▁call▁end｜>"]),
-        body: Body::Named(Named { prefix: "function<｜tool▁sep｜>", end: "\n", fence: "```json", ..NAMED }), fence: "```",
-        force: Some(Force {
-            any: "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>",
-            named: "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n",
-        }), ..JSON
+        body: Body::Named(Named { prefix: "function<｜tool▁sep｜>", end: "\n", fence: "```json", ..NAMED }), fence: "```", written: MARKED, ..JSON
     },
     ToolFormat {
         name: "deepseek_v31", aliases: &["deepseekv31"], detect: &[&["<｜tool▁sep｜>"]],
         section: pair(&["<｜tool▁calls▁begin｜>"], &["<｜tool▁calls▁end｜>"]), call: pair(&["<｜tool▁call▁begin｜>"], &["<｜tool▁call▁end｜>"]),
-        body: Body::Named(Named { end: "<｜tool▁sep｜>", ..NAMED }),
-        force: Some(Force {
-            any: "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>",
-            named: "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>{name}<｜tool▁sep｜>",
-        }), ..JSON
+        body: Body::Named(Named { end: "<｜tool▁sep｜>", ..NAMED }), written: MARKED, ..JSON
     },
     ToolFormat {
         name: "kimi_k2", detect: &[&["<|tool_calls_section_begin|>"]],
         section: pair(&["<|tool_calls_section_begin|>"], &["<|tool_calls_section_end|>"]),
         call: pair(&["<|tool_call_begin|>"], &["<|tool_call_end|>"]),
         body: Body::Named(Named { end: "<|tool_call_argument_begin|>", numbered: true, ..NAMED }), ids: CallIds::Written,
-        force: Some(Force {
-            any: "<|tool_calls_section_begin|><|tool_call_begin|>functions.",
-            named: "<|tool_calls_section_begin|><|tool_call_begin|>functions.{name}:0<|tool_call_argument_begin|>",
-        }), ..JSON
+        written: MARKED, ..JSON
     },
     ToolFormat {
         name: "mistral", detect: &[&["[TOOL_CALLS]"]], call: pair(&["[TOOL_CALLS]"], &[]),
-        body: Body::Named(Named { end: "[ARGS]", aside: "[CALL_ID]", ..NAMED }), ids: CallIds::Nine, ..JSON
+        body: Body::Named(Named { end: "[ARGS]", aside: "[CALL_ID]", or_objects: true, ..NAMED }), ids: CallIds::Nine, written: MARKED, ..JSON
     },
     ToolFormat {
         name: "glm45", aliases: &["glm46", "glm47"], detect: &[&["<arg_key>", "<arg_value>"]], call: pair(&["<tool_call>"], &["</tool_call>"]),
@@ -251,36 +260,37 @@ pub const FORMATS: &[ToolFormat] = &[
     },
     ToolFormat {
         name: "internlm", aliases: &["internlm2"], detect: &[&["<|plugin|>"]], section: pair(&["<|action_start|>"], &[]),
-        call: pair(&["<|plugin|>"], &["<|action_end|>"]), ..JSON
+        call: pair(&["<|plugin|>"], &["<|action_end|>"]), body: Body::Json(PARAMETERS), written: MARKED, ..JSON
     },
     ToolFormat {
         name: "command", aliases: &["cohere", "cohere_command3"], detect: &[&["<|START_ACTION|>"]],
-        call: pair(&["<|START_ACTION|>"], &["<|END_ACTION|>"]), body: Body::Json(Keys { name: &["tool_name", "name"], arguments: KEYS.arguments }), ..JSON
+        call: pair(&["<|START_ACTION|>"], &["<|END_ACTION|>"]), body: Body::Json(Keys { name: &["tool_name", "name"], arguments: PARAMETERS.arguments }),
+        written: LIST, ..JSON
     },
-    ToolFormat { name: "nemotron_json", aliases: &["nemotron"], detect: &[&["<TOOLCALL>"]], call: pair(&["<TOOLCALL>"], &["</TOOLCALL>"]), ..JSON },
+    ToolFormat { name: "nemotron_json", aliases: &["nemotron"], detect: &[&["<TOOLCALL>"]], call: pair(&["<TOOLCALL>"], &["</TOOLCALL>"]), written: LIST, ..JSON },
     ToolFormat {
         name: "hunyuan_a13b", aliases: &["jamba", "minimax", "minimax_m1"], detect: &[&["<tool_calls>"]],
-        call: pair(&["<tool_calls>"], &["</tool_calls>"]), separators: &[""], ..JSON
+        call: pair(&["<tool_calls>"], &["</tool_calls>"]), separators: &[""], written: LIST, ..JSON
     },
     ToolFormat {
-        name: "phi4_mini_json", detect: &[&["<|/tool_call|>"], &["functools["]], call: pair(&["functools", "<|tool_call|>"], &["<|/tool_call|>"]), ..JSON
+        name: "phi4_mini_json", detect: &[&["<|/tool_call|>"], &["functools["]], call: pair(&["<|tool_call|>", "functools"], &["<|/tool_call|>"]), written: LIST, ..JSON
     },
     ToolFormat {
         name: "ernie45", aliases: &["ernie_x1", "ernie45_thinking", "ernie_45_vl_thinking"], detect: &[&["<tool_call>", "<response>"]],
-        call: pair(&["<tool_call>"], &["</tool_call>"]), force: HERMES_FORCE, ..JSON
+        call: pair(&["<tool_call>"], &["</tool_call>"]), written: MARKED, ..JSON
     },
     ToolFormat {
         name: "hermes", aliases: &["qwen", "qwen25", "qwen2_5", "qwen3", "smollm3", "granite4", "longcat"],
-        detect: &[&["<tool_call>"]], call: pair(&["<tool_call>"], &["</tool_call>"]), force: HERMES_FORCE, ..JSON
+        detect: &[&["<tool_call>"]], call: pair(&["<tool_call>"], &["</tool_call>"]), written: MARKED, ..JSON
     },
     ToolFormat {
-        name: "granite", detect: &[&["<|tool_call|>"], &["<|start_of_role|>", "tool_call"]], call: pair(&["<|tool_call|>", "<tool_call>"], &["</tool_call>"]),
-        force: Some(Force { any: "<|tool_call|>[{\"name\":", named: "<|tool_call|>[{\"name\": \"{name}\", \"arguments\":" }), ..JSON
+        name: "granite", detect: &[&["<|tool_call|>"], &["<|start_of_role|>", "tool_call"]], call: pair(&["<tool_call>", "<|tool_call|>"], &["</tool_call>"]),
+        written: LIST, ..JSON
     },
     ToolFormat {
         name: "llama3_json", aliases: &["llama3", "llama4_json"], detect: &[&["<|python_tag|>"], &["ipython", "\"parameters\""]],
-        call: pair(&["<|python_tag|>"], &[]), bare: &[Bare::Object], separators: &[";", ","],
-        force: Some(Force { any: "{\"name\":", named: "{\"name\": \"{name}\", \"parameters\":" }), ..JSON
+        call: pair(&["<|python_tag|>"], &[]), bare: &[Bare::Object], separators: &[";", ","], body: Body::Json(PARAMETERS),
+        written: Some(Written::Bare), ..JSON
     },
     ToolFormat {
         name: "pythonic", aliases: &["llama4_pythonic"], detect: &[&["[func_name1("], &["func_name1(params_name1"]],
@@ -288,8 +298,8 @@ pub const FORMATS: &[ToolFormat] = &[
         force: Some(Force { any: "[", named: "[{name}(" }), ..JSON
     },
     ToolFormat { name: "glm4", detect: &[&["<|observation|>", "[gMASK]"]], bare: &[Bare::Name], body: Body::Named(Named { end: "\n", ..NAMED }),
-        force: Some(Force { any: "", named: "{name}\n" }), ..JSON },
-    ToolFormat { name: "xlam", call: pair(&["[TOOL_CALLS]", "<tool_call>"], &["</tool_call>"]), bare: &[Bare::List, Bare::Object], separators: &[";", ","], ..JSON },
+        written: Some(Written::Bare), ..JSON },
+    ToolFormat { name: "xlam", call: pair(&["[TOOL_CALLS]", "<tool_call>"], &["</tool_call>"]), bare: &[Bare::List, Bare::Object], separators: &[";", ","], written: Some(Written::BareList), ..JSON },
 ];
 
 /// The format of a name, in any case and with hyphens or underscores.

@@ -23,7 +23,7 @@ fn tool(name: &str) -> Tool {
     let parameters = json!({"type": "object", "properties": {
         "city": {"type": "string"}, "days": {"type": "integer"}, "options": {"type": "object"}, "code": {"type": "string"},
     }});
-    Tool { name: name.to_owned(), parameters, strict: false, definition: Value::Null }
+    Tool { name: name.to_owned(), parameters, strict: false, place: String::new(), definition: Value::Null }
 }
 
 fn parsing(format: &str, reasoning: Option<(&str, Start)>) -> Parsing {
@@ -34,7 +34,7 @@ fn parsing(format: &str, reasoning: Option<(&str, Start)>) -> Parsing {
         format: table::find(format),
     };
     assert!(tools.format.is_some(), "{format}");
-    let reasoning = reasoning.map(|(name, start)| Reasoning { format: find_format(name).unwrap(), start, shown: true });
+    let reasoning = reasoning.map(|(name, start)| Reasoning { format: find_format(name).unwrap(), start, apart: true, shown: true });
     Parsing { tools: Some(Arc::new(tools)), reasoning, ..Parsing::default() }
 }
 
@@ -315,12 +315,12 @@ fn arguments_stream() {
 
 #[test]
 fn a_demanded_call_goes_on_where_the_prompt_ends() {
-    let mut parsing = parsing("hermes", None);
+    let mut parsing = parsing("glm45", None);
     let mut tools = (*parsing.tools.clone().unwrap()).clone();
     tools.choice = ToolChoice::Named("get_weather".to_owned());
     parsing.opening = tools.forced_opening().unwrap();
     parsing.tools = Some(Arc::new(tools));
-    let answer = read(&parsing, [" {\"city\": \"Paris\"}}\n</tool_call>"]);
+    let answer = read(&parsing, ["<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n</tool_call>"]);
     assert_eq!(answer.calls, [(PARIS.0.to_owned(), PARIS.1.to_owned())]);
 }
 
