@@ -162,7 +162,7 @@ async fn failures_of_the_service_keep_status_code_and_hints() {
 
 #[tokio::test]
 async fn anthropics_clients_are_refused_in_their_own_form() {
-    let options = Options { api_keys: vec![Secret::new("k")], ..Options::default() };
+    let options = Options { api_keys: vec![crate::config::SecretString::from("k")], ..Options::default() };
     let (server, readiness) = serve(&options).await;
     let client = reqwest::Client::new();
     let url = format!("{}/v1/messages", server.base);

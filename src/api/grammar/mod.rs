@@ -24,6 +24,7 @@ mod expansion;
 mod gbnf;
 mod matcher;
 pub mod request;
+pub mod schema;
 mod source;
 mod structural_tag;
 #[cfg(test)]

@@ -4,7 +4,7 @@ use llguidance::api::{GrammarWithLexer, TopLevelGrammar};
 use llguidance::regex_to_lark;
 use serde_json::{Map, Value, json};
 
-use crate::api::grammar::{expansion, gbnf};
+use crate::api::grammar::{expansion, gbnf, schema};
 
 /// Most bytes of a grammar's text.
 const LONGEST: usize = 256 << 10;
@@ -105,8 +105,8 @@ fn check_patterns(schema: &Value) -> Result<(), String> {
 }
 
 fn json_schema(schema: &Value, options: &JsonOptions) -> Result<TopLevelGrammar, String> {
-    let mut object = match schema {
-        Value::Object(object) => object.clone(),
+    let mut object = match schema::prepared(schema) {
+        Value::Object(object) => object,
         Value::Bool(true) => Map::new(),
         Value::Bool(false) => return Err("the schema `false` allows nothing".to_owned()),
         _ => return Err("a JSON schema is an object".to_owned()),
