@@ -93,7 +93,8 @@ fn property_names(object: &mut Map<String, Value>, root: &Value) {
     let Some(names) = object.get("propertyNames").map(|names| resolved(names, root)) else { return };
     let Some(fields) = names.as_object() else { return };
     let says = |keyword: &str| fields.get(keyword).filter(|value| !value.is_null());
-    let others = ["properties", "patternProperties"].iter().any(|keyword| object.contains_key(*keyword));
+    let is_filled = |keyword: &str| object.get(keyword).and_then(Value::as_object).is_some_and(|named| !named.is_empty());
+    let others = is_filled("properties") || is_filled("patternProperties");
     let limits = ["enum", "const", "pattern", "minLength", "maxLength", "format", "anyOf", "oneOf", "allOf", "not", "$ref"];
     if !limits.iter().any(|keyword| fields.contains_key(*keyword)) {
         object.remove("propertyNames");
@@ -161,6 +162,9 @@ mod tests {
         let listed = json!({"type": "object", "properties": {"a": number, "b": number}, "additionalProperties": false});
         assert_eq!(of(json!({"type": "string", "enum": ["a", "b"]})), listed);
         assert_eq!(of(json!({"$ref": "#/$defs/c"})), listed);
+        // As OpenAI's SDKs complete it.
+        let completed = json!({"type": "object", "properties": {}, "additionalProperties": number, "propertyNames": {"enum": ["a", "b"]}});
+        assert_eq!(prepared(&completed), listed);
         let matching = json!({"type": "object", "patternProperties": {"^x": number}, "additionalProperties": false});
         assert_eq!(of(json!({"type": "string", "pattern": "^x"})), matching);
         // What has no equal is left for the compiler to refuse.
