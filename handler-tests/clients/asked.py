@@ -1,7 +1,6 @@
 """What every client asks the demo model, and what it must get."""
 from __future__ import annotations
 
-from decimal import Decimal
 from pathlib import Path
 from typing import Literal
 
@@ -39,7 +38,6 @@ class Review(BaseModel):
     stars: int = Field(ge=1, le=5, examples=[3])
     tags: list[Literal["a", "b", "c"]] = Field(default_factory=list, max_length=2)
     code: str = Field(pattern=r"^[A-Z]{2}-\d{2}$")
-    price: Decimal | None = None
     id: UUID4 | None = None
     place: Path | None = Field(default=None)
     counts: dict[Literal["x", "y"], Literal[0, 1]] = Field(default_factory=dict)

@@ -8,7 +8,10 @@ from instructor.core import InstructorRetryException
 
 from asked import CAPITAL, JSON, TOO_LONG, Person, Review
 
-MODES = [instructor.Mode.TOOLS, instructor.Mode.JSON, instructor.Mode.JSON_SCHEMA, instructor.Mode.RESPONSES_TOOLS]
+TOOLS = pytest.param(instructor.Mode.TOOLS, id="TOOLS", marks=pytest.mark.bound_arguments)
+RESPONSES_TOOLS = pytest.param(instructor.Mode.RESPONSES_TOOLS, id="RESPONSES_TOOLS", marks=pytest.mark.bound_arguments)
+JSON_MODE = pytest.param(instructor.Mode.JSON, id="JSON")
+JSON_SCHEMA = pytest.param(instructor.Mode.JSON_SCHEMA, id="JSON_SCHEMA")
 
 
 @pytest.fixture
@@ -19,20 +22,21 @@ def openai_client(door):
 
 def ask(client, model, text=JSON, **more):
     return client.chat.completions.create(
-        model="default", messages=[{"role": "user", "content": text}], response_model=model, temperature=0, max_retries=0, **more
+        model="default", messages=[{"role": "user", "content": text}], response_model=model, max_retries=0, **{"temperature": 0, **more}
     )
 
 
-@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
+@pytest.mark.parametrize("mode", [TOOLS, JSON_MODE, JSON_SCHEMA, RESPONSES_TOOLS])
 def test_a_person(openai_client, mode):
     assert isinstance(ask(instructor.from_openai(openai_client, mode=mode), Person), Person)
 
 
-@pytest.mark.parametrize("mode", [instructor.Mode.TOOLS, instructor.Mode.JSON_SCHEMA], ids=lambda mode: mode.name)
+@pytest.mark.parametrize("mode", [TOOLS, JSON_SCHEMA])
 def test_a_schema_of_many_parts(openai_client, mode):
     assert isinstance(ask(instructor.from_openai(openai_client, mode=mode), Review), Review)
 
 
+@pytest.mark.bound_arguments
 def test_the_default_mode_is_tools(openai_client):
     client = instructor.from_openai(openai_client)
     assert client.mode == instructor.Mode.TOOLS
@@ -50,6 +54,8 @@ def test_partial_objects_of_a_stream(openai_client):
 def test_errors_pass_through(openai_client):
     client = instructor.from_openai(openai_client)
     with pytest.raises(InstructorRetryException) as caught:
+        ask(client, Person, CAPITAL, temperature=9)
+    assert "temperature" in str(caught.value) and "400" in str(caught.value)
+    with pytest.raises(InstructorRetryException) as caught:
         ask(client, Person, TOO_LONG)
-    assert isinstance(caught.value.__cause__.__cause__ or caught.value.__cause__, Exception)
     assert "context_length_exceeded" in str(caught.value)

@@ -67,7 +67,14 @@ def test_a_tool_that_must_be_called(llm, choice):
 
 
 @pytest.mark.parametrize(
-    "method, strict", [("json_schema", None), ("json_schema", True), ("json_mode", None), ("function_calling", None), ("function_calling", True)]
+    "method, strict",
+    [
+        ("json_schema", None),
+        ("json_schema", True),
+        ("json_mode", None),
+        pytest.param("function_calling", None, marks=pytest.mark.bound_arguments),
+        pytest.param("function_calling", True, marks=pytest.mark.bound_arguments),
+    ],
 )
 def test_structured_output(llm, method, strict):
     person = llm.with_structured_output(Person, method=method, strict=strict).invoke(JSON)
@@ -76,7 +83,7 @@ def test_structured_output(llm, method, strict):
         assert person == Person(name="Ada", age=36)
 
 
-@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+@pytest.mark.parametrize("method", ["json_schema", pytest.param("function_calling", marks=pytest.mark.bound_arguments)])
 def test_a_schema_of_many_parts(llm, method):
     assert isinstance(llm.bind(max_tokens=400).with_structured_output(Review, method=method).invoke(JSON), Review)
 

@@ -56,6 +56,7 @@ def test_predict_and_call(llm):
     assert llm.predict_and_call([tool], user_msg=WEATHER).response == '{"weather": "sunny"}'
 
 
+@pytest.mark.bound_arguments
 def test_structured_output(llm):
     assert isinstance(llm.as_structured_llm(Person).chat(user(JSON)).raw, Person)
 

@@ -22,7 +22,7 @@ const review = z.object({
   stars: z.number().int().min(1).max(5),
   tags: z.array(z.enum(["a", "b"])).max(2),
   note: z.literal("none").nullable(),
-  mail: z.email().nullable(),
+  mail: z.email().max(30),
   counts: z.record(z.enum(["x", "y"]), z.number().int().min(0).max(9)),
 });
 const asked = [];

@@ -21,7 +21,7 @@ fn names(folder: &str) -> Vec<String> {
 #[test]
 fn every_file_of_the_black_box_tests_is_named() {
     let readme = read("handler-tests/README.md");
-    let folders = ["harness", "node", "workers", "fixtures"];
+    let folders = ["harness", "clients", "node", "workers", "fixtures"];
     let inside =
         folders.iter().flat_map(|folder| names(&format!("handler-tests/{folder}")).into_iter().map(move |name| format!("{folder}/{name}")));
     let top = names("handler-tests").into_iter().filter(|name| !folders.contains(&name.as_str()));

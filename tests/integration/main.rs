@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod allocations;
+mod async_openai;
 mod dependency_rule;
 mod docs;
 #[cfg(target_os = "linux")]

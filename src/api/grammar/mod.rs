@@ -25,6 +25,7 @@ mod gbnf;
 mod lark;
 mod matcher;
 pub mod request;
+pub mod schema;
 mod source;
 mod structural_tag;
 #[cfg(test)]

@@ -5,7 +5,7 @@ use llguidance::regex_to_lark;
 use serde_json::{Map, Value, json};
 
 use crate::api::grammar::lark::lark_string;
-use crate::api::grammar::{expansion, gbnf};
+use crate::api::grammar::{expansion, gbnf, schema};
 
 /// Most bytes of a grammar's text.
 const LONGEST: usize = 256 << 10;
@@ -116,8 +116,8 @@ fn json_schema(schema: &Value, options: &JsonOptions) -> Result<TopLevelGrammar,
 
 /// The schema with what llguidance is to know of the white space between the parts.
 pub fn guided_schema(schema: &Value, options: &JsonOptions) -> Result<Value, String> {
-    let mut object = match schema {
-        Value::Object(object) => object.clone(),
+    let mut object = match schema::prepared(schema) {
+        Value::Object(object) => object,
         Value::Bool(true) => Map::new(),
         Value::Bool(false) => return Err("the schema `false` allows nothing".to_owned()),
         _ => return Err("a JSON schema is an object".to_owned()),

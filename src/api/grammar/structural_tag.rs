@@ -5,6 +5,7 @@ use std::fmt::Write;
 use serde_json::Value;
 
 use crate::api::grammar::lark::lark_string;
+use crate::api::grammar::schema;
 
 /// One kind of part.
 struct Tag<'a> {
@@ -47,7 +48,7 @@ fn write_lark(tags: &[Tag<'_>], triggers: &[&str]) -> Result<String, String> {
         // Free text up to the first trigger, and then what only this tag has.
         let rest = lark_string(&tag.begin[trigger.len()..]);
         let number = triggers.iter().position(|other| other == trigger).unwrap_or_default();
-        let _ = writeln!(rules, "tag_{at}: trigger_{number} {rest} %json {} {}", tag.schema, lark_string(tag.end));
+        let _ = writeln!(rules, "tag_{at}: trigger_{number} {rest} %json {} {}", schema::prepared(tag.schema), lark_string(tag.end));
         parts.push(format!("tag_{at}"));
     }
     for (number, trigger) in triggers.iter().enumerate() {

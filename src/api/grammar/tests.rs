@@ -243,6 +243,54 @@ fn structural_tags_constrain_what_their_triggers_open() {
     }
 }
 
+/// Expressions with look-around that libraries write: what stands in their place matches the same.
+#[test]
+fn patterns_of_libraries_are_matched_in_other_words() {
+    let matches = |pattern: &str, text: &str| {
+        let schema = json!({"type": "string", "pattern": pattern});
+        accepts(&Grammar::json_schema(schema), &Value::from(text).to_string())
+    };
+    // Pydantic's Decimal.
+    let decimal = r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$";
+    for (text, wanted) in
+        [("1", true), ("-0.5", true), (".5", true), ("+7.", true), ("007.0", true), ("", false), ("-", false), (".", false), ("1e5", false)]
+    {
+        assert_eq!(matches(decimal, text), wanted, "{text}");
+    }
+    // Zod's email.
+    let email = r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$";
+    for text in ["a@b.co", "a.b+c'd-e@x-y.z.org", "a'.b@c.de"] {
+        assert!(matches(email, text), "{text}");
+    }
+    for text in [".a@b.co", "a..b@b.co", "a.@b.co", "a'@b.co", "a@b", "a@-b.co", "@b.co"] {
+        assert!(!matches(email, text), "{text}");
+    }
+}
+
+#[test]
+fn schemas_of_libraries_compile() {
+    let schema = json!({
+        "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "T", "description": "D", "type": "object", "examples": [{}],
+        "$defs": {
+            "Cat": {"type": "object", "properties": {"kind": {"const": "cat", "default": "cat", "title": "Kind", "type": "string"}}, "required": ["kind"]},
+            "Dog": {"type": "object", "properties": {"kind": {"const": "dog", "type": "string"}}, "required": ["kind"]},
+        },
+        "properties": {
+            "pet": {"discriminator": {"mapping": {"cat": "#/$defs/Cat"}, "propertyName": "kind"}, "oneOf": [{"$ref": "#/$defs/Cat"}, {"$ref": "#/$defs/Dog"}]},
+            "path": {"type": "string", "format": "path", "deprecated": true},
+            "count": {"type": "integer", "format": "int64", "example": 1},
+            "counts": {"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": {"type": "integer"}},
+            "byName": {"type": "object", "propertyNames": {"enum": ["a", "b"]}, "additionalProperties": {"type": "integer"}, "required": ["a"]},
+        },
+        "required": ["pet", "path", "count", "counts", "byName"], "additionalProperties": false,
+    });
+    let grammar = Grammar::json_schema(schema);
+    let text = |by_name: &str| format!(r#"{{"pet":{{"kind":"dog"}},"path":"/a","count":2,"counts":{{"x":1}},"byName":{by_name}}}"#);
+    assert!(accepts(&grammar, &text(r#"{"a":1}"#)));
+    assert!(!accepts(&grammar, &text(r#"{"b":1}"#)), "a name is missing");
+    assert!(!accepts(&grammar, &text(r#"{"a":1,"c":1}"#)), "a name is not in the list");
+}
+
 #[test]
 fn what_cannot_be_compiled_is_refused_and_named() {
     let refused = |grammar: Grammar| {

@@ -1,0 +1,174 @@
+//! JSON schemas as their authors' libraries write them (pydantic, zod, schemars, MCP servers), made such that the grammar compiler takes them.
+//!
+//! What is a mere annotation goes, what has an equal in other words is written so; no answer is allowed that the schema forbids. All else that
+//! the compiler does not know it refuses by name.
+
+use serde_json::{Map, Value};
+
+/// The formats that the compiler knows. By the standard, any other is an annotation.
+const FORMATS: [&str; 9] = ["date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid"];
+const URI: &str = "uri";
+
+/// Pydantic's names of formats that are narrower than one that is known.
+const NARROWER: &[(&str, &str)] = &[("uuid1", "uuid"), ("uuid3", "uuid"), ("uuid4", "uuid"), ("uuid5", "uuid"), ("uuid7", "uuid")];
+
+/// Expressions with look-around, which the compiler does not have, that libraries write, and their equals without it.
+const PATTERNS: &[(&str, &str)] = &[
+    // Pydantic's Decimal, before 2.14.
+    (r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$", r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)$"),
+    // Zod's email, before 4.6.
+    (
+        r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$",
+        r"^([A-Za-z0-9_'+\-]+\.)*[A-Za-z0-9_'+\-]*[A-Za-z0-9_+\-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$",
+    ),
+];
+
+/// Keywords whose value is a schema, or a list of schemas.
+const NESTED: [&str; 11] = [
+    "items",
+    "prefixItems",
+    "additionalItems",
+    "additionalProperties",
+    "unevaluatedProperties",
+    "contains",
+    "not",
+    "anyOf",
+    "oneOf",
+    "allOf",
+    "propertyNames",
+];
+/// Keywords whose value names schemas.
+const NAMED: [&str; 4] = ["properties", "patternProperties", "$defs", "definitions"];
+
+/// The schema as the compiler takes it.
+pub fn prepared(schema: &Value) -> Value {
+    let mut prepared = schema.clone();
+    rewrite(&mut prepared, schema);
+    prepared
+}
+
+fn rewrite(schema: &mut Value, root: &Value) {
+    match schema {
+        Value::Object(object) => {
+            for keyword in NESTED {
+                object.get_mut(keyword).into_iter().for_each(|nested| rewrite(nested, root));
+            }
+            for keyword in NAMED {
+                let named = object.get_mut(keyword).and_then(Value::as_object_mut);
+                named.into_iter().flat_map(Map::values_mut).for_each(|nested| rewrite(nested, root));
+            }
+            format(object);
+            pattern(object);
+            property_names(object, root);
+            if object.get("uniqueItems") == Some(&Value::Bool(false)) {
+                object.remove("uniqueItems");
+            }
+            // JSON in a string, of which the compiler sees the string.
+            object.remove("contentSchema");
+        }
+        Value::Array(list) => list.iter_mut().for_each(|nested| rewrite(nested, root)),
+        _ => {}
+    }
+}
+
+fn format(object: &mut Map<String, Value>) {
+    let Some(name) = object.get("format").and_then(Value::as_str) else { return };
+    if let Some((_, wider)) = NARROWER.iter().find(|(narrower, _)| *narrower == name) {
+        object.insert("format".to_owned(), Value::from(*wider));
+    } else if name != URI && !FORMATS.contains(&name) {
+        object.remove("format");
+    }
+}
+
+fn pattern(object: &mut Map<String, Value>) {
+    let Some(pattern) = object.get("pattern").and_then(Value::as_str) else { return };
+    if let Some((_, equal)) = PATTERNS.iter().find(|(written, _)| *written == pattern) {
+        object.insert("pattern".to_owned(), Value::from(*equal));
+    }
+}
+
+/// Names of properties: any string is no limit, and a list of names is a list of properties. An expression has an equal too, if no property has
+/// a schema of its own.
+fn property_names(object: &mut Map<String, Value>, root: &Value) {
+    let Some(names) = object.get("propertyNames").map(|names| resolved(names, root)) else { return };
+    let Some(fields) = names.as_object() else { return };
+    let says = |keyword: &str| fields.get(keyword).filter(|value| !value.is_null());
+    let is_filled = |keyword: &str| object.get(keyword).and_then(Value::as_object).is_some_and(|named| !named.is_empty());
+    let others = is_filled("properties") || is_filled("patternProperties");
+    let limits = ["enum", "const", "pattern", "minLength", "maxLength", "format", "anyOf", "oneOf", "allOf", "not", "$ref"];
+    if !limits.iter().any(|keyword| fields.contains_key(*keyword)) {
+        object.remove("propertyNames");
+        return;
+    }
+    if others {
+        return;
+    }
+    let values = object.get("additionalProperties").cloned().unwrap_or(Value::Bool(true));
+    let (keyword, schemas) = match (says("enum"), says("const"), says("pattern")) {
+        (Some(Value::Array(names)), None, None) => ("properties", names.iter().filter_map(Value::as_str).map(str::to_owned).collect()),
+        (None, Some(Value::String(name)), None) => ("properties", vec![name.clone()]),
+        (None, None, Some(Value::String(pattern))) if fields.len() <= 2 => ("patternProperties", vec![pattern.clone()]),
+        _ => return,
+    };
+    let schemas: Map<String, Value> = schemas.into_iter().map(|name| (name, values.clone())).collect();
+    object.remove("propertyNames");
+    object.insert(keyword.to_owned(), Value::Object(schemas));
+    object.insert("additionalProperties".to_owned(), Value::Bool(false));
+}
+
+/// What a reference into the same document leads to.
+fn resolved(schema: &Value, root: &Value) -> Value {
+    let target = schema.get("$ref").and_then(Value::as_str).and_then(|reference| reference.strip_prefix('#'));
+    target.and_then(|pointer| root.pointer(pointer)).unwrap_or(schema).clone()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn annotations_go_and_names_of_properties_stay() {
+        let schema = json!({
+            "properties": {
+                "format": {"type": "string", "format": "path"},
+                "uniqueItems": {"type": "array", "uniqueItems": false, "items": {"type": "string", "format": "uuid4"}},
+                "pattern": {"enum": [{"uniqueItems": true, "format": "path"}]},
+            },
+            "$defs": {"a": {"format": "uri"}},
+        });
+        let wanted = json!({
+            "properties": {
+                "format": {"type": "string"},
+                "uniqueItems": {"type": "array", "items": {"type": "string", "format": "uuid"}},
+                "pattern": {"enum": [{"uniqueItems": true, "format": "path"}]},
+            },
+            "$defs": {"a": {"format": "uri"}},
+        });
+        assert_eq!(prepared(&schema), wanted);
+    }
+
+    #[test]
+    fn names_of_properties_become_properties() {
+        let number = json!({"type": "integer"});
+        let schema = |names: Value| json!({"type": "object", "additionalProperties": number, "propertyNames": names, "$defs": {"c": {"enum": ["a", "b"]}}});
+        let of = |names: Value| {
+            let mut made = prepared(&schema(names));
+            made.as_object_mut().unwrap().remove("$defs");
+            made
+        };
+        assert_eq!(of(json!({"type": "string", "title": "Key"})), json!({"type": "object", "additionalProperties": number}));
+        let listed = json!({"type": "object", "properties": {"a": number, "b": number}, "additionalProperties": false});
+        assert_eq!(of(json!({"type": "string", "enum": ["a", "b"]})), listed);
+        assert_eq!(of(json!({"$ref": "#/$defs/c"})), listed);
+        // As OpenAI's SDKs complete it.
+        let completed = json!({"type": "object", "properties": {}, "additionalProperties": number, "propertyNames": {"enum": ["a", "b"]}});
+        assert_eq!(prepared(&completed), listed);
+        let matching = json!({"type": "object", "patternProperties": {"^x": number}, "additionalProperties": false});
+        assert_eq!(of(json!({"type": "string", "pattern": "^x"})), matching);
+        // What has no equal is left for the compiler to refuse.
+        assert!(of(json!({"maxLength": 3})).get("propertyNames").is_some());
+        assert!(of(json!({"$ref": "#/$defs/none"})).get("propertyNames").is_some());
+    }
+}
