@@ -6,7 +6,8 @@
 //! 1. [`routes`] tells the dialect by the path, [`job`] by the input of a job.
 //! 2. The dialect (`dialects/`) reads the body into one neutral `request::GenerationRequest`: `fields` checks types and ranges, `options`
 //!    reads what all routes share, `prompt/` renders and tokenizes, `length` bounds the answer.
-//!    `grammar/` compiles what the answer must be.
+//!    `grammar/` compiles what the answer must be; `enforce/` holds thoughts to their budget, the answer behind them to its grammar, and
+//!    calls to their tools.
 //! 3. `run` submits its sequences; a `sequence_task` for each turns tokens into text, and a parser of `parse/` turns text into typed
 //!    [`delta::Delta`]s.
 //! 4. The dialect writes the deltas as its own objects.

@@ -175,8 +175,8 @@ impl AnswerConstraint {
         match begins(said, format.open.iter().chain(format.close).copied(), false) {
             _ if said.is_empty() => Ok(Change::None),
             Begins::Perhaps => Ok(Change::None),
-            Begins::With(mark) if format.close.contains(&mark) => self.end_thought(said[mark.len()..].as_bytes(), thinking),
-            Begins::With(mark) => self.begin_thought(said[mark.len()..].as_bytes(), thinking),
+            Begins::With(mark) if format.close.contains(&mark) => self.end_thought(&said.as_bytes()[mark.len()..], thinking),
+            Begins::With(mark) => self.begin_thought(&said.as_bytes()[mark.len()..], thinking),
             Begins::No => self.begin_answer(written.as_bytes()),
         }
     }

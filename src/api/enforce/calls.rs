@@ -250,8 +250,7 @@ impl Writer<'_> {
 
     /// The opening mark that this model writes, by its place.
     fn usual(&self) -> usize {
-        let special = |mark: &&str| self.tokenizer.token_id(mark).is_some();
-        self.format.call.open.iter().position(|mark| special(&mark)).unwrap_or_default()
+        self.format.call.open.iter().position(|mark| self.tokenizer.token_id(mark).is_some()).unwrap_or_default()
     }
 
     /// Everything behind the opening mark, up to the closing one.

@@ -125,6 +125,9 @@ impl Rules {
 impl Thinking {
     fn new(tokenizer: &Tokenizer, reasoning: Reasoning, ends: Vec<&'static str>, budget: Option<usize>) -> Result<Self, Failure> {
         let format = reasoning.format;
+        // gpt-oss writes calls, and words before them, into a channel of their own.
+        let of_channel = Some("<|channel|>commentary").filter(|_| format.harmony);
+        let ends = ends.into_iter().chain(of_channel).collect();
         let all = |marks: &[&str]| marks.iter().map(|mark| marks::ids(tokenizer, mark)).collect::<Result<Vec<_>, _>>();
         let gap = format.close.iter().find_map(|close| Some(format.force.split_once(close)?.1)).unwrap_or_default();
         Ok(Self {

@@ -117,7 +117,7 @@ fn a_budget_ends_the_thought_at_every_place_and_never_one_that_is_over() {
     for tokens in 0..thought.len() + 8 {
         let cut = &thought[..tokens.min(thought.len())];
         let opened = rules(&parsing(Some(Start::Reasoning)), budget(tokens));
-        let whole = ids(&format!("{THOUGHT}{REST}"));
+        let whole = [thought.clone(), ids(REST)].concat();
         let output = follow(&opened, &whole).0;
         // As many tokens of the script come as the budget has, and then the closing mark.
         let output = text_of(&output);
