@@ -1,8 +1,7 @@
 """What every client asks the demo model, and what it must get."""
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import UUID4, BaseModel, ConfigDict, Field
 
@@ -19,17 +18,22 @@ class Person(BaseModel):
     age: int
 
 
-class Cat(BaseModel):
+class Closed(BaseModel):
+    # The tiny model would name properties without end where others than these are allowed.
+    model_config = ConfigDict(extra="forbid")
+
+
+class Cat(Closed):
     kind: Literal["cat"]
     lives: int = Field(ge=0, le=9)
 
 
-class Dog(BaseModel):
+class Dog(Closed):
     kind: Literal["dog"]
     good: bool
 
 
-class Review(BaseModel):
+class Review(Closed):
     """A schema with what pydantic writes into one: titles, defaults, references, formats, limits, unions, enumerations."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"verdict": "good"}]})
@@ -39,11 +43,11 @@ class Review(BaseModel):
     tags: list[Literal["a", "b", "c"]] = Field(default_factory=list, max_length=2)
     code: str = Field(pattern=r"^[A-Z]{2}-\d{2}$")
     id: UUID4 | None = None
-    place: Path | None = Field(default=None)
+    place: Annotated[str, Field(max_length=8, json_schema_extra={"format": "path"})] | None = None
     counts: dict[Literal["x", "y"], Literal[0, 1]] = Field(default_factory=dict)
     pet: Cat | Dog = Field(discriminator="kind")
     note: Literal["none", "some"] | None = None
-    author: Person | None = Field(default=None, deprecated=False)
+    author: Dog | None = Field(default=None, deprecated=False)
 
 
 class Calls(list):

@@ -85,7 +85,7 @@ def test_structured_output(llm, method, strict):
 
 @pytest.mark.parametrize("method", ["json_schema", pytest.param("function_calling", marks=pytest.mark.bound_arguments)])
 def test_a_schema_of_many_parts(llm, method):
-    assert isinstance(llm.bind(max_tokens=400).with_structured_output(Review, method=method).invoke(JSON), Review)
+    assert isinstance(llm.with_structured_output(Review, method=method).invoke(JSON), Review)
 
 
 def test_structured_output_in_a_stream(llm):

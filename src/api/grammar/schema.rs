@@ -9,8 +9,8 @@ use serde_json::{Map, Value};
 const FORMATS: [&str; 9] = ["date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid"];
 const URI: &str = "uri";
 
-/// Pydantic's names of formats that are narrower than one that is known.
-const NARROWER: &[(&str, &str)] = &[("uuid1", "uuid"), ("uuid3", "uuid"), ("uuid4", "uuid"), ("uuid5", "uuid"), ("uuid7", "uuid")];
+/// Pydantic's names of UUIDs of one version.
+const UUIDS: [&str; 8] = ["uuid1", "uuid2", "uuid3", "uuid4", "uuid5", "uuid6", "uuid7", "uuid8"];
 
 /// Expressions with look-around, which the compiler does not have, that libraries write, and their equals without it.
 const PATTERNS: &[(&str, &str)] = &[
@@ -60,6 +60,7 @@ fn rewrite(schema: &mut Value, root: &Value) {
             format(object);
             pattern(object);
             property_names(object, root);
+            one_of(object, root);
             if object.get("uniqueItems") == Some(&Value::Bool(false)) {
                 object.remove("uniqueItems");
             }
@@ -73,10 +74,15 @@ fn rewrite(schema: &mut Value, root: &Value) {
 
 fn format(object: &mut Map<String, Value>) {
     let Some(name) = object.get("format").and_then(Value::as_str) else { return };
-    if let Some((_, wider)) = NARROWER.iter().find(|(narrower, _)| *narrower == name) {
-        object.insert("format".to_owned(), Value::from(*wider));
-    } else if name != URI && !FORMATS.contains(&name) {
-        object.remove("format");
+    if name == URI || FORMATS.contains(&name) {
+        return;
+    }
+    let version = UUIDS.contains(&name).then(|| name.trim_start_matches("uuid").to_owned());
+    object.remove("format");
+    if let Some(version) = version.filter(|_| !object.contains_key("pattern")) {
+        let hex = "[0-9a-fA-F]";
+        let pattern = format!("^{hex}{{8}}-{hex}{{4}}-{version}{hex}{{3}}-[89abAB]{hex}{{3}}-{hex}{{12}}$");
+        object.insert("pattern".to_owned(), Value::from(pattern));
     }
 }
 
@@ -116,6 +122,37 @@ fn property_names(object: &mut Map<String, Value>, root: &Value) {
     object.insert("additionalProperties".to_owned(), Value::Bool(false));
 }
 
+/// Of parts that a property's value tells apart at most one matches, so any may. The compiler sees that too, but not through references.
+fn one_of(object: &mut Map<String, Value>, root: &Value) {
+    let Some(Value::Array(parts)) = object.get("oneOf") else { return };
+    let parts: Vec<Value> = parts.iter().map(|part| resolved(part, root)).collect();
+    let keys = parts.first().and_then(|part| part.get("properties")).and_then(Value::as_object);
+    let told_apart = keys.is_some_and(|keys| keys.keys().any(|key| tells_apart(key, &parts)));
+    if told_apart && !object.contains_key("anyOf") {
+        object.remove("oneOf").and_then(|parts| object.insert("anyOf".to_owned(), parts));
+    }
+}
+
+/// Whether every part is an object that must have this property, with a value that no other part takes.
+fn tells_apart(key: &str, parts: &[Value]) -> bool {
+    let mut seen: Vec<&Value> = Vec::new();
+    parts.iter().all(|part| {
+        let required = part.get("required").and_then(Value::as_array).is_some_and(|names| names.iter().any(|name| name == key));
+        let is_object = part.get("type").is_some_and(|kind| kind == "object");
+        let property = part.get("properties").and_then(|properties| properties.get(key));
+        let values = property.and_then(|property| match (property.get("const"), property.get("enum")) {
+            (Some(value), _) => Some(vec![value]),
+            (None, Some(Value::Array(values))) => Some(values.iter().collect()),
+            _ => None,
+        });
+        let Some(values) = values.filter(|values| required && is_object && !values.iter().any(|value| seen.contains(value))) else {
+            return false;
+        };
+        seen.extend(values);
+        true
+    })
+}
+
 /// What a reference into the same document leads to.
 fn resolved(schema: &Value, root: &Value) -> Value {
     let target = schema.get("$ref").and_then(Value::as_str).and_then(|reference| reference.strip_prefix('#'));
@@ -133,7 +170,7 @@ mod tests {
         let schema = json!({
             "properties": {
                 "format": {"type": "string", "format": "path"},
-                "uniqueItems": {"type": "array", "uniqueItems": false, "items": {"type": "string", "format": "uuid4"}},
+                "uniqueItems": {"type": "array", "uniqueItems": false, "items": {"type": "string", "format": "uuid"}},
                 "pattern": {"enum": [{"uniqueItems": true, "format": "path"}]},
             },
             "$defs": {"a": {"format": "uri"}},
@@ -170,5 +207,28 @@ mod tests {
         // What has no equal is left for the compiler to refuse.
         assert!(of(json!({"maxLength": 3})).get("propertyNames").is_some());
         assert!(of(json!({"$ref": "#/$defs/none"})).get("propertyNames").is_some());
+    }
+
+    #[test]
+    fn parts_that_a_property_tells_apart_are_any_of() {
+        let part = |kind: Value, required: Value| json!({"type": "object", "properties": {"kind": kind, "n": {}}, "required": required});
+        let of = |other: Value| {
+            let defs = json!({"a": part(json!({"const": "a"}), json!(["kind"])), "b": other});
+            prepared(&json!({"oneOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}], "$defs": defs})).get("anyOf").is_some()
+        };
+        assert!(of(part(json!({"const": "b"}), json!(["n", "kind"]))));
+        assert!(of(part(json!({"enum": ["b", "c"]}), json!(["kind"]))));
+        assert!(!of(part(json!({"enum": ["a", "c"]}), json!(["kind"]))), "a value of both");
+        assert!(!of(part(json!({"const": "b"}), json!(["n"]))), "not required");
+        assert!(!of(part(json!({"type": "string"}), json!(["kind"]))), "any value");
+        assert!(!of(json!({"properties": {"kind": {"const": "b"}}, "required": ["kind"]})), "not an object alone");
+    }
+
+    #[test]
+    fn uuids_of_a_version_are_held_to_it() {
+        let of = |schema: Value| prepared(&schema);
+        let pattern = "^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-4[0-9a-fA-F]{3}-[89abAB][0-9a-fA-F]{3}-[0-9a-fA-F]{12}$";
+        assert_eq!(of(json!({"type": "string", "format": "uuid4"})), json!({"type": "string", "pattern": pattern}));
+        assert_eq!(of(json!({"format": "uuid4", "pattern": "^a"})), json!({"pattern": "^a"}));
     }
 }
