@@ -60,6 +60,13 @@ enum Change {
     },
 }
 
+impl Rules {
+    /// What one sequence is sampled under.
+    pub fn constraint(self: &Arc<Self>) -> Result<Box<dyn Constraint>, Failure> {
+        Ok(Box::new(AnswerConstraint::new(self.clone())?))
+    }
+}
+
 impl AnswerConstraint {
     pub fn new(rules: Arc<Rules>) -> Result<Self, Failure> {
         let mut new = Self { stage: Stage::Thinking { tail: Vec::new(), tokens: 0 }, grammar: None, undo: VecDeque::new(), rules };

@@ -6,12 +6,10 @@
 
 use std::sync::Arc;
 
-use crate::api::enforce::answer::AnswerConstraint;
 use crate::api::enforce::calls::CallGrammars;
 use crate::api::grammar::CompiledGrammar;
 use crate::api::parse::answer::{Parsing, Reasoning};
 use crate::api::parse::reasoning::{ReasoningFormat, Start};
-use crate::engine::Constraint;
 use crate::error::Failure;
 use crate::text::tokenizer::Tokenizer;
 
@@ -114,11 +112,6 @@ impl Rules {
             AnswerRule::Grammars(_) | AnswerRule::Calls(_) => true,
         };
         Ok(needed.then(|| Arc::new(rules)))
-    }
-
-    /// What one sequence is sampled under.
-    pub fn constraint(self: &Arc<Self>) -> Result<Box<dyn Constraint>, Failure> {
-        Ok(Box::new(AnswerConstraint::new(self.clone())?))
     }
 }
 

@@ -13,7 +13,7 @@ use crate::api::parse::reasoning::find_format;
 use crate::api::parse::tools::request::{Tool, ToolChoice, ToolRequest};
 use crate::api::parse::tools::table;
 use crate::checkpoint::demo;
-use crate::engine::Next;
+use crate::engine::{Constraint, Next};
 use crate::models::sample::uniform;
 
 static TOKENIZER: LazyLock<Arc<Tokenizer>> = LazyLock::new(|| Arc::new(Tokenizer::load(&demo::files()).unwrap()));
