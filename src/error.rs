@@ -15,6 +15,8 @@ pub struct Failure {
     pub code: Option<&'static str>,
     /// Seconds after which another try makes sense; becomes `retry-after`.
     pub retry_after: Option<u64>,
+    /// The same in milliseconds, where it is known so well; becomes `retry-after-ms`.
+    pub retry_after_ms: Option<u64>,
 }
 
 /// The class of a failure, which fixes its HTTP status and OpenAI error type.
@@ -22,6 +24,8 @@ pub struct Failure {
 pub enum Kind {
     BadRequest,
     Unauthorized,
+    /// The key is known and may not do this.
+    Forbidden,
     NotFound,
     MethodNotAllowed,
     TooLarge,
@@ -46,6 +50,7 @@ impl Kind {
         match self {
             Kind::BadRequest => 400,
             Kind::Unauthorized => 401,
+            Kind::Forbidden => 403,
             Kind::NotFound => 404,
             Kind::MethodNotAllowed => 405,
             Kind::TooLarge => 413,
@@ -61,9 +66,13 @@ impl Kind {
     /// The OpenAI `error.type` of this class.
     pub fn type_name(self) -> &'static str {
         match self {
-            Kind::BadRequest | Kind::Unauthorized | Kind::NotFound | Kind::MethodNotAllowed | Kind::TooLarge | Kind::UnsupportedMedia => {
-                "invalid_request_error"
-            }
+            Kind::BadRequest
+            | Kind::Unauthorized
+            | Kind::Forbidden
+            | Kind::NotFound
+            | Kind::MethodNotAllowed
+            | Kind::TooLarge
+            | Kind::UnsupportedMedia => "invalid_request_error",
             Kind::Overloaded => "rate_limit_error",
             Kind::Loading | Kind::Draining => "service_unavailable",
             Kind::Timeout => "timeout_error",
@@ -74,7 +83,7 @@ impl Kind {
 
 impl Failure {
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Self { kind, message: cut(message.into()), param: None, code: None, retry_after: None }
+        Self { kind, message: cut(message.into()), param: None, code: None, retry_after: None, retry_after_ms: None }
     }
 
     /// A client mistake in field `param`.
@@ -100,6 +109,12 @@ impl Failure {
     pub fn retry_after(mut self, seconds: u64) -> Self {
         self.retry_after = Some(seconds);
         self
+    }
+
+    /// Milliseconds after which another try makes sense, and so many seconds.
+    pub fn retry_after_ms(mut self, ms: u64) -> Self {
+        self.retry_after_ms = Some(ms);
+        self.retry_after(ms.div_ceil(1000))
     }
 
     pub fn status(&self) -> u16 {

@@ -118,6 +118,9 @@ pub fn headers(failure: &Failure) -> Vec<(&'static str, String)> {
     if let Some(seconds) = retry_after {
         headers.push(("retry-after", seconds.to_string()));
     }
+    if let Some(ms) = failure.retry_after_ms {
+        headers.push(("retry-after-ms", ms.to_string()));
+    }
     // The same request would run out of memory, or of time, again: SDKs would otherwise send it three times in all.
     if failure.kind == Kind::Timeout || code(failure) == Some("cuda_out_of_memory") {
         headers.push(("x-should-retry", "false".to_owned()));
@@ -139,6 +142,7 @@ fn code(failure: &Failure) -> Option<&'static str> {
         Kind::Draining => Some("shutting_down"),
         Kind::Timeout => Some("request_timeout"),
         Kind::Internal => Some("internal_error"),
+        Kind::Forbidden => Some("not_allowed"),
         Kind::BadRequest | Kind::NotFound | Kind::MethodNotAllowed | Kind::Cancelled => None,
     })
 }
@@ -148,8 +152,8 @@ fn fastchat_code(failure: &Failure) -> u32 {
     match (failure.kind, code(failure)) {
         (Kind::BadRequest, Some("context_length_exceeded")) => 40303,
         (Kind::BadRequest, Some("invalid_value" | "unsupported_parameter" | "unsupported_value")) => 40302,
-        (Kind::NotFound, Some("model_not_found")) => 40301,
-        (Kind::BadRequest | Kind::NotFound | Kind::MethodNotAllowed | Kind::UnsupportedMedia, _) => 40001,
+        (Kind::NotFound, Some("model_not_found")) | (Kind::Forbidden, Some("model_not_allowed")) => 40301,
+        (Kind::BadRequest | Kind::Forbidden | Kind::NotFound | Kind::MethodNotAllowed | Kind::UnsupportedMedia, _) => 40001,
         (Kind::Unauthorized, _) => 40102,
         (Kind::TooLarge, _) => 40303,
         (Kind::Overloaded, Some("rate_limit_exceeded")) => 42901,
@@ -205,6 +209,8 @@ mod tests {
                 json!("context_length_exceeded"),
                 40303,
             ),
+            (Failure::new(Kind::Forbidden, "x"), 403, "invalid_request_error", json!("not_allowed"), 40001),
+            (Failure::new(Kind::Forbidden, "x").code("model_not_allowed"), 403, "invalid_request_error", json!("model_not_allowed"), 40301),
             (Failure::new(Kind::TooLarge, "x"), 413, "invalid_request_error", json!("request_too_large"), 40303),
             (Failure::new(Kind::UnsupportedMedia, "x"), 415, "invalid_request_error", json!("unsupported_media_type"), 40001),
             (Failure::new(Kind::Overloaded, "x"), 429, "rate_limit_error", json!("engine_overloaded"), 42903),
@@ -273,6 +279,8 @@ mod tests {
     #[test]
     fn retry_headers() {
         assert_eq!(headers(&Failure::new(Kind::Overloaded, "x").retry_after(7)), [("retry-after", "7".to_owned())]);
+        let soon = [("retry-after", "2".to_owned()), ("retry-after-ms", "1500".to_owned())];
+        assert_eq!(headers(&Failure::new(Kind::Overloaded, "x").retry_after_ms(1500)), soon);
         assert_eq!(headers(&Failure::new(Kind::Loading, "x")), [("retry-after", "5".to_owned())]);
         assert_eq!(headers(&Failure::new(Kind::Internal, "x").code("cuda_out_of_memory")), [("x-should-retry", "false".to_owned())]);
         assert_eq!(headers(&Failure::new(Kind::Timeout, "x")), [("x-should-retry", "false".to_owned())]);
