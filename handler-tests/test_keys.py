@@ -91,7 +91,9 @@ def test_requests_at_a_time_and_who_leaves_gives_the_place_back(path):
         headers = {"authorization": "Bearer one"}
         body = {"model": "demo", "prompt": "Once", "max_tokens": 900, "ignore_eos": True, "n": 64, "stream": True}
         with CLIENT.stream("POST", f"{server.base}/v1/completions", json=body, headers=headers) as stream:
-            next(stream.iter_lines())
+            # Kept: a dropped iterator closes the connection.
+            lines = stream.iter_lines()
+            assert next(lines)
             refused = ask(server, "one")
             assert refused.status_code == 429 and refused.json()["error"]["code"] == "rate_limit_exceeded"
             assert "max_concurrency" in refused.json()["error"]["message"]

@@ -15,8 +15,6 @@ pub struct Failure {
     pub code: Option<&'static str>,
     /// Seconds after which another try makes sense; becomes `retry-after`.
     pub retry_after: Option<u64>,
-    /// The same in milliseconds, where it is known so well; becomes `retry-after-ms`.
-    pub retry_after_ms: Option<u64>,
 }
 
 /// The class of a failure, which fixes its HTTP status and OpenAI error type.
@@ -83,7 +81,7 @@ impl Kind {
 
 impl Failure {
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Self { kind, message: cut(message.into()), param: None, code: None, retry_after: None, retry_after_ms: None }
+        Self { kind, message: cut(message.into()), param: None, code: None, retry_after: None }
     }
 
     /// A client mistake in field `param`.
@@ -109,12 +107,6 @@ impl Failure {
     pub fn retry_after(mut self, seconds: u64) -> Self {
         self.retry_after = Some(seconds);
         self
-    }
-
-    /// Milliseconds after which another try makes sense, and so many seconds.
-    pub fn retry_after_ms(mut self, ms: u64) -> Self {
-        self.retry_after_ms = Some(ms);
-        self.retry_after(ms.div_ceil(1000))
     }
 
     pub fn status(&self) -> u16 {

@@ -118,9 +118,6 @@ pub fn headers(failure: &Failure) -> Vec<(&'static str, String)> {
     if let Some(seconds) = retry_after {
         headers.push(("retry-after", seconds.to_string()));
     }
-    if let Some(ms) = failure.retry_after_ms {
-        headers.push(("retry-after-ms", ms.to_string()));
-    }
     // The same request would run out of memory, or of time, again: SDKs would otherwise send it three times in all.
     if failure.kind == Kind::Timeout || code(failure) == Some("cuda_out_of_memory") {
         headers.push(("x-should-retry", "false".to_owned()));
@@ -279,8 +276,6 @@ mod tests {
     #[test]
     fn retry_headers() {
         assert_eq!(headers(&Failure::new(Kind::Overloaded, "x").retry_after(7)), [("retry-after", "7".to_owned())]);
-        let soon = [("retry-after", "2".to_owned()), ("retry-after-ms", "1500".to_owned())];
-        assert_eq!(headers(&Failure::new(Kind::Overloaded, "x").retry_after_ms(1500)), soon);
         assert_eq!(headers(&Failure::new(Kind::Loading, "x")), [("retry-after", "5".to_owned())]);
         assert_eq!(headers(&Failure::new(Kind::Internal, "x").code("cuda_out_of_memory")), [("x-should-retry", "false".to_owned())]);
         assert_eq!(headers(&Failure::new(Kind::Timeout, "x")), [("x-should-retry", "false".to_owned())]);

@@ -66,6 +66,14 @@ impl Usage {
     }
 }
 
+/// Why a request is not let in.
+#[derive(Debug)]
+pub struct LimitReached {
+    pub failure: Failure,
+    /// When another try makes sense.
+    pub retry_after_ms: u64,
+}
+
 /// A key with what it has used.
 #[derive(Debug, Clone)]
 pub struct Client {
@@ -75,7 +83,7 @@ pub struct Client {
 
 impl Client {
     /// Lets a request in, or says which limit is reached and when it is worth another try. Nothing of what is refused counts.
-    pub fn admit(&self) -> Result<Admission, Failure> {
+    pub fn admit(&self) -> Result<Admission, LimitReached> {
         let now = Instant::now();
         if let Some(most) = self.key.max_concurrency {
             let one_more = |running| (running < most as usize).then_some(running + 1);
@@ -92,7 +100,7 @@ impl Client {
     }
 
     /// Takes a request from its bucket, if that and the one of tokens have something.
-    fn take_request(&self, now: Instant) -> Result<(), Failure> {
+    fn take_request(&self, now: Instant) -> Result<(), LimitReached> {
         let [requests, tokens] = &mut *self.usage.buckets();
         let of_tokens = (self.key.tokens_per_minute, tokens, "tokens a minute (tokens_per_minute)");
         let of_requests = (self.key.requests_per_minute, &mut *requests, "requests a minute (requests_per_minute)");
@@ -107,10 +115,11 @@ impl Client {
         Ok(())
     }
 
-    fn reached(&self, what: &str, limit: u32, wait: Duration) -> Failure {
-        let ms = (wait.as_micros().div_ceil(1000) as u64).max(1);
+    fn reached(&self, what: &str, limit: u32, wait: Duration) -> LimitReached {
+        let retry_after_ms = (wait.as_micros().div_ceil(1000) as u64).max(1);
         let message = format!("The limit of the key {:?} is reached: {limit} {what}. Try again in {}.", self.key.name, span(wait));
-        Failure::new(Kind::Overloaded, message).code("rate_limit_exceeded").retry_after_ms(ms)
+        let failure = Failure::new(Kind::Overloaded, message).code("rate_limit_exceeded").retry_after(retry_after_ms.div_ceil(1000));
+        LimitReached { failure, retry_after_ms }
     }
 
     /// OpenAI's headers of the limits that the key has.
@@ -235,10 +244,13 @@ mod tests {
         let client = client("requests_per_minute: 2");
         drop((client.admit().unwrap(), client.admit().unwrap()));
         let refused = client.admit().unwrap_err();
-        assert_eq!((refused.status(), refused.code, client.usage.running.load(Ordering::Relaxed)), (429, Some("rate_limit_exceeded"), 0));
+        assert_eq!(
+            (refused.failure.status(), refused.failure.code, client.usage.running.load(Ordering::Relaxed)),
+            (429, Some("rate_limit_exceeded"), 0)
+        );
         // Half a minute for one of two.
-        let wait = refused.retry_after_ms.unwrap();
-        assert!((20_000..=30_000).contains(&wait) && refused.message.contains("2 requests a minute"), "{refused}");
+        let wait = refused.retry_after_ms;
+        assert!((20_000..=30_000).contains(&wait) && refused.failure.message.contains("2 requests a minute"), "{refused:?}");
         assert_eq!(
             (told(&client, "x-ratelimit-limit-requests"), told(&client, "x-ratelimit-remaining-requests")),
             ("2".into(), "0".into())
@@ -258,7 +270,7 @@ mod tests {
         drop(admission);
         let refused = client.admit().unwrap_err();
         // From -20 to 1 at one token in six seconds.
-        assert!((120_000..=126_000).contains(&refused.retry_after_ms.unwrap()), "{refused}");
+        assert!((120_000..=126_000).contains(&refused.retry_after_ms), "{refused:?}");
         assert_eq!((told(&client, "x-ratelimit-remaining-tokens"), client.usage.running.load(Ordering::Relaxed)), ("0".into(), 0));
     }
 
@@ -266,7 +278,7 @@ mod tests {
     fn places_are_given_back() {
         let client = client("max_concurrency: 1");
         let admission = client.admit().unwrap();
-        assert!(client.admit().unwrap_err().message.contains("1 requests at a time"));
+        assert!(client.admit().unwrap_err().failure.message.contains("1 requests at a time"));
         drop(admission);
         assert!(client.admit().is_ok() && headers(&client).is_empty());
     }

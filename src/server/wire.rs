@@ -316,7 +316,11 @@ async fn of_client(client: Client, mut request: Request, next: Next, form: Error
         refuse(request, Failure::new(Kind::Forbidden, message), form, id).await
     } else if request.method() == Method::POST {
         match client.admit().map(Arc::new) {
-            Err(failure) => refuse(request, failure, form, id).await,
+            Err(reached) => {
+                let mut response = refuse(request, reached.failure, form, id).await;
+                response.headers_mut().insert("retry-after-ms", reached.retry_after_ms.into());
+                response
+            }
             Ok(admission) => {
                 request.extensions_mut().insert(client.clone());
                 request.extensions_mut().insert(admission.clone());

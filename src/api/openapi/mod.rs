@@ -153,9 +153,10 @@ fn event_of(schema: &str) -> Value {
         "description": format!("Each event's data is a `{schema}`, but for OpenAI's last, `[DONE]`."),
         "properties": {
             "event": {"type": "string"},
-            "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": reference(schema)},
+            "data": {"type": "string"},
         },
         "required": ["data"],
+        "x-data": reference(schema),
     })
 }
 
