@@ -22,6 +22,8 @@ pub struct Failure {
 pub enum Kind {
     BadRequest,
     Unauthorized,
+    /// The key is known and may not do this.
+    Forbidden,
     NotFound,
     MethodNotAllowed,
     TooLarge,
@@ -46,6 +48,7 @@ impl Kind {
         match self {
             Kind::BadRequest => 400,
             Kind::Unauthorized => 401,
+            Kind::Forbidden => 403,
             Kind::NotFound => 404,
             Kind::MethodNotAllowed => 405,
             Kind::TooLarge => 413,
@@ -61,9 +64,13 @@ impl Kind {
     /// The OpenAI `error.type` of this class.
     pub fn type_name(self) -> &'static str {
         match self {
-            Kind::BadRequest | Kind::Unauthorized | Kind::NotFound | Kind::MethodNotAllowed | Kind::TooLarge | Kind::UnsupportedMedia => {
-                "invalid_request_error"
-            }
+            Kind::BadRequest
+            | Kind::Unauthorized
+            | Kind::Forbidden
+            | Kind::NotFound
+            | Kind::MethodNotAllowed
+            | Kind::TooLarge
+            | Kind::UnsupportedMedia => "invalid_request_error",
             Kind::Overloaded => "rate_limit_error",
             Kind::Loading | Kind::Draining => "service_unavailable",
             Kind::Timeout => "timeout_error",

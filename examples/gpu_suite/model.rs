@@ -233,7 +233,7 @@ async fn answer(service: &Arc<Service>, question: &Value, index: usize) -> Resul
         body["max_tokens"] = json!(300);
         "/v1/completions"
     };
-    let call = Call { method: "POST".into(), path: path.into(), body, request_id: format!("question-{index}") };
+    let call = Call { method: "POST".into(), path: path.into(), body, request_id: format!("question-{index}"), client: None };
     let Answer::Whole(whole) = service.call(call).await? else { return Err("a stream where an object was asked for".into()) };
     let choice = &whole["choices"][0];
     let text = choice["text"].as_str().or_else(|| choice["message"]["content"].as_str());

@@ -61,7 +61,7 @@ pub fn read_text(text: &[u8], line: usize, limits: &BodyLimits) -> Result<Line, 
         return Err(unread(Failure::bad_request("line", message).code("line_too_large")));
     }
     let value = body::read(text, limits).map_err(|unread_body| match unread_body {
-        body::Unread::TooLarge(failure) => unread(failure.code("line_too_large")),
+        body::Unread::TooLarge(failure) | body::Unread::TooDeep(failure) => unread(failure.code("line_too_large")),
         body::Unread::Invalid(error) => {
             unread(Failure::bad_request("line", format!("The line is not valid JSON: {error}.")).code("invalid_json_line"))
         }
@@ -182,7 +182,7 @@ mod tests {
             );
             assert!(answer["error"]["code"].is_string() && answer["response"].is_null() && is_failure(&answer), "{answer}");
         }
-        let limits = BodyLimits { bytes: 4, tree: 1000 };
+        let limits = BodyLimits { bytes: 4, tree: 1000, depth: 100 };
         assert_eq!(read_text(b"{\"a\":1}", 1, &limits).unwrap_err().failure.code, Some("line_too_large"));
     }
 

@@ -11,6 +11,7 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Number, Value};
 
 use super::reclaim;
+use crate::config::defaults;
 use crate::engine::Limits;
 use crate::error::{Failure, Kind};
 
@@ -23,12 +24,14 @@ pub struct BodyLimits {
     pub bytes: usize,
     /// Bytes that its parsed tree takes, as [`read`] estimates them.
     pub tree: usize,
+    /// Lists and objects within each other.
+    pub depth: usize,
 }
 
 impl Default for BodyLimits {
     /// The most that any model gets.
     fn default() -> Self {
-        Self { bytes: 32 * MIB, tree: 48 * MIB }
+        Self { bytes: 32 * MIB, tree: 48 * MIB, depth: defaults::MAX_JSON_DEPTH }
     }
 }
 
@@ -43,7 +46,7 @@ impl BodyLimits {
         let text = sequences.saturating_mul(limits.max_model_len).saturating_mul(token);
         // One prompt of token ids always fits, however long the context is.
         let ids = limits.max_model_len.saturating_mul(ELEMENT).saturating_add(MIB);
-        Self { bytes: text.saturating_add(MIB).min(most.bytes), tree: most.tree.max(ids) }
+        Self { bytes: text.saturating_add(MIB).min(most.bytes), tree: most.tree.max(ids), ..most }
     }
 }
 
@@ -52,13 +55,15 @@ impl BodyLimits {
 pub enum Unread {
     /// Its tree would be too large.
     TooLarge(Failure),
+    /// Its values lie too deep.
+    TooDeep(Failure),
     Invalid(serde_json::Error),
 }
 
 impl From<Unread> for Failure {
     fn from(unread: Unread) -> Self {
         match unread {
-            Unread::TooLarge(failure) => failure,
+            Unread::TooLarge(failure) | Unread::TooDeep(failure) => failure,
             Unread::Invalid(error) => Failure::new(Kind::BadRequest, format!("The request body is not valid JSON: {error}.")),
         }
     }
@@ -67,9 +72,14 @@ impl From<Unread> for Failure {
 /// Parses JSON whose tree takes at most `limits.tree` bytes.
 pub fn read(text: &[u8], limits: &BodyLimits) -> Result<Value, Unread> {
     reclaim::after(text.len());
-    let budget = Budget { left: Cell::new(limits.tree), spent: Cell::new(false) };
+    let budget =
+        Budget { left: Cell::new(limits.tree), spent: Cell::new(false), deeper: Cell::new(limits.depth), too_deep: Cell::new(false) };
     let mut deserializer = serde_json::Deserializer::from_slice(text);
     let value = budget.deserialize(&mut deserializer).and_then(|value| deserializer.end().map(|()| value));
+    if budget.too_deep.get() {
+        let message = format!("The request's JSON is nested deeper than the limit of {} levels (MAX_JSON_DEPTH).", limits.depth);
+        return Err(Unread::TooDeep(Failure::new(Kind::BadRequest, message)));
+    }
     value.map_err(|error| match budget.spent.get() {
         true => Unread::TooLarge(Failure::new(
             Kind::TooLarge,
@@ -95,6 +105,9 @@ const STRING: usize = 24;
 struct Budget {
     left: Cell<usize>,
     spent: Cell<bool>,
+    /// How much deeper lists and objects may lie.
+    deeper: Cell<usize>,
+    too_deep: Cell<bool>,
 }
 
 impl Budget {
@@ -109,6 +122,25 @@ impl Budget {
                 Err(E::custom("too many values"))
             }
         }
+    }
+
+    /// A list or an object begins.
+    fn down<E: Error>(&self) -> Result<(), E> {
+        match self.deeper.get().checked_sub(1) {
+            Some(deeper) => {
+                self.deeper.set(deeper);
+                Ok(())
+            }
+            None => {
+                self.too_deep.set(true);
+                Err(E::custom("too deep"))
+            }
+        }
+    }
+
+    /// It ends.
+    fn up(&self) {
+        self.deeper.set(self.deeper.get() + 1);
     }
 }
 
@@ -153,15 +185,18 @@ impl<'de> Visitor<'de> for &Budget {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut access: A) -> Result<Value, A::Error> {
+        self.down()?;
         let mut list = Vec::new();
         while let Some(value) = access.next_element_seed(self)? {
             self.charge(if list.is_empty() { LIST + ELEMENT } else { ELEMENT })?;
             list.push(value);
         }
+        self.up();
         Ok(Value::Array(list))
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Value, A::Error> {
+        self.down()?;
         let mut object = Map::new();
         while let Some(key) = access.next_key::<String>()? {
             self.charge(if object.is_empty() { OBJECT + ENTRY } else { ENTRY })?;
@@ -169,6 +204,7 @@ impl<'de> Visitor<'de> for &Budget {
             let value = access.next_value_seed(self)?;
             object.insert(key, value);
         }
+        self.up();
         Ok(Value::Object(object))
     }
 }
@@ -375,6 +411,16 @@ mod tests {
         for value in [deep.as_str(), r#""half \ud83d""#, "1e999"] {
             let text = format!(r#"{{"input":{value}}}"#);
             assert_eq!(members(text.as_bytes(), ["input"]).unwrap_err().status(), 400, "{value:.20}");
+        }
+        for (text, fits) in [("[[1]]", true), ("[[1], {\"a\": 2}, [3]]", true), ("[[[]]]", false), ("{\"a\": [{}]}", false)] {
+            let limits = BodyLimits { depth: 2, ..BodyLimits::default() };
+            match read(text.as_bytes(), &limits) {
+                Ok(_) => assert!(fits, "{text}"),
+                Err(Unread::TooDeep(failure)) => {
+                    assert!(!fits && failure.status() == 400 && failure.message.contains("MAX_JSON_DEPTH"), "{text}")
+                }
+                Err(other) => panic!("{text}: {other:?}"),
+            }
         }
         let value = json!({"a": [1.5, -2, "x", null, true]});
         assert_eq!(read(value.to_string().as_bytes(), &BodyLimits::default()).unwrap(), value);

@@ -139,6 +139,7 @@ fn code(failure: &Failure) -> Option<&'static str> {
         Kind::Draining => Some("shutting_down"),
         Kind::Timeout => Some("request_timeout"),
         Kind::Internal => Some("internal_error"),
+        Kind::Forbidden => Some("not_allowed"),
         Kind::BadRequest | Kind::NotFound | Kind::MethodNotAllowed | Kind::Cancelled => None,
     })
 }
@@ -148,8 +149,8 @@ fn fastchat_code(failure: &Failure) -> u32 {
     match (failure.kind, code(failure)) {
         (Kind::BadRequest, Some("context_length_exceeded")) => 40303,
         (Kind::BadRequest, Some("invalid_value" | "unsupported_parameter" | "unsupported_value")) => 40302,
-        (Kind::NotFound, Some("model_not_found")) => 40301,
-        (Kind::BadRequest | Kind::NotFound | Kind::MethodNotAllowed | Kind::UnsupportedMedia, _) => 40001,
+        (Kind::NotFound, Some("model_not_found")) | (Kind::Forbidden, Some("model_not_allowed")) => 40301,
+        (Kind::BadRequest | Kind::Forbidden | Kind::NotFound | Kind::MethodNotAllowed | Kind::UnsupportedMedia, _) => 40001,
         (Kind::Unauthorized, _) => 40102,
         (Kind::TooLarge, _) => 40303,
         (Kind::Overloaded, Some("rate_limit_exceeded")) => 42901,
@@ -205,6 +206,8 @@ mod tests {
                 json!("context_length_exceeded"),
                 40303,
             ),
+            (Failure::new(Kind::Forbidden, "x"), 403, "invalid_request_error", json!("not_allowed"), 40001),
+            (Failure::new(Kind::Forbidden, "x").code("model_not_allowed"), 403, "invalid_request_error", json!("model_not_allowed"), 40301),
             (Failure::new(Kind::TooLarge, "x"), 413, "invalid_request_error", json!("request_too_large"), 40303),
             (Failure::new(Kind::UnsupportedMedia, "x"), 415, "invalid_request_error", json!("unsupported_media_type"), 40001),
             (Failure::new(Kind::Overloaded, "x"), 429, "rate_limit_error", json!("engine_overloaded"), 42903),

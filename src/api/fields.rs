@@ -164,9 +164,8 @@ impl<'a> Fields<'a> {
         self.get(name).map(|field| token_ids(&field, vocab_size)).transpose()
     }
 
-    /// `stop` and its other names: one string or several, up to 16 in all.
-    pub fn stop(&self) -> Result<Vec<String>, Failure> {
-        const MOST: usize = 16;
+    /// `stop` and its other names: one string or several, up to `most` in all.
+    pub fn stop(&self, most: usize) -> Result<Vec<String>, Failure> {
         const LONGEST: usize = 16 * 1024;
         let mut stops: Vec<String> = Vec::new();
         for field in ["stop", "stop_sequences", "stop_strings"].into_iter().filter_map(|name| self.get(name)) {
@@ -179,8 +178,10 @@ impl<'a> Fields<'a> {
                 Failure::bad_request(&field.name, message)
             })?;
             stops.extend(given.into_iter().map(str::to_owned));
-            if stops.len() > MOST {
-                return Err(invalid(&field, format!("'{}' holds {} strings, more than the maximum of {MOST}.", field.name, stops.len())));
+            if stops.len() > most {
+                let message =
+                    format!("'{}' holds {} strings, more than the maximum of {most} (MAX_STOP_STRINGS).", field.name, stops.len());
+                return Err(invalid(&field, message));
             }
             if let Some(long) = stops.iter().find(|stop| stop.len() > LONGEST) {
                 let message = format!("'{}' holds a string of {} bytes, more than the maximum of {LONGEST}.", field.name, long.len());

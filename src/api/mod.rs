@@ -12,7 +12,7 @@
 //!    [`delta::Delta`]s.
 //! 4. The dialect writes the deltas as its own objects.
 //!
-//! Calls that generate nothing are in `calls/`.
+//! Calls that generate nothing are in `calls/`; `openapi/` describes all routes.
 //!
 //! Neither the run nor the engine knows a dialect, and no dialect knows another.
 
@@ -32,6 +32,7 @@ mod length;
 mod logprobs;
 pub mod model;
 mod model_list;
+pub mod openapi;
 mod options;
 mod parse;
 mod prompt;

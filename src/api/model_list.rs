@@ -4,10 +4,13 @@ use serde_json::{Value, json};
 
 use crate::api::clock;
 use crate::api::served::ServedModel;
+use crate::config::ClientKey;
 use crate::error::Failure;
 
-pub fn list(served: &ServedModel) -> Value {
-    let names = served.names();
+/// Those that a client may use.
+pub fn list(served: &ServedModel, client: Option<&ClientKey>) -> Value {
+    let allowed = |name: &&String| client.is_none_or(|client| client.may_use(name));
+    let names: Vec<&String> = served.names().iter().filter(allowed).collect();
     json!({
         "object": "list",
         "data": names.iter().map(|name| card(served, name)).collect::<Vec<_>>(),

@@ -154,7 +154,7 @@ impl GenerationOptions {
         let n = fields.count_or_default("n")?;
         let max_n = context.settings.max_n.unwrap_or(defaults::MAX_N);
         if let (true, Some(field)) = (n > max_n, fields.get("n")) {
-            return Err(invalid(&field, format!("{n} is greater than the maximum of {max_n} - '{}'", field.name)));
+            return Err(invalid(&field, format!("{n} is greater than the maximum of {max_n} (MAX_N) - '{}'", field.name)));
         }
         refuse_unsupported(fields, form.is_chat())?;
         let stream = fields.flag("stream")?;
@@ -172,7 +172,7 @@ impl GenerationOptions {
             include_usage: include_usage || context.settings.force_include_usage,
             continuous_usage,
             max_tokens,
-            stops: fields.stop()?,
+            stops: fields.stop(context.settings.max_stop_strings.unwrap_or(defaults::MAX_STOP_STRINGS))?,
             include_stop: fields.flag("include_stop_str_in_output")?,
             skip_special_tokens: fields.flag("skip_special_tokens")?,
             truncate: truncate(fields)?,

@@ -34,6 +34,8 @@ pub enum Route {
     Abort,
     Version,
     Load,
+    /// The description of this API.
+    Document,
 }
 
 /// The methods of a path, for the `allow` header of a 405; `None` when there is no such path.
@@ -58,7 +60,7 @@ impl Route {
     /// The methods that it takes, joined by a comma and a space.
     pub fn methods(&self) -> &'static str {
         match self {
-            Route::Models | Route::Model(_) | Route::Version | Route::Load | Route::InputItems { .. } => "GET",
+            Route::Models | Route::Model(_) | Route::Version | Route::Load | Route::Document | Route::InputItems { .. } => "GET",
             Route::Response(_) => "GET, DELETE",
             _ => "POST",
         }
@@ -100,6 +102,7 @@ pub fn find(path: &str) -> Option<Route> {
         "v1/abort_requests" | "abort_requests" => Some(Route::Abort),
         "version" | "v1/version" => Some(Route::Version),
         "load" | "v1/load" => Some(Route::Load),
+        "openapi.json" | "v1/openapi.json" => Some(Route::Document),
         _ => {
             if let Some(id) = path.strip_prefix("v1/models/") {
                 return Some(Route::Model(decoded(id)));

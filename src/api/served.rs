@@ -16,7 +16,8 @@ use crate::api::prompt::contents::{self, Contents};
 use crate::api::prompt::guard::Guard;
 use crate::api::prompt::template::{self, ChatTemplate};
 use crate::api::response_store::{ResponseStore, StoreLimits};
-use crate::config::{ApiSettings, defaults};
+use crate::api::routes::Route;
+use crate::config::{ApiSettings, ClientKey, defaults};
 use crate::engine::Limits;
 use crate::error::{Failure, Kind};
 use crate::text::tokenizer::{Special, Tokenizer};
@@ -164,6 +165,38 @@ impl ServedModel {
             None | Some("" | "null" | "default") => Ok(()),
             Some(name) => self.check_model_name(name),
         }
+    }
+
+    /// Whether a client may call this route with this body: the model that it asks for, and what concerns the requests of others.
+    pub fn check_client(&self, client: &ClientKey, route: &Route, body: &Value) -> Result<(), Failure> {
+        let asked = match (route, body) {
+            (Route::Model(id), _) => Some(id.clone()),
+            (Route::Models | Route::Version | Route::Load | Route::Document | Route::Response(_) | Route::InputItems { .. }, _) => {
+                return Ok(());
+            }
+            (Route::Abort, _) if Fields::new(body)?.flag("abort_all")? => {
+                let message = format!("The key {:?} may not end the requests of others; name your own in 'req_ids'.", client.name);
+                return Err(Failure::new(Kind::Forbidden, message).param("abort_all"));
+            }
+            (Route::Abort, _) => return Ok(()),
+            (_, Value::Object(_)) => Fields::new(body)?.string("model")?.map(str::to_owned),
+            _ => None,
+        };
+        let name = match asked.as_deref() {
+            None | Some("" | "null" | "default") => self.name(),
+            // Other names of the same model.
+            Some(name)
+                if !self.names.iter().any(|served| served == name) && (name == self.model.name || name == self.model.last_segment()) =>
+            {
+                self.name()
+            }
+            Some(name) => name,
+        };
+        if client.may_use(name) {
+            return Ok(());
+        }
+        let message = format!("The key {:?} may not use the model `{name}`.", client.name);
+        Err(Failure::new(Kind::Forbidden, message).param("model").code("model_not_allowed"))
     }
 
     pub fn check_model_name(&self, name: &str) -> Result<(), Failure> {

@@ -15,8 +15,8 @@ use crate::api::model::ModelInfo;
 use crate::api::routes::{self, Route};
 use crate::api::run::{RequestStream, Runs, Seeds};
 use crate::api::served::ServedModel;
-use crate::api::{calls, model_list, reclaim};
-use crate::config::{ApiSettings, NativeFormat, defaults};
+use crate::api::{calls, model_list, openapi, reclaim};
+use crate::config::{ApiSettings, ClientKey, NativeFormat, defaults};
 use crate::engine::Handle;
 use crate::error::{Failure, Kind};
 use crate::text::tokenizer::Tokenizer;
@@ -49,6 +49,8 @@ pub struct Call {
     pub body: Value,
     /// Goes into response ids and logs.
     pub request_id: String,
+    /// Whose key it came with, where that is one of `API_KEYS_FILE`.
+    pub client: Option<Arc<ClientKey>>,
 }
 
 /// Reads a request with this id and body in one dialect.
@@ -83,7 +85,8 @@ impl Service {
 
     /// How large requests may be.
     pub fn body_limits(&self) -> BodyLimits {
-        BodyLimits::of_model(&self.served.limits, self.served.tokenizer.longest_token())
+        let limits = BodyLimits::of_model(&self.served.limits, self.served.tokenizer.longest_token());
+        BodyLimits { depth: self.served.settings.max_json_depth.unwrap_or(limits.depth), ..limits }
     }
 
     #[cfg(test)]
@@ -95,7 +98,7 @@ impl Service {
     pub async fn job(self: &Arc<Self>, input: Value, job_id: &str) -> Result<Answer, Failure> {
         let request_id = job_id.to_owned();
         match job::read(input)? {
-            Job::Call { method, path, body } => self.call(Call { method, path, body, request_id }).await,
+            Job::Call { method, path, body } => self.call(Call { method, path, body, request_id, client: None }).await,
             Job::Batch { lines, stream } => self.batch(lines, stream).await,
             Job::Own(body) => {
                 let read = match self.served.settings.native_format {
@@ -134,7 +137,8 @@ impl Service {
             Err(unread) => return unread.answer(&id),
         };
         loop {
-            let call = Call { method: line.method.clone(), path: line.url.clone(), body: line.body.clone(), request_id: id.clone() };
+            let call =
+                Call { method: line.method.clone(), path: line.url.clone(), body: line.body.clone(), request_id: id.clone(), client: None };
             let answer = match self.call(call).await {
                 Err(failure) if failure.kind == Kind::Overloaded => {
                     tokio::time::sleep(batch::AGAIN).await;
@@ -163,8 +167,11 @@ impl Service {
         {
             body.insert("model".to_owned(), Value::String(model));
         }
+        if let Some(client) = &call.client {
+            self.served.check_client(client, &route, &call.body)?;
+        }
         match route {
-            Route::Models => Ok(Answer::Whole(model_list::list(&self.served))),
+            Route::Models => Ok(Answer::Whole(model_list::list(&self.served, call.client.as_deref()))),
             Route::Model(id) => model_list::retrieve(&self.served, &id).map(Answer::Whole),
             Route::Embeddings => {
                 self.served.check_model(&Fields::new(&call.body)?)?;
@@ -186,6 +193,7 @@ impl Service {
             Route::Render => self.compute(calls::render, call.body).await,
             Route::TokenCheck => self.compute(calls::token_check, call.body).await,
             Route::Abort => calls::abort(&self.runs.running, &call.body).map(Answer::Whole),
+            Route::Document => Ok(Answer::Whole(openapi::document().clone())),
             Route::Version => Ok(Answer::Whole(calls::version())),
             Route::Load => Ok(Answer::Whole(calls::load(self.engine.load()))),
         }

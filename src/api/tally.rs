@@ -22,6 +22,8 @@ pub struct Tally {
     began: Instant,
     prompt_tokens: AtomicUsize,
     output_tokens: AtomicUsize,
+    /// The name of the caller's key, where it has one.
+    key: Option<String>,
 }
 
 /// How a request ended.
@@ -40,7 +42,25 @@ pub enum End<'a> {
 impl Tally {
     /// The clock starts.
     pub fn begin() -> Arc<Self> {
-        Arc::new(Self { began: Instant::now(), prompt_tokens: AtomicUsize::new(0), output_tokens: AtomicUsize::new(0) })
+        Arc::new(Self::of(None))
+    }
+
+    /// The same for a caller whose key has this name.
+    pub fn begin_for(key: &str) -> Arc<Self> {
+        Arc::new(Self::of(Some(key.to_owned())))
+    }
+
+    fn of(key: Option<String>) -> Self {
+        Self { began: Instant::now(), prompt_tokens: AtomicUsize::new(0), output_tokens: AtomicUsize::new(0), key }
+    }
+
+    pub fn key(&self) -> Option<&str> {
+        self.key.as_deref()
+    }
+
+    /// Of prompts and answers, so far.
+    pub fn tokens(&self) -> usize {
+        self.prompt_tokens.load(Ordering::Relaxed) + self.output_tokens.load(Ordering::Relaxed)
     }
 
     /// Runs `work`: what it starts in this task counts here.
@@ -64,18 +84,18 @@ impl Tally {
     /// Writes the request's last line: how it ended, its tokens, its milliseconds. What did not end well is a warning, with the reason.
     pub fn log(&self, end: &End<'_>) {
         let (prompt_tokens, output_tokens) = (self.prompt_tokens.load(Ordering::Relaxed), self.output_tokens.load(Ordering::Relaxed));
-        let ms = self.began.elapsed().as_millis();
+        let (ms, key) = (self.began.elapsed().as_millis(), self.key());
         match end {
-            End::Completed => tracing::info!(status = "COMPLETED", prompt_tokens, output_tokens, ms, "Finished."),
-            End::Stopped => tracing::info!(status = "CANCELLED", prompt_tokens, output_tokens, ms, "Job stopped."),
-            End::Gone => tracing::info!(status = "CANCELLED", prompt_tokens, output_tokens, ms, "The client went away."),
+            End::Completed => tracing::info!(status = "COMPLETED", prompt_tokens, output_tokens, ms, key, "Finished."),
+            End::Stopped => tracing::info!(status = "CANCELLED", prompt_tokens, output_tokens, ms, key, "Job stopped."),
+            End::Gone => tracing::info!(status = "CANCELLED", prompt_tokens, output_tokens, ms, key, "The client went away."),
             End::Failed(failure) => {
                 let code = failure.code.unwrap_or(failure.kind.type_name());
                 let http = failure.status();
                 let reason = one_line(&failure.message);
-                tracing::warn!(status = "FAILED", http, code, prompt_tokens, output_tokens, ms, "Failed: {reason}");
+                tracing::warn!(status = "FAILED", http, code, prompt_tokens, output_tokens, ms, key, "Failed: {reason}");
             }
-            End::Lost => tracing::warn!(status = "LOST", prompt_tokens, output_tokens, ms, "The result could not be returned."),
+            End::Lost => tracing::warn!(status = "LOST", prompt_tokens, output_tokens, ms, key, "The result could not be returned."),
         }
     }
 }

@@ -6,16 +6,16 @@ use crate::api::fields::{Field, Fields, invalid, missing, wrong_type};
 use crate::api::parse::tools::request::{Tool, ToolChoice, ToolRequest};
 use crate::api::parse::tools::table::ToolFormat;
 use crate::api::served::{ServedModel, ToolSupport};
+use crate::config::defaults;
 use crate::error::Failure;
 
-/// OpenAI's bounds.
-const MOST_TOOLS: usize = 128;
+/// OpenAI's bound.
 const LONGEST_NAME: usize = 64;
 
 /// What the request says of tools; `None` when it has none. `tools` wins over the older `functions`.
 pub fn read(served: &ServedModel, fields: &Fields<'_>) -> Result<Option<ToolRequest>, Failure> {
     let choice = choice(fields)?;
-    let given = given(fields)?;
+    let given = given(fields, served.settings.max_tools.unwrap_or(defaults::MAX_TOOLS))?;
     let parallel = fields.bool("parallel_tool_calls")?.unwrap_or(true);
     let Some((field, definitions)) = given else {
         return match choice {
@@ -93,8 +93,8 @@ fn text(definition: Value) -> Tool {
 /// Definitions as the template gets them, each with the name of its function's place.
 type Definitions = Vec<(String, Value)>;
 
-/// The tools as they are given, or the functions in their form.
-fn given<'a>(fields: &Fields<'a>) -> Result<Option<(Field<'a>, Definitions)>, Failure> {
+/// The tools as they are given, at most so many, or the functions in their form.
+fn given<'a>(fields: &Fields<'a>, most: usize) -> Result<Option<(Field<'a>, Definitions)>, Failure> {
     let list = |name: &str| fields.get(name).filter(|field| field.value.as_array().is_none_or(|list| !list.is_empty()));
     let (field, are_functions) = match (list("tools"), list("functions")) {
         (Some(field), _) => (field, false),
@@ -102,8 +102,8 @@ fn given<'a>(fields: &Fields<'a>) -> Result<Option<(Field<'a>, Definitions)>, Fa
         (None, None) => return Ok(None),
     };
     let list = field.value.as_array().ok_or_else(|| wrong_type(&field, "a list of tools"))?;
-    if list.len() > MOST_TOOLS {
-        return Err(invalid(&field, format!("'{}' holds {} tools, more than the maximum of {MOST_TOOLS}.", field.name, list.len())));
+    if list.len() > most {
+        return Err(invalid(&field, format!("'{}' holds {} tools, more than the maximum of {most} (MAX_TOOLS).", field.name, list.len())));
     }
     let mut definitions = Vec::with_capacity(list.len());
     for (place, value) in list.iter().enumerate() {

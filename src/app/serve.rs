@@ -32,7 +32,12 @@ const HEALTH_CONNECTIONS: usize = 64;
 const RESPONSES_END: Duration = Duration::from_secs(10);
 
 /// Everything a laptop needs: the local endpoint, a worker on it through the real job protocol, and the direct OpenAI routes.
-pub async fn serve(settings: Settings) -> Result<ExitCode, Failure> {
+pub async fn serve(mut settings: Settings) -> Result<ExitCode, Failure> {
+    if settings.server.keys_file.is_some() && settings.server.api_keys.is_empty() {
+        // Our own worker comes through the same door, and the keys of the file are for clients.
+        let random = format!("{}{}", uuid::Uuid::new_v4().simple(), uuid::Uuid::new_v4().simple());
+        settings.server.api_keys.push(SecretString::from(random));
+    }
     let shutdown = Shutdown::listen()?;
     let (listener, base) = bind(&settings, defaults::LAPTOP_HOST, defaults::LAPTOP_PORT).await?;
     let endpoints = Endpoints::new(endpoint_options(&settings));
@@ -76,6 +81,10 @@ pub async fn serve(settings: Settings) -> Result<ExitCode, Failure> {
 
 /// The local endpoint alone. Prints the variables with which workers attach.
 pub async fn gateway(settings: Settings) -> Result<ExitCode, Failure> {
+    if settings.server.keys_file.is_some() {
+        let message = "API_KEYS_FILE: `gateway` cannot keep its limits, since tokens are counted by its workers; use API_KEY, or give the file to `http` or `serve`";
+        return Err(Failure::internal(message));
+    }
     let shutdown = Shutdown::listen()?;
     let (listener, base) = bind(&settings, defaults::LAPTOP_HOST, defaults::LAPTOP_PORT).await?;
     let endpoints = Endpoints::new(endpoint_options(&settings));
@@ -205,7 +214,8 @@ async fn logged(service: Arc<Service>, call: Call) -> Result<Answer, Failure> {
     if call.method != "POST" {
         return service.call(call).await;
     }
-    let tally = Tally::begin();
+    // The server's, where it counts what a key uses.
+    let tally = Tally::current();
     let mut closing = Closing { request_id: call.request_id.clone(), tally: tally.clone(), end: None };
     match tally.around(service.call(call)).await {
         Ok(Answer::Stream(pieces)) => Ok(Answer::Stream(Box::pin(pieces.inspect(move |piece| closing.see(piece))))),

@@ -34,6 +34,12 @@ pub const RESPONSE_ROLE: &str = "assistant";
 pub const COMPLETION_MAX_TOKENS: usize = 16;
 /// Choices in one request.
 pub const MAX_N: usize = 128;
+/// Tools of one request: OpenAI's bound.
+pub const MAX_TOOLS: usize = 128;
+/// Stop strings of one request.
+pub const MAX_STOP_STRINGS: usize = 16;
+/// Lists and objects within each other in one request: what the parser reads at most.
+pub const MAX_JSON_DEPTH: usize = 127;
 /// Alternatives at each token.
 pub const MAX_LOGPROBS: u32 = 20;
 

@@ -11,6 +11,7 @@ use std::time::Duration;
 mod cli;
 pub mod defaults;
 mod given;
+pub mod keys_file;
 mod parse;
 pub mod policy;
 mod report;
@@ -20,6 +21,7 @@ mod sources;
 pub mod table;
 
 pub use cli::{Args, BenchArgs, Command, Flags, ModelArgument, PullArgs, RunBatchArgs};
+pub use keys_file::{ClientKey, KeysFile};
 pub use parse::quantization;
 pub use report::report;
 /// Keys and tokens: never shown, and wiped when dropped.
@@ -233,6 +235,14 @@ pub struct ApiSettings {
     pub override_generation_config: Option<serde_json::Map<String, serde_json::Value>>,
     /// Most choices a request may ask for; default [`defaults::MAX_N`].
     pub max_n: Option<usize>,
+    /// Most messages of a chat; default none.
+    pub max_messages: Option<usize>,
+    /// Most tools of a request; default [`defaults::MAX_TOOLS`].
+    pub max_tools: Option<usize>,
+    /// Most stop strings of a request; default [`defaults::MAX_STOP_STRINGS`].
+    pub max_stop_strings: Option<usize>,
+    /// Deepest nesting of a request's JSON; default [`defaults::MAX_JSON_DEPTH`].
+    pub max_json_depth: Option<usize>,
     /// `ENABLE_LOGPROB=false`: requests for log probabilities are refused.
     pub refuse_logprobs: bool,
     /// Most alternatives a request may ask for at each token; default [`defaults::MAX_LOGPROBS`], `u32::MAX` = the whole vocabulary.
@@ -311,6 +321,8 @@ pub struct ServerSettings {
     pub health_path: Option<String>,
     /// Empty = open.
     pub api_keys: Vec<SecretString>,
+    /// Keys of clients with their limits; none of them opens what `api_keys` do not.
+    pub keys_file: Option<KeysFile>,
     /// CORS; empty = `*`.
     pub allowed_origins: Vec<String>,
     /// How long the head of a request may take; default [`defaults::HEADER_TIMEOUT`], zero = for ever.

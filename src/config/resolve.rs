@@ -6,8 +6,9 @@ use std::time::Duration;
 use super::given::Given;
 use super::sources::Merged;
 use super::{
-    ApiSettings, Args, BatchGrowth, ConfigError, ConfigSources, ContentFormat, EngineSettings, HubSettings, LogLevel, LogSettings,
-    LogprobsMode, NativeFormat, ReasoningField, RunpodSettings, SecretString, ServerSettings, Settings, defaults, parse, report, table,
+    ApiSettings, Args, BatchGrowth, ConfigError, ConfigSources, ContentFormat, EngineSettings, HubSettings, KeysFile, LogLevel,
+    LogSettings, LogprobsMode, NativeFormat, ReasoningField, RunpodSettings, SecretString, ServerSettings, Settings, defaults, parse,
+    report, table,
 };
 
 impl Settings {
@@ -37,11 +38,17 @@ impl Settings {
         if let Some(message) = engine.contradicting_batch() {
             merged.refuse(table::MAX_NUM_BATCHED_TOKENS.name, message);
         }
+        if let Some(depth) = given.count(&table::MAX_JSON_DEPTH).filter(|depth| *depth > defaults::MAX_JSON_DEPTH) {
+            merged.refuse(
+                table::MAX_JSON_DEPTH.name,
+                format!("{depth} is deeper than is read here; use at most {}", defaults::MAX_JSON_DEPTH),
+            );
+        }
         Self {
             hub: hub(given),
             api: ApiSettings { seed: engine.seed, request_timeout: engine.request_timeout, ..api(given) },
             runpod: runpod(given),
-            server: ServerSettings { api_keys: api_keys(given, merged), ..server(given) },
+            server: ServerSettings { api_keys: api_keys(given, merged), keys_file: keys_file(given, merged), ..server(given) },
             log: LogSettings { level: log_level(given) },
             engine,
             model: given.text(&table::MODEL).unwrap_or_else(|| defaults::MODEL.to_owned()),
@@ -144,6 +151,10 @@ fn api(given: &Given) -> ApiSettings {
         ignore_generation_config: text(&table::GENERATION_CONFIG).is_some_and(|source| source == "vllm"),
         override_generation_config: text(&table::OVERRIDE_GENERATION_CONFIG).and_then(|object| parse::object(&object).ok()),
         max_n: given.count(&table::MAX_N),
+        max_messages: given.count(&table::MAX_MESSAGES),
+        max_tools: given.count(&table::MAX_TOOLS),
+        max_stop_strings: given.count(&table::MAX_STOP_STRINGS),
+        max_json_depth: given.count(&table::MAX_JSON_DEPTH),
         refuse_logprobs: given.switch(&table::ENABLE_LOGPROB) == Some(false),
         max_logprobs: given.count(&table::MAX_LOGPROBS).map(|most| u32::try_from(most).unwrap_or(u32::MAX)),
         logprobs_mode: match text(&table::LOGPROBS_MODE).as_deref() {
@@ -213,6 +224,7 @@ fn server(given: &Given) -> ServerSettings {
         health_port: port(&table::PORT_HEALTH).filter(|health| Some(*health) != own),
         health_path: given.text(&table::HEALTH_CHECK_PATH),
         api_keys: Vec::new(),
+        keys_file: None,
         allowed_origins: given.list(&table::ALLOWED_ORIGINS).into_iter().filter(|origin| origin != "*").collect(),
         header_timeout: seconds(&table::HEADER_TIMEOUT),
         keep_alive_timeout: seconds(&table::KEEP_ALIVE_TIMEOUT),
@@ -237,6 +249,12 @@ fn api_keys(given: &Given, merged: &mut Merged) -> Vec<SecretString> {
         }
     }
     keys.into_iter().map(SecretString::from).collect()
+}
+
+/// The keys of clients with their limits.
+fn keys_file(given: &Given, merged: &mut Merged) -> Option<KeysFile> {
+    let path = given.text(&table::API_KEYS_FILE)?;
+    KeysFile::read(Path::new(&path)).map_err(|error| merged.refuse(table::API_KEYS_FILE.name, format!("{path}: {error}"))).ok()
 }
 
 fn log_level(given: &Given) -> LogLevel {

@@ -192,6 +192,14 @@ settings! {
                 Input::Text).advanced());
         /// Most choices (`n`) in one request.
         MAX_N = Setting::new(COUNT, Count(defaults::MAX_N));
+        /// Most messages in one chat.
+        MAX_MESSAGES = Setting::new(COUNT, Prose("none: as many as fit the context"));
+        /// Most tools in one request.
+        MAX_TOOLS = Setting::new(COUNT, Count(defaults::MAX_TOOLS));
+        /// Most stop strings in one request.
+        MAX_STOP_STRINGS = Setting::new(COUNT, Count(defaults::MAX_STOP_STRINGS));
+        /// Most lists and objects within each other in a request's JSON, from 4 to 127.
+        MAX_JSON_DEPTH = Setting::new(Kind::Count { least: 4, auto: AUTO }, Count(defaults::MAX_JSON_DEPTH));
         /// Answer requests for log probabilities; `false`: refuse them.
         ENABLE_LOGPROB = Setting::switch(true);
         /// Most alternatives at each token that a request for log probabilities may ask for; -1 = the whole vocabulary.
@@ -304,6 +312,9 @@ settings! {
         API_KEY = Setting::new(Kind::Keys, Prose("none: open")).also(&["API_KEYS", "FD_API_KEY", "VLLM_API_KEY"]).secret();
         /// A file with such keys, one a line.
         API_KEY_FILE = Setting::text();
+        /// A YAML or JSON file of clients' keys, each with a name and limits; read again when it changes (docs/api.md). For `http` and
+        /// `serve`.
+        API_KEYS_FILE = Setting::text();
         /// Origins that browsers may call from; several by commas or as a JSON list.
         ALLOWED_ORIGINS = Setting::new(Kind::List, Text("*"));
         /// Seconds that the head of a request may take; then its connection is closed. 0 = no limit.

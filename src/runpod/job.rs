@@ -64,7 +64,7 @@ impl Entry {
         }
         let value = match body::read(element, limits) {
             Ok(value) => value,
-            Err(Unread::TooLarge(failure)) => return Self::unreadable(element, failure),
+            Err(Unread::TooLarge(failure) | Unread::TooDeep(failure)) => return Self::unreadable(element, failure),
             Err(Unread::Invalid(error)) => {
                 return Self::unreadable(element, Failure::bad_request("input", format!("The job's JSON cannot be read: {error}")));
             }
@@ -189,7 +189,7 @@ mod tests {
 
     #[test]
     fn an_entry_that_is_too_large_is_answered_and_not_read() {
-        let limits = BodyLimits { bytes: 1000, tree: 10_000 };
+        let limits = BodyLimits { bytes: 1000, tree: 10_000, depth: 100 };
         for input in [json!("x".repeat(1000)), json!(vec![1; 400])] {
             let Entry::Faulty { id, failure } = Entry::read(json!({"id": "a", "input": input}).to_string().as_bytes(), &limits) else {
                 unreachable!("{input}")

@@ -15,13 +15,15 @@ use axum::middleware;
 use tokio::net::TcpListener;
 
 use crate::api::body::BodyLimits;
-use crate::config::{SecretString, ServerSettings, defaults};
+use crate::config::{KeysFile, SecretString, ServerSettings, defaults};
 use crate::error::{Failure, Kind};
 
 pub mod auth;
 pub mod connections;
+mod docs;
 pub mod endpoint;
 pub mod health;
+mod limits;
 pub mod metrics;
 pub mod openai;
 pub mod sse;
@@ -44,6 +46,8 @@ pub type ModelLimits = Arc<dyn Fn() -> BodyLimits + Send + Sync>;
 pub struct Options {
     /// Empty = open.
     pub api_keys: Vec<SecretString>,
+    /// Keys of clients with their limits, besides.
+    pub keys_file: Option<KeysFile>,
     /// CORS; empty = every origin.
     pub allowed_origins: Vec<String>,
     /// Where a load balancer asks for readiness.
@@ -61,6 +65,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             api_keys: Vec::new(),
+            keys_file: None,
             allowed_origins: Vec::new(),
             health_path: defaults::HEALTH_PATH.to_owned(),
             body_limit: BodyLimits::default().bytes,
@@ -86,6 +91,7 @@ impl From<&ServerSettings> for Options {
         let default = Self::default();
         Self {
             api_keys: settings.api_keys.clone(),
+            keys_file: settings.keys_file.clone(),
             allowed_origins: settings.allowed_origins.clone(),
             health_path: settings.health_path.clone().unwrap_or(default.health_path),
             ..default
@@ -95,7 +101,7 @@ impl From<&ServerSettings> for Options {
 
 /// The direct OpenAI server; with `endpoints` a local RunPod endpoint beside it (`serve`).
 pub fn direct(door: Door, readiness: Arc<Readiness>, endpoints: Option<&Endpoints>, options: &Options) -> Router {
-    let router = openai::router(door, readiness.clone(), options.limits(), options.pace);
+    let router = openai::router(door, readiness.clone(), options.limits(), options.pace).merge(docs::router());
     let router = match endpoints {
         Some(endpoints) => router.merge(endpoints.router(options.pace)),
         None => router,
@@ -120,7 +126,7 @@ pub fn health_only(readiness: Arc<Readiness>, options: &Options) -> Router {
 
 fn finish(router: Router, options: &Options) -> Router {
     let gate = wire::Gate {
-        keys: auth::Keys::new(&options.api_keys),
+        keys: auth::Keys::new(&options.api_keys).with_file(options.keys_file.as_ref()),
         allowed_origins: options.allowed_origins.clone(),
         health_path: options.health_path.clone(),
     };

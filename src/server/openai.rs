@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 
 use super::ModelLimits;
 use super::health::Readiness;
+use super::limits::{Admission, Client};
 use super::sse::{self, Pace};
 use super::wire::{self, Refusal};
 use crate::api::failure::ErrorForm;
@@ -70,9 +71,19 @@ impl Front {
         } else {
             Value::Null
         };
-        let call = Call { method: method.to_owned(), path, body, request_id: request_id.to_owned() };
-        match (self.door)(call).await {
-            Ok(Answer::Whole(value)) => Ok((StatusCode::OK, Json(value)).into_response()),
+        let client = parts.extensions.get::<Client>().map(|client| client.key.clone());
+        let call = Call { method: method.to_owned(), path, body, request_id: request_id.to_owned(), client };
+        let admission = parts.extensions.get::<Arc<Admission>>();
+        let answer = match admission {
+            Some(admission) => admission.tally.around((self.door)(call)).await,
+            None => (self.door)(call).await,
+        };
+        match answer {
+            Ok(Answer::Whole(value)) => {
+                // Now, for the headers to tell what is left.
+                admission.inspect(|admission| admission.charge());
+                Ok((StatusCode::OK, Json(value)).into_response())
+            }
             Ok(Answer::Stream(pieces)) => Ok(sse::respond(frames(pieces, form, request_id.to_owned()), self.pace).await),
             Err(failure) => Err(failure.into()),
         }

@@ -69,6 +69,45 @@ async fn serve(options: &Options) -> (Running, Arc<Readiness>) {
     (start(direct(echo(), readiness.clone(), None, options)).await, readiness)
 }
 
+/// A server with a key of its own and a file of clients' keys.
+async fn with_keys(folder: &std::path::Path, text: &str) -> Running {
+    let path = folder.join("keys.yaml");
+    std::fs::write(&path, text).unwrap();
+    let keys_file = Some(KeysFile::read(&path).unwrap());
+    serve(&Options { api_keys: vec![SecretString::from("own")], keys_file, ..Options::default() }).await.0
+}
+
+#[tokio::test]
+async fn keys_of_a_file_have_limits_and_headers_that_tell_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = with_keys(folder.path(), "- {name: a, key: x, requests_per_minute: 3, max_concurrency: 1, models: [m]}\n").await;
+    let client = reqwest::Client::new();
+    let post = |key: &str, model: &str| {
+        let post = client.post(format!("{}/v1/chat/completions", server.base)).bearer_auth(key);
+        post.header("origin", "http://page").json(&json!({ "model": model })).send()
+    };
+    for (model, left) in [("m", "2"), ("missing", "1"), ("stream", "0")] {
+        let response = post("x", model).await.unwrap();
+        assert_eq!(response.headers()["x-ratelimit-remaining-requests"], left, "{model}");
+        assert!(response.headers().get_all("access-control-expose-headers").iter().any(|names| names == limits::EXPOSED));
+        if model == "m" {
+            assert!(response.headers().contains_key("content-length"), "a whole answer keeps its length");
+        }
+        response.text().await.unwrap();
+    }
+    let response = post("x", "m").await.unwrap();
+    let wait: u64 = response.headers()["retry-after-ms"].to_str().unwrap().parse().unwrap();
+    assert!((1..=20_000).contains(&wait), "{wait}");
+    assert_eq!(refused(response, 429).await["error"]["code"], "rate_limit_exceeded");
+    // Other questions are not counted; the key of the settings has no limits and no such headers; the local endpoint is not for clients.
+    let get = |path: &str| client.get(format!("{}{path}", server.base)).bearer_auth("x").send();
+    assert_eq!(get("/v1/models").await.unwrap().status(), 200);
+    assert_eq!(refused(get("/v2/local/health").await.unwrap(), 403).await["error"]["code"], "not_allowed");
+    let response = post("own", "m").await.unwrap();
+    assert!(response.status() == 200 && !response.headers().contains_key("x-ratelimit-limit-requests"));
+    refused(post("other", "m").await.unwrap(), 401).await;
+}
+
 /// Checks the superset body that every family of clients reads.
 async fn refused(response: reqwest::Response, status: u16) -> Value {
     assert_eq!(response.status(), status);
@@ -234,7 +273,7 @@ async fn a_gzip_body_is_read_and_other_forms_are_a_415() {
 
 #[tokio::test]
 async fn a_body_of_too_many_values_is_a_413() {
-    let limits = crate::api::body::BodyLimits { bytes: 1 << 20, tree: 1 << 20 };
+    let limits = crate::api::body::BodyLimits { bytes: 1 << 20, tree: 1 << 20, depth: 100 };
     let (server, _) = serve(&Options { model_limits: Some(Arc::new(move || limits)), ..Options::default() }).await;
     let client = reqwest::Client::new();
     let url = format!("{}/v1/chat/completions", server.base);

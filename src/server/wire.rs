@@ -12,7 +12,9 @@ use axum::response::{IntoResponse, Response};
 use futures::StreamExt;
 use serde_json::{Value, json};
 
-use super::auth::Keys;
+use super::auth::{Caller, Keys};
+use super::docs;
+use super::limits::{self, Client};
 use crate::api::body::{self, BodyLimits};
 use crate::api::failure::{self, ErrorForm};
 use crate::api::routes::{self, Route};
@@ -261,7 +263,7 @@ pub struct Gate {
     pub keys: Keys,
     /// Origins that may call from a browser; empty = every one.
     pub allowed_origins: Vec<String>,
-    /// Open besides `/health`, `/ping`, `/metrics` and `/load`.
+    /// Open besides `/health`, `/ping`, `/metrics`, `/load`, `/docs` and `/openapi.json`.
     pub health_path: String,
 }
 
@@ -274,10 +276,16 @@ pub async fn gate(State(gate): State<Arc<Gate>>, mut request: Request, next: Nex
     let preflight = request.method() == Method::OPTIONS && request.headers().contains_key(header::ACCESS_CONTROL_REQUEST_METHOD);
     let mut response = if preflight {
         answer_preflight(request.headers())
-    } else if gate.guards(&request) && !gate.keys.admit(request.headers()) {
-        let (parts, body) = request.into_parts();
-        throw_away(&parts.headers, body).await;
-        Refusal::from(unauthorized(&parts.headers)).in_form(form, &id).into_response()
+    } else if gate.guards(&request) {
+        gate.keys.refresh().await;
+        match gate.keys.admit(request.headers()) {
+            Some(Caller::Unlimited) => next.run(request).await,
+            Some(Caller::Client(client)) => of_client(client, request, next, form, &id).await,
+            None => {
+                let failure = unauthorized(request.headers());
+                refuse(request, failure, form, &id).await
+            }
+        }
     } else {
         next.run(request).await
     };
@@ -293,11 +301,46 @@ pub async fn gate(State(gate): State<Arc<Gate>>, mut request: Request, next: Nex
     response
 }
 
+/// Answers a request without reading it.
+async fn refuse(request: Request, failure: Failure, form: ErrorForm, id: &str) -> Response {
+    let (parts, body) = request.into_parts();
+    throw_away(&parts.headers, body).await;
+    Refusal::from(failure).in_form(form, id).into_response()
+}
+
+/// A request with a key that has a name, and limits.
+async fn of_client(client: Client, mut request: Request, next: Next, form: ErrorForm, id: &str) -> Response {
+    let mut response = if request.uri().path().starts_with("/v2/") {
+        // What is used there is counted by workers, elsewhere.
+        let message = format!("The key {:?} is for the direct routes (/v1/…); jobs and workers need a key of API_KEY.", client.key.name);
+        refuse(request, Failure::new(Kind::Forbidden, message), form, id).await
+    } else if request.method() == Method::POST {
+        match client.admit().map(Arc::new) {
+            Err(reached) => {
+                let mut response = refuse(request, reached.failure, form, id).await;
+                response.headers_mut().insert("retry-after-ms", reached.retry_after_ms.into());
+                response
+            }
+            Ok(admission) => {
+                request.extensions_mut().insert(client.clone());
+                request.extensions_mut().insert(admission.clone());
+                next.run(request).await.map(|body| Body::new(limits::Counted::new(body, admission)))
+            }
+        }
+    } else {
+        request.extensions_mut().insert(client.clone());
+        next.run(request).await
+    };
+    client.write_headers(response.headers_mut());
+    response
+}
+
 impl Gate {
     fn guards(&self, request: &Request) -> bool {
         let path = request.uri().path();
         let route = path.strip_suffix('/').unwrap_or(path);
         let open = matches!(route, "/health" | "/ping" | "/metrics" | "/load")
+            || docs::PATHS.contains(&route)
             || path == self.health_path
             || route == self.health_path
             || (path == "/" && request.method() != Method::POST);
@@ -319,6 +362,9 @@ impl Gate {
             header::ACCESS_CONTROL_EXPOSE_HEADERS,
             HeaderValue::from_static("x-request-id, request-id, retry-after, x-should-retry"),
         );
+        if self.keys.has_file() {
+            headers.append(header::ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue::from_static(limits::EXPOSED));
+        }
     }
 }
 

@@ -15,7 +15,7 @@ pub fn tokenize(served: &ServedModel, body: &Value) -> Result<Value, Failure> {
     let fields = Fields::new(body)?;
     served.check_model(&fields)?;
     if let Some(field) = fields.get("messages") {
-        let rendered = chat::render(served, &fields, messages::read(&field)?)?;
+        let rendered = chat::render(served, &fields, messages::read(&field, served.settings.max_messages)?)?;
         let ids = rendered.encode(served, fields.bool("add_special_tokens")?, |text| Ok(text))?;
         return of_vllm(served, &fields, &ids);
     }
@@ -102,6 +102,6 @@ fn rendered<'a>(served: &ServedModel, body: &'a Value) -> Result<(Fields<'a>, Re
     if !field.value.is_array() && !field.value.is_string() {
         return Err(wrong_type(&field, "a list of messages"));
     }
-    let rendered = chat::render(served, &fields, messages::read(&field)?)?;
+    let rendered = chat::render(served, &fields, messages::read(&field, served.settings.max_messages)?)?;
     Ok((fields, rendered))
 }

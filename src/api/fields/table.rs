@@ -1,4 +1,5 @@
-//! Every field of a request that this server knows, one row each: what [`super::Fields`] reads, what is refused, and `docs/fields.md`.
+//! Every field of a request that this server knows, one row each: what [`super::Fields`] reads, what is refused, `docs/fields.md`, and the
+//! schemas of `/openapi.json`.
 //! Unknown fields are accepted.
 
 use std::collections::HashMap;
@@ -6,7 +7,6 @@ use std::sync::LazyLock;
 
 /// One field.
 #[derive(Clone, Copy)]
-#[cfg_attr(not(test), expect(dead_code, reason = "where a field is taken and what it does is for the reference page, which a test writes"))]
 pub struct FieldSpec {
     pub name: &'static str,
     /// Other servers' names that mean the same. In one layer of a request the first name wins.
@@ -21,7 +21,6 @@ pub struct FieldSpec {
 
 /// What a field may hold, and what holds without it. `null` is the same as absent everywhere.
 #[derive(Clone, Copy)]
-#[cfg_attr(not(test), expect(dead_code, reason = "the words of `Other` are for the reference page, which a test writes"))]
 pub enum ValueSpec {
     /// With its default, where that is one value.
     Bool(Option<bool>),
@@ -119,7 +118,7 @@ const MEDIA: &str = "other media";
 pub const FIELDS: &[FieldSpec] = &[
     // What is asked, and where further fields lie.
     row("model", Text, All, "One of the served names, the repository id, its last segment, or `default`. Others are 404 unless `ANY_MODEL_NAME` is set."),
-    row("messages", Other("a list of messages, or a string for one user message; or token ids"), Chat, "What the chat template is rendered with; token ids are the prompt. In a job's own input it wins over every prompt."),
+    row("messages", Other("a list of messages, or a string for one user message; or token ids"), Chat, "What the chat template is rendered with, at most `MAX_MESSAGES`; token ids are the prompt. In a job's own input it wins over every prompt."),
     row("prompt", Other("a string, a list of strings, token ids, or lists of token ids"), Completions, "Continued as it is, without a template."),
     row("prompt_token_ids", TokenIds, All, "The prompt as token ids, in place of `messages` or `prompt`."),
     row("completion_token_ids", TokenIds, All, "What the answer has begun with: the prompt goes on with these tokens. For one prompt only."),
@@ -140,7 +139,7 @@ pub const FIELDS: &[FieldSpec] = &[
     row("reasoning_effort", Other("`none`, `minimal`, `low`, `medium`, `high`, `xhigh` or `max`"), Chat, "Told the template; `none` switches thinking off."),
     row("add_special_tokens", Bool(None), All, "Whether the tokenizer adds what it wants around a text. Without it: around prompts, and not around what a template wrote."),
     // Tools and thoughts: docs/tools-and-reasoning.md.
-    row("tools", Other("a list of up to 128 functions"), Chat, "What the model may call. An empty list is none.").neutral(Neutral::Empty),
+    row("tools", Other("a list of functions"), Chat, "What the model may call, at most 128 or `MAX_TOOLS`. An empty list is none.").neutral(Neutral::Empty),
     row("tool_choice", Other("`none`, `auto`, `required`, a function, or `allowed_tools`"), Chat, "Whether it calls one. Without it: `auto`.").neutral(Neutral::Words(&["none", "auto"])),
     row("parallel_tool_calls", Bool(Some(true)), Chat, "`false`: only the first call is given."),
     row("functions", Other("a list of functions"), Chat, "The older form of `tools`.").neutral(Neutral::Empty),
@@ -178,7 +177,7 @@ pub const FIELDS: &[FieldSpec] = &[
     row("bad_words_token_ids", TokenIds, All, "Tokens that it must not hold."),
     row("suppress_tokens", TokenIds, All, "The same."),
     // The end.
-    row("stop", Other("a string or a list of strings"), All, "The answer ends before any of them. At most 16 with the next two."),
+    row("stop", Other("a string or a list of strings"), All, "The answer ends before any of them. At most 16 with the next two, or `MAX_STOP_STRINGS`."),
     row("stop_sequences", Other("a string or a list of strings"), All, "Further ones."),
     row("stop_strings", Other("a string or a list of strings"), All, "Further ones."),
     row("stop_token_ids", TokenIds, All, "Further tokens that end it."),

@@ -31,7 +31,7 @@ fn types_are_not_guessed() {
     assert_eq!(message(fields.count("max_tokens")).1, "'max_tokens' must be an integer, but it is the number 1.5.");
     assert!(fields.bool("stream").is_err());
     assert!(fields.count("n").is_err());
-    assert!(fields.stop().is_err());
+    assert!(fields.stop(16).is_err());
     assert!(fields.seed().is_err());
 }
 
@@ -82,9 +82,9 @@ fn other_names_of_a_field_work_in_every_layer() {
     let body = json!({"min_tokens": null, "min_new_tokens": 3});
     assert_eq!(Fields::new(&body).unwrap().count("min_tokens").unwrap(), Some(3));
     let body = json!({"stop": [], "stop_sequences": ["a", "b"], "stop_strings": "c"});
-    assert_eq!(Fields::new(&body).unwrap().stop().unwrap(), ["a", "b", "c"]);
+    assert_eq!(Fields::new(&body).unwrap().stop(16).unwrap(), ["a", "b", "c"]);
     let body = json!({"stop": vec!["x"; 16], "stop_sequences": ["a"]});
-    assert_eq!(message(Fields::new(&body).unwrap().stop()).0, "stop_sequences");
+    assert_eq!(message(Fields::new(&body).unwrap().stop(16)).0, "stop_sequences");
     let body = json!({"suppress_tokens": [4], "bad_words_token_ids": [3]});
     assert_eq!(Fields::new(&body).unwrap().bad_words(5, |_| Ok(Vec::new())).unwrap(), [[3], [4]]);
     let body = json!({"suppress_tokens": [5]});
@@ -95,18 +95,18 @@ fn other_names_of_a_field_work_in_every_layer() {
 fn stops_and_biases() {
     let body = json!({"stop": ["a", ""], "logit_bias": {"5": 100, "9": -101}});
     let fields = Fields::new(&body).unwrap();
-    assert!(message(fields.stop()).1.contains("empty string"));
+    assert!(message(fields.stop(16)).1.contains("empty string"));
     assert_eq!(message(fields.logit_bias(10)).0, "logit_bias.9");
     assert_eq!(message(fields.logit_bias(5)).0, "logit_bias.5", "unknown id");
     let body = json!({"stop": vec!["x"; 17]});
-    assert!(Fields::new(&body).unwrap().stop().is_err());
+    assert!(Fields::new(&body).unwrap().stop(16).is_err());
     let body = json!({"stop": "x", "logit_bias": {"5": -100}});
     let fields = Fields::new(&body).unwrap();
-    assert_eq!(fields.stop().unwrap(), ["x"]);
+    assert_eq!(fields.stop(16).unwrap(), ["x"]);
     assert_eq!(fields.logit_bias(6).unwrap(), [(5, -100.0)]);
     let body = json!({"stop": ["x".repeat(16 * 1024 + 1)], "bad_words": ["x".repeat(1025)]});
     let fields = Fields::new(&body).unwrap();
-    assert!(message(fields.stop()).1.contains("a string of 16385 bytes"));
+    assert!(message(fields.stop(16)).1.contains("a string of 16385 bytes"));
     assert_eq!(message(fields.bad_words(5, |_| Ok(vec![1]))).0, "bad_words[0]");
 }
 

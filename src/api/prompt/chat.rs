@@ -38,13 +38,13 @@ pub fn request(served: &ServedModel, fields: &Fields<'_>, options: GenerationOpt
             given_ids(served, fields, &mut parsing, token_ids(&field, served.limits.vocab_size)?)?
         }
         (None, Some(field)) if fields.flag("disable_chat_template")? => {
-            let first = messages::read(&field)?.swap_remove(0);
+            let first = messages::read(&field, served.settings.max_messages)?.swap_remove(0);
             let given = contents::text(&first["content"]);
             text::encode(served, fit.text(&given)?, &options)?
         }
         (None, Some(field)) => {
             fit.given_text(field.value, fields.get("chat_template").is_some())?;
-            let messages = messages::read(&field)?;
+            let messages = messages::read(&field, served.settings.max_messages)?;
             echo = options.echo.then(|| last_text(&messages, served.response_role())).flatten();
             let rendered = render_for(served, fields, messages, &mut parsing)?;
             rendered.encode(served, options.add_special_tokens, |text| fit.text(text))?

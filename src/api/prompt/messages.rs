@@ -8,8 +8,8 @@ use crate::error::Failure;
 /// Roles that some API of this kind knows.
 const ROLES: &[&str] = &["system", "developer", "user", "assistant", "tool", "function"];
 
-/// `messages`: a list of message objects, or one string, which stands for one user message.
-pub fn read(field: &Field<'_>) -> Result<Vec<Value>, Failure> {
+/// `messages`: a list of at most so many message objects, or one string, which stands for one user message.
+pub fn read(field: &Field<'_>, most: Option<usize>) -> Result<Vec<Value>, Failure> {
     let messages = match field.value {
         Value::String(text) => return Ok(vec![json!({"role": "user", "content": text})]),
         Value::Array(messages) => messages,
@@ -17,6 +17,10 @@ pub fn read(field: &Field<'_>) -> Result<Vec<Value>, Failure> {
     };
     if messages.is_empty() {
         return Err(missing(&field.name, format!("'{}' must hold at least one message.", field.name)));
+    }
+    if let Some(most) = most.filter(|most| messages.len() > *most) {
+        let message = format!("'{}' holds {} messages, more than the maximum of {most} (MAX_MESSAGES).", field.name, messages.len());
+        return Err(invalid(field, message));
     }
     messages.iter().enumerate().map(|(i, value)| message(&Field { name: format!("{}[{i}]", field.name), value })).collect()
 }
@@ -167,7 +171,7 @@ mod tests {
     use super::*;
 
     fn parse(value: Value) -> Result<Vec<Value>, Failure> {
-        read(&Field { name: "messages".to_owned(), value: &value })
+        read(&Field { name: "messages".to_owned(), value: &value }, Some(8))
     }
 
     #[test]
@@ -183,6 +187,14 @@ mod tests {
         let parts = ["a", "b", "c"].map(|text| json!({"type": "text", "text": text}));
         assert_eq!(messages[1], json!({"role": "user", "content": parts, "name": "x"}));
         assert_eq!(messages[2], json!({"role": "assistant", "content": ""}));
+    }
+
+    #[test]
+    fn there_may_be_so_many() {
+        let message = json!({"role": "user", "content": "x"});
+        assert!(parse(json!(vec![message.clone(); 8])).is_ok());
+        let failure = parse(json!(vec![message; 9])).unwrap_err();
+        assert!(failure.message.contains("holds 9 messages, more than the maximum of 8 (MAX_MESSAGES)"), "{failure}");
     }
 
     #[test]

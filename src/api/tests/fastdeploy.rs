@@ -125,7 +125,7 @@ const LONG: &str = "abcdefghijklmnopqrstuvwxyzabcdefghijklmnopqrstuvwxyz";
 fn slow(service: &Arc<Service>, id: &str, body: Value) -> tokio::task::JoinHandle<Result<Value, Failure>> {
     let (service, request_id) = (service.clone(), id.to_owned());
     tokio::spawn(async move {
-        let call = Call { method: "POST".to_owned(), path: "/v1/completions".to_owned(), body, request_id };
+        let call = Call { method: "POST".to_owned(), path: "/v1/completions".to_owned(), body, request_id, client: None };
         service.call(call).await.map(whole)
     })
 }

@@ -164,7 +164,7 @@ pub async fn saying(text: &'static str) -> World {
 impl World {
     pub async fn call(&self, path: &str, body: Value) -> Result<Answer, Failure> {
         let method = if body.is_null() { "GET" } else { "POST" };
-        self.service.call(Call { method: method.to_owned(), path: path.to_owned(), body, request_id: "r1".to_owned() }).await
+        self.service.call(Call { method: method.to_owned(), path: path.to_owned(), body, request_id: "r1".to_owned(), client: None }).await
     }
 
     pub async fn post(&self, path: &str, body: Value) -> Result<Value, Failure> {

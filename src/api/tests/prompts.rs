@@ -342,7 +342,7 @@ async fn a_text_far_beyond_the_context_is_refused_from_its_bytes() {
         ("/v1/chat/completions", parts, "messages"),
         ("/v1/chat/completions", system, "messages"),
     ] {
-        let call = Call { method: "POST".to_owned(), path: path.to_owned(), body, request_id: "r".to_owned() };
+        let call = Call { method: "POST".to_owned(), path: path.to_owned(), body, request_id: "r".to_owned(), client: None };
         let Err(failure) = world.service.call(call).await else { panic!("{path} takes it") };
         assert_eq!((failure.code, failure.param.as_deref(), failure.status()), (Some("context_length_exceeded"), Some(noun), 400));
         assert!(failure.message.contains("resulted in at least "), "{failure}");
@@ -355,7 +355,7 @@ async fn of_a_long_text_that_is_to_be_cut_the_end_is_read() {
     let text = format!("{}the end", "Hello world ".repeat(300_000));
     for truncate in [json!({"truncate_prompt_tokens": 10}), json!({"truncate_prompt_tokens": -1})] {
         let body = with(json!({"prompt": text, "return_token_ids": true, "max_tokens": 1}), truncate);
-        let call = Call { method: "POST".to_owned(), path: "/v1/completions".to_owned(), body, request_id: "r".to_owned() };
+        let call = Call { method: "POST".to_owned(), path: "/v1/completions".to_owned(), body, request_id: "r".to_owned(), client: None };
         let Ok(Answer::Whole(answer)) = world.service.call(call).await else { panic!("refused") };
         let ids: Vec<u32> = serde_json::from_value(answer["choices"][0]["prompt_token_ids"].clone()).unwrap();
         let whole = world.ids(&text, Special::Text);

@@ -306,6 +306,7 @@ fn recover(status: u16, message: &str, code: Option<&str>, type_name: Option<&st
     ];
     let kind = match status {
         401 => Kind::Unauthorized,
+        403 => Kind::Forbidden,
         404 => Kind::NotFound,
         405 => Kind::MethodNotAllowed,
         413 => Kind::TooLarge,

@@ -312,7 +312,13 @@ async fn a_response_is_kept_continued_and_deleted() {
     assert_eq!(world.post("/v1/responses", referred).await.unwrap()["status"], "completed");
 
     let delete = |id: String| {
-        let call = Call { method: "DELETE".to_owned(), path: format!("/v1/responses/{id}"), body: Value::Null, request_id: "r".to_owned() };
+        let call = Call {
+            method: "DELETE".to_owned(),
+            path: format!("/v1/responses/{id}"),
+            body: Value::Null,
+            request_id: "r".to_owned(),
+            client: None,
+        };
         world.service.call(call)
     };
     let deleted = delete(id.to_owned()).await.map(whole).unwrap();
