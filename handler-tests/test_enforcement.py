@@ -197,7 +197,8 @@ def test_messages_of_anthropic(door):
         thought, text = client.messages.create(**ask, thinking={"type": "enabled", "budget_tokens": 1024}, extra_body={"temperature": 0}).content
         assert (thought.thinking, text.text) == (THOUGHT, "Paris.")
         tools = [{"name": tool["function"]["name"], "input_schema": tool["function"]["parameters"]} for tool in TOOLS]
-        message = client.messages.create(**ask, tools=tools, tool_choice={"type": "any", "disable_parallel_tool_use": True}, extra_body={"temperature": 2})
+        wild = {"temperature": 2, "seed": 1, "thinking_token_budget": 20}
+        message = client.messages.create(**ask, tools=tools, tool_choice={"type": "any", "disable_parallel_tool_use": True}, extra_body=wild)
         *thoughts, call = message.content
         assert all(block.type == "thinking" for block in thoughts)
         assert message.stop_reason == "tool_use" and fits(call.name, json.dumps(call.input))
@@ -210,7 +211,9 @@ def test_responses(client):
     assert (thought.type, message.type) == ("reasoning", "message") and response.output_text
     assert response.usage.output_tokens_details.reasoning_tokens <= 8
     tools = [{"type": "function", **tool["function"]} for tool in TOOLS]
-    called = client.responses.create(**{**ask, "temperature": 2}, tools=tools, tool_choice="required", parallel_tool_calls=False, max_output_tokens=500)
+    # A thought at this temperature need not end by itself.
+    wild = {**ask, "temperature": 2, "extra_body": {"seed": 1, "reasoning": {"max_tokens": 20}}}
+    called = client.responses.create(**wild, tools=tools, tool_choice="required", parallel_tool_calls=False, max_output_tokens=500)
     *thoughts, call = called.output
     assert all(item.type == "reasoning" for item in thoughts)
     assert call.type == "function_call" and fits(call.name, call.arguments)

@@ -1,7 +1,9 @@
 """Runs the binary under test (and other programs), with an environment of its own and its output in files."""
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -48,6 +50,8 @@ class Program:
     def __init__(self, command: list[str], env: dict[str, str] | None = None, cwd: str | Path | None = None, name: str = "program"):
         self.name = name
         self.folder = Path(tempfile.mkdtemp(prefix="worker-candle-test-"))
+        # Logs are read after the program has ended, so the folder goes with the last test.
+        atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
         (self.folder / "home").mkdir()
         environment = {key: os.environ[key] for key in INHERITED if key in os.environ}
         environment.update({"HOME": str(self.folder / "home"), "RUST_BACKTRACE": "1"})

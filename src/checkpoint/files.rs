@@ -7,7 +7,6 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use crate::checkpoint::gguf;
 use crate::error::Failure;
 
 /// Says which shard holds which tensor.
@@ -93,13 +92,21 @@ impl ModelFiles {
     }
 }
 
+/// The name under which the tokenizer of a GGUF file finds it again. It begins as other tokenizer files do, so that it goes where those go.
+pub const GGUF_TOKENIZER: &str = "tokenizer.gguf";
+
+/// A GGUF file with weights.
+pub fn is_gguf(name: &str) -> bool {
+    name.ends_with(".gguf") && name != GGUF_TOKENIZER
+}
+
 /// The weight files among `names`: GGUF files (of a model that has one, nothing else is looked at), else those of the index when there is one (a repository may hold the same weights twice), else
 /// `model.safetensors`, else the parts of a set (`model-00001-of-00002.safetensors` …), else a single file of another name.
 ///
 /// # Errors
 /// What is missing, in words that can follow "lacks".
 pub fn weight_files(names: &[&str], index: Option<&Value>) -> Result<Vec<String>, String> {
-    let gguf: Vec<String> = names.iter().filter(|name| gguf::is_gguf(name)).map(|name| (*name).to_owned()).collect();
+    let gguf: Vec<String> = names.iter().filter(|name| is_gguf(name)).map(|name| (*name).to_owned()).collect();
     if !gguf.is_empty() {
         return Ok(gguf);
     }

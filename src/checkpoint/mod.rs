@@ -117,7 +117,7 @@ impl Checkpoint {
         for file in files.weight_files()? {
             let source = files.get(&file).ok_or_else(|| Failure::internal(format!("{} ({}) lacks {file}", files.name, files.origin)))?;
             let bytes = Bytes::open(source)?;
-            match gguf::is_gguf(&file) {
+            match files::is_gguf(&file) {
                 true => checkpoint.add_gguf(&file, bytes)?,
                 false => checkpoint.add_file(&file, bytes)?,
             }

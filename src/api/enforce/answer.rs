@@ -73,7 +73,7 @@ impl AnswerConstraint {
         let rules = new.rules.clone();
         match &rules.thinking {
             None => {
-                new.begin_answer(&[])?;
+                new.begin_answer(&[], 0)?;
             }
             Some(thinking) if thinking.budget == Some(0) && thinking.open => new.stage = fixed(&thinking.closing),
             Some(thinking) if thinking.open => {}
@@ -125,7 +125,7 @@ impl AnswerConstraint {
                     return Err(Failure::internal(format!("token {token} came in place of {:?}", ids.get(*at))));
                 }
                 *at += 1;
-                if *at < ids.len() { Ok(Change::None) } else { self.begin_answer(&[]) }
+                if *at < ids.len() { Ok(Change::None) } else { self.begin_answer(&[], 0) }
             }
             (Stage::Answer { tail, tokens, .. }, _) => {
                 *tokens += 1;
@@ -149,7 +149,7 @@ impl AnswerConstraint {
                 self.stage = Stage::Answer { tail: Vec::new(), tokens, begun: false };
                 Ok(Change::Replaced { old: self.grammar.take(), accepted: true })
             }
-            (Stage::Undecided { .. } | Stage::Thinking { .. }, None) => self.begin_answer(&[]),
+            (Stage::Undecided { .. } | Stage::Thinking { .. }, None) => self.begin_answer(&[], 0),
         }
     }
 
@@ -175,8 +175,8 @@ impl AnswerConstraint {
     }
 
     fn decide_by_text(&mut self, thinking: &Thinking) -> Result<Change, Failure> {
-        let Stage::Undecided { text, .. } = &self.stage else { return Ok(Change::None) };
-        let format = thinking.format;
+        let Stage::Undecided { text, ids } = &self.stage else { return Ok(Change::None) };
+        let (format, tokens) = (thinking.format, ids.len());
         let written = String::from_utf8_lossy(text).into_owned();
         let said = written.trim_start();
         match begins(said, format.open.iter().chain(format.close).copied(), false) {
@@ -184,7 +184,7 @@ impl AnswerConstraint {
             Begins::Perhaps => Ok(Change::None),
             Begins::With(mark) if format.close.contains(&mark) => self.end_thought(&said.as_bytes()[mark.len()..], thinking),
             Begins::With(mark) => self.begin_thought(&said.as_bytes()[mark.len()..], thinking),
-            Begins::No => self.begin_answer(written.as_bytes()),
+            Begins::No => self.begin_answer(written.as_bytes(), tokens),
         }
     }
 
@@ -203,7 +203,7 @@ impl AnswerConstraint {
         }
         if let (AnswerRule::Anything, Some((at, _))) = (&self.rules.answer, first_mark(tail, thinking.ends.iter().copied())) {
             let rest = tail.split_off(at);
-            return self.begin_answer(&rest);
+            return self.begin_answer(&rest, 1);
         }
         if thinking.budget.is_some_and(|budget| *tokens >= budget) {
             self.stage = fixed(&thinking.closing);
@@ -219,12 +219,12 @@ impl AnswerConstraint {
             self.stage = fixed(&thinking.gap);
             return Ok(Change::None);
         }
-        self.begin_answer(rest)
+        self.begin_answer(rest, usize::from(!rest.is_empty()))
     }
 
-    /// `text`: what has come of the answer already.
-    fn begin_answer(&mut self, text: &[u8]) -> Result<Change, Failure> {
-        self.stage = Stage::Answer { tail: text.to_vec(), tokens: 0, begun: false };
+    /// `text`: what has come of the answer already, in so many tokens.
+    fn begin_answer(&mut self, text: &[u8], tokens: usize) -> Result<Change, Failure> {
+        self.stage = Stage::Answer { tail: text.to_vec(), tokens, begun: false };
         let rules = self.rules.clone();
         match &rules.answer {
             AnswerRule::Anything => Ok(Change::None),

@@ -178,6 +178,10 @@ fn the_answer_behind_a_thought_has_a_limit_of_its_own() {
     let mut constraint = rules.constraint().unwrap();
     output.iter().for_each(|id| constraint.accept(*id).unwrap());
     assert_eq!(constraint.next().unwrap(), Next::Full);
+    // An answer that might have begun with a thought: its first tokens count, too.
+    let rules = self::rules(&parsing(Some(Start::Undecided)), Wishes { answer_tokens: Some(3), ..Wishes::default() });
+    let (output, ended) = follow(&rules, &ids("one two three four"));
+    assert!(ended && output.len() == 3, "{}", text_of(&output));
 }
 
 fn tool(place: usize, name: &str, strict: bool, parameters: Value) -> Tool {

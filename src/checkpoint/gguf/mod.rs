@@ -7,6 +7,7 @@ use std::sync::Arc;
 use serde_json::Value as Json;
 
 use super::Bytes;
+pub use super::files::GGUF_TOKENIZER as TOKENIZER;
 use super::files::{ModelFiles, Source};
 use crate::error::Failure;
 
@@ -26,20 +27,12 @@ pub use header::{Header, Value};
 pub use names::Naming;
 pub use pick::{is_model_part, pick};
 
-/// The name under which a tokenizer finds the file again. It begins as other tokenizer files do, so that it goes where those go.
-pub const TOKENIZER: &str = "tokenizer.gguf";
-
 /// The types of tensors that can be read, for messages.
 pub const READABLE: &str = "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS and MXFP4";
 
 /// The architectures that are served.
 pub fn architectures() -> impl Iterator<Item = &'static str> {
     architectures::ARCHITECTURES.iter().map(|row| row.name)
-}
-
-/// A file with weights.
-pub fn is_gguf(name: &str) -> bool {
-    name.ends_with(".gguf") && name != TOKENIZER
 }
 
 /// The model in these files, the first of which has the metadata.

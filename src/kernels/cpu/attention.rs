@@ -265,20 +265,17 @@ unsafe fn attend<S: Simd>(job: Job<'_>, tile: Tile, head: usize, numbers: PtrMut
                 scores[..hidden].fill(0.0);
                 scores[visible..].fill(0.0);
                 let scores = &mut scores[hidden..visible];
-                if let Some(cap) = job.spec.soft_cap {
-                    scores.iter_mut().for_each(|score| *score = cap * tanh(*score / cap));
-                }
-                exponentiate::<S>(scores, &mut *max.add(r), &mut *sum.add(r), std::slice::from_raw_parts_mut(acc.add(r * d), d));
+                let acc = std::slice::from_raw_parts_mut(acc.add(r * d), d);
+                exponentiate::<S>(scores, job.spec.soft_cap, &mut *max.add(r), &mut *sum.add(r), acc);
             }
             Segment { job: &job, row, head, start, len }.weighted_values::<S>(scores, count, acc);
             start += len;
         }
         for r in 0..count {
             let (token, column) = offset(r);
-            let (out, acc, inverse) = (job.out.0.add(token * job.spec.heads * d + column), acc.add(r * d), 1.0 / *sum.add(r));
-            for i in 0..d {
-                *out.add(i) = *acc.add(i) * inverse;
-            }
+            let out = std::slice::from_raw_parts_mut(job.out.0.add(token * job.spec.heads * d + column), d);
+            let inverse = 1.0 / *sum.add(r);
+            out.iter_mut().zip(std::slice::from_raw_parts(acc.add(r * d), d)).for_each(|(out, acc)| *out = *acc * inverse);
         }
     }
 }
@@ -286,7 +283,10 @@ unsafe fn attend<S: Simd>(job: Job<'_>, tile: Tile, head: usize, numbers: PtrMut
 /// One segment of the online softmax of a query row: makes the scores exponentials relative to the greatest score so far, `max`, and adds
 /// them to `sum`. Where this segment has a greater one, what was summed before it becomes relative to that.
 #[inline(always)]
-unsafe fn exponentiate<S: Simd>(scores: &mut [f32], max: &mut f32, sum: &mut f32, acc: &mut [f32]) {
+unsafe fn exponentiate<S: Simd>(scores: &mut [f32], soft_cap: Option<f32>, max: &mut f32, sum: &mut f32, acc: &mut [f32]) {
+    if let Some(cap) = soft_cap {
+        scores.iter_mut().for_each(|score| *score = cap * tanh(*score / cap));
+    }
     // SAFETY: the caller runs on a processor that has `S`.
     unsafe {
         let most = greatest::<S>(scores);

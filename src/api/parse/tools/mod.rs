@@ -308,6 +308,20 @@ impl ToolParser {
                 }
             }
         }
+        match self.scan(out) {
+            Next::Last => self.state = behind(),
+            Next::Broken => self.state = State::Broken,
+            Next::Inside if ended => {
+                self.complete(out);
+                self.state = State::Outside;
+            }
+            Next::Inside => return false,
+        }
+        true
+    }
+
+    /// Takes what is there of the arguments' text, up to their end.
+    fn scan(&mut self, out: &mut Vec<DeltaKind>) -> Next {
         let (mut text, mut used) = (String::new(), 0);
         let mut next = Next::Inside;
         for c in self.buffer.chars() {
@@ -322,16 +336,7 @@ impl ToolParser {
         }
         self.take(used);
         self.argue(text, out);
-        match next {
-            Next::Last => self.state = behind(),
-            Next::Broken => self.state = State::Broken,
-            Next::Inside if ended => {
-                self.complete(out);
-                self.state = State::Outside;
-            }
-            Next::Inside => return false,
-        }
-        true
+        next
     }
 
     /// Adds the brackets that are missing at the end of arguments, if that makes them JSON.
