@@ -22,7 +22,7 @@ const MAX_MESSAGE_CHARS: usize = 4096;
 
 /// How and where to log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Options {
+pub struct LogOptions {
     pub verbosity: Verbosity,
     pub format: Format,
     pub output: Output,
@@ -74,7 +74,7 @@ impl FromStr for Verbosity {
     }
 }
 
-impl Options {
+impl LogOptions {
     /// Reads what the platform sets: `RUNPOD_LOG_LEVEL`, else `RUNPOD_DEBUG_LEVEL`; `RUNPOD_ENDPOINT_ID` for the format. Empty and `None`
     /// are unset. The error names the variable.
     pub fn from_lookup(variable: impl Fn(&str) -> Option<String>, output: Output) -> Result<Self, String> {
@@ -89,7 +89,7 @@ impl Options {
 }
 
 /// Starts logging for the whole process. Does nothing when logging was started before.
-pub fn init(options: Options) {
+pub fn init(options: LogOptions) {
     let writer = move |line: &str| {
         // Nobody is left to tell when the log itself cannot be written.
         let _written = match options.output {
@@ -306,7 +306,7 @@ mod tests {
     fn options_come_from_the_platforms_variables() {
         let read = |variables: &[(&str, &str)]| {
             let find = |name: &str| variables.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned());
-            Options::from_lookup(find, Output::Stdout)
+            LogOptions::from_lookup(find, Output::Stdout)
         };
         let default = read(&[("RUNPOD_LOG_LEVEL", "")]).unwrap();
         assert_eq!((default.verbosity, default.format), (Verbosity(LevelFilter::INFO), Format::Text));

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use worker_candle::api::model::ModelInfo;
-use worker_candle::api::{Answer, Call, Service};
+use worker_candle::api::{Call, Reply, Service};
 use worker_candle::checkpoint::files::{ModelFiles, Source};
 use worker_candle::config::{ApiSettings, DeviceChoice, EngineSettings, Quantization};
 use worker_candle::models::quality::{Comparison, logits_of};
@@ -215,7 +215,7 @@ async fn service(path: &Path, device: DeviceChoice) -> Result<Arc<Service>, Fail
     let tokenizer = Arc::new(Tokenizer::load(&files)?);
     let model = ModelInfo::from_files(&files)?;
     let (vocab_size, settings) = (tokenizer.vocab_size(), EngineSettings { max_model_len: None, ..settings(device) });
-    let options = worker_candle::engine::Options { max_waiting: 1024, ..Default::default() };
+    let options = worker_candle::engine::EngineOptions { max_waiting: 1024, ..Default::default() };
     let engine = worker_candle::engine::start(move || ModelRunner::load(&files, || Ok(vocab_size), &settings), options).await?;
     Ok(Arc::new(Service::new(ApiSettings::default(), engine, tokenizer, model)?))
 }
@@ -234,7 +234,7 @@ async fn answer(service: &Arc<Service>, question: &Value, index: usize) -> Resul
         "/v1/completions"
     };
     let call = Call { method: "POST".into(), path: path.into(), body, request_id: format!("question-{index}"), client: None };
-    let Answer::Whole(whole) = service.call(call).await? else { return Err("a stream where an object was asked for".into()) };
+    let Reply::Whole(whole) = service.call(call).await? else { return Err("a stream where an object was asked for".into()) };
     let choice = &whole["choices"][0];
     let text = choice["text"].as_str().or_else(|| choice["message"]["content"].as_str());
     Ok(text.ok_or_else(|| format!("no text in {whole}"))?.to_owned())

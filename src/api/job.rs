@@ -8,7 +8,7 @@ use crate::api::routes;
 use crate::error::Failure;
 
 /// What a job asks for.
-pub enum Job {
+pub enum JobInput {
     /// An OpenAI call wrapped as `openai_route` or `route`.
     Call { method: String, path: String, body: Value },
     /// Lines of a batch with their numbers, from `batch` or `input_file_content`. With `stream` each answer comes when it is ready.
@@ -17,7 +17,7 @@ pub enum Job {
     Own(Value),
 }
 
-pub fn read(input: Value) -> Result<Job, Failure> {
+pub fn read(input: Value) -> Result<JobInput, Failure> {
     let mut input = unwrapped(object(input)?)?;
     if let Some(call) = wrapped_call(&mut input)? {
         return Ok(call);
@@ -25,8 +25,8 @@ pub fn read(input: Value) -> Result<Job, Failure> {
     let lines = batch(&mut input)?;
     let stream = input.get("stream") == Some(&Value::Bool(true));
     Ok(match lines {
-        Some(lines) => Job::Batch { lines, stream },
-        None => Job::Own(Value::Object(input)),
+        Some(lines) => JobInput::Batch { lines, stream },
+        None => JobInput::Own(Value::Object(input)),
     })
 }
 
@@ -89,7 +89,7 @@ fn unwrapped(mut input: Map<String, Value>) -> Result<Map<String, Value>, Failur
 }
 
 /// `{openai_route, openai_input}` or `{route, body, method}` as the call it stands for.
-fn wrapped_call(input: &mut Map<String, Value>) -> Result<Option<Job>, Failure> {
+fn wrapped_call(input: &mut Map<String, Value>) -> Result<Option<JobInput>, Failure> {
     let text = |name: &str| match input.get(name) {
         None | Some(Value::Null) => Ok(None),
         Some(Value::String(text)) => Ok(Some(text.clone()).filter(|text| !text.is_empty())),
@@ -113,5 +113,5 @@ fn wrapped_call(input: &mut Map<String, Value>) -> Result<Option<Job>, Failure> 
         body.insert("stream".to_owned(), stream.clone());
     }
     let body = if method == "GET" { Value::Null } else { Value::Object(body) };
-    Ok(Some(Job::Call { method, path, body }))
+    Ok(Some(JobInput::Call { method, path, body }))
 }

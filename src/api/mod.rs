@@ -51,4 +51,4 @@ mod tests;
 mod tools;
 
 pub use model::ModelInfo;
-pub use service::{Answer, Call, Pieces, Service};
+pub use service::{Call, Pieces, Reply, Service};

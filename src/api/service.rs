@@ -10,7 +10,7 @@ use crate::api::batch::{self, Given, Line, Unread};
 use crate::api::body::BodyLimits;
 use crate::api::dialects::{Dialect, Prepared, anthropic, chat, completions, fastchat, native, responses, tokens};
 use crate::api::fields::Fields;
-use crate::api::job::{self, Job};
+use crate::api::job::{self, JobInput};
 use crate::api::model::ModelInfo;
 use crate::api::routes::{self, Route};
 use crate::api::run::{RequestStream, Runs, Seeds};
@@ -22,7 +22,7 @@ use crate::error::{Failure, Kind};
 use crate::text::tokenizer::Tokenizer;
 
 /// What a request gives back.
-pub enum Answer {
+pub enum Reply {
     /// One object.
     Whole(Value),
     /// Pieces as they come. **Pulled, never pushed**: each pull gives everything that is ready as one piece, so whoever pulls
@@ -95,12 +95,12 @@ impl Service {
     }
 
     /// The queue's door: the `input` of a RunPod job (`messages`, `prompt`, `openai_route`, `route` …).
-    pub async fn job(self: &Arc<Self>, input: Value, job_id: &str) -> Result<Answer, Failure> {
+    pub async fn job(self: &Arc<Self>, input: Value, job_id: &str) -> Result<Reply, Failure> {
         let request_id = job_id.to_owned();
         match job::read(input)? {
-            Job::Call { method, path, body } => self.call(Call { method, path, body, request_id, client: None }).await,
-            Job::Batch { lines, stream } => self.batch(lines, stream).await,
-            Job::Own(body) => {
+            JobInput::Call { method, path, body } => self.call(Call { method, path, body, request_id, client: None }).await,
+            JobInput::Batch { lines, stream } => self.batch(lines, stream).await,
+            JobInput::Own(body) => {
                 let read = match self.served.settings.native_format {
                     NativeFormat::OpenAi => native::read,
                     NativeFormat::Tokens => tokens::read,
@@ -111,15 +111,15 @@ impl Service {
     }
 
     /// Answers lines of a batch: a list in their order, or each as soon as it is ready.
-    async fn batch(self: &Arc<Self>, lines: Vec<(usize, Given)>, stream: bool) -> Result<Answer, Failure> {
+    async fn batch(self: &Arc<Self>, lines: Vec<(usize, Given)>, stream: bool) -> Result<Reply, Failure> {
         let (service, at_once) = (self.clone(), self.lines_at_once());
         let answers = futures::stream::iter(lines).map(move |(number, given)| {
             let service = service.clone();
             async move { service.line(given.read(number, &service.body_limits())).await }
         });
         match stream {
-            true => Ok(Answer::Stream(Box::pin(answers.buffer_unordered(at_once).map(Ok)))),
-            false => Ok(Answer::Whole(Value::Array(answers.buffered(at_once).collect().await))),
+            true => Ok(Reply::Stream(Box::pin(answers.buffer_unordered(at_once).map(Ok)))),
+            false => Ok(Reply::Whole(Value::Array(answers.buffered(at_once).collect().await))),
         }
     }
 
@@ -144,9 +144,9 @@ impl Service {
                     tokio::time::sleep(batch::AGAIN).await;
                     continue;
                 }
-                Ok(Answer::Whole(body)) => Ok(body),
+                Ok(Reply::Whole(body)) => Ok(body),
                 // `stream` lay deeper than where reading the line looks for it.
-                Ok(Answer::Stream(_)) => Err(batch::no_stream()),
+                Ok(Reply::Stream(_)) => Err(batch::no_stream()),
                 Err(failure) => Err(failure),
             };
             return line.answer(&id, &answer);
@@ -154,7 +154,7 @@ impl Service {
     }
 
     /// The direct door: what an OpenAI client sent. Calls that a job wraps come here, too.
-    pub async fn call(&self, mut call: Call) -> Result<Answer, Failure> {
+    pub async fn call(&self, mut call: Call) -> Result<Reply, Failure> {
         let Some(route) = routes::find(&call.path) else {
             return Err(Failure::new(Kind::NotFound, format!("There is no route {} {}.", call.method, call.path)).code("unknown_route"));
         };
@@ -171,19 +171,19 @@ impl Service {
             self.served.check_client(client, &route, &call.body)?;
         }
         match route {
-            Route::Models => Ok(Answer::Whole(model_list::list(&self.served, call.client.as_deref()))),
-            Route::Model(id) => model_list::retrieve(&self.served, &id).map(Answer::Whole),
+            Route::Models => Ok(Reply::Whole(model_list::list(&self.served, call.client.as_deref()))),
+            Route::Model(id) => model_list::retrieve(&self.served, &id).map(Reply::Whole),
             Route::Embeddings => {
                 self.served.check_model(&Fields::new(&call.body)?)?;
                 let message = format!("The model `{}` generates text and does not support the Embeddings API.", self.name());
                 Err(Failure::bad_request("model", message).code("unsupported_value"))
             }
             Route::Responses => self.generate(responses::read, call.request_id, call.body).await,
-            Route::Response(id) if call.method == "DELETE" => responses::delete(&self.served, &id).map(Answer::Whole),
-            Route::Response(id) => responses::retrieve(&self.served, &id).map(Answer::Whole),
-            Route::InputItems { id, query } => responses::input_items(&self.served, &id, &query).map(Answer::Whole),
+            Route::Response(id) if call.method == "DELETE" => responses::delete(&self.served, &id).map(Reply::Whole),
+            Route::Response(id) => responses::retrieve(&self.served, &id).map(Reply::Whole),
+            Route::InputItems { id, query } => responses::input_items(&self.served, &id, &query).map(Reply::Whole),
             Route::Messages => self.generate(anthropic::read, call.request_id, call.body).await,
-            Route::CountTokens => self.count(call.body).await.map(Answer::Whole),
+            Route::CountTokens => self.count(call.body).await.map(Reply::Whole),
             Route::Chat => self.generate(chat::read, call.request_id, call.body).await,
             Route::Completions => self.generate(completions::read, call.request_id, call.body).await,
             Route::FastChat => self.generate(fastchat::read, call.request_id, call.body).await,
@@ -192,15 +192,15 @@ impl Service {
             Route::ApplyTemplate => self.compute(calls::apply_template, call.body).await,
             Route::Render => self.compute(calls::render, call.body).await,
             Route::TokenCheck => self.compute(calls::token_check, call.body).await,
-            Route::Abort => calls::abort(&self.runs.running, &call.body).map(Answer::Whole),
-            Route::Document => Ok(Answer::Whole(openapi::document().clone())),
-            Route::Version => Ok(Answer::Whole(calls::version())),
-            Route::Load => Ok(Answer::Whole(calls::load(self.engine.load()))),
+            Route::Abort => calls::abort(&self.runs.running, &call.body).map(Reply::Whole),
+            Route::Document => Ok(Reply::Whole(openapi::document().clone())),
+            Route::Version => Ok(Reply::Whole(calls::version())),
+            Route::Load => Ok(Reply::Whole(calls::load(self.engine.load()))),
         }
     }
 
     /// Answers from the body alone, on a thread of its own: to tokenize a long text must not hold up the sockets.
-    async fn compute(&self, compute: calls::Compute, body: Value) -> Result<Answer, Failure> {
+    async fn compute(&self, compute: calls::Compute, body: Value) -> Result<Reply, Failure> {
         let served = self.served.clone();
         let task = tokio::task::spawn_blocking(move || {
             let answer = compute(&served, &body);
@@ -212,19 +212,19 @@ impl Service {
             tracing::error!("a call could not be answered: {error}");
             Err(Failure::internal("The call could not be answered."))
         });
-        answer.map(Answer::Whole)
+        answer.map(Reply::Whole)
     }
 
     /// Reads a request, runs it, and gives the answer: as a stream, if the request says so.
-    async fn generate(&self, read: Read, id: String, body: Value) -> Result<Answer, Failure> {
+    async fn generate(&self, read: Read, id: String, body: Value) -> Result<Reply, Failure> {
         let id = request_id(&body)?.unwrap_or(id);
         let (Prepared { request, mut dialect }, id) = self.prepare(read, id, body).await?;
         let mut run = RequestStream::start(&self.runs, &id, &request)?;
         if request.options.stream {
-            return Ok(Answer::Stream(stream(run, dialect)));
+            return Ok(Reply::Stream(stream(run, dialect)));
         }
         let choices = run.collect().await?;
-        Ok(Answer::Whole(dialect.whole(choices, run.usage())))
+        Ok(Reply::Whole(dialect.whole(choices, run.usage())))
     }
 
     /// Tokens of the prompt that a body of Anthropic's comes to.

@@ -151,7 +151,7 @@ fn start_logging(mode: &Mode, settings: &Settings) {
         LogLevel::Error => "ERROR",
         LogLevel::Off => "NOTSET",
     };
-    telemetry::init(telemetry::Options {
+    telemetry::init(telemetry::LogOptions {
         verbosity: level.parse().unwrap_or_default(),
         format: if queue && settings.runpod.endpoint_id.is_some() { telemetry::Format::Json } else { telemetry::Format::Text },
         output: if queue { telemetry::Output::Stdout } else { telemetry::Output::Stderr },

@@ -60,8 +60,8 @@ pub async fn start_engine(
         let _ = send.send(runner.about.clone());
         Ok(runner)
     };
-    let defaults = engine::Options::default();
-    let options = engine::Options {
+    let defaults = engine::EngineOptions::default();
+    let options = engine::EngineOptions {
         max_waiting: settings.engine.max_waiting.unwrap_or(defaults.max_waiting),
         prefix_caching: settings.engine.prefix_caching.unwrap_or(defaults.prefix_caching),
         proposer: settings.engine.speculative.map(|given| engine::NgramProposer {

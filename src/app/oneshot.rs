@@ -6,7 +6,7 @@ use futures::StreamExt;
 use serde_json::Value;
 
 use super::{model, say};
-use crate::api::{Answer, failure};
+use crate::api::{Reply, failure};
 use crate::config::Settings;
 use crate::error::Failure;
 
@@ -26,10 +26,10 @@ pub async fn run(settings: Settings, job: &str) -> Result<ExitCode, Failure> {
     }
 }
 
-async fn print_answer(answer: Result<Answer, Failure>) -> Result<(), Failure> {
+async fn print_answer(answer: Result<Reply, Failure>) -> Result<(), Failure> {
     match answer? {
-        Answer::Whole(value) => say(&value.to_string()),
-        Answer::Stream(mut pieces) => {
+        Reply::Whole(value) => say(&value.to_string()),
+        Reply::Stream(mut pieces) => {
             while let Some(piece) = pieces.next().await {
                 match piece? {
                     Value::String(frames) => say(frames.trim_end()),

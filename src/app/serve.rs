@@ -15,12 +15,12 @@ use super::{open_files, queue};
 use crate::api::body::BodyLimits;
 use crate::api::frames;
 use crate::api::tally::{End, Tally};
-use crate::api::{Answer, Call, Service};
+use crate::api::{Call, Reply, Service};
 use crate::config::{RunpodSettings, SecretString, ServerSettings, Settings, defaults};
 use crate::engine::Handle;
 use crate::error::{Failure, Kind};
 use crate::runpod::Ended;
-use crate::server::{self, ConnectionLimits, Door, Endpoints, Metrics, Options, Phase, Readiness, connections, endpoint};
+use crate::server::{self, ConnectionLimits, Door, Endpoints, Metrics, Phase, Readiness, ServerOptions, connections, endpoint};
 
 /// The endpoint that `serve` attaches its worker to.
 const LOCAL_ENDPOINT: &str = "local";
@@ -88,7 +88,7 @@ pub async fn gateway(settings: Settings) -> Result<ExitCode, Failure> {
     let shutdown = Shutdown::listen()?;
     let (listener, base) = bind(&settings, defaults::LAPTOP_HOST, defaults::LAPTOP_PORT).await?;
     let endpoints = Endpoints::new(endpoint_options(&settings));
-    let options = Options::from(&settings.server);
+    let options = ServerOptions::from(&settings.server);
     let router = server::gateway(&endpoints, Readiness::new(Phase::Ready), &options);
     let (closing, server) = spawn_server(listener, router, connection_limits(&settings.server, &options));
     tracing::info!("local endpoint at {base}/v2/{LOCAL_ENDPOINT} (any id is an endpoint); workers attach with the variables on stdout");
@@ -175,7 +175,7 @@ impl Direct {
     }
 
     /// With the engine's figures at `/metrics` and `/load`; none before the model is there.
-    fn options(&self, settings: &Settings) -> Options {
+    fn options(&self, settings: &Settings) -> ServerOptions {
         let service = self.service.clone();
         let prefix = settings.server.metrics_prefix.clone().unwrap_or_else(|| defaults::METRICS_PREFIX.to_owned());
         let text = move || service.get().map_or(String::new(), |service| service.engine.stats().exposition(&prefix, service.name()));
@@ -184,7 +184,7 @@ impl Direct {
         let metrics = Metrics { text: Arc::new(text), load: Arc::new(load) };
         let service = self.service.clone();
         let model_limits = move || service.get().map_or_else(BodyLimits::default, |service| service.body_limits());
-        Options { metrics: Some(metrics), model_limits: Some(Arc::new(model_limits)), ..Options::from(&settings.server) }
+        ServerOptions { metrics: Some(metrics), model_limits: Some(Arc::new(model_limits)), ..ServerOptions::from(&settings.server) }
     }
 
     /// Opens the door, for as long as the engine is sound.
@@ -210,7 +210,7 @@ impl Direct {
 }
 
 /// Answers a call, and tells its end in the log. (Of a GET only a scraper's rhythm would be seen.)
-async fn logged(service: Arc<Service>, call: Call) -> Result<Answer, Failure> {
+async fn logged(service: Arc<Service>, call: Call) -> Result<Reply, Failure> {
     if call.method != "POST" {
         return service.call(call).await;
     }
@@ -218,7 +218,7 @@ async fn logged(service: Arc<Service>, call: Call) -> Result<Answer, Failure> {
     let tally = Tally::current();
     let mut closing = Closing { request_id: call.request_id.clone(), tally: tally.clone(), end: None };
     match tally.around(service.call(call)).await {
-        Ok(Answer::Stream(pieces)) => Ok(Answer::Stream(Box::pin(pieces.inspect(move |piece| closing.see(piece))))),
+        Ok(Reply::Stream(pieces)) => Ok(Reply::Stream(Box::pin(pieces.inspect(move |piece| closing.see(piece))))),
         whole => {
             closing.end = Some(whole.as_ref().map(|_| ()).map_err(Clone::clone));
             whole
@@ -259,7 +259,7 @@ impl Drop for Closing {
 }
 
 /// How many connections there may be, by the settings and the system.
-fn connection_limits(settings: &ServerSettings, options: &Options) -> ConnectionLimits {
+fn connection_limits(settings: &ServerSettings, options: &ServerOptions) -> ConnectionLimits {
     let default = ConnectionLimits::default();
     let timeout = |given: Option<Duration>, default| given.map_or(default, |given| Some(given).filter(|given| !given.is_zero()));
     let possible = open_files::raise().map(open_files::connections);
@@ -311,8 +311,8 @@ async fn listen(host: &str, port: u16, setting: &str) -> Result<TcpListener, Fai
     })
 }
 
-fn endpoint_options(settings: &Settings) -> endpoint::Options {
-    endpoint::Options { cloud_errors: settings.server.cloud_errors, ..Default::default() }
+fn endpoint_options(settings: &Settings) -> endpoint::EndpointOptions {
+    endpoint::EndpointOptions { cloud_errors: settings.server.cloud_errors, ..Default::default() }
 }
 
 /// The worker's settings, pointed at our own endpoint.
@@ -351,7 +351,7 @@ mod tests {
     use crate::config::ApiSettings;
     use crate::engine;
     use crate::models::{Fault, Output, Plan, Runner, Shape, StepError};
-    use crate::runpod::tests::queue::{Queue, Reply, Route};
+    use crate::runpod::tests::queue::{Queue, Route, ScriptedReply};
     use crate::text::tokenizer::Tokenizer;
     use serde_json::json;
 
@@ -384,7 +384,7 @@ mod tests {
             max_num_batched_tokens: 64,
             memory_bound: false,
         };
-        let engine = engine::start(|| Ok(Fragile(shape)), engine::Options::default()).await.unwrap();
+        let engine = engine::start(|| Ok(Fragile(shape)), engine::EngineOptions::default()).await.unwrap();
         Arc::new(Service::new(ApiSettings::default(), engine, tokenizer, ModelInfo::from_files(&files).unwrap()).unwrap())
     }
 
@@ -465,13 +465,13 @@ mod tests {
             ..Default::default()
         };
         let jobs = json!([{"id": "lost", "input": {"input_ids": [400], "max_tokens": 3}}, {"id": "other", "input": {"prompt": "Hi", "max_tokens": 1}}]);
-        queue.script(Route::Take, [Reply::Json(jobs)]);
+        queue.script(Route::Take, [ScriptedReply::Json(jobs)]);
         let loaded = Loaded { engine: service.engine.clone(), service };
         let running = queue::worker(&settings, &loaded).run(std::future::pending());
         let platform = async {
             queue.wait(Route::Done, 2).await;
             // The poll that was open comes back empty, as the platform's do in the end.
-            queue.script(Route::Take, [Reply::Status(204)]);
+            queue.script(Route::Take, [ScriptedReply::Status(204)]);
         };
         let (ended, ()) = tokio::time::timeout(Duration::from_secs(20), async { tokio::join!(running, platform) }).await.expect("an end");
         assert_eq!(ended, Ok(Ended::Unhealthy));

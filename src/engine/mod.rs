@@ -82,7 +82,7 @@ pub enum Finish {
 
 /// How the engine runs, whatever the model.
 #[derive(Debug, Clone)]
-pub struct Options {
+pub struct EngineOptions {
     /// Requests that may wait; beyond it `submit` fails with `Kind::Overloaded`.
     pub max_waiting: usize,
     /// Reuse the keys and values of prompts that begin alike (`ENABLE_PREFIX_CACHING`).
@@ -93,7 +93,7 @@ pub struct Options {
     pub log_stats: bool,
 }
 
-impl Default for Options {
+impl Default for EngineOptions {
     fn default() -> Self {
         Self { max_waiting: defaults::MAX_WAITING, prefix_caching: true, proposer: None, log_stats: true }
     }

@@ -67,7 +67,7 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
-    use crate::engine::{Event, Options, Request, SamplingParams, start};
+    use crate::engine::{EngineOptions, Event, Request, SamplingParams, start};
     use crate::models::{Output, Plan, Shape, StepError};
 
     /// Needs several slices, each of which takes a while.
@@ -146,7 +146,7 @@ mod tests {
     #[tokio::test]
     async fn an_idle_engine_prefaults_all_and_says_so() {
         let (runner, taken) = slow(5, 1);
-        let engine = start(move || Ok(runner), Options::default()).await.unwrap();
+        let engine = start(move || Ok(runner), EngineOptions::default()).await.unwrap();
         assert!(!engine.stats().memory_resident, "readiness does not wait for it");
         while !engine.stats().memory_resident {
             tokio::time::sleep(Duration::from_millis(2)).await;
@@ -157,7 +157,7 @@ mod tests {
     #[tokio::test]
     async fn a_busy_engine_prefaults_between_steps() {
         let (runner, taken) = slow(3, 1);
-        let engine = start(move || Ok(runner), Options::default()).await.unwrap();
+        let engine = start(move || Ok(runner), EngineOptions::default()).await.unwrap();
         let mut generation = engine.submit(request(100_000 - 8)).unwrap();
         let begin = Instant::now();
         while taken.load(Ordering::SeqCst) < 3 {
@@ -170,7 +170,7 @@ mod tests {
     #[tokio::test]
     async fn the_engine_ends_and_answers_between_slices() {
         let (runner, taken) = slow(1_000_000, 2);
-        let engine = start(move || Ok(runner), Options::default()).await.unwrap();
+        let engine = start(move || Ok(runner), EngineOptions::default()).await.unwrap();
         while taken.load(Ordering::SeqCst) < 3 {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }

@@ -14,7 +14,7 @@ use super::metrics::{Ended, Log, Moments};
 use super::prefault::{Activity, Prefault};
 use super::scheduler::{Broken, Outcome, Scheduler};
 use super::sequence::{Sequence, SequenceId};
-use super::{Command, Event, Figures, Finish, Handle, Limits, Options, Shared, Submitted, health};
+use super::{Command, EngineOptions, Event, Figures, Finish, Handle, Limits, Shared, Submitted, health};
 use crate::error::{Failure, Kind};
 use crate::models::{Fault, Output, Plan, Runner, StepError};
 
@@ -24,7 +24,7 @@ const FAILING_STEPS: u32 = 3;
 /// Starts the engine's thread, calls `load` on it, and returns a handle once the model is ready to run.
 ///
 /// The model is made, used and dropped on that thread alone.
-pub async fn start<R, F>(load: F, options: Options) -> Result<Handle, Failure>
+pub async fn start<R, F>(load: F, options: EngineOptions) -> Result<Handle, Failure>
 where
     R: Runner,
     F: FnOnce() -> Result<R, Failure> + Send + 'static,
@@ -109,7 +109,7 @@ impl<R> Drop for Worker<R> {
 }
 
 impl<R: Runner> Worker<R> {
-    fn new(runner: R, shared: std::sync::Weak<Shared>, figures: Arc<Figures>, options: &Options) -> Self {
+    fn new(runner: R, shared: std::sync::Weak<Shared>, figures: Arc<Figures>, options: &EngineOptions) -> Self {
         let shape = runner.shape().clone();
         Self {
             scheduler: Scheduler::new(shape, options.prefix_caching, options.proposer),

@@ -13,7 +13,7 @@ use super::client::{Client, Delivery};
 use super::in_flight::{InFlight, InFlightJob};
 use super::job::{Entry, Job, Outcome};
 use super::outbox::{Outbox, Rules};
-use crate::api::Answer;
+use crate::api::Reply;
 use crate::api::tally::{End, Tally};
 use crate::engine::Health;
 use crate::error::{Failure, Kind};
@@ -113,7 +113,7 @@ impl Jobs {
         let work = async move {
             match tally.around(handler(job)).await {
                 Ok(answer) => {
-                    is_stream.store(matches!(answer, Answer::Stream(_)), Ordering::Relaxed);
+                    is_stream.store(matches!(answer, Reply::Stream(_)), Ordering::Relaxed);
                     outbox.deliver(answer).await
                 }
                 Err(failure) => Outcome::Failed { failure, streamed: false },

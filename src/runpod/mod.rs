@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use futures::future::BoxFuture;
 
-use crate::api::Answer;
+use crate::api::Reply;
 use crate::config::RunpodSettings;
 use crate::error::Failure;
 
@@ -45,4 +45,4 @@ pub fn check(settings: &RunpodSettings) -> Result<(), String> {
 
 /// What answers a job. It may block a thread or panic: that becomes a late or a failed result of this job, nothing more.
 /// Dropping its future, or the stream it gave, cancels the work.
-pub type Handler = Arc<dyn Fn(Job) -> BoxFuture<'static, Result<Answer, Failure>> + Send + Sync>;
+pub type Handler = Arc<dyn Fn(Job) -> BoxFuture<'static, Result<Reply, Failure>> + Send + Sync>;

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 use super::client::Client;
 use super::job::{Outcome, piece_body};
-use crate::api::{Answer, Pieces};
+use crate::api::{Pieces, Reply};
 use crate::config::BatchGrowth;
 use crate::error::{Failure, Kind};
 
@@ -39,10 +39,10 @@ pub(crate) struct Outbox {
 
 impl Outbox {
     /// Posts the pieces of a stream as they come, and tells how the job ended. The final post is the caller's.
-    pub async fn deliver(&self, answer: Answer) -> Outcome {
+    pub async fn deliver(&self, answer: Reply) -> Outcome {
         match answer {
-            Answer::Whole(value) => Outcome::Output(value),
-            Answer::Stream(pieces) => self.deliver_stream(pieces).await,
+            Reply::Whole(value) => Outcome::Output(value),
+            Reply::Stream(pieces) => self.deliver_stream(pieces).await,
         }
     }
 

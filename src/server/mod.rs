@@ -43,7 +43,7 @@ pub type ModelLimits = Arc<dyn Fn() -> BodyLimits + Send + Sync>;
 
 /// How the server behaves, whichever routes it has.
 #[derive(Clone)]
-pub struct Options {
+pub struct ServerOptions {
     /// Empty = open.
     pub api_keys: Vec<SecretString>,
     /// Keys of clients with their limits, besides.
@@ -61,7 +61,7 @@ pub struct Options {
     pub metrics: Option<Metrics>,
 }
 
-impl Default for Options {
+impl Default for ServerOptions {
     fn default() -> Self {
         Self {
             api_keys: Vec::new(),
@@ -76,7 +76,7 @@ impl Default for Options {
     }
 }
 
-impl Options {
+impl ServerOptions {
     fn limits(&self) -> ModelLimits {
         let (most, of_model) = (self.body_limit, self.model_limits.clone());
         Arc::new(move || {
@@ -86,7 +86,7 @@ impl Options {
     }
 }
 
-impl From<&ServerSettings> for Options {
+impl From<&ServerSettings> for ServerOptions {
     fn from(settings: &ServerSettings) -> Self {
         let default = Self::default();
         Self {
@@ -100,7 +100,7 @@ impl From<&ServerSettings> for Options {
 }
 
 /// The direct OpenAI server; with `endpoints` a local RunPod endpoint beside it (`serve`).
-pub fn direct(door: Door, readiness: Arc<Readiness>, endpoints: Option<&Endpoints>, options: &Options) -> Router {
+pub fn direct(door: Door, readiness: Arc<Readiness>, endpoints: Option<&Endpoints>, options: &ServerOptions) -> Router {
     let router = openai::router(door, readiness.clone(), options.limits(), options.pace).merge(docs::router());
     let router = match endpoints {
         Some(endpoints) => router.merge(endpoints.router(options.pace)),
@@ -114,17 +114,17 @@ pub fn direct(door: Door, readiness: Arc<Readiness>, endpoints: Option<&Endpoint
 }
 
 /// The local endpoint alone, with `/v1/…` routed by model name to the endpoint whose workers serve it.
-pub fn gateway(endpoints: &Endpoints, readiness: Arc<Readiness>, options: &Options) -> Router {
+pub fn gateway(endpoints: &Endpoints, readiness: Arc<Readiness>, options: &ServerOptions) -> Router {
     let router = endpoints.router(options.pace).merge(endpoints.models_router(options.pace));
     finish(router.merge(health::router(readiness, &options.health_path)), options)
 }
 
 /// The health routes alone, for a health port of its own.
-pub fn health_only(readiness: Arc<Readiness>, options: &Options) -> Router {
+pub fn health_only(readiness: Arc<Readiness>, options: &ServerOptions) -> Router {
     finish(health::router(readiness, &options.health_path).fallback(not_found), options)
 }
 
-fn finish(router: Router, options: &Options) -> Router {
+fn finish(router: Router, options: &ServerOptions) -> Router {
     let gate = wire::Gate {
         keys: auth::Keys::new(&options.api_keys).with_file(options.keys_file.as_ref()),
         allowed_origins: options.allowed_origins.clone(),

@@ -21,11 +21,11 @@ use super::limits::{Admission, Client};
 use super::sse::{self, Pace};
 use super::wire::{self, Refusal};
 use crate::api::failure::ErrorForm;
-use crate::api::{self, Answer, Call, Pieces};
+use crate::api::{self, Call, Pieces, Reply};
 use crate::error::{Failure, Kind};
 
 /// Whatever answers calls: the service in production, a script in tests.
-pub type Door = Arc<dyn Fn(Call) -> BoxFuture<'static, Result<Answer, Failure>> + Send + Sync>;
+pub type Door = Arc<dyn Fn(Call) -> BoxFuture<'static, Result<Reply, Failure>> + Send + Sync>;
 
 struct Front {
     door: Door,
@@ -79,12 +79,12 @@ impl Front {
             None => (self.door)(call).await,
         };
         match answer {
-            Ok(Answer::Whole(value)) => {
+            Ok(Reply::Whole(value)) => {
                 // Now, for the headers to tell what is left.
                 admission.inspect(|admission| admission.charge());
                 Ok((StatusCode::OK, Json(value)).into_response())
             }
-            Ok(Answer::Stream(pieces)) => Ok(sse::respond(frames(pieces, form, request_id.to_owned()), self.pace).await),
+            Ok(Reply::Stream(pieces)) => Ok(sse::respond(frames(pieces, form, request_id.to_owned()), self.pace).await),
             Err(failure) => Err(failure.into()),
         }
     }

@@ -12,7 +12,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, oneshot};
 
 use super::*;
-use crate::api::{Answer, Call};
+use crate::api::{Call, Reply};
 use crate::error::{Failure, Kind};
 
 /// A server on a port of its own; it ends when this is dropped.
@@ -43,13 +43,13 @@ fn echo() -> Door {
                     Err(Failure::new(Kind::NotFound, "The model `missing` does not exist.").param("model").code("model_not_found"))
                 }
                 Some("busy") => Err(Failure::new(Kind::Overloaded, "full").retry_after(7)),
-                Some("late") => Ok(Answer::Stream(
+                Some("late") => Ok(Reply::Stream(
                     futures::stream::iter([Err(Failure::bad_request("prompt", "too long").code("context_length_exceeded"))]).boxed(),
                 )),
                 Some("broken") => {
-                    Ok(Answer::Stream(futures::stream::iter([Ok(json!("data: {\"n\":1}\n\n")), Err(Failure::internal("gone"))]).boxed()))
+                    Ok(Reply::Stream(futures::stream::iter([Ok(json!("data: {\"n\":1}\n\n")), Err(Failure::internal("gone"))]).boxed()))
                 }
-                Some("stream") => Ok(Answer::Stream(
+                Some("stream") => Ok(Reply::Stream(
                     futures::stream::iter([
                         Ok(json!("data: {\"t\":\"ü\"}\n\n")),
                         Ok(json!("data: {\"n\":2}\n\ndata: {\"n\":3}\n\n")),
@@ -57,14 +57,14 @@ fn echo() -> Door {
                     ])
                     .boxed(),
                 )),
-                _ => Ok(Answer::Whole(json!({ "method": call.method, "path": call.path, "body": call.body, "id": call.request_id }))),
+                _ => Ok(Reply::Whole(json!({ "method": call.method, "path": call.path, "body": call.body, "id": call.request_id }))),
             }
         }
         .boxed()
     })
 }
 
-async fn serve(options: &Options) -> (Running, Arc<Readiness>) {
+async fn serve(options: &ServerOptions) -> (Running, Arc<Readiness>) {
     let readiness = Readiness::new(Phase::Ready);
     (start(direct(echo(), readiness.clone(), None, options)).await, readiness)
 }
@@ -74,7 +74,7 @@ async fn with_keys(folder: &std::path::Path, text: &str) -> Running {
     let path = folder.join("keys.yaml");
     std::fs::write(&path, text).unwrap();
     let keys_file = Some(KeysFile::read(&path).unwrap());
-    serve(&Options { api_keys: vec![SecretString::from("own")], keys_file, ..Options::default() }).await.0
+    serve(&ServerOptions { api_keys: vec![SecretString::from("own")], keys_file, ..ServerOptions::default() }).await.0
 }
 
 #[tokio::test]
@@ -124,7 +124,7 @@ async fn refused(response: reqwest::Response, status: u16) -> Value {
 
 #[tokio::test]
 async fn calls_reach_the_service_as_they_were_sent() {
-    let (server, _) = serve(&Options::default()).await;
+    let (server, _) = serve(&ServerOptions::default()).await;
     let client = reqwest::Client::new();
     let post = client.post(format!("{}/openai/v1/chat/completions", server.base)).header("x-request-id", "abc").json(&json!({"a": 1}));
     let response = post.send().await.unwrap();
@@ -150,7 +150,7 @@ async fn calls_reach_the_service_as_they_were_sent() {
 
 #[tokio::test]
 async fn every_bad_body_is_a_400_in_the_envelope() {
-    let (server, _) = serve(&Options::default()).await;
+    let (server, _) = serve(&ServerOptions::default()).await;
     let client = reqwest::Client::new();
     let url = format!("{}/v1/chat/completions", server.base);
     let deep = format!("{{\"a\":{}1{}}}", "[".repeat(5000), "]".repeat(5000));
@@ -173,7 +173,7 @@ async fn every_bad_body_is_a_400_in_the_envelope() {
 
 #[tokio::test]
 async fn a_body_over_the_limit_is_a_413_however_it_is_sent() {
-    let (server, _) = serve(&Options { body_limit: 1000, ..Options::default() }).await;
+    let (server, _) = serve(&ServerOptions { body_limit: 1000, ..ServerOptions::default() }).await;
     let client = reqwest::Client::new();
     let url = format!("{}/v1/chat/completions", server.base);
     let fits = format!("{{\"a\":\"{}\"}}", "x".repeat(1000 - 8));
@@ -189,7 +189,7 @@ async fn a_body_over_the_limit_is_a_413_however_it_is_sent() {
 
 #[tokio::test]
 async fn failures_of_the_service_keep_status_code_and_hints() {
-    let (server, _) = serve(&Options::default()).await;
+    let (server, _) = serve(&ServerOptions::default()).await;
     let client = reqwest::Client::new();
     let url = format!("{}/v1/chat/completions", server.base);
     let body = refused(client.post(&url).json(&json!({"model": "missing"})).send().await.unwrap(), 404).await;
@@ -201,7 +201,7 @@ async fn failures_of_the_service_keep_status_code_and_hints() {
 
 #[tokio::test]
 async fn anthropics_clients_are_refused_in_their_own_form() {
-    let options = Options { api_keys: vec![SecretString::from("k")], ..Options::default() };
+    let options = ServerOptions { api_keys: vec![SecretString::from("k")], ..ServerOptions::default() };
     let (server, readiness) = serve(&options).await;
     let client = reqwest::Client::new();
     let url = format!("{}/v1/messages", server.base);
@@ -231,7 +231,7 @@ async fn anthropics_clients_are_refused_in_their_own_form() {
 
 #[tokio::test]
 async fn a_path_that_is_not_there_is_a_404_whatever_is_sent_to_it() {
-    let (server, _) = serve(&Options { body_limit: 1000, ..Options::default() }).await;
+    let (server, _) = serve(&ServerOptions { body_limit: 1000, ..ServerOptions::default() }).await;
     let client = reqwest::Client::new();
     for path in ["/nope", "/v1/nowhere", "/v2/ep/run", "/v1"] {
         let url = format!("{}{path}", server.base);
@@ -249,7 +249,7 @@ async fn a_path_that_is_not_there_is_a_404_whatever_is_sent_to_it() {
 #[tokio::test]
 async fn a_gzip_body_is_read_and_other_forms_are_a_415() {
     use std::io::Write;
-    let (server, _) = serve(&Options { body_limit: 1000, ..Options::default() }).await;
+    let (server, _) = serve(&ServerOptions { body_limit: 1000, ..ServerOptions::default() }).await;
     let client = reqwest::Client::new();
     let url = format!("{}/v1/chat/completions", server.base);
     let gzip = |plain: &[u8]| {
@@ -274,7 +274,7 @@ async fn a_gzip_body_is_read_and_other_forms_are_a_415() {
 #[tokio::test]
 async fn a_body_of_too_many_values_is_a_413() {
     let limits = crate::api::body::BodyLimits { bytes: 1 << 20, tree: 1 << 20, depth: 100 };
-    let (server, _) = serve(&Options { model_limits: Some(Arc::new(move || limits)), ..Options::default() }).await;
+    let (server, _) = serve(&ServerOptions { model_limits: Some(Arc::new(move || limits)), ..ServerOptions::default() }).await;
     let client = reqwest::Client::new();
     let url = format!("{}/v1/chat/completions", server.base);
     let objects = format!("{{\"a\":[{}0]}}", "{\"b\":1},".repeat(10_000));
@@ -287,7 +287,7 @@ async fn a_body_of_too_many_values_is_a_413() {
 
 #[tokio::test]
 async fn a_wrong_method_is_a_405_that_names_the_right_one() {
-    let (server, _) = serve(&Options::default()).await;
+    let (server, _) = serve(&ServerOptions::default()).await;
     let client = reqwest::Client::new();
     let table = [
         ("DELETE", "/v1/models", "GET, HEAD"),
@@ -310,7 +310,7 @@ async fn a_wrong_method_is_a_405_that_names_the_right_one() {
 
 #[tokio::test]
 async fn streams_pass_through_byte_for_byte() {
-    let (server, _) = serve(&Options::default()).await;
+    let (server, _) = serve(&ServerOptions::default()).await;
     let client = reqwest::Client::new();
     let url = format!("{}/v1/chat/completions", server.base);
     let response = client.post(&url).json(&json!({"model": "stream"})).send().await.unwrap();
@@ -344,9 +344,9 @@ fn fed() -> (Door, mpsc::UnboundedSender<Result<Value, Failure>>, Arc<AtomicBool
         async move {
             if !streams {
                 let _flag = flag;
-                return pieces.recv().await.unwrap().map(Answer::Whole);
+                return pieces.recv().await.unwrap().map(Reply::Whole);
             }
-            Ok(Answer::Stream(Box::pin(async_stream::stream! {
+            Ok(Reply::Stream(Box::pin(async_stream::stream! {
                 let _flag = flag;
                 while let Some(piece) = pieces.recv().await {
                     yield piece;
@@ -368,7 +368,7 @@ async fn until(flag: &AtomicBool) {
 async fn a_silent_stream_is_kept_alive_by_comments() {
     let (door, feed, _) = fed();
     let pace = sse::Pace { patience: Duration::from_millis(20), keep_alive: Duration::from_millis(30) };
-    let server = start(direct(door, Readiness::new(Phase::Ready), None, &Options { pace, ..Options::default() })).await;
+    let server = start(direct(door, Readiness::new(Phase::Ready), None, &ServerOptions { pace, ..ServerOptions::default() })).await;
     let post = reqwest::Client::new().post(format!("{}/v1/completions", server.base)).json(&json!({"stream": true}));
     let response = post.send().await.unwrap();
     assert_eq!(response.status(), 200, "headers go out before the first piece");
@@ -393,7 +393,7 @@ async fn a_silent_stream_is_kept_alive_by_comments() {
 #[tokio::test]
 async fn a_client_that_hangs_up_drops_the_stream() {
     let (door, feed, dropped) = fed();
-    let server = start(direct(door, Readiness::new(Phase::Ready), None, &Options::default())).await;
+    let server = start(direct(door, Readiness::new(Phase::Ready), None, &ServerOptions::default())).await;
     let post = reqwest::Client::new().post(format!("{}/v1/completions", server.base)).json(&json!({"stream": true}));
     feed.send(Ok(json!("data: 1\n\n"))).unwrap();
     let mut response = post.send().await.unwrap();
@@ -406,7 +406,7 @@ async fn a_client_that_hangs_up_drops_the_stream() {
 #[tokio::test]
 async fn a_client_that_hangs_up_before_the_answer_drops_the_call() {
     let (door, _feed, dropped) = fed();
-    let server = start(direct(door, Readiness::new(Phase::Ready), None, &Options::default())).await;
+    let server = start(direct(door, Readiness::new(Phase::Ready), None, &ServerOptions::default())).await;
     let mut socket = TcpStream::connect(server.address).await.unwrap();
     socket.write_all(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}").await.unwrap();
     tokio::time::sleep(Duration::from_millis(50)).await;
@@ -417,7 +417,7 @@ async fn a_client_that_hangs_up_before_the_answer_drops_the_call() {
 
 #[tokio::test]
 async fn keys_guard_everything_but_health() {
-    let options = Options { api_keys: vec![SecretString::from("k1"), SecretString::from("k2")], ..Options::default() };
+    let options = ServerOptions { api_keys: vec![SecretString::from("k1"), SecretString::from("k2")], ..ServerOptions::default() };
     let (server, _) = serve(&options).await;
     let client = reqwest::Client::new();
     for path in ["/health", "/ping", "/health/", "/ping/", "/"] {
@@ -439,7 +439,7 @@ async fn keys_guard_everything_but_health() {
 #[tokio::test]
 async fn browsers_get_their_preflight() {
     let keys = vec![SecretString::from("k")];
-    let (server, _) = serve(&Options { api_keys: keys.clone(), ..Options::default() }).await;
+    let (server, _) = serve(&ServerOptions { api_keys: keys.clone(), ..ServerOptions::default() }).await;
     let client = reqwest::Client::new();
     let preflight = |base: &str, origin: &str| {
         client
@@ -457,7 +457,7 @@ async fn browsers_get_their_preflight() {
     let response = client.get(format!("{}/v1/models", server.base)).header("origin", "http://app.example").send().await.unwrap();
     assert_eq!((response.status().as_u16(), &response.headers()["access-control-allow-origin"]), (401, &"*".parse().unwrap()));
 
-    let options = Options { allowed_origins: vec!["http://app.example".to_owned()], ..Options::default() };
+    let options = ServerOptions { allowed_origins: vec!["http://app.example".to_owned()], ..ServerOptions::default() };
     let (server, _) = serve(&options).await;
     let response = preflight(&server.base, "http://app.example").send().await.unwrap();
     assert_eq!(response.headers()["access-control-allow-origin"], "http://app.example");
@@ -468,7 +468,7 @@ async fn browsers_get_their_preflight() {
 #[tokio::test]
 async fn readiness_follows_the_model() {
     let readiness = Readiness::new(Phase::Loading);
-    let options = Options { health_path: "/healthz".to_owned(), ..Options::default() };
+    let options = ServerOptions { health_path: "/healthz".to_owned(), ..ServerOptions::default() };
     let server = start(direct(echo(), readiness.clone(), None, &options)).await;
     let side = start(health_only(readiness.clone(), &options)).await;
     let client = reqwest::Client::new();
@@ -504,7 +504,7 @@ async fn readiness_follows_the_model() {
 #[tokio::test]
 async fn shutdown_lets_a_running_response_end() {
     let (door, feed, _) = fed();
-    let mut server = start(direct(door, Readiness::new(Phase::Ready), None, &Options::default())).await;
+    let mut server = start(direct(door, Readiness::new(Phase::Ready), None, &ServerOptions::default())).await;
     let post = reqwest::Client::new().post(format!("{}/v1/completions", server.base)).json(&json!({"stream": true}));
     feed.send(Ok(json!("data: 1\n\n"))).unwrap();
     let mut response = post.send().await.unwrap();
@@ -525,7 +525,7 @@ async fn shutdown_does_not_wait_beyond_its_limit() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (end, ended) = oneshot::channel::<()>();
-    let router = direct(door, Readiness::new(Phase::Ready), None, &Options::default());
+    let router = direct(door, Readiness::new(Phase::Ready), None, &ServerOptions::default());
     let task = tokio::spawn(run(listener, router, ended.map(|_| ()), Duration::from_millis(50)));
     let mut socket = TcpStream::connect(address).await.unwrap();
     socket.write_all(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}").await.unwrap();

@@ -173,7 +173,7 @@ fn measured_engine() {
     runtime.block_on(async {
         let load = || ModelRunner::load(&demo::files(), || Ok(usize::MAX), &settings(Quantization::AsStored));
         let proposer = Some(NgramProposer::default());
-        let engine = engine::start(load, engine::Options { proposer, log_stats: false, ..Default::default() }).await.unwrap();
+        let engine = engine::start(load, engine::EngineOptions { proposer, log_stats: false, ..Default::default() }).await.unwrap();
         for (name, temperature, penalty) in [("greedy", 0.0, 0.0), ("sampled", 0.8, 0.0), ("with penalties", 0.8, 0.5)] {
             // The first round warms everything, at every length.
             let mut made = [0, 0];

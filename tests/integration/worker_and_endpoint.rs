@@ -8,7 +8,7 @@ use futures::{FutureExt, StreamExt, stream};
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
-use worker_candle::api::{Answer, Pieces};
+use worker_candle::api::{Pieces, Reply};
 use worker_candle::config::{RunpodSettings, SecretString};
 use worker_candle::error::Failure;
 use worker_candle::runpod::{Ended, Handler, Job, Worker};
@@ -25,8 +25,8 @@ struct Local {
 
 /// An endpoint `local` with one worker attached to it, as its own variables say.
 async fn start(handler: Handler) -> Local {
-    let endpoints = Endpoints::new(endpoint::Options::default());
-    let router = server::gateway(&endpoints, Readiness::new(Phase::Ready), &server::Options::default());
+    let endpoints = Endpoints::new(endpoint::EndpointOptions::default());
+    let router = server::gateway(&endpoints, Readiness::new(Phase::Ready), &server::ServerOptions::default());
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let base = format!("http://{}", listener.local_addr().unwrap());
     tokio::spawn(server::run(listener, router, std::future::pending(), Duration::from_secs(1)));
@@ -81,7 +81,7 @@ impl Local {
 fn handler<F, T>(run: F) -> Handler
 where
     F: Fn(Job) -> T + Send + Sync + 'static,
-    T: Future<Output = Result<Answer, Failure>> + Send + 'static,
+    T: Future<Output = Result<Reply, Failure>> + Send + 'static,
 {
     Arc::new(move |job| run(job).boxed())
 }
@@ -112,7 +112,7 @@ async fn results_and_failures_reach_the_client() {
     let local = start(handler(|job| async move {
         match job.input.get("fail") {
             Some(_) => Err(Failure::bad_request("fail", "as asked")),
-            None => Ok(Answer::Whole(json!({"got": job.input}))),
+            None => Ok(Reply::Whole(json!({"got": job.input}))),
         }
     }))
     .await;
@@ -133,7 +133,7 @@ async fn a_stream_arrives_whole_and_in_order() {
     let expected = frames.concat();
     let local = start(handler(move |_| {
         let pieces = generate(frames.clone());
-        async move { Ok(Answer::Stream(pieces)) }
+        async move { Ok(Reply::Stream(pieces)) }
     }))
     .await;
     let url = format!("{}/openai/v1/chat/completions", local.base);
@@ -156,7 +156,7 @@ async fn a_cancelled_job_ends_at_the_worker() {
     let local = start(handler(move |_| {
         let guard = Dropped(Arc::clone(&counter));
         let pieces = stream::iter([Ok(json!("data: 1\n\n"))]).chain(stream::pending()).inspect(move |_| _ = &guard);
-        async move { Ok(Answer::Stream(pieces.boxed())) }
+        async move { Ok(Reply::Stream(pieces.boxed())) }
     }))
     .await;
     let id = local.post("/run", json!({"input": {}})).await["id"].as_str().unwrap().to_owned();
@@ -177,7 +177,7 @@ async fn a_cancelled_job_ends_at_the_worker() {
 async fn a_shutdown_answers_what_was_taken() {
     let local = start(handler(|job| async move {
         tokio::time::sleep(Duration::from_millis(300)).await;
-        Ok(Answer::Whole(job.input))
+        Ok(Reply::Whole(job.input))
     }))
     .await;
     let id = local.post("/run", json!({"input": {"late": true}})).await["id"].as_str().unwrap().to_owned();

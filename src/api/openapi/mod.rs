@@ -10,7 +10,7 @@ use crate::api::failure::ErrorForm;
 pub mod operations;
 mod schemas;
 
-use operations::{Answer, Body, OPERATIONS, Operation};
+use operations::{AnswerShape, Body, OPERATIONS, Operation};
 
 /// Schemas of what is answered.
 const ANSWERS: &str = include_str!("answers.json");
@@ -187,27 +187,27 @@ fn responses(operation: &Operation) -> Map<String, Value> {
     let id_header = json!({"x-request-id": {"schema": {"type": "string"}}});
     let ok = |content: Value, description: &str| json!({"description": description, "headers": id_header, "content": content});
     match operation.answer {
-        Answer::Json(schema) => {
+        AnswerShape::Json(schema) => {
             responses.insert("200".to_owned(), ok(json!({"application/json": {"schema": reference(schema)}}), "The answer."));
             if operation.path == "/ping" {
                 responses.insert("204".to_owned(), json!({"description": "Loading."}));
             }
         }
-        Answer::Streamed(whole, event) => {
+        AnswerShape::Streamed(whole, event) => {
             let content = json!({
                 "application/json": {"schema": reference(whole)},
             "text/event-stream": {"schema": event_of(event)},
             });
             responses.insert("200".to_owned(), ok(content, "The answer; with `stream` as events."));
         }
-        Answer::Text(words) => {
+        AnswerShape::Text(words) => {
             let kind = match operation.path {
                 "/docs" => "text/html",
                 _ => "text/plain",
             };
             responses.insert("200".to_owned(), ok(json!({kind: {"schema": {"type": "string"}}}), words));
         }
-        Answer::Never => {}
+        AnswerShape::Never => {}
     }
     let form = match operation.errors {
         ErrorForm::Anthropic => "AnthropicFailure",

@@ -15,7 +15,7 @@ pub struct Operation {
     /// What it does, in Markdown.
     pub summary: &'static str,
     pub body: Body,
-    pub answer: Answer,
+    pub answer: AnswerShape,
     /// How its failures are written.
     pub errors: ErrorForm,
     /// Needs no key.
@@ -38,7 +38,7 @@ pub enum Body {
 
 /// What a good answer is.
 #[derive(Clone, Copy)]
-pub enum Answer {
+pub enum AnswerShape {
     /// A schema by its name.
     Json(&'static str),
     /// The same; with `stream` events whose data are the second.
@@ -59,12 +59,12 @@ const fn example(name: &'static str, status: u16, body: &'static str) -> Example
     Example { name, status, body }
 }
 
-const fn get(path: &'static str, tag: &'static str, answer: Answer, summary: &'static str) -> Operation {
+const fn get(path: &'static str, tag: &'static str, answer: AnswerShape, summary: &'static str) -> Operation {
     let (also, errors): (&[&str], _) = (&[], ErrorForm::OpenAi);
     Operation { method: "GET", path, also, tag, summary, body: Body::Nothing, answer, errors, is_open: false, examples: &[] }
 }
 
-const fn post(path: &'static str, tag: &'static str, body: Body, answer: Answer, summary: &'static str) -> Operation {
+const fn post(path: &'static str, tag: &'static str, body: Body, answer: AnswerShape, summary: &'static str) -> Operation {
     Operation { method: "POST", body, ..get(path, tag, answer, summary) }
 }
 
@@ -108,7 +108,7 @@ const RENDERED: &[&str] = &[
     "add_special_tokens",
 ];
 
-use Answer::{Json, Never, Streamed, Text};
+use AnswerShape::{Json, Never, Streamed, Text};
 use Body::{Chat, Completion, Fields, Message, Response};
 
 const ASK: &str = r#"{"model": "default", "messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 16, "temperature": 0}"#;

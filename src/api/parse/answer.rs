@@ -94,7 +94,7 @@ impl Parsing {
             return Box::new(PlainText);
         }
         let ends = self.ends_of_thoughts();
-        let mut parser = Answer {
+        let mut parser = AnswerParser {
             reasoning: told_apart.map(|reasoning| (ReasoningParser::new(reasoning.format, reasoning.start, ends), reasoning.shown)),
             tools: tools.zip(format).map(|(tools, format)| ToolParser::new(format, tools)),
             ready: Vec::new(),
@@ -107,7 +107,7 @@ impl Parsing {
 }
 
 /// Thoughts, then content and tool calls.
-struct Answer {
+struct AnswerParser {
     /// With whether they are given out.
     reasoning: Option<(ReasoningParser, bool)>,
     tools: Option<ToolParser>,
@@ -115,7 +115,7 @@ struct Answer {
     ready: Vec<DeltaKind>,
 }
 
-impl Answer {
+impl AnswerParser {
     fn content(&mut self, text: String, deltas: &mut Vec<DeltaKind>) {
         match &mut self.tools {
             Some(tools) => tools.push(&text, deltas),
@@ -139,7 +139,7 @@ impl Answer {
     }
 }
 
-impl Parser for Answer {
+impl Parser for AnswerParser {
     fn push(&mut self, text: String, deltas: &mut Vec<DeltaKind>) {
         deltas.append(&mut self.ready);
         let Some((reasoning, _)) = &mut self.reasoning else { return self.content(text, deltas) };

@@ -155,8 +155,8 @@ async fn whoever_knows_an_id_can_abort_the_request() {
     assert_eq!(other.await.unwrap().unwrap()["choices"][0]["finish_reason"], "abort");
     // Streams end as they always do.
     let mut pieces = match world.call("/v1/completions", with(body, json!({"stream": true}))).await.unwrap() {
-        Answer::Stream(pieces) => pieces,
-        Answer::Whole(whole) => panic!("not a stream: {whole}"),
+        Reply::Stream(pieces) => pieces,
+        Reply::Whole(whole) => panic!("not a stream: {whole}"),
     };
     let first = pieces.next().await.unwrap().unwrap();
     abort(json!({"request_ids": "r1"})).await.unwrap();

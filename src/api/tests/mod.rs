@@ -6,7 +6,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use serde_json::{Value, json};
 
-use crate::api::{Answer, Call, ModelInfo, Service};
+use crate::api::{Call, ModelInfo, Reply, Service};
 use crate::checkpoint::files::{ModelFiles, Source};
 use crate::config::ApiSettings;
 use crate::engine;
@@ -147,7 +147,8 @@ pub async fn world_with(says: &[Vec<Say>], settings: ApiSettings, files: ModelFi
         memory_bound: false,
     };
     let engine =
-        engine::start(move || Ok(Scripted { shape, scripts, pace }), engine::Options { max_waiting: 32, ..Default::default() }).await?;
+        engine::start(move || Ok(Scripted { shape, scripts, pace }), engine::EngineOptions { max_waiting: 32, ..Default::default() })
+            .await?;
     let service = Arc::new(Service::new(settings, engine, tokenizer.clone(), ModelInfo::from_files(&files)?)?);
     Ok(World { service, tokenizer })
 }
@@ -162,7 +163,7 @@ pub async fn saying(text: &'static str) -> World {
 }
 
 impl World {
-    pub async fn call(&self, path: &str, body: Value) -> Result<Answer, Failure> {
+    pub async fn call(&self, path: &str, body: Value) -> Result<Reply, Failure> {
         let method = if body.is_null() { "GET" } else { "POST" };
         self.service.call(Call { method: method.to_owned(), path: path.to_owned(), body, request_id: "r1".to_owned(), client: None }).await
     }
@@ -207,17 +208,17 @@ pub fn with(mut base: Value, more: Value) -> Value {
     base
 }
 
-pub fn whole(answer: Answer) -> Value {
+pub fn whole(answer: Reply) -> Value {
     match answer {
-        Answer::Whole(value) => value,
-        Answer::Stream(_) => panic!("a stream"),
+        Reply::Whole(value) => value,
+        Reply::Stream(_) => panic!("a stream"),
     }
 }
 
-pub async fn items(answer: Answer) -> Vec<Result<Value, Failure>> {
+pub async fn items(answer: Reply) -> Vec<Result<Value, Failure>> {
     match answer {
-        Answer::Stream(pieces) => pieces.collect().await,
-        Answer::Whole(value) => panic!("not a stream: {value}"),
+        Reply::Stream(pieces) => pieces.collect().await,
+        Reply::Whole(value) => panic!("not a stream: {value}"),
     }
 }
 

@@ -356,7 +356,7 @@ async fn of_a_long_text_that_is_to_be_cut_the_end_is_read() {
     for truncate in [json!({"truncate_prompt_tokens": 10}), json!({"truncate_prompt_tokens": -1})] {
         let body = with(json!({"prompt": text, "return_token_ids": true, "max_tokens": 1}), truncate);
         let call = Call { method: "POST".to_owned(), path: "/v1/completions".to_owned(), body, request_id: "r".to_owned(), client: None };
-        let Ok(Answer::Whole(answer)) = world.service.call(call).await else { panic!("refused") };
+        let Ok(Reply::Whole(answer)) = world.service.call(call).await else { panic!("refused") };
         let ids: Vec<u32> = serde_json::from_value(answer["choices"][0]["prompt_token_ids"].clone()).unwrap();
         let whole = world.ids(&text, Special::Text);
         assert!(ids.len() >= 10);

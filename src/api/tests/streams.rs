@@ -122,7 +122,7 @@ async fn token_ids_in_streams() {
 #[tokio::test]
 async fn a_slow_reader_gets_fewer_and_larger_pieces() {
     let world = saying("one two three four five six seven").await;
-    let Answer::Stream(mut pieces) = world.call("/v1/chat/completions", with(hi(), json!({"stream": true}))).await.unwrap() else {
+    let Reply::Stream(mut pieces) = world.call("/v1/chat/completions", with(hi(), json!({"stream": true}))).await.unwrap() else {
         panic!()
     };
     // Nothing is pulled until the engine is done with it.
@@ -147,7 +147,7 @@ async fn dropping_a_stream_or_a_call_frees_the_rows() {
     )
     .await
     .unwrap();
-    let Answer::Stream(mut pieces) = world.call("/v1/chat/completions", with(hi(), json!({"stream": true, "n": 2}))).await.unwrap() else {
+    let Reply::Stream(mut pieces) = world.call("/v1/chat/completions", with(hi(), json!({"stream": true, "n": 2}))).await.unwrap() else {
         panic!()
     };
     assert!(pieces.next().await.unwrap().is_ok());
@@ -199,7 +199,7 @@ proptest! {
         runtime.block_on(async {
             let world = world_with(&[vec![Say::Text("xaybzc"), Say::Bytes("🤗é".as_bytes()), Say::Text("abcde")]], ApiSettings::default(), files(&[]), Duration::from_millis(1)).await.unwrap();
             let expected = world.chat(json!({"stop": stop})).await.unwrap()["choices"][0]["message"]["content"].as_str().unwrap().to_owned();
-            let Answer::Stream(mut pieces) = world.call("/v1/chat/completions", with(hi(), json!({"stop": stop, "stream": true}))).await.unwrap() else { panic!() };
+            let Reply::Stream(mut pieces) = world.call("/v1/chat/completions", with(hi(), json!({"stop": stop, "stream": true}))).await.unwrap() else { panic!() };
             let mut frames = Vec::new();
             let mut waits = slow.into_iter();
             while let Some(piece) = pieces.next().await {

@@ -9,7 +9,7 @@ use super::*;
 use crate::engine::ngram::NgramProposer;
 use crate::engine::scheduler::{Broken, Scheduler};
 use crate::engine::sequence::Sequence;
-use crate::engine::{Event, Finish, Options, Request};
+use crate::engine::{EngineOptions, Event, Finish, Request};
 use crate::models::{Logprobs, LogprobsMode, LogprobsSpec, Output, Plan, Runner, Shape, StepError};
 
 /// Forces some stretches of tokens, lets everything pass in others, allows two tokens elsewhere, and ends after `len`.
@@ -271,7 +271,7 @@ async fn outcome(engine: &crate::engine::Handle, request: Request) -> (Vec<u32>,
 async fn a_constraint_that_fails_ends_its_own_request_alone() {
     let shape = shape(32, 4, 4, 32);
     let proposer = Some(NgramProposer { min: 1, ..Default::default() });
-    let engine = crate::engine::start(move || Ok(Obedient::new(&shape)), Options { proposer, ..Default::default() }).await.unwrap();
+    let engine = crate::engine::start(move || Ok(Obedient::new(&shape)), EngineOptions { proposer, ..Default::default() }).await.unwrap();
     let good = || request(&[1, 2], 20, Automaton::new(1, 15));
     let want = expected(&[1, 2], Automaton::new(1, 15), 20);
     let failing = Automaton { fails_at: Some(10), ..Automaton::new(1, 15) };

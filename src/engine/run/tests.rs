@@ -45,7 +45,7 @@ fn shape() -> Shape {
 }
 
 async fn engine(gate: Option<std::sync::mpsc::Receiver<()>>, max_waiting: usize) -> Handle {
-    start(move || Ok(Scripted { shape: shape(), gate }), Options { max_waiting, ..Default::default() }).await.unwrap()
+    start(move || Ok(Scripted { shape: shape(), gate }), EngineOptions { max_waiting, ..Default::default() }).await.unwrap()
 }
 
 fn request(prompt: &[u32], max_tokens: usize) -> Request {
@@ -283,7 +283,7 @@ impl Runner for Cursed {
 #[tokio::test]
 async fn a_panic_outside_of_a_step_fails_requests_and_health() {
     let load = || Ok(Cursed { scripted: Scripted { shape: shape(), gate: None }, asked: 0.into() });
-    let engine = start(load, Options::default()).await.unwrap();
+    let engine = start(load, EngineOptions::default()).await.unwrap();
     assert_eq!(collect(engine.submit(request(&[1], 2)).unwrap()).await.1, Ok(Finish::Length));
     assert_eq!(collect(engine.submit(request(&[1], 2)).unwrap()).await.1.unwrap_err().kind, Kind::Internal);
     engine.failed().await;
@@ -304,8 +304,8 @@ async fn a_deadline_fails_the_request() {
 
 #[tokio::test]
 async fn a_model_that_cannot_load_is_an_error() {
-    let failed = start(|| Err::<Scripted, _>(Failure::internal("no weights")), Options::default()).await.err().unwrap();
+    let failed = start(|| Err::<Scripted, _>(Failure::internal("no weights")), EngineOptions::default()).await.err().unwrap();
     assert_eq!(failed.message, "no weights");
-    let failed = start(|| -> Result<Scripted, Failure> { panic!("boom") }, Options::default()).await.err().unwrap();
+    let failed = start(|| -> Result<Scripted, Failure> { panic!("boom") }, EngineOptions::default()).await.err().unwrap();
     assert!(failed.message.contains("boom"));
 }

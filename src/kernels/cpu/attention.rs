@@ -149,7 +149,7 @@ impl Scratch {
 }
 
 #[derive(Clone, Copy)]
-struct Job<'a> {
+struct AttentionJob<'a> {
     q: Ptr<f32>,
     /// Numbers from one token's queries to the next's.
     q_stride: usize,
@@ -192,7 +192,7 @@ pub fn paged(
     scratch.cut(rows, spec);
     let numbers = PtrMut(scratch.numbers.as_mut_ptr());
     let tiles = &scratch.tiles;
-    let job = Job {
+    let job = AttentionJob {
         q: Ptr(q.as_ptr()),
         q_stride,
         k: Ptr(cache.k.as_ptr().cast()),
@@ -210,14 +210,14 @@ pub fn paged(
         let task = tasks - 1 - task;
         let (tile, head) = (tiles[task / shape.kv_heads], task % shape.kv_heads);
         let numbers = PtrMut(numbers.ptr().wrapping_add(thread * layout.numbers()));
-        dispatch!(attend::<>(job: Job<'_>, tile: Tile, head: usize, numbers: PtrMut<f32>));
+        dispatch!(attend::<>(job: AttentionJob<'_>, tile: Tile, head: usize, numbers: PtrMut<f32>));
     });
 }
 
 /// # Safety
 /// The job's pointers are valid for its shapes, blocks lie in the cache, nobody else writes this tile's heads or these numbers.
 #[inline(always)]
-unsafe fn attend<S: Simd>(job: Job<'_>, tile: Tile, head: usize, numbers: PtrMut<f32>) {
+unsafe fn attend<S: Simd>(job: AttentionJob<'_>, tile: Tile, head: usize, numbers: PtrMut<f32>) {
     let KvShape { kv_heads: kv, head_dim: d, block_size, .. } = job.shape;
     let padded = padded(job.shape);
     let group = job.spec.heads / kv;
@@ -305,7 +305,7 @@ unsafe fn exponentiate<S: Simd>(scores: &mut [f32], soft_cap: Option<f32>, max: 
 /// # Safety
 /// The rows that `offset` names lie in the job's queries, and `q` has room for `count` rows.
 #[inline(always)]
-unsafe fn gather_queries<S: Simd>(job: &Job<'_>, count: usize, offset: &impl Fn(usize) -> (usize, usize), q: *mut f32) {
+unsafe fn gather_queries<S: Simd>(job: &AttentionJob<'_>, count: usize, offset: &impl Fn(usize) -> (usize, usize), q: *mut f32) {
     let (d, scale) = (job.spec.head_dim, job.spec.scale);
     unsafe {
         let mut from = 0;
@@ -451,7 +451,7 @@ unsafe fn exponentials<S: Simd>(scores: &mut [f32], max: f32) -> f32 {
 /// Values of some positions of one head.
 #[derive(Clone, Copy)]
 struct Segment<'a> {
-    job: &'a Job<'a>,
+    job: &'a AttentionJob<'a>,
     row: &'a BatchRow,
     head: usize,
     start: usize,

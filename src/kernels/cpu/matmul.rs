@@ -135,7 +135,7 @@ impl Scratch {
 }
 
 #[derive(Clone, Copy)]
-struct Job {
+struct MatmulJob {
     m: usize,
     k: usize,
     /// Width of a row of `out`.
@@ -172,7 +172,7 @@ pub fn matmul(pool: &mut Pool, x: &[f32], w: &Packed, bias: Option<&[f32]>, epil
         #[cfg(target_arch = "x86_64")]
         MatmulKernel::TilesSplit => amx::arrange::<2>(pool, x, k, scratch),
     }
-    let job = Job {
+    let job = MatmulJob {
         m,
         k,
         n,
@@ -204,7 +204,7 @@ pub fn matmul(pool: &mut Pool, x: &[f32], w: &Packed, bias: Option<&[f32]>, epil
 }
 
 /// Computes the panels `from..to` of a job. `kernel` is the one that [`MatmulKernel::of`] gives for `format`.
-fn panels_of(kernel: MatmulKernel, format: WeightFormat) -> fn(Job, usize, usize) {
+fn panels_of(kernel: MatmulKernel, format: WeightFormat) -> fn(MatmulJob, usize, usize) {
     // SAFETY: `MatmulKernel::of` chose a kernel whose instructions this processor has. The job's pointers are valid for its shape, by the asserts
     // of `matmul`, and every task has panels of its own.
     match (kernel, format) {
@@ -214,10 +214,10 @@ fn panels_of(kernel: MatmulKernel, format: WeightFormat) -> fn(Job, usize, usize
         (MatmulKernel::Tiles, _) => |job, from, to| unsafe { amx::panels::<1>(job, from, to) },
         #[cfg(target_arch = "x86_64")]
         (MatmulKernel::TilesSplit, _) => |job, from, to| unsafe { amx::panels::<2>(job, from, to) },
-        (_, WeightFormat::F32) => |job, from, to| dispatch!(panels::<WeightsF32>(job: Job, from: usize, to: usize)),
-        (_, WeightFormat::Bf16) => |job, from, to| dispatch!(panels::<WeightsBf16>(job: Job, from: usize, to: usize)),
-        (_, WeightFormat::Int8) => |job, from, to| dispatch!(panels::<Weights8>(job: Job, from: usize, to: usize)),
-        (_, WeightFormat::Int4) => |job, from, to| dispatch!(panels::<Weights4>(job: Job, from: usize, to: usize)),
+        (_, WeightFormat::F32) => |job, from, to| dispatch!(panels::<WeightsF32>(job: MatmulJob, from: usize, to: usize)),
+        (_, WeightFormat::Bf16) => |job, from, to| dispatch!(panels::<WeightsBf16>(job: MatmulJob, from: usize, to: usize)),
+        (_, WeightFormat::Int8) => |job, from, to| dispatch!(panels::<Weights8>(job: MatmulJob, from: usize, to: usize)),
+        (_, WeightFormat::Int4) => |job, from, to| dispatch!(panels::<Weights4>(job: MatmulJob, from: usize, to: usize)),
     }
 }
 
@@ -243,7 +243,7 @@ trait Weights {
     ///
     /// # Safety
     /// As [`Simd`]; `panel` is whole, and rows are inside x.
-    unsafe fn tile<S: Simd, const MR: usize>(job: &Job, panel: *const u8, row: usize, pass: usize, next: Next) -> [[S::V; 2]; MR];
+    unsafe fn tile<S: Simd, const MR: usize>(job: &MatmulJob, panel: *const u8, row: usize, pass: usize, next: Next) -> [[S::V; 2]; MR];
 }
 
 /// Computes panels `from..to` for all rows.
@@ -251,7 +251,7 @@ trait Weights {
 /// # Safety
 /// The job's pointers are valid for its shape, and no other thread writes these columns.
 #[inline(always)]
-unsafe fn panels<S: Simd, W: Weights>(job: Job, from: usize, to: usize) {
+unsafe fn panels<S: Simd, W: Weights>(job: MatmulJob, from: usize, to: usize) {
     // SAFETY: `from..to` are panels of the weights, and tiles end at the last row. What comes after the panel is only prefetched.
     unsafe {
         for index in from..to {
@@ -297,7 +297,7 @@ pub(super) fn tile_rows(left: usize, most: usize) -> usize {
 /// As for [`panels`]; `MR` rows from `row` on are inside the job.
 #[inline(always)]
 unsafe fn strip<S: Simd, W: Weights, const MR: usize>(
-    job: &Job,
+    job: &MatmulJob,
     panel: *const u8,
     index: usize,
     row: usize,
@@ -319,7 +319,7 @@ unsafe fn strip<S: Simd, W: Weights, const MR: usize>(
 /// # Safety
 /// As for [`panels`]; `MR` rows from `row` on are inside out.
 #[inline(always)]
-unsafe fn finish<S: Simd, const MR: usize>(job: &Job, sums: &[[S::V; 2]; MR], column: usize, row: usize) {
+unsafe fn finish<S: Simd, const MR: usize>(job: &MatmulJob, sums: &[[S::V; 2]; MR], column: usize, row: usize) {
     unsafe {
         for (r, sums) in sums.iter().enumerate() {
             for (v, sum) in sums.iter().enumerate() {
@@ -365,7 +365,7 @@ unsafe fn finish<S: Simd, const MR: usize>(job: &Job, sums: &[[S::V; 2]; MR], co
 /// # Safety
 /// As for [`finish`].
 #[inline(always)]
-unsafe fn finish_gated<S: Simd, const MR: usize>(job: &Job, sums: &[[S::V; 2]; MR], column: usize, row: usize) {
+unsafe fn finish_gated<S: Simd, const MR: usize>(job: &MatmulJob, sums: &[[S::V; 2]; MR], column: usize, row: usize) {
     if column >= job.n {
         return;
     }

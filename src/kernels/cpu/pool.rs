@@ -23,7 +23,7 @@ pub struct Pool {
 
 struct Shared {
     /// The kernel at hand. Written by the caller while the gate is closed and nobody is in.
-    job: std::cell::UnsafeCell<Job>,
+    job: std::cell::UnsafeCell<ParallelJob>,
     /// Counts kernels, so that a helper joins each once.
     round: AtomicU32,
     gate: AtomicU32,
@@ -34,7 +34,7 @@ struct Shared {
 }
 
 #[derive(Clone, Copy)]
-struct Job {
+struct ParallelJob {
     /// Called with a task and the number of the thread.
     run: *const (dyn Fn(usize, usize) + Sync),
     tasks: usize,
@@ -50,7 +50,7 @@ impl Pool {
     /// `threads` in all, the caller's included.
     pub fn new(threads: usize) -> std::io::Result<Self> {
         let shared = Arc::new(Shared {
-            job: std::cell::UnsafeCell::new(Job { run: &nothing, tasks: 0 }),
+            job: std::cell::UnsafeCell::new(ParallelJob { run: &nothing, tasks: 0 }),
             round: AtomicU32::new(0),
             gate: AtomicU32::new(0),
             next: AtomicUsize::new(0),
@@ -86,7 +86,7 @@ impl Pool {
         // function waits for all that are in, and closes the gate before.
         unsafe {
             let run: *const (dyn Fn(usize, usize) + Sync + '_) = task;
-            *shared.job.get() = Job {
+            *shared.job.get() = ParallelJob {
                 run: std::mem::transmute::<*const (dyn Fn(usize, usize) + Sync + '_), *const (dyn Fn(usize, usize) + Sync)>(run),
                 tasks,
             };

@@ -46,7 +46,7 @@ async fn a_cancelled_job_posts_nothing() {
     let running = Running::single(handler(|job| async move {
         match job.id.as_str() {
             "a" => Err(Failure::new(crate::error::Kind::Cancelled, "gone")),
-            _ => Ok(Answer::Whole(json!(1))),
+            _ => Ok(Reply::Whole(json!(1))),
         }
     }))
     .await;
@@ -60,7 +60,14 @@ async fn a_cancelled_job_posts_nothing() {
 #[tokio::test]
 async fn a_result_is_posted_until_it_arrives() {
     let running = Running::start(echo()).await;
-    let troubles = [Reply::Status(500), Reply::Cut, Reply::Status(429), Reply::Status(408), Reply::Status(425), Reply::Status(503)];
+    let troubles = [
+        ScriptedReply::Status(500),
+        ScriptedReply::Cut,
+        ScriptedReply::Status(429),
+        ScriptedReply::Status(408),
+        ScriptedReply::Status(425),
+        ScriptedReply::Status(503),
+    ];
     running.queue.script(Route::Done, troubles);
     running.give("a", json!(1));
     let done = running.queue.wait(Route::Done, 7).await;
@@ -71,7 +78,7 @@ async fn a_result_is_posted_until_it_arrives() {
 #[tokio::test]
 async fn a_result_that_never_arrives_is_given_up_and_frees_its_slot() {
     let running = Running::single(echo()).await;
-    running.queue.script(Route::Done, std::iter::repeat_n(Reply::Status(500), 30));
+    running.queue.script(Route::Done, std::iter::repeat_n(ScriptedReply::Status(500), 30));
     running.give("a", json!(1));
     running.queue.wait(Route::Take, 2).await;
     let attempts = running.queue.lines(Route::Done).len();
@@ -83,7 +90,7 @@ async fn a_result_that_never_arrives_is_given_up_and_frees_its_slot() {
 #[tokio::test]
 async fn a_refused_result_is_not_repeated() {
     let running = Running::single(echo()).await;
-    running.queue.script(Route::Done, [Reply::Status(404)]);
+    running.queue.script(Route::Done, [ScriptedReply::Status(404)]);
     running.give("a", json!(1));
     running.give("b", json!(2));
     running.queue.wait(Route::Done, 2).await;
@@ -94,8 +101,8 @@ async fn a_refused_result_is_not_repeated() {
 #[tokio::test]
 async fn a_large_result_that_is_refused_becomes_a_small_error() {
     for status in [400, 413] {
-        let running = Running::start(handler(|_| async { Ok(Answer::Whole(json!("x".repeat(400_000)))) })).await;
-        running.queue.script(Route::Done, [Reply::Status(status)]);
+        let running = Running::start(handler(|_| async { Ok(Reply::Whole(json!("x".repeat(400_000)))) })).await;
+        running.queue.script(Route::Done, [ScriptedReply::Status(status)]);
         running.give("a", json!({}));
         let done = running.queue.wait(Route::Done, 2).await;
         running.end().await;
@@ -111,7 +118,7 @@ async fn a_large_result_that_is_refused_becomes_a_small_error() {
 async fn a_result_over_the_limit_is_not_even_tried() {
     let queue = Queue::start().await;
     let policy = RetryPolicy { result_limit: 1000, ..policy() };
-    let large = handler(|_| async { Ok(Answer::Whole(json!("x".repeat(1000)))) });
+    let large = handler(|_| async { Ok(Reply::Whole(json!("x".repeat(1000)))) });
     let running = Running::worker(&queue, Worker::new(&settings(&queue.base), 1, large).retry_policy(policy));
     running.give("a", json!({}));
     let done = queue.wait(Route::Done, 1).await;

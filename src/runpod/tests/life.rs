@@ -19,7 +19,7 @@ async fn a_stopped_job_is_dropped_and_says_nothing() {
     let running = Running::single(endless(&dropped)).await;
     running.give("a", json!({}));
     running.queue.wait(Route::Stream, 1).await;
-    running.queue.script(Route::Stop, [Reply::Status(204), Reply::Json(json!({"jobsToStop": ["other", 5, null, "a"]}))]);
+    running.queue.script(Route::Stop, [ScriptedReply::Status(204), ScriptedReply::Json(json!({"jobsToStop": ["other", 5, null, "a"]}))]);
     // The only slot is free again.
     let takes = running.queue.wait(Route::Take, 2).await;
     assert!(takes[1].line.ends_with("&job_in_progress=0"), "{}", takes[1].line);
@@ -34,10 +34,10 @@ async fn a_stop_reaches_a_job_whose_result_does_not_arrive() {
     let queue = Queue::start().await;
     let policy = RetryPolicy { result_window: Duration::from_secs(600), ..policy() };
     let running = Running::worker(&queue, Worker::new(&settings(&queue.base), 1, echo()).retry_policy(policy));
-    queue.script(Route::Done, std::iter::repeat_n(Reply::Status(500), 10_000));
+    queue.script(Route::Done, std::iter::repeat_n(ScriptedReply::Status(500), 10_000));
     running.give("a", json!(1));
     queue.wait(Route::Done, 3).await;
-    queue.script(Route::Stop, [Reply::Json(json!({"jobsToStop": ["a"]}))]);
+    queue.script(Route::Stop, [ScriptedReply::Json(json!({"jobsToStop": ["a"]}))]);
     queue.wait(Route::Take, 2).await;
     running.end().await;
 }
@@ -45,8 +45,11 @@ async fn a_stop_reaches_a_job_whose_result_does_not_arrive() {
 #[tokio::test]
 async fn the_stop_route_may_fail_or_be_missing() {
     let running = Running::single(echo()).await;
-    running.queue.script(Route::Stop, [Reply::Status(500), Reply::Cut, Reply::Status(429), Reply::Text("{", "application/json")]);
-    running.queue.script(Route::Stop, [Reply::Status(404)]);
+    running.queue.script(
+        Route::Stop,
+        [ScriptedReply::Status(500), ScriptedReply::Cut, ScriptedReply::Status(429), ScriptedReply::Text("{", "application/json")],
+    );
+    running.queue.script(Route::Stop, [ScriptedReply::Status(404)]);
     // The pause after 429 is set short, the one after 404 is not.
     running.queue.wait(Route::Stop, 5).await;
     running.give("a", json!(1));
@@ -61,7 +64,7 @@ async fn a_shutdown_lets_running_jobs_end() {
         let mut released = released.clone();
         async move {
             let _ = released.wait_for(|&go| go).await;
-            Ok(Answer::Whole(json!("late")))
+            Ok(Reply::Whole(json!("late")))
         }
     }))
     .await;
@@ -69,7 +72,7 @@ async fn a_shutdown_lets_running_jobs_end() {
     running.queue.wait(Route::Take, 2).await;
     running.shut_down();
     // The poll that was pending brings nothing, and no new one begins.
-    running.queue.script(Route::Take, [Reply::Status(204)]);
+    running.queue.script(Route::Take, [ScriptedReply::Status(204)]);
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert!(!running.task.is_finished());
     release.send(true).unwrap();
@@ -99,7 +102,7 @@ async fn the_last_poll_is_waited_for_as_long_as_polls_were_held() {
     let mut running = Running::worker(&queue, Worker::new(&settings(&queue.base), 4, echo()).retry_policy(policy()));
     queue.wait(Route::Take, 1).await;
     tokio::time::sleep(Duration::from_millis(800)).await;
-    queue.script(Route::Take, [Reply::Status(204)]);
+    queue.script(Route::Take, [ScriptedReply::Status(204)]);
     queue.wait(Route::Take, 2).await;
     running.shut_down();
     // Far longer than the waits that the tests set, and within what this server was seen to hold.
@@ -121,7 +124,7 @@ async fn a_last_poll_that_never_ends_is_dropped() {
         let policy = RetryPolicy { unknown_hold: Duration::from_secs(60), ..policy() };
         let mut running = Running::worker(&queue, Worker::new(&settings, 4, echo()).retry_policy(policy));
         if learned {
-            queue.script(Route::Take, [Reply::Status(204)]);
+            queue.script(Route::Take, [ScriptedReply::Status(204)]);
             queue.wait(Route::Take, 2).await;
         }
         queue.wait(Route::Take, 1).await;
@@ -138,7 +141,7 @@ async fn what_is_unfinished_at_the_deadline_fails() {
     let mut settings = settings(&queue.base);
     settings.drain_timeout = Some(Duration::from_millis(30));
     let mut running = Running::worker(&queue, Worker::new(&settings, 4, endless(&dropped)).retry_policy(policy()));
-    queue.script(Route::Take, [Reply::Json(json!([{"id": "a", "input": 1}, {"id": "b", "input": 2}]))]);
+    queue.script(Route::Take, [ScriptedReply::Json(json!([{"id": "a", "input": 1}, {"id": "b", "input": 2}]))]);
     queue.wait(Route::Stream, 2).await;
     running.shut_down();
     assert_eq!(running.ended().await, Ended::Drained);
@@ -169,13 +172,13 @@ async fn hearts_beat_while_handlers_block_every_thread() {
             while named() < 5 && start.elapsed() < Duration::from_secs(20) {
                 std::thread::sleep(Duration::from_millis(1));
             }
-            Ok(Answer::Whole(json!(named() >= 5)))
+            Ok(Reply::Whole(json!(named() >= 5)))
         }
     });
     let running = Running::worker(&queue, Worker::new(&settings, 4, blocking).retry_policy(policy()));
     queue.wait(Route::Ping, 2).await;
-    queue.script(Route::Ping, [Reply::Status(500), Reply::Cut, Reply::Status(404)]);
-    queue.script(Route::Take, [Reply::Json(json!([{"id": "a", "input": 1}, {"id": "b", "input": 2}]))]);
+    queue.script(Route::Ping, [ScriptedReply::Status(500), ScriptedReply::Cut, ScriptedReply::Status(404)]);
+    queue.script(Route::Take, [ScriptedReply::Json(json!([{"id": "a", "input": 1}, {"id": "b", "input": 2}]))]);
     let done = queue.wait(Route::Done, 2).await;
     running.end().await;
     assert_eq!(queue.lines(Route::Ping)[0], "GET /v2/ep/ping/pod1?gpu=RTX+A5000&runpod_version=1.2.3");
@@ -249,7 +252,7 @@ async fn a_job_that_comes_to_a_broken_engine_fails_with_the_reason() {
     let counter = Arc::clone(&runs);
     let counting = handler(move |_| {
         counter.fetch_add(1, Ordering::SeqCst);
-        async { Ok(Answer::Whole(json!(1))) }
+        async { Ok(Reply::Whole(json!(1))) }
     });
     let policy = RetryPolicy { unknown_hold: Duration::from_secs(10), ..policy() };
     let worker = Worker::new(&settings(&queue.base), 4, counting).retry_policy(policy).health(faults.into());

@@ -11,10 +11,10 @@ use tokio::task::JoinHandle;
 
 use super::retry::Backoff;
 use super::{Ended, Handler, Job, RetryPolicy, Worker};
-use crate::api::{Answer, Pieces};
+use crate::api::{Pieces, Reply};
 use crate::config::{RunpodSettings, SecretString};
 use crate::error::Failure;
-use queue::{Queue, Reply, Route};
+use queue::{Queue, Route, ScriptedReply};
 
 mod answers;
 mod life;
@@ -85,7 +85,7 @@ impl Running {
 
     /// Hands out one job.
     fn give(&self, id: &str, input: Value) {
-        self.queue.script(Route::Take, [Reply::Json(json!({"id": id, "input": input}))]);
+        self.queue.script(Route::Take, [ScriptedReply::Json(json!({"id": id, "input": input}))]);
     }
 
     fn shut_down(&mut self) {
@@ -107,14 +107,14 @@ impl Running {
 fn handler<F, T>(run: F) -> Handler
 where
     F: Fn(Job) -> T + Send + Sync + 'static,
-    T: Future<Output = Result<Answer, Failure>> + Send + 'static,
+    T: Future<Output = Result<Reply, Failure>> + Send + 'static,
 {
     Arc::new(move |job| run(job).boxed())
 }
 
 /// Gives back what came in.
 fn echo() -> Handler {
-    handler(|job| async move { Ok(Answer::Whole(json!({"echo": job.input}))) })
+    handler(|job| async move { Ok(Reply::Whole(json!({"echo": job.input}))) })
 }
 
 /// Answers with a stream of these.
@@ -122,7 +122,7 @@ fn streamer(pieces: impl Fn() -> Pieces + Send + Sync + 'static) -> Handler {
     let pieces = Arc::new(pieces);
     handler(move |_| {
         let pieces = pieces();
-        async move { Ok(Answer::Stream(pieces)) }
+        async move { Ok(Reply::Stream(pieces)) }
     })
 }
 

@@ -13,7 +13,7 @@ use tokio::sync::{Notify, watch};
 
 /// One answer of the script.
 #[derive(Debug, Clone)]
-pub enum Reply {
+pub enum ScriptedReply {
     Status(u16),
     Json(Value),
     /// Body and content type.
@@ -73,7 +73,7 @@ impl Route {
 
 #[derive(Default)]
 struct Inner {
-    script: Mutex<Vec<(Route, VecDeque<Reply>)>>,
+    script: Mutex<Vec<(Route, VecDeque<ScriptedReply>)>>,
     seen: Mutex<Vec<(Route, Seen)>>,
     /// Counts requests and script entries: whoever waits looks again.
     changed: watch::Sender<u64>,
@@ -109,7 +109,7 @@ impl Queue {
     }
 
     /// Adds answers to a route's script.
-    pub fn script(&self, route: Route, replies: impl IntoIterator<Item = Reply>) {
+    pub fn script(&self, route: Route, replies: impl IntoIterator<Item = ScriptedReply>) {
         let mut script = self.inner.script.lock().unwrap();
         match script.iter_mut().find(|(key, _)| *key == route) {
             Some((_, queue)) => queue.extend(replies),
@@ -144,7 +144,7 @@ impl Queue {
 }
 
 impl Inner {
-    fn next(&self, route: Route) -> Option<Reply> {
+    fn next(&self, route: Route) -> Option<ScriptedReply> {
         self.script.lock().unwrap().iter_mut().find(|(key, _)| *key == route)?.1.pop_front()
     }
 }
@@ -162,16 +162,16 @@ async fn answer(State(inner): State<Arc<Inner>>, request: Request) -> Response {
         match inner.next(route) {
             Some(reply) => break reply,
             None if route.is_poll() => changed.changed().await.unwrap(),
-            None => break Reply::Status(200),
+            None => break ScriptedReply::Status(200),
         }
     };
     match reply {
-        Reply::Status(status) => StatusCode::from_u16(status).unwrap().into_response(),
-        Reply::Json(value) => ([(header::CONTENT_TYPE, "application/json; charset=utf-8")], value.to_string()).into_response(),
-        Reply::Text(text, content_type) => ([(header::CONTENT_TYPE, content_type)], Body::from(text)).into_response(),
+        ScriptedReply::Status(status) => StatusCode::from_u16(status).unwrap().into_response(),
+        ScriptedReply::Json(value) => ([(header::CONTENT_TYPE, "application/json; charset=utf-8")], value.to_string()).into_response(),
+        ScriptedReply::Text(text, content_type) => ([(header::CONTENT_TYPE, content_type)], Body::from(text)).into_response(),
         // Ends the connection's task, without the noise of a panic.
-        Reply::Cut => std::panic::resume_unwind(Box::new("cut")),
-        Reply::Gate(gate) => {
+        ScriptedReply::Cut => std::panic::resume_unwind(Box::new("cut")),
+        ScriptedReply::Gate(gate) => {
             gate.notified().await;
             StatusCode::OK.into_response()
         }

@@ -36,7 +36,7 @@ async fn pieces_wait_behind_a_slow_post_and_then_go_together() {
     let receiver = std::sync::Mutex::new(Some(receiver));
     let running = Running::start(streamer(move || pulled(receiver.lock().unwrap().take().unwrap()))).await;
     let gate = Arc::new(tokio::sync::Notify::new());
-    running.queue.script(Route::Stream, [Reply::Gate(Arc::clone(&gate))]);
+    running.queue.script(Route::Stream, [ScriptedReply::Gate(Arc::clone(&gate))]);
     running.give("a/1", json!({}));
 
     sender.send(frame(0)).unwrap();
@@ -123,7 +123,14 @@ async fn without_a_stream_address_there_is_only_the_aggregate() {
 async fn a_piece_that_does_not_arrive_is_skipped() {
     let running = Running::start(values((0..4).map(|n| Ok(json!({"n": n}))).collect())).await;
     // The first is refused; the second fails in its single attempt; the third arrives; the fourth has three attempts again.
-    let replies = [Reply::Status(400), Reply::Status(500), Reply::Status(200), Reply::Status(500), Reply::Cut, Reply::Status(200)];
+    let replies = [
+        ScriptedReply::Status(400),
+        ScriptedReply::Status(500),
+        ScriptedReply::Status(200),
+        ScriptedReply::Status(500),
+        ScriptedReply::Cut,
+        ScriptedReply::Status(200),
+    ];
     running.queue.script(Route::Stream, replies);
     running.give("a", json!({}));
     let done = running.queue.wait(Route::Done, 1).await;

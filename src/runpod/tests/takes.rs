@@ -35,7 +35,7 @@ async fn one_slot_takes_singly_and_knows_when_it_is_busy() {
         let wait = Arc::clone(&wait);
         async move {
             wait.notified().await;
-            Ok(Answer::Whole(Value::Null))
+            Ok(Reply::Whole(Value::Null))
         }
     });
     let queue = Queue::start().await;
@@ -60,7 +60,7 @@ async fn a_full_worker_takes_nothing() {
     running.queue.wait(Route::Take, 1).await;
     tokio::time::sleep(Duration::from_millis(50)).await;
     assert_eq!(running.queue.lines(Route::Take).len(), 1, "the slot is taken");
-    running.queue.script(Route::Stop, [Reply::Json(json!({"jobsToStop": ["a"]}))]);
+    running.queue.script(Route::Stop, [ScriptedReply::Json(json!({"jobsToStop": ["a"]}))]);
     running.queue.wait(Route::Take, 2).await;
 }
 
@@ -68,24 +68,24 @@ async fn a_full_worker_takes_nothing() {
 async fn survives_every_answer_without_a_job() {
     let running = Running::single(echo()).await;
     let answers = [
-        Reply::Status(204),
-        Reply::Status(400),
-        Reply::Status(429),
-        Reply::Status(401),
-        Reply::Status(403),
-        Reply::Status(404),
-        Reply::Status(500),
-        Reply::Status(502),
-        Reply::Cut,
-        Reply::Cut,
-        Reply::Text("", "application/json"),
-        Reply::Text("{", "application/json"),
-        Reply::Text("null", "application/json"),
-        Reply::Text("7", "application/json"),
-        Reply::Text(r#"{"id":"html","input":1}"#, "text/html"),
-        Reply::Json(json!([])),
-        Reply::Json(json!({"input": 1})),
-        Reply::Json(json!({"status": "ok"})),
+        ScriptedReply::Status(204),
+        ScriptedReply::Status(400),
+        ScriptedReply::Status(429),
+        ScriptedReply::Status(401),
+        ScriptedReply::Status(403),
+        ScriptedReply::Status(404),
+        ScriptedReply::Status(500),
+        ScriptedReply::Status(502),
+        ScriptedReply::Cut,
+        ScriptedReply::Cut,
+        ScriptedReply::Text("", "application/json"),
+        ScriptedReply::Text("{", "application/json"),
+        ScriptedReply::Text("null", "application/json"),
+        ScriptedReply::Text("7", "application/json"),
+        ScriptedReply::Text(r#"{"id":"html","input":1}"#, "text/html"),
+        ScriptedReply::Json(json!([])),
+        ScriptedReply::Json(json!({"input": 1})),
+        ScriptedReply::Json(json!({"status": "ok"})),
     ];
     let count = answers.len();
     running.queue.script(Route::Take, answers);
@@ -117,7 +117,7 @@ async fn a_list_is_validated_entry_by_entry() {
         "nonsense",
         {"id": "b", "input": null},
     ]);
-    running.queue.script(Route::Take, [Reply::Json(list)]);
+    running.queue.script(Route::Take, [ScriptedReply::Json(list)]);
     let mut done = running.queue.wait(Route::Done, 3).await;
     done.sort_by_key(|seen| seen.line.clone());
     assert_eq!(running.end().await.lines(Route::Done).len(), 3);
@@ -133,7 +133,7 @@ async fn a_job_that_cannot_be_read_is_answered_and_spares_its_neighbours() {
     let running = Running::start(echo()).await;
     // Half of a surrogate pair: JSON, and not text.
     let list = r#"[{"id":"a","input":{"text":"\ud83d"}},{"id":"b","input":1}]"#;
-    running.queue.script(Route::Take, [Reply::Text(list, "application/json")]);
+    running.queue.script(Route::Take, [ScriptedReply::Text(list, "application/json")]);
     let mut done = running.queue.wait(Route::Done, 2).await;
     done.sort_by_key(|seen| seen.line.clone());
     running.end().await;
@@ -144,7 +144,7 @@ async fn a_job_that_cannot_be_read_is_answered_and_spares_its_neighbours() {
 #[tokio::test]
 async fn a_refused_worker_does_not_blame_the_batch_route() {
     let running = Running::start(echo()).await;
-    running.queue.script(Route::Take, [Reply::Status(401), Reply::Status(403), Reply::Status(204)]);
+    running.queue.script(Route::Take, [ScriptedReply::Status(401), ScriptedReply::Status(403), ScriptedReply::Status(204)]);
     running.queue.wait(Route::Take, 4).await;
     let lines = running.end().await.lines(Route::Take);
     assert!(lines.iter().all(|line| line.contains("/job-take-batch/")), "{lines:?}");
@@ -154,7 +154,7 @@ async fn a_refused_worker_does_not_blame_the_batch_route() {
 async fn without_a_batch_route_jobs_are_taken_singly() {
     for status in [404, 500] {
         let running = Running::start(echo()).await;
-        running.queue.script(Route::Take, [Reply::Status(status), Reply::Json(json!({"id": "a", "input": 1}))]);
+        running.queue.script(Route::Take, [ScriptedReply::Status(status), ScriptedReply::Json(json!({"id": "a", "input": 1}))]);
         running.queue.wait(Route::Take, 3).await;
         let queue = running.end().await;
         let paths: Vec<String> = queue.lines(Route::Take).iter().map(|line| line.split('?').next().unwrap().to_owned()).collect();
@@ -172,13 +172,13 @@ async fn a_running_job_is_not_run_twice_and_an_ended_one_may_come_again() {
         let mut released = released.clone();
         async move {
             let _ = released.wait_for(|&go| go).await;
-            Ok(Answer::Whole(json!(run)))
+            Ok(Reply::Whole(json!(run)))
         }
     }))
     .await;
     running.give("a", json!({}));
     let twice = json!([{"id": "a", "input": {}}, {"id": "a", "input": {}}]);
-    running.queue.script(Route::Take, [Reply::Json(twice)]);
+    running.queue.script(Route::Take, [ScriptedReply::Json(twice)]);
     running.queue.wait(Route::Take, 3).await;
     release.send(true).unwrap();
     running.queue.wait(Route::Done, 1).await;
@@ -217,8 +217,8 @@ async fn the_test_harness_is_enough() {
     };
     let pieces = streamer(|| stream::iter([Ok(json!({"n": 1}))]).boxed());
     let running = Running::worker(&queue, Worker::new(&settings, 8, pieces).retry_policy(policy()));
-    queue.script(Route::Stop, [Reply::Status(404)]);
-    queue.script(Route::Take, [Reply::Status(404), Reply::Status(500), Reply::Status(204)]);
+    queue.script(Route::Stop, [ScriptedReply::Status(404)]);
+    queue.script(Route::Take, [ScriptedReply::Status(404), ScriptedReply::Status(500), ScriptedReply::Status(204)]);
     running.give("a", json!({}));
     let done = queue.wait(Route::Done, 1).await;
     running.end().await;

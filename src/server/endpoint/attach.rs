@@ -111,7 +111,7 @@ fn nothing() -> Response {
     StatusCode::NO_CONTENT.into_response()
 }
 
-async fn done(State(endpoints): State<Endpoints>, Path((id, worker, job)): Path<(String, String, String)>, request: Request) -> Answer {
+async fn done(State(endpoints): State<Endpoints>, Path((id, worker, job)): Path<(String, String, String)>, request: Request) -> JsonResult {
     let queue = endpoints.queue(&id).map_err(plain)?;
     let (worker, job) = (segment(&worker), segment(&job));
     let (body, bytes) = read(queue.options.run_limit.max(queue.options.sync_limit), request).await?;
@@ -122,7 +122,11 @@ async fn done(State(endpoints): State<Endpoints>, Path((id, worker, job)): Path<
     answer(verdict, bytes)
 }
 
-async fn stream(State(endpoints): State<Endpoints>, Path((id, worker, job)): Path<(String, String, String)>, request: Request) -> Answer {
+async fn stream(
+    State(endpoints): State<Endpoints>,
+    Path((id, worker, job)): Path<(String, String, String)>,
+    request: Request,
+) -> JsonResult {
     let queue = endpoints.queue(&id).map_err(plain)?;
     let (worker, job) = (segment(&worker), segment(&job));
     let (body, bytes) = read(queue.options.chunk_limit, request).await?;
@@ -133,7 +137,7 @@ async fn stream(State(endpoints): State<Endpoints>, Path((id, worker, job)): Pat
     answer(verdict, bytes)
 }
 
-type Answer = Result<Json<Value>, Refusal>;
+type JsonResult = Result<Json<Value>, Refusal>;
 
 /// The body as JSON, whatever its content type says: the SDK calls it a form.
 async fn read(limit: usize, request: Request) -> Result<(Value, usize), Refusal> {
@@ -150,7 +154,7 @@ async fn read(limit: usize, request: Request) -> Result<(Value, usize), Refusal>
 }
 
 /// A result that nobody waits for any more is taken politely: its worker could do nothing about a refusal.
-fn answer(verdict: Verdict, bytes: usize) -> Answer {
+fn answer(verdict: Verdict, bytes: usize) -> JsonResult {
     match verdict {
         Verdict::Accepted => Ok(Json(json!({}))),
         Verdict::Ignored => Ok(Json(json!({ "ignored": true }))),
@@ -160,7 +164,7 @@ fn answer(verdict: Verdict, bytes: usize) -> Answer {
     }
 }
 
-async fn ping(State(endpoints): State<Endpoints>, Path((id, worker)): Path<(String, String)>, params: Params) -> Answer {
+async fn ping(State(endpoints): State<Endpoints>, Path((id, worker)): Path<(String, String)>, params: Params) -> JsonResult {
     let queue = endpoints.queue(&id).map_err(plain)?;
     let worker = segment(&worker);
     let ids: Vec<&str> = params.get("job_id").map(|ids| ids.split(',').filter(|id| !id.is_empty()).collect()).unwrap_or_default();

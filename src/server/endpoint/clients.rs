@@ -15,7 +15,7 @@ use super::queue::Queue;
 use crate::error::{Failure, Kind};
 use crate::server::wire::{self, Refusal};
 
-type Answer = Result<Json<Value>, Refusal>;
+type JsonResult = Result<Json<Value>, Refusal>;
 type Params = Query<HashMap<String, String>>;
 
 /// The wait of `/runsync` and `/status-sync` in milliseconds, when the client names none, and its limits.
@@ -47,14 +47,14 @@ fn plain(failure: Failure) -> Refusal {
     Refusal::plain(&failure)
 }
 
-async fn run(State(endpoints): State<Endpoints>, Path(id): Path<String>, request: Request) -> Answer {
+async fn run(State(endpoints): State<Endpoints>, Path(id): Path<String>, request: Request) -> JsonResult {
     let queue = queue(&endpoints, &id)?;
     let job = submit(&queue, Origin::Run, request).await.map_err(plain)?;
     Ok(Json(json!({ "id": job, "status": Status::InQueue.name() })))
 }
 
 /// A client that hangs up does not cancel: the job goes on, as in the cloud.
-async fn runsync(State(endpoints): State<Endpoints>, Path(id): Path<String>, params: Params, request: Request) -> Answer {
+async fn runsync(State(endpoints): State<Endpoints>, Path(id): Path<String>, params: Params, request: Request) -> JsonResult {
     let queue = queue(&endpoints, &id)?;
     let wait = wait(&params).map_err(plain)?;
     let job = submit(&queue, Origin::Sync, request).await.map_err(plain)?;
@@ -74,7 +74,7 @@ async fn submit(queue: &Queue, origin: Origin, request: Request) -> Result<Strin
     queue.submit(Order::parse(origin, &bytes)?)
 }
 
-async fn status(State(endpoints): State<Endpoints>, Path((id, job)): Path<(String, String)>, params: Params) -> Answer {
+async fn status(State(endpoints): State<Endpoints>, Path((id, job)): Path<(String, String)>, params: Params) -> JsonResult {
     let queue = queue(&endpoints, &id)?;
     if let Some(ttl) = number(&params, "ttl").map_err(plain)? {
         queue.change(|state, _| state.set_ttl(&job, Duration::from_millis(ttl)));
@@ -82,7 +82,7 @@ async fn status(State(endpoints): State<Endpoints>, Path((id, job)): Path<(Strin
     queue.look(|state| state.job(&job).map(|job| Json(Value::Object(job.report())))).map_err(plain)
 }
 
-async fn status_sync(State(endpoints): State<Endpoints>, Path((id, job)): Path<(String, String)>, params: Params) -> Answer {
+async fn status_sync(State(endpoints): State<Endpoints>, Path((id, job)): Path<(String, String)>, params: Params) -> JsonResult {
     let queue = queue(&endpoints, &id)?;
     let wait = wait(&params).map_err(plain)?;
     let (_, report) = queue.wait_end(&job, Instant::now() + wait).await.map_err(plain)?;
@@ -90,7 +90,7 @@ async fn status_sync(State(endpoints): State<Endpoints>, Path((id, job)): Path<(
 }
 
 /// The chunks since the last read. `stream` is always there: the SDK looks for it even at the end.
-async fn stream(State(endpoints): State<Endpoints>, Path((id, job)): Path<(String, String)>) -> Answer {
+async fn stream(State(endpoints): State<Endpoints>, Path((id, job)): Path<(String, String)>) -> JsonResult {
     let queue = queue(&endpoints, &id)?;
     let progress = queue.wait_chunks(&job, Instant::now() + queue.options.stream_hold, None).await.map_err(plain)?;
     let chunks: Vec<Value> = progress.chunks.into_iter().map(|output| json!({ "output": output })).collect();
@@ -101,26 +101,26 @@ async fn stream(State(endpoints): State<Endpoints>, Path((id, job)): Path<(Strin
     Ok(Json(answer))
 }
 
-async fn cancel(State(endpoints): State<Endpoints>, Path((id, job)): Path<(String, String)>) -> Answer {
+async fn cancel(State(endpoints): State<Endpoints>, Path((id, job)): Path<(String, String)>) -> JsonResult {
     let queue = queue(&endpoints, &id)?;
     queue.change(|state, now| state.cancel(&job, now)).map(Json).map_err(plain)
 }
 
-async fn retry(State(endpoints): State<Endpoints>, Path((id, job)): Path<(String, String)>) -> Answer {
+async fn retry(State(endpoints): State<Endpoints>, Path((id, job)): Path<(String, String)>) -> JsonResult {
     let queue = queue(&endpoints, &id)?;
     queue.change(|state, now| state.retry(&job, now)).map(Json).map_err(plain)
 }
 
-async fn purge(State(endpoints): State<Endpoints>, Path(id): Path<String>) -> Answer {
+async fn purge(State(endpoints): State<Endpoints>, Path(id): Path<String>) -> JsonResult {
     let removed = queue(&endpoints, &id)?.change(|state, now| state.purge(now));
     Ok(Json(json!({ "removed": removed, "status": "completed" })))
 }
 
-async fn health(State(endpoints): State<Endpoints>, Path(id): Path<String>) -> Answer {
+async fn health(State(endpoints): State<Endpoints>, Path(id): Path<String>) -> JsonResult {
     Ok(Json(queue(&endpoints, &id)?.look(|state| state.health(Instant::now()))))
 }
 
-async fn requests(State(endpoints): State<Endpoints>, Path(id): Path<String>) -> Answer {
+async fn requests(State(endpoints): State<Endpoints>, Path(id): Path<String>) -> JsonResult {
     Ok(Json(queue(&endpoints, &id)?.look(|state| state.requests(LISTED))))
 }
 

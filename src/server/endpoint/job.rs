@@ -180,7 +180,7 @@ impl Drop for Charge {
 
 /// A job in the endpoint's memory.
 #[derive(Debug)]
-pub struct Job {
+pub struct QueuedJob {
     pub id: String,
     pub order: Order,
     pub status: Status,
@@ -209,7 +209,7 @@ pub struct Job {
     pub charge: Charge,
 }
 
-impl Job {
+impl QueuedJob {
     pub fn new(id: String, order: Order, now: Instant, held: &Arc<AtomicUsize>) -> Self {
         let charge = Charge::new(order.bytes + Self::OVERHEAD, held);
         Self {

@@ -34,7 +34,7 @@ use webhook::Webhooks;
 
 /// How the endpoint behaves. The defaults are the cloud's, as far as they are known.
 #[derive(Debug, Clone)]
-pub struct Options {
+pub struct EndpointOptions {
     /// How long a worker's poll is held before it is answered with 204.
     pub hold: Duration,
     /// How long `/stream` waits for a chunk.
@@ -71,7 +71,7 @@ pub struct Options {
     pub cloud_errors: bool,
 }
 
-impl Default for Options {
+impl Default for EndpointOptions {
     fn default() -> Self {
         const MB: usize = 1024 * 1024;
         Self {
@@ -96,7 +96,7 @@ impl Default for Options {
     }
 }
 
-impl Options {
+impl EndpointOptions {
     fn limit(&self, origin: Origin) -> usize {
         if origin == Origin::Run { self.run_limit } else { self.sync_limit }
     }
@@ -116,7 +116,7 @@ pub struct Endpoints {
 }
 
 struct Shared {
-    options: Arc<Options>,
+    options: Arc<EndpointOptions>,
     queues: Mutex<HashMap<String, Arc<Queue>>>,
     held: Arc<AtomicUsize>,
     webhooks: Arc<Webhooks>,
@@ -124,7 +124,7 @@ struct Shared {
 }
 
 impl Endpoints {
-    pub fn new(options: Options) -> Self {
+    pub fn new(options: EndpointOptions) -> Self {
         let shared = Arc::new(Shared {
             webhooks: Webhooks::new(options.webhook_pause),
             options: Arc::new(options),

@@ -7,7 +7,7 @@ use std::time::Instant;
 use serde_json::Value;
 use tokio::sync::{Notify, watch};
 
-use super::Options;
+use super::EndpointOptions;
 use super::job::{Offer, Order, Status};
 use super::state::{Notice, Progress, State};
 use super::webhook::Webhooks;
@@ -15,7 +15,7 @@ use super::workers::Contact;
 use crate::error::{Failure, Kind};
 
 pub struct Queue {
-    pub options: Arc<Options>,
+    pub options: Arc<EndpointOptions>,
     state: Mutex<State>,
     /// Told when jobs wait or stops are due.
     work: Notify,
@@ -26,7 +26,7 @@ pub struct Queue {
 }
 
 impl Queue {
-    pub fn new(options: Arc<Options>, held: Arc<AtomicUsize>, webhooks: Arc<Webhooks>, closed: watch::Receiver<bool>) -> Self {
+    pub fn new(options: Arc<EndpointOptions>, held: Arc<AtomicUsize>, webhooks: Arc<Webhooks>, closed: watch::Receiver<bool>) -> Self {
         let state = Mutex::new(State::new(options.clone(), held));
         Self { options, state, work: Notify::new(), webhooks, closed, models: Default::default() }
     }

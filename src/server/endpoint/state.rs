@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::Options;
-use super::job::{Job, Offer, Order, Origin, Status, unknown};
+use super::EndpointOptions;
+use super::job::{Offer, Order, Origin, QueuedJob, Status, unknown};
 use super::workers::{Worker, Workers};
 use crate::error::{Failure, Kind};
 
@@ -20,10 +20,10 @@ const WHOLE_LIST: usize = 1024;
 
 /// Everything about one endpoint.
 pub struct State {
-    options: Arc<Options>,
+    options: Arc<EndpointOptions>,
     /// Bytes held by all endpoints together.
     held: Arc<AtomicUsize>,
-    jobs: HashMap<String, Job>,
+    jobs: HashMap<String, QueuedJob>,
     waiting: VecDeque<String>,
     pub workers: Workers,
     completed: u64,
@@ -60,7 +60,7 @@ pub struct Progress {
 }
 
 impl State {
-    pub fn new(options: Arc<Options>, held: Arc<AtomicUsize>) -> Self {
+    pub fn new(options: Arc<EndpointOptions>, held: Arc<AtomicUsize>) -> Self {
         Self {
             options,
             held,
@@ -74,7 +74,7 @@ impl State {
         }
     }
 
-    pub fn job(&self, id: &str) -> Result<&Job, Failure> {
+    pub fn job(&self, id: &str) -> Result<&QueuedJob, Failure> {
         self.jobs.get(id).ok_or_else(|| unknown(id))
     }
 
@@ -93,7 +93,7 @@ impl State {
         if self.waiting.len() >= self.options.max_queued {
             return full(format!("The queue is full: {} jobs wait already.", self.waiting.len()));
         }
-        let need = order.bytes + Job::OVERHEAD;
+        let need = order.bytes + QueuedJob::OVERHEAD;
         while self.held.load(Ordering::Relaxed) + need > self.options.max_bytes {
             if !self.forget_oldest_result() {
                 return full(format!("The jobs held fill the endpoint's memory of {} bytes.", self.options.max_bytes));
@@ -101,7 +101,7 @@ impl State {
         }
         let uuid = uuid::Uuid::new_v4();
         let id = if order.origin == Origin::Run { format!("{uuid}-u1") } else { format!("sync-{uuid}-u1") };
-        self.jobs.insert(id.clone(), Job::new(id.clone(), order, now, &self.held));
+        self.jobs.insert(id.clone(), QueuedJob::new(id.clone(), order, now, &self.held));
         self.waiting.push_back(id.clone());
         Ok(id)
     }
@@ -327,7 +327,7 @@ impl State {
         self.workers.retain(|name, worker| !worker.silent(lost_after, now) || holds(name));
     }
 
-    fn is_lost(&self, job: &Job, now: Instant) -> bool {
+    fn is_lost(&self, job: &QueuedJob, now: Instant) -> bool {
         let limit = self.options.lost_after;
         let unlisted = job.unlisted.is_some_and(|since| since + limit <= now);
         let gone = match job.worker.as_deref().and_then(|name| self.workers.get(name)) {
@@ -401,7 +401,7 @@ impl State {
 
     /// The newest jobs, without their outputs.
     pub fn requests(&self, most: usize) -> Value {
-        let mut jobs: Vec<&Job> = self.jobs.values().collect();
+        let mut jobs: Vec<&QueuedJob> = self.jobs.values().collect();
         jobs.sort_by_key(|job| std::cmp::Reverse(job.created));
         let list: Vec<Value> = jobs.into_iter().take(most).map(|job| Value::Object(job.summary())).collect();
         json!({ "requests": list })
@@ -471,7 +471,7 @@ mod tests {
         #[test]
         fn no_job_is_lost_or_done_twice(steps in proptest::collection::vec(step(), 1..200)) {
             let second = Duration::from_secs(1);
-            let options = Options { lost_after: 60 * second, silent_after: 100 * second, ..Options::default() };
+            let options = EndpointOptions { lost_after: 60 * second, silent_after: 100 * second, ..EndpointOptions::default() };
             let held = Arc::new(AtomicUsize::new(0));
             let mut state = State::new(Arc::new(options), held.clone());
             let mut now = Instant::now();

@@ -13,7 +13,7 @@ use tokio::net::TcpStream;
 use super::*;
 use crate::server::health::{Phase, Readiness};
 use crate::server::tests::{Running, start};
-use crate::server::{Options as ServerOptions, gateway};
+use crate::server::{ServerOptions, gateway};
 
 mod client_routes;
 mod openai_routes;
@@ -27,16 +27,16 @@ struct Bench {
 }
 
 /// Short times, so that nothing here waits for long; what must *not* happen yet keeps its long ones.
-fn quick() -> Options {
-    Options {
+fn quick() -> EndpointOptions {
+    EndpointOptions {
         hold: Duration::from_millis(60),
         stream_hold: Duration::from_millis(40),
         tick: Duration::from_millis(10),
-        ..Options::default()
+        ..EndpointOptions::default()
     }
 }
 
-async fn bench(options: Options) -> Bench {
+async fn bench(options: EndpointOptions) -> Bench {
     let endpoints = Endpoints::new(options);
     let server = start(gateway(&endpoints, Readiness::new(Phase::Ready), &ServerOptions::default())).await;
     Bench { server, endpoints, client: reqwest::Client::new() }

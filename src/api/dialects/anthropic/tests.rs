@@ -2,7 +2,7 @@ use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use serde_json::{Value, json};
 
-use crate::api::Answer;
+use crate::api::Reply;
 use crate::api::delta::{Delta, DeltaKind, EndReason, ToolCallPart, Usage, by_choice};
 use crate::api::dialects::anthropic::{messages, read};
 use crate::api::dialects::{Prepared, anthropic, chat_form};
@@ -324,6 +324,6 @@ async fn mistakes_are_told_by_the_names_of_the_caller() {
     for more in
         [json!({"thinking": {"type": "adaptive"}}), json!({"thinking": {"type": "disabled"}}), json!({"output_config": {"effort": "low"}})]
     {
-        assert!(matches!(world.call("/v1/messages", hi(more)).await, Ok(Answer::Whole(_))));
+        assert!(matches!(world.call("/v1/messages", hi(more)).await, Ok(Reply::Whole(_))));
     }
 }

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use crate::api::delta::{Delta, DeltaKind, EndReason, ToolCallPart, Usage, by_choice};
 use crate::api::dialects::{Prepared, responses};
 use crate::api::tests::{World, files, items, named_events, saying, whole, with, world_with};
-use crate::api::{Answer, Call};
+use crate::api::{Call, Reply};
 use crate::config::ApiSettings;
 use crate::error::Failure;
 
@@ -389,5 +389,5 @@ async fn mistakes_are_told_by_the_names_of_the_caller() {
         let failure = world.call("/v1/responses", body.clone()).await.err().unwrap();
         assert_eq!((failure.status(), failure.param.as_deref(), failure.code), (status, param, code), "{body}: {failure}");
     }
-    assert!(matches!(world.call("/v1/responses", json!({"input": "Hi", "stream": true})).await, Ok(Answer::Stream(_))));
+    assert!(matches!(world.call("/v1/responses", json!({"input": "Hi", "stream": true})).await, Ok(Reply::Stream(_))));
 }

@@ -9,7 +9,7 @@
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
 
-use super::{AHEAD, Columns, FAR, Job, PANEL, Scratch, finish, finish_gated, pairs::nearest};
+use super::{AHEAD, Columns, FAR, MatmulJob, PANEL, Scratch, finish, finish_gated, pairs::nearest};
 use crate::cpu::pool::Pool;
 use crate::cpu::simd::{Simd, dispatch, x86::Avx512Vnni};
 use crate::cpu::{Ptr, PtrMut};
@@ -148,7 +148,7 @@ struct Rest([u8; 2 * BYTES]);
 /// # Safety
 /// As [`super::panels`]; [`available`] has said yes.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
-pub(super) unsafe fn panels<const TERMS: usize>(job: Job, from: usize, to: usize) {
+pub(super) unsafe fn panels<const TERMS: usize>(job: MatmulJob, from: usize, to: usize) {
     let (steps, rest) = (job.k / STEP, job.k % STEP);
     let width = job.k.div_ceil(STEP) * TERMS * BYTES;
     let (mut sums, mut last) = (Sums([[0.0; PANEL]; ROWS]), Rest([0; 2 * BYTES]));

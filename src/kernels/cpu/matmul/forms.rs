@@ -6,7 +6,7 @@
 
 use half::f16;
 
-use super::{AHEAD, BLOCK, BLOCK8, Job, Next, PANEL, SUB4, SUPER, SUPER4, Weights};
+use super::{AHEAD, BLOCK, BLOCK8, MatmulJob, Next, PANEL, SUB4, SUPER, SUPER4, Weights};
 use crate::cpu::simd::Simd;
 
 pub(super) struct WeightsF32;
@@ -16,7 +16,7 @@ pub(super) struct Weights4;
 
 impl Weights for WeightsF32 {
     #[inline(always)]
-    unsafe fn tile<S: Simd, const MR: usize>(job: &Job, panel: *const u8, row: usize, pass: usize, next: Next) -> [[S::V; 2]; MR] {
+    unsafe fn tile<S: Simd, const MR: usize>(job: &MatmulJob, panel: *const u8, row: usize, pass: usize, next: Next) -> [[S::V; 2]; MR] {
         unsafe {
             let mut acc = [[S::zero(); 2]; MR];
             let (x, k) = (job.x.0.add(row * job.k), job.k);
@@ -40,7 +40,7 @@ impl Weights for WeightsF32 {
 
 impl Weights for WeightsBf16 {
     #[inline(always)]
-    unsafe fn tile<S: Simd, const MR: usize>(job: &Job, panel: *const u8, row: usize, pass: usize, next: Next) -> [[S::V; 2]; MR] {
+    unsafe fn tile<S: Simd, const MR: usize>(job: &MatmulJob, panel: *const u8, row: usize, pass: usize, next: Next) -> [[S::V; 2]; MR] {
         unsafe {
             let mut acc = [[S::zero(); 2]; MR];
             let (x, k) = (job.x.0.add(row * job.k), job.k);
@@ -79,7 +79,7 @@ impl Weights for WeightsBf16 {
 
 impl Weights for Weights8 {
     #[inline(always)]
-    unsafe fn tile<S: Simd, const MR: usize>(job: &Job, panel: *const u8, row: usize, pass: usize, next: Next) -> [[S::V; 2]; MR] {
+    unsafe fn tile<S: Simd, const MR: usize>(job: &MatmulJob, panel: *const u8, row: usize, pass: usize, next: Next) -> [[S::V; 2]; MR] {
         unsafe {
             let mut acc = [[S::zero(); 2]; MR];
             let (k, blocks) = (job.k, job.k / BLOCK);
@@ -120,7 +120,7 @@ impl Weights for Weights8 {
 
 impl Weights for Weights4 {
     #[inline(always)]
-    unsafe fn tile<S: Simd, const MR: usize>(job: &Job, panel: *const u8, row: usize, pass: usize, next: Next) -> [[S::V; 2]; MR] {
+    unsafe fn tile<S: Simd, const MR: usize>(job: &MatmulJob, panel: *const u8, row: usize, pass: usize, next: Next) -> [[S::V; 2]; MR] {
         unsafe {
             let mut acc = [[S::zero(); 2]; MR];
             let (k, blocks) = (job.k, job.k / BLOCK);

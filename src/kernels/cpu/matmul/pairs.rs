@@ -3,7 +3,7 @@
 
 use half::bf16;
 
-use super::{AHEAD, Job, Next, PANEL, Scratch, Weights};
+use super::{AHEAD, MatmulJob, Next, PANEL, Scratch, Weights};
 use crate::cpu::pool::Pool;
 use crate::cpu::simd::{self, Simd, dispatch};
 use crate::cpu::{Ptr, PtrMut};
@@ -46,7 +46,7 @@ pub(super) struct Pairs;
 
 impl Weights for Pairs {
     #[inline(always)]
-    unsafe fn tile<S: Simd, const MR: usize>(job: &Job, panel: *const u8, row: usize, pass: usize, next: Next) -> [[S::V; 2]; MR] {
+    unsafe fn tile<S: Simd, const MR: usize>(job: &MatmulJob, panel: *const u8, row: usize, pass: usize, next: Next) -> [[S::V; 2]; MR] {
         unsafe {
             let mut acc = [[S::zero(); 2]; MR];
             let pairs = job.k.div_ceil(2);
@@ -72,7 +72,7 @@ impl Weights for Pairs {
 /// As for [`panels`](super::panels); the processor has the features named here.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512bf16,avx2,fma,f16c")]
-pub(super) unsafe fn panels(job: Job, from: usize, to: usize) {
+pub(super) unsafe fn panels(job: MatmulJob, from: usize, to: usize) {
     // SAFETY: as above.
     unsafe { super::panels::<simd::x86::Avx512Bf16, Pairs>(job, from, to) }
 }

@@ -89,7 +89,7 @@ async fn runsync_waits_for_the_result_and_its_client_may_leave() {
 
 #[tokio::test]
 async fn bad_submissions_are_refused() {
-    let bench = bench(Options { run_limit: 1000, sync_limit: 2000, ..quick() }).await;
+    let bench = bench(EndpointOptions { run_limit: 1000, sync_limit: 2000, ..quick() }).await;
     for body in [
         json!({}),
         json!({"input": null}),
@@ -113,7 +113,7 @@ async fn bad_submissions_are_refused() {
 
 #[tokio::test]
 async fn results_over_the_limit_are_refused_and_a_small_one_may_follow() {
-    let bench = bench(Options { run_limit: 1000, sync_limit: 2000, chunk_limit: 500, ..quick() }).await;
+    let bench = bench(EndpointOptions { run_limit: 1000, sync_limit: 2000, chunk_limit: 500, ..quick() }).await;
     let job = bench.run(json!(1)).await;
     bench.take("w").await.unwrap();
     for size in [1500, 2500, 50_000] {
@@ -128,7 +128,7 @@ async fn results_over_the_limit_are_refused_and_a_small_one_may_follow() {
 
 #[tokio::test]
 async fn a_full_queue_answers_429_until_there_is_room() {
-    let bench = bench(Options { max_queued: 2, max_bytes: 20_000, ..quick() }).await;
+    let bench = bench(EndpointOptions { max_queued: 2, max_bytes: 20_000, ..quick() }).await;
     bench.run(json!(1)).await;
     bench.run(json!(2)).await;
     let refused = bench.post("run", json!({"input": 3})).await;
@@ -257,7 +257,7 @@ async fn purge_health_and_requests_tell_the_truth() {
 #[tokio::test]
 async fn time_limits_end_jobs() {
     let short = Duration::from_millis(100);
-    let bench = bench(Options { run_retention: short, ..quick() }).await;
+    let bench = bench(EndpointOptions { run_retention: short, ..quick() }).await;
     // A result is kept for a while, then gone.
     let job = bench.run(json!(1)).await;
     bench.take("w").await.unwrap();
@@ -277,7 +277,7 @@ async fn time_limits_end_jobs() {
 
 #[tokio::test]
 async fn webhooks_carry_the_whole_job_and_are_tried_three_times() {
-    let bench = bench(Options { webhook_pause: Duration::from_millis(10), ..quick() }).await;
+    let bench = bench(EndpointOptions { webhook_pause: Duration::from_millis(10), ..quick() }).await;
     let (tell, mut told) = tokio::sync::mpsc::unbounded_channel::<Value>();
     let calls = Arc::new(std::sync::atomic::AtomicUsize::new(0));
     let count = calls.clone();

@@ -94,7 +94,7 @@ async fn failed_jobs_answer_openai_clients_with_their_status() {
         assert_eq!(response.status(), 500);
         assert_eq!(response.json::<Value>().await.unwrap()["error"]["message"], "bad value");
 
-        let cloud = self::bench(Options { cloud_errors: true, ..quick() }).await;
+        let cloud = self::bench(EndpointOptions { cloud_errors: true, ..quick() }).await;
         let call = cloud.openai("/v1/completions", json!({"stream": stream}));
         let job = cloud.await_job("w").await;
         cloud.done("w", id(&job), json!({"error": envelope.to_string()})).await;
@@ -161,7 +161,7 @@ async fn a_stream_of_named_events_fails_in_its_own_form() {
 
 #[tokio::test]
 async fn an_openai_stream_whose_worker_is_lost_does_not_begin_again() {
-    let bench = bench(Options { lost_after: Duration::from_millis(100), ..quick() }).await;
+    let bench = bench(EndpointOptions { lost_after: Duration::from_millis(100), ..quick() }).await;
     let call = bench.openai("/v1/completions", json!({"stream": true}));
     bench.get("ping/w1").await;
     let job = bench.await_job("w1").await;
@@ -201,7 +201,7 @@ async fn cancelled_and_late_jobs_are_not_worth_another_try() {
 
 #[tokio::test]
 async fn a_job_that_runs_too_long_times_out() {
-    let bench = bench(Options { execution_timeout: Duration::from_millis(150), ..quick() }).await;
+    let bench = bench(EndpointOptions { execution_timeout: Duration::from_millis(150), ..quick() }).await;
     let slow = bench.run(json!(1)).await;
     let patient = value(bench.post("run", json!({"input": 2, "policy": {"executionTimeout": 60_000}})).await).await;
     bench.take("w").await.unwrap();

@@ -4,7 +4,7 @@ use super::*;
 
 #[tokio::test]
 async fn takes_are_held_then_answered_with_nothing() {
-    let bench = Arc::new(bench(Options { hold: Duration::from_secs(30), ..quick() }).await);
+    let bench = Arc::new(bench(EndpointOptions { hold: Duration::from_secs(30), ..quick() }).await);
     let held = bench.clone();
     let waiting = tokio::spawn(async move { held.take("w").await });
     tokio::time::sleep(Duration::from_millis(50)).await;
@@ -47,7 +47,7 @@ async fn a_batch_takes_what_is_there_in_order() {
 
 #[tokio::test]
 async fn a_worker_that_hangs_up_while_it_waits_loses_no_job() {
-    let bench = bench(Options { hold: Duration::from_secs(30), ..quick() }).await;
+    let bench = bench(EndpointOptions { hold: Duration::from_secs(30), ..quick() }).await;
     for _ in 0..5 {
         let mut socket = TcpStream::connect(bench.server.address).await.unwrap();
         socket.write_all(b"GET /v2/ep/job-take/gone HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
@@ -63,7 +63,7 @@ async fn a_worker_that_hangs_up_while_it_waits_loses_no_job() {
 
 #[tokio::test]
 async fn a_worker_that_stops_pinging_loses_its_job_to_another() {
-    let bench = bench(Options { lost_after: Duration::from_millis(150), ..quick() }).await;
+    let bench = bench(EndpointOptions { lost_after: Duration::from_millis(150), ..quick() }).await;
     let first = bench.run(json!(1)).await;
     let second = bench.run(json!(2)).await;
     bench.get("ping/w1").await;
@@ -92,7 +92,7 @@ async fn a_worker_that_stops_pinging_loses_its_job_to_another() {
 
 #[tokio::test]
 async fn a_worker_that_pings_keeps_its_long_job() {
-    let bench = bench(Options { lost_after: Duration::from_millis(400), silent_after: Duration::from_secs(600), ..quick() }).await;
+    let bench = bench(EndpointOptions { lost_after: Duration::from_millis(400), silent_after: Duration::from_secs(600), ..quick() }).await;
     let job = bench.run(json!(1)).await;
     bench.take("w").await.unwrap();
     for _ in 0..20 {
@@ -109,7 +109,7 @@ async fn a_worker_that_pings_keeps_its_long_job() {
 
 #[tokio::test]
 async fn a_job_that_never_reached_its_worker_is_given_out_again() {
-    let bench = bench(Options { lost_after: Duration::from_millis(150), ..quick() }).await;
+    let bench = bench(EndpointOptions { lost_after: Duration::from_millis(150), ..quick() }).await;
     let kept = bench.run(json!(1)).await;
     bench.take("w").await.unwrap();
     bench.get(&format!("ping/w?job_id={kept}")).await;
@@ -128,7 +128,7 @@ async fn a_job_that_never_reached_its_worker_is_given_out_again() {
 
 #[tokio::test]
 async fn a_worker_that_was_killed_and_comes_back_under_its_name_gets_its_job_again() {
-    let bench = bench(Options { arrival: Duration::from_millis(100), ..quick() }).await;
+    let bench = bench(EndpointOptions { arrival: Duration::from_millis(100), ..quick() }).await;
     let job = bench.run(json!(1)).await;
     bench.take("w").await.unwrap();
     bench.get("ping/w").await;
@@ -172,7 +172,7 @@ async fn inputs_reach_workers_as_they_were_written_and_large_ones_are_not_kept()
 
 #[tokio::test]
 async fn a_job_that_costs_worker_after_worker_is_given_up() {
-    let bench = bench(Options { lost_after: Duration::from_millis(80), max_losses: 1, ..quick() }).await;
+    let bench = bench(EndpointOptions { lost_after: Duration::from_millis(80), max_losses: 1, ..quick() }).await;
     let job = bench.run(json!(1)).await;
     for worker in ["w1", "w2"] {
         bench.get(&format!("ping/{worker}")).await;
