@@ -9,6 +9,7 @@ use crate::checkpoint::hub;
 use crate::config::{self, Settings};
 use crate::error::Failure;
 use crate::models::families::Model;
+use crate::models::prepared;
 use crate::models::runner::Planned;
 use crate::models::spec::ModelSpec;
 use crate::models::tensors::Tensors;
@@ -49,6 +50,7 @@ async fn model(settings: &Settings) -> Result<(), Failure> {
     let plan = Planned::new(&model, &tensors, tokenizer.vocab_size(), &settings.engine)?;
     say(&format!("device: {}", plan.device));
     say(&format!("weights held as: {}", plan.weights));
+    say(&prepared::describe(&files, &settings.engine));
     plan.memory.lines().iter().for_each(|line| say(line));
     tensors.warnings.iter().chain(&plan.memory.warnings).for_each(|warning| say(&format!("warning: {warning}")));
     Ok(())

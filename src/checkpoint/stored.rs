@@ -65,6 +65,9 @@ pub(super) struct StoredPart<'a> {
 /// Rows that are read together: of a transposed tensor their numbers are neighbours.
 const TILE: usize = 32;
 
+/// Columns of such a tile that are turned round together.
+const SQUARE: usize = 16;
+
 /// What a thread keeps between the rows it reads: the rows beside them, of two places, since gates and what they gate are read in turn.
 #[derive(Default)]
 pub struct Tiles<T> {
@@ -171,11 +174,16 @@ impl StoredPart<'_> {
         let (values, _) = self.bytes.as_chunks::<N>();
         let ((outputs, inputs), first) = (self.shape, self.rows.start + first);
         if self.transposed {
-            let count = target.len() / width;
-            for i in 0..width {
-                let column = &values[(self.first_column + i) * outputs + first..][..count];
-                for (row, value) in column.iter().enumerate() {
-                    target[row * width + i] = read(*value);
+            // By way of a small square: writing one column at a time would touch a cache line of every row for each number.
+            let (count, mut square) = (target.len() / width, [[T::default(); TILE]; SQUARE]);
+            for start in (0..width).step_by(SQUARE) {
+                let columns = SQUARE.min(width - start);
+                for (i, line) in square[..columns].iter_mut().enumerate() {
+                    let column = &values[(self.first_column + start + i) * outputs + first..][..count];
+                    line.iter_mut().zip(column).for_each(|(to, value)| *to = read(*value));
+                }
+                for (row, target) in target.chunks_exact_mut(width).enumerate() {
+                    target[start..start + columns].iter_mut().zip(&square).for_each(|(to, line)| *to = line[row]);
                 }
             }
         } else {

@@ -114,6 +114,27 @@ impl Quantization {
     }
 }
 
+/// Where the weights are kept in the form that our kernels read (`PREPARED_CACHE`).
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum PreparedCache {
+    /// Beside the model's files.
+    #[default]
+    Beside,
+    Off,
+    Folder(PathBuf),
+}
+
+/// When a prepared copy that is missing is written; each command decides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum PreparedWriting {
+    /// Slowly, beside the requests.
+    #[default]
+    Background,
+    /// Before the model is said to be loaded.
+    Now,
+    Never,
+}
+
 /// `None` = auto.
 #[derive(Debug, Clone, Default)]
 pub struct EngineSettings {
@@ -122,6 +143,8 @@ pub struct EngineSettings {
     pub gpu_required: bool,
     pub threads: Option<usize>,
     pub quantization: Quantization,
+    pub prepared_cache: PreparedCache,
+    pub prepared_writing: PreparedWriting,
     /// Activations may be rounded to bf16 (`DTYPE`).
     pub bf16_activations: bool,
     pub max_model_len: Option<usize>,

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::{DeviceChoice, Quantization, Speculative};
+use super::{DeviceChoice, PreparedCache, Quantization, Speculative};
 
 /// Not given, as platforms write it: empty, blanks, or `None`.
 pub fn unset(value: &str) -> bool {
@@ -69,6 +69,15 @@ const STRATEGIES: &[(&str, &str)] = &[
     ("nvfp4", "4-bit floats"),
     ("compressed_tensors", "a checkpoint made for it"),
 ];
+
+/// Where weights are kept prepared: `auto`, `off`, or a folder.
+pub fn prepared_cache(value: &str) -> PreparedCache {
+    match value.trim() {
+        "auto" | "" => PreparedCache::Beside,
+        word if ["off", "false", "none", "0"].contains(&word.to_ascii_lowercase().as_str()) => PreparedCache::Off,
+        folder => PreparedCache::Folder(folder.into()),
+    }
+}
 
 /// A strategy by FastDeploy's name, plain or as `{"quantization": …}`, in any case; what is wrong with it otherwise.
 pub fn quantization(value: &str) -> Result<Quantization, String> {

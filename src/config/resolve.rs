@@ -7,8 +7,8 @@ use super::given::Given;
 use super::sources::Merged;
 use super::{
     ApiSettings, Args, BatchGrowth, ConfigError, ConfigSources, ContentFormat, EngineSettings, HubSettings, KeysFile, LogLevel,
-    LogSettings, LogprobsMode, NativeFormat, ReasoningField, RunpodSettings, SecretString, ServerSettings, Settings, defaults, parse,
-    report, table,
+    LogSettings, LogprobsMode, NativeFormat, PreparedWriting, ReasoningField, RunpodSettings, SecretString, ServerSettings, Settings,
+    defaults, parse, report, table,
 };
 
 impl Settings {
@@ -98,6 +98,8 @@ fn engine(given: &Given) -> EngineSettings {
         gpu_required: false,
         threads: given.count(&table::THREADS),
         quantization: text(&table::QUANTIZATION).and_then(|name| parse::quantization(&name).ok()).unwrap_or_default(),
+        prepared_cache: text(&table::PREPARED_CACHE).map(|value| parse::prepared_cache(&value)).unwrap_or_default(),
+        prepared_writing: PreparedWriting::default(),
         bf16_activations: text(&table::DTYPE).is_some_and(|dtype| dtype != "auto"),
         max_model_len: given.count(&table::MAX_MODEL_LEN),
         max_num_seqs: given.count(&table::MAX_NUM_SEQS),

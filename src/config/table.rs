@@ -76,6 +76,10 @@ settings! {
                 "Bits a weight is held at; quantized while it is read. 8 and 4 bits run on Ampere and Ada GPUs (not on Hopper)",
                 Input::Options(&[("As stored", "BF16"), ("8 bits (wint8)", "wint8"), ("4 bits (wint4), embedding and output at 8", "wint4")]))
                 .filled("BF16"));
+        /// Where a CPU worker keeps the weights in the form in which it computes with them, so that the next start maps them instead of
+        /// converting the model again: `auto` beside the model's files, a folder, or `off`. Written once in the background after the first
+        /// start (models below 32 MB are not); about as large as the weights in memory.
+        PREPARED_CACHE = Setting::new(Kind::Text, Text("auto"));
         /// What activations are: `auto`, or `bfloat16`, which rounds them to bf16 where they meet unquantized bf16 weights, on a CPU that
         /// multiplies bf16 faster (AMD's AVX512-BF16, AMX). Prompts are computed faster then, a little less exactly.
         DTYPE = Setting::new(Kind::OneOf(&["auto", "bfloat16", "bf16"]), Prose("auto: f32 on the CPU, bf16 on a GPU"));

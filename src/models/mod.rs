@@ -17,6 +17,7 @@ pub mod device;
 pub mod families;
 mod mask;
 pub mod memory;
+pub mod prepared;
 pub mod quality;
 mod rope;
 pub mod runner;

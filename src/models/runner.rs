@@ -1,7 +1,7 @@
 //! The runner of real models: a plan becomes a forward pass and sampled tokens.
 
 use std::marker::PhantomData;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use candle_core::{Device, Result as TensorResult};
@@ -11,6 +11,7 @@ use crate::checkpoint::files::ModelFiles;
 use crate::config::{EngineSettings, Quantization};
 use crate::error::Failure;
 use crate::kernels::candle::Candle;
+use crate::kernels::cpu::packed::PackedStore;
 use crate::kernels::cpu::{self, Cpu};
 use crate::kernels::sizing::Operation;
 use crate::kernels::sizing::Sizing;
@@ -19,6 +20,7 @@ use crate::models::decoder::{self, Decoder};
 use crate::models::device::{check_quantized, describe, device_failure, device_memory, device_of, step_error, without_backtrace};
 use crate::models::families::Model;
 use crate::models::memory::{self, LOGITS_ROWS, MemoryPlan};
+use crate::models::prepared::PreparedCopy;
 use crate::models::sample;
 use crate::models::tensors::Tensors;
 use crate::models::{Logprobs, LogprobsSpec, Output, Plan, Runner, SamplingMetadata, Shape, StepError, Vocabulary};
@@ -97,12 +99,17 @@ impl ModelRunner {
             memory: planned.memory.lines(),
         };
         let loading = Loading { model, tensors, vocabulary: || vocabulary().map(Into::into), plan: planned.memory, settings };
+        let pool = loading_threads(threads)?;
         let model: Box<dyn LogitsRunner> = if ours {
+            let prepared = pool.install(|| PreparedCopy::open(files, settings));
             let cpu = Cpu::new(&limits, threads, compute_dtype(settings));
             let cpu = cpu.map_err(|error| Failure::internal(format!("cannot start {threads} computing threads: {error}")))?;
-            Box::new(DeviceRunner::load(loading, cpu, &limits, threads)?)
+            let cpu = cpu.with_store(prepared.clone().map(|copy| copy as Arc<dyn PackedStore>));
+            let runner = DeviceRunner::load(loading, cpu, &limits, &pool)?;
+            prepared.into_iter().for_each(|copy| copy.finish(settings.prepared_writing));
+            Box::new(runner)
         } else {
-            Box::new(DeviceRunner::load(loading, Candle::new(device), &limits, threads)?)
+            Box::new(DeviceRunner::load(loading, Candle::new(device), &limits, &pool)?)
         };
         Ok(Self { model, about })
     }
@@ -277,7 +284,7 @@ impl<B: Backend> DeviceRunner<B> {
         loading: Loading<'_, V>,
         backend: B,
         limits: &StepLimits,
-        threads: usize,
+        pool: &rayon::ThreadPool,
     ) -> Result<Self, Failure>
     where
         B: Sync,
@@ -286,7 +293,7 @@ impl<B: Backend> DeviceRunner<B> {
         let Loading { model, tensors, vocabulary, mut plan, settings } = loading;
         let spec = model.spec.for_context(plan.shape.max_model_len);
         let load = || Decoder::load(spec, &tensors, &backend, settings.quantization, limits);
-        let decoder = loading_threads(threads)?.install(load)?;
+        let decoder = pool.install(load)?;
         tensors.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
         warn_of_unused(&tensors);
         let Vocabulary { size, mut unassigned } = vocabulary()?;

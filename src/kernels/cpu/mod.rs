@@ -4,6 +4,7 @@
 //! step, nor on the number of threads.
 
 use std::io;
+use std::sync::Arc;
 
 use candle_core::{Error, Result};
 
@@ -26,9 +27,9 @@ pub mod softmax;
 pub(crate) mod vectorize;
 
 pub use attention::KvCache;
-use packed::Packed;
+use packed::{Packed, PackedStore};
 use pool::Pool;
-pub use simd::{Level, level};
+pub use simd::{Level, lanes, level};
 
 /// A pointer that tasks of one kernel share; each reads or writes a part of its own.
 #[derive(Clone, Copy)]
@@ -113,6 +114,8 @@ pub struct Cpu {
     rows: Vec<BatchRow>,
     angles: Angles,
     limits: StepLimits,
+    /// Where packed weights are kept from one start to the next.
+    store: Option<Arc<dyn PackedStore>>,
     scratch: matmul::Scratch,
     attention: attention::Scratch,
     experts: experts::Scratch,
@@ -134,8 +137,14 @@ impl Cpu {
             attention: attention::Scratch::new(t, pool.threads(), &limits.attention, limits.block_size),
             experts: experts::Scratch::new(t, limits.experts),
             limits: limits.clone(),
+            store: None,
             pool,
         })
+    }
+
+    /// Weights are taken from `store` where it has them, and are given to it where it does not.
+    pub fn with_store(self, store: Option<Arc<dyn PackedStore>>) -> Self {
+        Self { store, ..self }
     }
 }
 
@@ -177,7 +186,7 @@ impl Backend for Cpu {
     }
 
     fn weight<S: MatrixSource>(&self, source: &S, format: Option<WeightFormat>, columns: Columns) -> Result<Packed> {
-        load::pack(source, format, columns)
+        load::load(source, format, columns, self.store.as_deref())
     }
 
     fn vector(&self, values: Vec<f32>) -> Result<Vec<f32>> {
