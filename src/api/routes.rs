@@ -9,6 +9,8 @@ use crate::api::failure::ErrorForm;
 pub enum Route {
     Chat,
     Completions,
+    /// llama.cpp's.
+    Infill,
     Models,
     Model(String),
     Embeddings,
@@ -89,6 +91,7 @@ pub fn find(path: &str) -> Option<Route> {
         "" | "v1/chat/completions" | "chat/completions" => Some(Route::Chat),
         "api/v1/chat/completions" => Some(Route::FastChat),
         "v1/completions" | "completions" => Some(Route::Completions),
+        "infill" | "v1/infill" => Some(Route::Infill),
         "v1/models" | "models" => Some(Route::Models),
         "v1/embeddings" | "embeddings" => Some(Route::Embeddings),
         "v1/responses" | "responses" => Some(Route::Responses),

@@ -14,6 +14,7 @@ use crate::api::parse::reasoning::{self, ReasoningFormat};
 use crate::api::parse::tools::table::{self as tool_formats, ToolFormat};
 use crate::api::prompt::contents::{self, Contents};
 use crate::api::prompt::guard::Guard;
+use crate::api::prompt::infill::InfillTokens;
 use crate::api::prompt::template::{self, ChatTemplate};
 use crate::api::response_store::{ResponseStore, StoreLimits};
 use crate::api::routes::Route;
@@ -35,6 +36,8 @@ pub struct ServedModel {
     /// Ids from here on have no row in the model's embedding.
     pub embedding_rows: usize,
     pub guard: Guard,
+    /// None: the model cannot fill in the middle.
+    pub infill: Option<InfillTokens>,
     pub grammars: Grammars,
     /// What `/v1/responses` has given; `None` when responses are not stored.
     pub responses: Option<Arc<ResponseStore>>,
@@ -124,6 +127,7 @@ impl ServedModel {
             tool_support: ToolSupport::new(settings.tool_call_parser.as_deref(), &template_text)?,
             reasoning_format: reasoning_format(settings.reasoning_parser.as_deref(), &template_text)?,
             guard: Guard::new(&tokenizer)?,
+            infill: InfillTokens::find(&tokenizer, &model.infill_tokens, embedding_rows),
             responses: response_store(&settings),
             chat_template,
             shows_system,
@@ -214,6 +218,7 @@ impl ServedModel {
             settings: &self.settings,
             defaults: &self.defaults,
             limits: &self.limits,
+            infills: self.infill.is_some(),
             eos_token_ids: &self.eos_token_ids,
             encode: &|text| self.tokenizer.encode(text, Special::Text),
             compile: &|grammar| self.grammars.compile(grammar),

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::api::batch::{self, Given, Line, Unread};
 use crate::api::body::BodyLimits;
-use crate::api::dialects::{Dialect, Prepared, anthropic, chat, completions, fastchat, native, responses, tokens};
+use crate::api::dialects::{Dialect, Prepared, anthropic, chat, completions, fastchat, infill, native, responses, tokens};
 use crate::api::fields::Fields;
 use crate::api::job::{self, JobInput};
 use crate::api::model::ModelInfo;
@@ -186,6 +186,7 @@ impl Service {
             Route::CountTokens => self.count(call.body).await.map(Reply::Whole),
             Route::Chat => self.generate(chat::read, call.request_id, call.body).await,
             Route::Completions => self.generate(completions::read, call.request_id, call.body).await,
+            Route::Infill => self.generate(infill::read, call.request_id, call.body).await,
             Route::FastChat => self.generate(fastchat::read, call.request_id, call.body).await,
             Route::Tokenize => self.compute(calls::tokenize, call.body).await,
             Route::Detokenize => self.compute(calls::detokenize, call.body).await,

@@ -253,6 +253,7 @@ mod tests {
         match route {
             Route::Chat => "/v1/chat/completions",
             Route::Completions => "/v1/completions",
+            Route::Infill => "/infill",
             Route::Models => "/v1/models",
             Route::Model(_) => "/v1/models/{model}",
             Route::Embeddings => "/v1/embeddings",
@@ -278,8 +279,16 @@ mod tests {
         let id = || "i".to_owned();
         let with_ids = [Route::Model(id()), Route::Response(id()), Route::InputItems { id: id(), query: String::new() }];
         let openai = [Route::Chat, Route::Completions, Route::Models, Route::Embeddings, Route::Responses, Route::Document];
-        let of_others =
-            [Route::Messages, Route::CountTokens, Route::FastChat, Route::TokenCheck, Route::Abort, Route::Version, Route::Load];
+        let of_others = [
+            Route::Infill,
+            Route::Messages,
+            Route::CountTokens,
+            Route::FastChat,
+            Route::TokenCheck,
+            Route::Abort,
+            Route::Version,
+            Route::Load,
+        ];
         let of_tokens = [Route::Tokenize, Route::Detokenize, Route::ApplyTemplate, Route::Render];
         with_ids.into_iter().chain(openai).chain(of_others).chain(of_tokens).collect()
     }
