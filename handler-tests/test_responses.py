@@ -172,6 +172,15 @@ def test_frames_as_they_are(http, server, capital):
         assert frames[-1].startswith("event: response.completed")
 
 
+def test_an_answer_that_is_there_cannot_be_cancelled(client, capital):
+    first = client.responses.create(model="default", input=question(capital), temperature=0)
+    with pytest.raises(openai.BadRequestError, match="Cannot cancel a synchronous response"):
+        client.responses.cancel(first.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.cancel("resp_unknown")
+    assert client.responses.retrieve(first.id).output_text == capital.answer
+
+
 def test_the_store_is_off_where_it_would_not_be_found(http):
     with Server("serve", "--model", "demo", "--no-responses-store") as server:
         first = http.post(f"{server.base}/v1/responses", json={"input": "Hello!"}).json()

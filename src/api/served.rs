@@ -175,7 +175,8 @@ impl ServedModel {
     pub fn check_client(&self, client: &ClientKey, route: &Route, body: &Value) -> Result<(), Failure> {
         let asked = match (route, body) {
             (Route::Model(id), _) => Some(id.clone()),
-            (Route::Models | Route::Version | Route::Load | Route::Document | Route::Response(_) | Route::InputItems { .. }, _) => {
+            (Route::Models | Route::Version | Route::Load | Route::Document, _)
+            | (Route::Response(_) | Route::CancelResponse(_) | Route::InputItems { .. }, _) => {
                 return Ok(());
             }
             (Route::Abort, _) if Fields::new(body)?.flag("abort_all")? => {

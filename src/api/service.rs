@@ -181,6 +181,7 @@ impl Service {
             Route::Responses => self.generate(responses::read, call.request_id, call.body).await,
             Route::Response(id) if call.method == "DELETE" => responses::delete(&self.served, &id).map(Reply::Whole),
             Route::Response(id) => responses::retrieve(&self.served, &id).map(Reply::Whole),
+            Route::CancelResponse(id) => responses::cancel(&self.served, &id).map(Reply::Whole),
             Route::InputItems { id, query } => responses::input_items(&self.served, &id, &query).map(Reply::Whole),
             Route::Messages => self.generate(anthropic::read, call.request_id, call.body).await,
             Route::CountTokens => self.count(call.body).await.map(Reply::Whole),

@@ -259,6 +259,7 @@ mod tests {
             Route::Embeddings => "/v1/embeddings",
             Route::Responses => "/v1/responses",
             Route::Response(_) => "/v1/responses/{id}",
+            Route::CancelResponse(_) => "/v1/responses/{id}/cancel",
             Route::InputItems { .. } => "/v1/responses/{id}/input_items",
             Route::Messages => "/v1/messages",
             Route::CountTokens => "/v1/messages/count_tokens",
@@ -277,7 +278,8 @@ mod tests {
 
     fn every() -> Vec<Route> {
         let id = || "i".to_owned();
-        let with_ids = [Route::Model(id()), Route::Response(id()), Route::InputItems { id: id(), query: String::new() }];
+        let with_ids =
+            [Route::Model(id()), Route::Response(id()), Route::CancelResponse(id()), Route::InputItems { id: id(), query: String::new() }];
         let openai = [Route::Chat, Route::Completions, Route::Models, Route::Embeddings, Route::Responses, Route::Document];
         let of_others = [
             Route::Infill,

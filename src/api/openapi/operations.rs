@@ -147,6 +147,7 @@ pub const OPERATIONS: &[Operation] = &[
         ]),
     get("/v1/responses/{id}", RESPONSES, Json("Response"), "A response that is kept.").errors(ErrorForm::Responses),
     Operation { method: "DELETE", ..get("/v1/responses/{id}", RESPONSES, Json("Deleted"), "Forgets it.").errors(ErrorForm::Responses) },
+    Operation { method: "POST", ..get("/v1/responses/{id}/cancel", RESPONSES, Never, "Refused: only responses in the background can be cancelled, and there are none.").errors(ErrorForm::Responses) },
     get("/v1/responses/{id}/input_items", RESPONSES, Json("ItemList"), "What it was an answer to: `limit`, `order`, `after`.").errors(ErrorForm::Responses),
     post("/v1/messages", ANTHROPIC, Message, Streamed("Message", "MessageEvent"), "[Anthropic's Messages](#anthropics-messages).")
         .errors(ErrorForm::Anthropic)
