@@ -187,7 +187,19 @@ impl ServedModel {
             (_, Value::Object(_)) => Fields::new(body)?.string("model")?.map(str::to_owned),
             _ => None,
         };
-        let name = match asked.as_deref() {
+        if *route != Route::TokenCheck {
+            return self.check_client_model(client, asked.as_deref(), "model");
+        }
+        // There each prompt names its own.
+        let prompts = body.get("prompts").and_then(Value::as_array).into_iter().flatten().enumerate();
+        prompts
+            .map(|(place, prompt)| (prompt.get("model").and_then(Value::as_str), format!("prompts[{place}].model")))
+            .try_for_each(|(model, param)| self.check_client_model(client, model, &param))
+    }
+
+    /// Whether a client may use the model of this name, which it asks for in `param`.
+    fn check_client_model(&self, client: &ClientKey, asked: Option<&str>, param: &str) -> Result<(), Failure> {
+        let name = match asked {
             None | Some("" | "null" | "default") => self.name(),
             // Other names of the same model.
             Some(name)
@@ -201,7 +213,7 @@ impl ServedModel {
             return Ok(());
         }
         let message = format!("The key {:?} may not use the model `{name}`.", client.name);
-        Err(Failure::new(Kind::Forbidden, message).param("model").code("model_not_allowed"))
+        Err(Failure::new(Kind::Forbidden, message).param(param).code("model_not_allowed"))
     }
 
     pub fn check_model_name(&self, name: &str) -> Result<(), Failure> {
