@@ -7,7 +7,7 @@ import openai
 import pytest
 
 from harness import questions
-from harness.program import Server
+from harness.program import Server, run
 
 BY_NAME = {question.name: question for question in questions.WITH_TOOLS}
 PARIS = BY_NAME["tool-paris"]
@@ -175,3 +175,5 @@ def test_an_unknown_parser_stops_the_start():
         with Server("serve", "--model", "demo", env={name: "nonsense"}, ready=False) as server:
             assert server.wait() == 1
             assert name in server.log and "hermes" in server.log
+        done = run("check", "--model", "demo", env={name: "nonsense"})
+        assert done.process.returncode == 1 and f"problem: {name}: " in done.stdout and "hermes" in done.stdout, done.log

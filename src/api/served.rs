@@ -83,22 +83,37 @@ fn unknown_parser(setting: &str, name: &str, known: &[&str]) -> Failure {
     Failure::internal(format!("{setting}: {name:?} is no parser that is known here. Set auto, none or one of {}.", known.join(", ")))
 }
 
+/// What of the settings would stop a start, whatever the model is.
+pub fn check_settings(settings: &ApiSettings) -> Result<(), Failure> {
+    ToolSupport::new(settings.tool_call_parser.as_deref(), "")?;
+    reasoning_format(settings.reasoning_parser.as_deref(), "")?;
+    SamplingDefaults::new(&Value::Null, settings)?;
+    own_template(settings).map(|_| ())
+}
+
+/// The template of the settings with its text, where they have one.
+fn own_template(settings: &ApiSettings) -> Result<Option<(String, ChatTemplate)>, Failure> {
+    let Some(setting) = &settings.chat_template else { return Ok(None) };
+    let text = template::of_setting(setting)?;
+    let compiled = ChatTemplate::compile(&text);
+    let compiled = compiled.map_err(|error| Failure::internal(format!("CHAT_TEMPLATE is not a valid template: {error}")))?;
+    Ok(Some((text, compiled)))
+}
+
 impl ServedModel {
     /// Fails on settings that do not hold (`CHAT_TEMPLATE`, whose file is read here, and `OVERRIDE_GENERATION_CONFIG`); a model's own
     /// template that does not compile fails chat requests only.
     pub fn new(settings: ApiSettings, limits: Limits, tokenizer: Arc<Tokenizer>, mut model: ModelInfo) -> Result<Self, Failure> {
         let defaults = SamplingDefaults::new(&model.generation_config, &settings)?;
-        let template_text = match (&settings.chat_template, &model.chat_template) {
-            (Some(setting), _) => template::of_setting(setting)?,
-            (None, Some((text, _))) => text.clone(),
-            (None, None) => String::new(),
-        };
-        let chat_template = match (&settings.chat_template, &model.chat_template) {
-            (Some(_), _) => Ok(ChatTemplate::compile(&template_text)
-                .map_err(|error| Failure::internal(format!("CHAT_TEMPLATE is not a valid template: {error}")))?),
-            (None, Some((text, origin))) => ChatTemplate::compile(text)
-                .map_err(|error| format!("The model's chat template ({origin}) is not valid: {error}. Set CHAT_TEMPLATE to one that is.")),
-            (None, None) => Err("The model has no chat template. Set CHAT_TEMPLATE, or use /v1/completions.".to_owned()),
+        let (template_text, chat_template) = match (own_template(&settings)?, &model.chat_template) {
+            (Some((text, compiled)), _) => (text, Ok(compiled)),
+            (None, Some((text, origin))) => {
+                let compiled = ChatTemplate::compile(text).map_err(|error| {
+                    format!("The model's chat template ({origin}) is not valid: {error}. Set CHAT_TEMPLATE to one that is.")
+                });
+                (text.clone(), compiled)
+            }
+            (None, None) => (String::new(), Err("The model has no chat template. Set CHAT_TEMPLATE, or use /v1/completions.".to_owned())),
         };
         let mut names = settings.served_names.clone();
         if names.is_empty() {
