@@ -51,4 +51,5 @@ mod tests;
 mod tools;
 
 pub use model::ModelInfo;
+pub use served::check_settings;
 pub use service::{Call, Pieces, Reply, Service};

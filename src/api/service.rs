@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::api::batch::{self, Given, Line, Unread};
 use crate::api::body::BodyLimits;
-use crate::api::dialects::{Dialect, Prepared, anthropic, chat, completions, fastchat, native, responses, tokens};
+use crate::api::dialects::{Dialect, Prepared, anthropic, chat, completions, fastchat, infill, native, responses, tokens};
 use crate::api::fields::Fields;
 use crate::api::job::{self, JobInput};
 use crate::api::model::ModelInfo;
@@ -181,11 +181,13 @@ impl Service {
             Route::Responses => self.generate(responses::read, call.request_id, call.body).await,
             Route::Response(id) if call.method == "DELETE" => responses::delete(&self.served, &id).map(Reply::Whole),
             Route::Response(id) => responses::retrieve(&self.served, &id).map(Reply::Whole),
+            Route::CancelResponse(id) => responses::cancel(&self.served, &id).map(Reply::Whole),
             Route::InputItems { id, query } => responses::input_items(&self.served, &id, &query).map(Reply::Whole),
             Route::Messages => self.generate(anthropic::read, call.request_id, call.body).await,
             Route::CountTokens => self.count(call.body).await.map(Reply::Whole),
             Route::Chat => self.generate(chat::read, call.request_id, call.body).await,
             Route::Completions => self.generate(completions::read, call.request_id, call.body).await,
+            Route::Infill => self.generate(infill::read, call.request_id, call.body).await,
             Route::FastChat => self.generate(fastchat::read, call.request_id, call.body).await,
             Route::Tokenize => self.compute(calls::tokenize, call.body).await,
             Route::Detokenize => self.compute(calls::detokenize, call.body).await,

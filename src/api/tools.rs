@@ -72,7 +72,7 @@ pub fn read(served: &ServedModel, fields: &Fields<'_>) -> Result<Option<ToolRequ
 /// The format of the calls, if the model has one and requests may have tools.
 fn format(served: &ServedModel, field: &Field<'_>, choice: &ToolChoice) -> Result<Option<&'static ToolFormat>, Failure> {
     if *choice == ToolChoice::Auto && served.settings.refuse_auto_tools {
-        let message = "Tools with the tool choice 'auto' are switched off here. Remove the tools, or start the server with ENABLE_AUTO_TOOL_CHOICE=true.";
+        let message = "Tools with the tool choice 'auto' are switched off here. Remove the tools, or start the server without --no-enable-auto-tool-choice.";
         return Err(Failure::bad_request(&field.name, message).code("unsupported_value"));
     }
     match served.tool_support {

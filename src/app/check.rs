@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use super::say;
+use crate::api;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::files::{ModelFiles, Source};
 use crate::checkpoint::hub;
@@ -18,13 +19,12 @@ use crate::text::tokenizer::Tokenizer;
 /// Prints everything it finds out; exit 1 when something would stop a start.
 pub async fn run(settings: &Settings) -> Result<ExitCode, Failure> {
     say(config::report(settings).trim_end());
-    match model(settings).await {
-        Ok(()) => Ok(ExitCode::SUCCESS),
-        Err(failure) => {
-            say(&format!("problem: {failure}"));
-            Ok(ExitCode::FAILURE)
-        }
+    let mut code = ExitCode::SUCCESS;
+    for failure in [api::check_settings(&settings.api), model(settings).await].into_iter().filter_map(Result::err) {
+        say(&format!("problem: {failure}"));
+        code = ExitCode::FAILURE;
     }
+    Ok(code)
 }
 
 async fn model(settings: &Settings) -> Result<(), Failure> {

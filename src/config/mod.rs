@@ -245,7 +245,7 @@ pub struct ApiSettings {
     pub exclude_unused_tools: bool,
     /// `TOOL_CALL_PARSER`: a format's name, `none`, or unset for what the template shows.
     pub tool_call_parser: Option<String>,
-    /// `ENABLE_AUTO_TOOL_CHOICE=false`: tools are refused unless a call is demanded or forbidden.
+    /// `--no-enable-auto-tool-choice`: tools are refused unless a call is demanded or forbidden.
     pub refuse_auto_tools: bool,
     /// `REASONING_PARSER`, as `TOOL_CALL_PARSER`.
     pub reasoning_parser: Option<String>,

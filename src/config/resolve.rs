@@ -8,7 +8,7 @@ use super::sources::Merged;
 use super::{
     ApiSettings, Args, BatchGrowth, ConfigError, ConfigSources, ContentFormat, EngineSettings, HubSettings, KeysFile, LogLevel,
     LogSettings, LogprobsMode, NativeFormat, PreparedWriting, ReasoningField, RunpodSettings, SecretString, ServerSettings, Settings,
-    defaults, parse, report, table,
+    defaults, parse, policy, report, table,
 };
 
 impl Settings {
@@ -46,7 +46,7 @@ impl Settings {
         }
         Self {
             hub: hub(given),
-            api: ApiSettings { seed: engine.seed, request_timeout: engine.request_timeout, ..api(given) },
+            api: ApiSettings { seed: engine.seed, request_timeout: engine.request_timeout, ..api(given, merged) },
             runpod: runpod(given),
             server: ServerSettings { api_keys: api_keys(given, merged), keys_file: keys_file(given, merged), ..server(given) },
             log: LogSettings { level: log_level(given) },
@@ -56,6 +56,24 @@ impl Settings {
             warnings: Vec::new(),
         }
     }
+}
+
+/// `ENABLE_AUTO_TOOL_CHOICE=false`, unless it comes from the environment: there the vLLM worker's form puts it unasked, and who moves over from
+/// that worker would lose the tools.
+fn refuses_auto_tools(given: &Given, merged: &mut Merged) -> bool {
+    let setting = &table::ENABLE_AUTO_TOOL_CHOICE;
+    if given.switch(setting) != Some(false) {
+        return false;
+    }
+    let in_environment = merged.is_variable(setting.name);
+    if in_environment {
+        merged.warnings.push(format!(
+            "{}=false in the environment refuses no tools: forms send it unasked; --no-{} does (also in VLLM_EXTRA_ARGS)",
+            setting.name,
+            policy::flag(setting.name).trim_start_matches("--")
+        ));
+    }
+    !in_environment
 }
 
 fn hub(given: &Given) -> HubSettings {
@@ -120,7 +138,7 @@ fn engine(given: &Given) -> EngineSettings {
     }
 }
 
-fn api(given: &Given) -> ApiSettings {
+fn api(given: &Given, merged: &mut Merged) -> ApiSettings {
     let switch = |setting| given.switch(setting).unwrap_or(false);
     let text = |setting| given.text(setting);
     ApiSettings {
@@ -142,7 +160,7 @@ fn api(given: &Given) -> ApiSettings {
         },
         exclude_unused_tools: switch(&table::EXCLUDE_TOOLS_WHEN_TOOL_CHOICE_NONE),
         tool_call_parser: text(&table::TOOL_CALL_PARSER),
-        refuse_auto_tools: given.switch(&table::ENABLE_AUTO_TOOL_CHOICE) == Some(false),
+        refuse_auto_tools: refuses_auto_tools(given, merged),
         reasoning_parser: text(&table::REASONING_PARSER),
         reasoning_field: match text(&table::REASONING_FIELD).as_deref() {
             Some("reasoning_content") => ReasoningField::ReasoningContent,

@@ -173,7 +173,8 @@ settings! {
         /// `none` to leave them in the text, or `auto`, what the chat template shows.
         TOOL_CALL_PARSER = Setting::new(Kind::Text, Text("auto"))
             .form(Form::new("Tool call parser", "How the model writes tool calls; empty = what its chat template shows", Input::Text).filled("").advanced());
-        /// Take requests with tools that the model may call or not; `false`: refuse them, as vLLM does without this.
+        /// Take requests with tools that the model may call or not. `--no-enable-auto-tool-choice`, also in a file or in VLLM_EXTRA_ARGS:
+        /// refuse them, as vLLM does without this. `false` as a variable refuses nothing: the vLLM worker's form sends it unasked.
         ENABLE_AUTO_TOOL_CHOICE = Setting::switch(true);
         /// How the model marks its thoughts: a parser's name as in vLLM (`qwen3`, `deepseek_r1`, `granite`: docs/tools-and-reasoning.md),
         /// `none` to leave them in the text, or `auto`, what the chat template shows.

@@ -204,6 +204,15 @@ fn their_forms_start_here() {
 }
 
 #[test]
+fn a_form_does_not_switch_tools_off() {
+    let formed = env(&[("ENABLE_AUTO_TOOL_CHOICE", "false")]);
+    assert!(!formed.api.refuse_auto_tools && formed.warnings[0].contains("--no-enable-auto-tool-choice"), "{:?}", formed.warnings);
+    let extra = env(&[("ENABLE_AUTO_TOOL_CHOICE", "false"), ("VLLM_EXTRA_ARGS", "--no-enable-auto-tool-choice")]);
+    assert!(extra.api.refuse_auto_tools && extra.warnings.is_empty(), "{:?}", extra.warnings);
+    assert!(!env(&[]).api.refuse_auto_tools);
+}
+
+#[test]
 fn no_effect_is_said_once_by_reason() {
     let settings = env(&[("SWAP_SPACE", "4"), ("CPU_OFFLOAD_GB", "0"), ("KV_CACHE_RATIO", "0.5")]);
     assert_eq!(settings.warnings.len(), 2, "{:?}", settings.warnings);

@@ -67,6 +67,13 @@ pub enum Broken {
     Constraint(Failure),
 }
 
+/// `field` of the request forbids every token that its grammar allows.
+fn nothing_left(field: &'static str) -> Failure {
+    let fields = if field == "bad_words" { "'bad_words' (or 'bad_words_token_ids', 'suppress_tokens')" } else { "'min_tokens'" };
+    let message = format!("the answer cannot go on under its grammar: {fields} of this request forbids every token that may follow");
+    Failure::bad_request(field, message).code("grammar_failed")
+}
+
 /// Running totals since the start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Totals {
@@ -426,7 +433,8 @@ impl Scheduler {
             if broken {
                 let suppressed = sequence.is_constrained() || !sequence.sampling().suppressed.is_empty();
                 let no_token = || Broken::NoToken { suppressed };
-                let failure = failure.or_else(|| sequence.constraint_failure());
+                let exhausted = || sequence.exhausted_by().map(nothing_left);
+                let failure = failure.or_else(|| sequence.constraint_failure()).or_else(exhausted);
                 self.broken.push((row.id, failure.map_or_else(no_token, Broken::Constraint)));
             } else {
                 Self::cache(&mut self.pool, sequence, self.shape.block_size);

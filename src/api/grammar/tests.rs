@@ -360,6 +360,16 @@ impl TakeFirst for Value {
 }
 
 #[test]
+fn what_is_refused_is_not_tried_again() {
+    let grammars = Grammars::new(TOKENIZER.clone(), TOKENIZER.vocab_size(), Arc::new(vec![2]));
+    let grammar = Grammar::json_schema(json!({"type": "integer", "minimum": 3, "maximum": 1}));
+    let first = grammars.compile(&grammar).unwrap_err();
+    let (_, is_new) = grammars.cache.lock().unwrap().get_or_put(&grammar.key());
+    assert!(!is_new);
+    assert_eq!(grammars.compile(&grammar).unwrap_err(), first);
+}
+
+#[test]
 fn equal_grammars_compile_once_and_old_ones_go() {
     let grammars = Grammars::new(TOKENIZER.clone(), TOKENIZER.vocab_size(), Arc::new(vec![2]));
     let grammar = |at: usize| Grammar::Choice(vec![format!("c{at}")]);

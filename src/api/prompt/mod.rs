@@ -4,6 +4,7 @@ pub mod chat;
 pub mod contents;
 pub mod fit;
 pub mod guard;
+pub mod infill;
 pub mod messages;
 pub mod template;
 pub mod text;

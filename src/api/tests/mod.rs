@@ -17,6 +17,7 @@ use crate::text::tokenizer::{Special, Tokenizer};
 mod calls;
 mod errors;
 mod fastdeploy;
+mod infill;
 mod logprobs;
 mod native;
 mod prompts;
@@ -85,7 +86,7 @@ pub enum Say {
 }
 
 /// A vocabulary of ASCII, byte pieces and a few words: every other character comes in several tokens.
-fn tokenizer_json() -> String {
+pub fn tokenizer_json() -> String {
     let mut vocab: Vec<String> = ["<unk>", "<s>", "</s>"].map(str::to_owned).to_vec();
     vocab.extend((0..=255).map(|byte| format!("<0x{byte:02X}>")));
     vocab.extend((33..127_u8).map(|byte| char::from(byte).to_string()));
