@@ -43,6 +43,9 @@ pub fn handed_on(args: &Args) -> Vec<String> {
 
 /// Prints one line per phase, or one JSON object. The servers are started with `flags`.
 pub async fn run(settings: &Settings, bench: &BenchArgs, flags: &[String]) -> Result<ExitCode, Failure> {
+    if settings.server.tls.is_some() {
+        return Err(Failure::internal("SSL_CERTFILE: a cold start is measured over plain HTTP; unset it"));
+    }
     let mut starts = Vec::with_capacity(STARTS);
     for _ in 0..STARTS {
         starts.push(start_once(settings, flags).await?);

@@ -1,5 +1,6 @@
 //! `serve`, `gateway` and `http`: the listener is up before the model is loaded, and says so on its health routes.
 
+use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -20,7 +21,9 @@ use crate::config::{RunpodSettings, SecretString, ServerSettings, Settings, defa
 use crate::engine::Handle;
 use crate::error::{Failure, Kind};
 use crate::runpod::Ended;
-use crate::server::{self, ConnectionLimits, Door, Endpoints, Metrics, Phase, Readiness, ServerOptions, connections, endpoint};
+use crate::server::{
+    self, ConnectionLimits, Door, Endpoints, Listener, Metrics, Phase, Readiness, ServerOptions, Tls, connections, endpoint,
+};
 
 /// The endpoint that `serve` attaches its worker to.
 const LOCAL_ENDPOINT: &str = "local";
@@ -44,7 +47,17 @@ pub async fn serve(mut settings: Settings) -> Result<ExitCode, Failure> {
     let direct = Direct::new();
     let options = direct.options(&settings);
     let router = server::direct(direct.door(), direct.readiness.clone(), Some(&endpoints), &options);
-    let (closing, server) = spawn_server(listener, router, connection_limits(&settings.server, &options));
+    let limits = connection_limits(&settings.server, &options);
+    let (own_base, own_server) = match &settings.server.tls {
+        // A certificate names the public address, and its root may be unknown here: our own worker comes in plain HTTP, on loopback.
+        Some(_) => {
+            let listener = listen(defaults::LAPTOP_HOST, 0, "PORT").await?;
+            let own_base = format!("http://{}", address(&listener)?);
+            (own_base, Some(spawn_server(listener, server::workers(&endpoints, &options), limits.clone())))
+        }
+        None => (base.clone(), None),
+    };
+    let public_server = spawn_server(listener, router, limits);
     let loaded = tokio::select! {
         loaded = model::load(&settings) => loaded,
         () = shutdown.clone().asked() => return Ok(ExitCode::SUCCESS),
@@ -52,7 +65,7 @@ pub async fn serve(mut settings: Settings) -> Result<ExitCode, Failure> {
     let loaded = loaded.inspect_err(|_| direct.readiness.set(Phase::Failed))?;
     direct.ready(&loaded.service);
     welcome(&base, &loaded);
-    let runpod = attached(&settings, &base);
+    let runpod = attached(&settings, &own_base);
     let (readiness, closing_endpoints, engine) = (direct.readiness.clone(), endpoints.clone(), loaded.engine.clone());
     let asked = {
         let shutdown = shutdown.clone();
@@ -74,8 +87,7 @@ pub async fn serve(mut settings: Settings) -> Result<ExitCode, Failure> {
     let ended = queue::worker(&runpod, &loaded).run(asked).await.map_err(Failure::internal)?;
     // Direct requests are in the engine, not in the worker.
     let ended = drained(&loaded.engine, ended, &settings).await;
-    let _ = closing.send(());
-    let _ = server.await;
+    close([Some(public_server), own_server]).await;
     Ok(exit_code(ended))
 }
 
@@ -90,15 +102,14 @@ pub async fn gateway(settings: Settings) -> Result<ExitCode, Failure> {
     let endpoints = Endpoints::new(endpoint_options(&settings));
     let options = ServerOptions::from(&settings.server);
     let router = server::gateway(&endpoints, Readiness::new(Phase::Ready), &options);
-    let (closing, server) = spawn_server(listener, router, connection_limits(&settings.server, &options));
+    let server = spawn_server(listener, router, connection_limits(&settings.server, &options));
     tracing::info!("local endpoint at {base}/v2/{LOCAL_ENDPOINT} (any id is an endpoint); workers attach with the variables on stdout");
     for (name, value) in endpoint::worker_variables(&base, LOCAL_ENDPOINT, "worker-1", settings.server.api_keys.first()) {
         say(&format!("export {name}='{value}'"));
     }
     shutdown.asked().await;
     endpoints.close();
-    let _ = closing.send(());
-    let _ = server.await;
+    close([Some(server)]).await;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -110,7 +121,7 @@ pub async fn http(settings: Settings) -> Result<ExitCode, Failure> {
     let options = direct.options(&settings);
     let limits = connection_limits(&settings.server, &options);
     let router = server::direct(direct.door(), direct.readiness.clone(), None, &options);
-    let (closing, server) = spawn_server(listener, router, limits.clone());
+    let server = spawn_server(listener, router, limits.clone());
     let health = match settings.server.health_port.filter(|port| Some(*port) != settings.server.port) {
         Some(port) => {
             let listener = listen(settings.server.host.as_deref().unwrap_or(defaults::PLATFORM_HOST), port, "PORT_HEALTH").await?;
@@ -127,10 +138,7 @@ pub async fn http(settings: Settings) -> Result<ExitCode, Failure> {
     direct.ready(&loaded.service);
     tracing::info!("OpenAI API at {base}/v1");
     let ended = direct.end(&loaded.engine, shutdown.asked(), &settings).await;
-    for (closing, server) in [Some((closing, server)), health].into_iter().flatten() {
-        let _ = closing.send(());
-        let _ = server.await;
-    }
+    close([Some(server), health]).await;
     Ok(exit_code(ended))
 }
 
@@ -278,7 +286,8 @@ fn connection_limits(settings: &ServerSettings, options: &ServerOptions) -> Conn
 type Server = (tokio::sync::oneshot::Sender<()>, tokio::task::JoinHandle<()>);
 
 /// Serves in the background until the sender speaks (or is dropped).
-fn spawn_server(listener: TcpListener, router: axum::Router, limits: ConnectionLimits) -> Server {
+fn spawn_server(listener: impl Into<Listener>, router: axum::Router, limits: ConnectionLimits) -> Server {
+    let listener = listener.into();
     let (closing, closed) = tokio::sync::oneshot::channel();
     let server = tokio::spawn(async move {
         let shutdown = async {
@@ -291,18 +300,32 @@ fn spawn_server(listener: TcpListener, router: axum::Router, limits: ConnectionL
     (closing, server)
 }
 
+/// Ends servers, one after the other.
+async fn close(servers: impl IntoIterator<Item = Option<Server>>) {
+    for (closing, server) in servers.into_iter().flatten() {
+        let _ = closing.send(());
+        let _ = server.await;
+    }
+}
+
 /// The listener of the settings, and the URL under which this machine reaches it.
-async fn bind(settings: &Settings, default_host: &str, default_port: u16) -> Result<(TcpListener, String), Failure> {
+async fn bind(settings: &Settings, default_host: &str, default_port: u16) -> Result<(Listener, String), Failure> {
     let host = settings.server.host.as_deref().unwrap_or(default_host);
-    let listener = listen(host, settings.server.port.unwrap_or(default_port), "PORT").await?;
-    let port = listener.local_addr().map_err(|error| Failure::internal(format!("listener: {error}")))?.port();
+    let socket = listen(host, settings.server.port.unwrap_or(default_port), "PORT").await?;
+    let port = address(&socket)?.port();
     let host = match host {
         "0.0.0.0" => "127.0.0.1".to_string(),
         "::" => "[::1]".to_string(),
         ipv6 if ipv6.contains(':') => format!("[{ipv6}]"),
         other => other.to_string(),
     };
-    Ok((listener, format!("http://{host}:{port}")))
+    let tls = settings.server.tls.as_ref().map(|files| Arc::new(Tls::new(files)));
+    let scheme = if tls.is_some() { "https" } else { "http" };
+    Ok((Listener { socket, tls }, format!("{scheme}://{host}:{port}")))
+}
+
+fn address(socket: &TcpListener) -> Result<SocketAddr, Failure> {
+    socket.local_addr().map_err(|error| Failure::internal(format!("listener: {error}")))
 }
 
 async fn listen(host: &str, port: u16, setting: &str) -> Result<TcpListener, Failure> {

@@ -19,6 +19,7 @@ mod resolve;
 pub mod setting;
 mod sources;
 pub mod table;
+pub mod tls;
 
 pub use cli::{Args, BenchArgs, Command, Flags, ModelArgument, PullArgs, RunBatchArgs};
 pub use keys_file::{ClientKey, KeysFile};
@@ -27,6 +28,7 @@ pub use report::report;
 /// Keys and tokens: never shown, and wiped when dropped.
 pub use secrecy::{ExposeSecret, SecretString};
 pub use sources::{ConfigSources, Origin, flags};
+pub use tls::TlsFiles;
 
 /// One thing wrong with the settings.
 #[derive(Debug, Clone, PartialEq)]
@@ -323,6 +325,8 @@ pub struct ServerSettings {
     pub api_keys: Vec<SecretString>,
     /// Keys of clients with their limits; none of them opens what `api_keys` do not.
     pub keys_file: Option<KeysFile>,
+    /// The server's certificate; `None` = plain HTTP.
+    pub tls: Option<TlsFiles>,
     /// CORS; empty = `*`.
     pub allowed_origins: Vec<String>,
     /// How long the head of a request may take; default [`defaults::HEADER_TIMEOUT`], zero = for ever.

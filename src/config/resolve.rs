@@ -7,8 +7,8 @@ use super::given::Given;
 use super::sources::Merged;
 use super::{
     ApiSettings, Args, BatchGrowth, ConfigError, ConfigSources, ContentFormat, EngineSettings, HubSettings, KeysFile, LogLevel,
-    LogSettings, LogprobsMode, NativeFormat, ReasoningField, RunpodSettings, SecretString, ServerSettings, Settings, defaults, parse,
-    report, table,
+    LogSettings, LogprobsMode, NativeFormat, ReasoningField, RunpodSettings, SecretString, ServerSettings, Settings, TlsFiles, defaults,
+    parse, report, table,
 };
 
 impl Settings {
@@ -48,7 +48,12 @@ impl Settings {
             hub: hub(given),
             api: ApiSettings { seed: engine.seed, request_timeout: engine.request_timeout, ..api(given) },
             runpod: runpod(given),
-            server: ServerSettings { api_keys: api_keys(given, merged), keys_file: keys_file(given, merged), ..server(given) },
+            server: ServerSettings {
+                api_keys: api_keys(given, merged),
+                keys_file: keys_file(given, merged),
+                tls: tls(given, merged),
+                ..server(given)
+            },
             log: LogSettings { level: log_level(given) },
             engine,
             model: given.text(&table::MODEL).unwrap_or_else(|| defaults::MODEL.to_owned()),
@@ -225,6 +230,7 @@ fn server(given: &Given) -> ServerSettings {
         health_path: given.text(&table::HEALTH_CHECK_PATH),
         api_keys: Vec::new(),
         keys_file: None,
+        tls: None,
         allowed_origins: given.list(&table::ALLOWED_ORIGINS).into_iter().filter(|origin| origin != "*").collect(),
         header_timeout: seconds(&table::HEADER_TIMEOUT),
         keep_alive_timeout: seconds(&table::KEEP_ALIVE_TIMEOUT),
@@ -255,6 +261,19 @@ fn api_keys(given: &Given, merged: &mut Merged) -> Vec<SecretString> {
 fn keys_file(given: &Given, merged: &mut Merged) -> Option<KeysFile> {
     let path = given.text(&table::API_KEYS_FILE)?;
     KeysFile::read(Path::new(&path)).map_err(|error| merged.refuse(table::API_KEYS_FILE.name, format!("{path}: {error}"))).ok()
+}
+
+/// The server's certificate and its key.
+fn tls(given: &Given, merged: &mut Merged) -> Option<TlsFiles> {
+    let key = given.text(&table::SSL_KEYFILE).map(PathBuf::from);
+    let Some(certificate) = given.text(&table::SSL_CERTFILE).map(PathBuf::from) else {
+        if key.is_some() {
+            merged.refuse(table::SSL_KEYFILE.name, "a key without its certificate; set SSL_CERTFILE too");
+        }
+        return None;
+    };
+    let refresh = given.switch(&table::ENABLE_SSL_REFRESH).unwrap_or(false);
+    TlsFiles::read(certificate, key, refresh).map_err(|error| merged.refuse(error.setting, error.message)).ok()
 }
 
 fn log_level(given: &Given) -> LogLevel {

@@ -315,6 +315,13 @@ settings! {
         /// A YAML or JSON file of clients' keys, each with a name and limits; read again when it changes (docs/api.md). For `http` and
         /// `serve`.
         API_KEYS_FILE = Setting::text();
+        /// A PEM file with the server's certificate and those between it and its root: with it `http`, `serve` and `gateway` speak TLS on
+        /// PORT, and nothing else. PORT_HEALTH stays plain HTTP.
+        SSL_CERTFILE = Setting::text();
+        /// A PEM file with the private key of that certificate, without a password.
+        SSL_KEYFILE = Setting::new(Kind::Text, Prose("SSL_CERTFILE, which then holds the key too"));
+        /// Read both files again when they change, for the connections that come then.
+        ENABLE_SSL_REFRESH = Setting::switch(false);
         /// Origins that browsers may call from; several by commas or as a JSON list.
         ALLOWED_ORIGINS = Setting::new(Kind::List, Text("*"));
         /// Seconds that the head of a request may take; then its connection is closed. 0 = no limit.
