@@ -43,6 +43,7 @@ pub fn handed_on(args: &Args) -> Vec<String> {
 
 /// Prints one line per phase, or one JSON object. The servers are started with `flags`.
 pub async fn run(settings: &Settings, bench: &BenchArgs, flags: &[String]) -> Result<ExitCode, Failure> {
+    settings.only_model("bench --cold-start").map_err(|error| Failure::internal(error.to_string()))?;
     if settings.server.tls.is_some() {
         return Err(Failure::internal("SSL_CERTFILE: a cold start is measured over plain HTTP; unset it"));
     }

@@ -5,25 +5,25 @@ use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use futures::future::join_all;
 use futures::{FutureExt, StreamExt};
 use serde_json::Value;
 use tokio::net::TcpListener;
 
-use super::model::{self, Loaded};
-use super::say;
 use super::signals::Shutdown;
+use super::{model, say};
 use super::{open_files, queue};
 use crate::api::body::BodyLimits;
 use crate::api::frames;
 use crate::api::tally::{End, Tally};
 use crate::api::{Call, Reply, Service};
 use crate::config::{RunpodSettings, SecretString, ServerSettings, Settings, defaults};
-use crate::engine::Handle;
 use crate::error::{Failure, Kind};
 use crate::runpod::Ended;
 use crate::server::{
     self, ConnectionLimits, Door, Endpoints, Listener, Metrics, Phase, Readiness, ServerOptions, Tls, connections, endpoint,
 };
+use crate::telemetry::metrics::Exposition;
 
 /// The endpoint that `serve` attaches its worker to.
 const LOCAL_ENDPOINT: &str = "local";
@@ -62,11 +62,11 @@ pub async fn serve(mut settings: Settings) -> Result<ExitCode, Failure> {
         loaded = model::load(&settings) => loaded,
         () = shutdown.clone().asked() => return Ok(ExitCode::SUCCESS),
     };
-    let loaded = loaded.inspect_err(|_| direct.readiness.set(Phase::Failed))?;
-    direct.ready(&loaded.service);
-    welcome(&base, &loaded);
+    let service = loaded.inspect_err(|_| direct.readiness.set(Phase::Failed))?;
+    direct.ready(&service);
+    welcome(&base, &service);
     let runpod = attached(&settings, &own_base);
-    let (readiness, closing_endpoints, engine) = (direct.readiness.clone(), endpoints.clone(), loaded.engine.clone());
+    let (readiness, closing_endpoints, health) = (direct.readiness.clone(), endpoints.clone(), service.health());
     let asked = {
         let shutdown = shutdown.clone();
         async move {
@@ -76,7 +76,7 @@ pub async fn serve(mut settings: Settings) -> Result<ExitCode, Failure> {
                     readiness.set(Phase::Draining);
                     closing_endpoints.close();
                 }
-                _ = engine.failed() => {
+                _ = health.failed() => {
                     closing_endpoints.close();
                     // The worker hears of it by itself.
                     std::future::pending().await
@@ -84,9 +84,9 @@ pub async fn serve(mut settings: Settings) -> Result<ExitCode, Failure> {
             }
         }
     };
-    let ended = queue::worker(&runpod, &loaded).run(asked).await.map_err(Failure::internal)?;
-    // Direct requests are in the engine, not in the worker.
-    let ended = drained(&loaded.engine, ended, &settings).await;
+    let ended = queue::worker(&runpod, &service).run(asked).await.map_err(Failure::internal)?;
+    // Direct requests are in the engines, not in the worker.
+    let ended = drained(&service, ended, &settings).await;
     close([Some(public_server), own_server]).await;
     Ok(exit_code(ended))
 }
@@ -134,20 +134,21 @@ pub async fn http(settings: Settings) -> Result<ExitCode, Failure> {
         loaded = model::load(&settings) => loaded,
         () = shutdown.clone().asked() => return Ok(ExitCode::SUCCESS),
     };
-    let loaded = loaded.inspect_err(|_| direct.readiness.set(Phase::Failed))?;
-    direct.ready(&loaded.service);
+    let service = loaded.inspect_err(|_| direct.readiness.set(Phase::Failed))?;
+    direct.ready(&service);
     tracing::info!("OpenAI API at {base}/v1");
-    let ended = direct.end(&loaded.engine, shutdown.asked(), &settings).await;
+    let ended = direct.end(&service, shutdown.asked(), &settings).await;
     close([Some(server), health]).await;
     Ok(exit_code(ended))
 }
 
-/// Waits until the engine has answered what it holds, and tells how it ended after all.
-async fn drained(engine: &Handle, ended: Ended, settings: &Settings) -> Ended {
+/// Waits until the engines have answered what they hold, and tells how it ended after all.
+async fn drained(service: &Service, ended: Ended, settings: &Settings) -> Ended {
     let limit = settings.runpod.drain_timeout.unwrap_or(defaults::DRAIN_TIMEOUT);
     // A broken engine has nothing more to compute: its failures only have to be written.
-    engine.idle(if ended == Ended::Unhealthy { limit.min(RESPONSES_END) } else { limit }).await;
-    if engine.failure().is_some() { Ended::Unhealthy } else { ended }
+    let idle = service.engines().map(|(_, engine)| engine.idle(if engine.failure().is_some() { limit.min(RESPONSES_END) } else { limit }));
+    join_all(idle).await;
+    if service.health().failure().is_some() { Ended::Unhealthy } else { ended }
 }
 
 fn exit_code(ended: Ended) -> ExitCode {
@@ -186,35 +187,42 @@ impl Direct {
     fn options(&self, settings: &Settings) -> ServerOptions {
         let service = self.service.clone();
         let prefix = settings.server.metrics_prefix.clone().unwrap_or_else(|| defaults::METRICS_PREFIX.to_owned());
-        let text = move || service.get().map_or(String::new(), |service| service.engine.stats().exposition(&prefix, service.name()));
+        let text = move || service.get().map_or(String::new(), |service| exposition(service, &prefix));
         let service = self.service.clone();
-        let load = move || service.get().map_or(0, |service| service.engine.load());
+        let load = move || service.get().map_or(0, |service| service.load());
         let metrics = Metrics { text: Arc::new(text), load: Arc::new(load) };
         let service = self.service.clone();
         let model_limits = move || service.get().map_or_else(BodyLimits::default, |service| service.body_limits());
         ServerOptions { metrics: Some(metrics), model_limits: Some(Arc::new(model_limits)), ..ServerOptions::from(&settings.server) }
     }
 
-    /// Opens the door, for as long as the engine is sound.
+    /// Opens the door, for as long as the engines are sound.
     fn ready(&self, service: &Arc<Service>) {
         let _ = self.service.set(service.clone());
-        self.readiness.ready(service.engine.health());
+        self.readiness.ready(service.health());
     }
 
-    /// Serves until it is told to stop or the engine breaks, and then until what the engine holds is answered.
-    async fn end(&self, engine: &Handle, asked: impl Future<Output = ()>, settings: &Settings) -> Ended {
+    /// Serves until it is told to stop or an engine breaks, and then until what the engines hold is answered.
+    async fn end(&self, service: &Service, asked: impl Future<Output = ()>, settings: &Settings) -> Ended {
+        let health = service.health();
         let ended = tokio::select! {
             () = asked => {
                 self.readiness.set(Phase::Draining);
                 Ended::Drained
             }
-            failure = engine.failed() => {
+            failure = health.failed() => {
                 tracing::error!("no more requests are taken: {failure}");
                 Ended::Unhealthy
             }
         };
-        drained(engine, ended, settings).await
+        drained(service, ended, settings).await
     }
+}
+
+/// The figures of all engines, each under its model's name.
+fn exposition(service: &Service, prefix: &str) -> String {
+    let texts: Vec<String> = service.engines().map(|(name, engine)| engine.stats().exposition(prefix, name)).collect();
+    Exposition::joined(&texts)
 }
 
 /// Answers a call, and tells its end in the log. (Of a GET only a scraper's rhythm would be seen.)
@@ -356,8 +364,8 @@ fn attached(settings: &Settings, base: &str) -> RunpodSettings {
     runpod
 }
 
-fn welcome(base: &str, loaded: &Loaded) {
-    let name = loaded.service.name();
+fn welcome(base: &str, service: &Service) {
+    let name = service.name();
     tracing::info!("OpenAI API         {base}/v1");
     tracing::info!("the same as a job  {base}/v2/{LOCAL_ENDPOINT}/openai/v1");
     tracing::info!("RunPod endpoint    {base}/v2/{LOCAL_ENDPOINT}/runsync");
@@ -369,7 +377,7 @@ fn welcome(base: &str, loaded: &Loaded) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::ModelInfo;
+    use crate::api::{LoadedModel, ModelInfo};
     use crate::checkpoint::demo;
     use crate::config::ApiSettings;
     use crate::engine;
@@ -396,6 +404,10 @@ mod tests {
     }
 
     async fn service() -> Arc<Service> {
+        service_of(&["demo"]).await
+    }
+
+    async fn service_of(names: &[&str]) -> Arc<Service> {
         let files = demo::files();
         let tokenizer = Arc::new(Tokenizer::load(&files).unwrap());
         let shape = Shape {
@@ -407,8 +419,36 @@ mod tests {
             max_num_batched_tokens: 64,
             memory_bound: false,
         };
-        let engine = engine::start(|| Ok(Fragile(shape)), engine::EngineOptions::default()).await.unwrap();
-        Arc::new(Service::new(ApiSettings::default(), engine, tokenizer, ModelInfo::from_files(&files).unwrap()).unwrap())
+        let mut models = Vec::new();
+        for name in names {
+            let shape = shape.clone();
+            let engine = engine::start(|| Ok(Fragile(shape)), engine::EngineOptions::default()).await.unwrap();
+            let info = ModelInfo { name: (*name).to_owned(), ..ModelInfo::from_files(&files).unwrap() };
+            models.push(LoadedModel { engine, tokenizer: tokenizer.clone(), info });
+        }
+        Arc::new(Service::of_models(ApiSettings::default(), models).unwrap())
+    }
+
+    #[tokio::test]
+    async fn one_broken_model_of_several_ends_all_and_says_which() {
+        let service = service_of(&["demo", "other"]).await;
+        let direct = Direct::new();
+        let settings = Settings::default();
+        let metrics = direct.options(&settings).metrics.unwrap();
+        direct.ready(&service);
+        let complete = |model: &str, prompt: Value| {
+            let body = json!({"model": model, "prompt": prompt, "max_tokens": 2});
+            service.call(Call { method: "POST".into(), path: "/v1/completions".into(), body, request_id: "r".into(), client: None })
+        };
+        assert!(complete("other", json!("Hi")).await.is_ok() && complete("demo", json!("Hi")).await.is_ok());
+        assert_eq!(direct.readiness.phase(), Phase::Ready);
+        let (ended, failed) = tokio::join!(direct.end(&service, std::future::pending(), &settings), complete("other", json!([400])));
+        assert_eq!((ended, failed.err().map(|failure| failure.status())), (Ended::Unhealthy, Some(500)));
+        assert_eq!(direct.readiness.phase(), Phase::Failed);
+        let text = (metrics.text)();
+        for line in ["worker_candle_healthy{model_name=\"demo\"} 1", "worker_candle_healthy{model_name=\"other\"} 0"] {
+            assert!(text.lines().any(|present| present == line), "{line} in {text}");
+        }
     }
 
     #[tokio::test]
@@ -468,7 +508,7 @@ mod tests {
             let body = json!({"prompt": [400], "max_tokens": 3});
             client.post(format!("{base}/v1/completions")).json(&body).send().await.unwrap()
         };
-        let (ended, failed) = tokio::join!(direct.end(&service.engine, std::future::pending(), &settings), ask);
+        let (ended, failed) = tokio::join!(direct.end(&service, std::future::pending(), &settings), ask);
         assert_eq!((ended, failed.status().as_u16()), (Ended::Unhealthy, 500));
         let error = failed.json::<Value>().await.unwrap();
         assert!(error["error"]["message"].as_str().unwrap().contains("CUDA_ERROR_ILLEGAL_ADDRESS"), "{error}");
@@ -489,8 +529,7 @@ mod tests {
         };
         let jobs = json!([{"id": "lost", "input": {"input_ids": [400], "max_tokens": 3}}, {"id": "other", "input": {"prompt": "Hi", "max_tokens": 1}}]);
         queue.script(Route::Take, [ScriptedReply::Json(jobs)]);
-        let loaded = Loaded { engine: service.engine.clone(), service };
-        let running = queue::worker(&settings, &loaded).run(std::future::pending());
+        let running = queue::worker(&settings, &service).run(std::future::pending());
         let platform = async {
             queue.wait(Route::Done, 2).await;
             // The poll that was open comes back empty, as the platform's do in the end.

@@ -54,8 +54,10 @@ impl fmt::Display for ConfigError {
 /// Everything the program was told, resolved and checked.
 #[derive(Debug, Clone, Default)]
 pub struct Settings {
-    /// A hub id, a folder, or `demo`.
+    /// A hub id, a folder, or `demo`: the model that answers requests which name none.
     pub model: String,
+    /// Models that are served besides.
+    pub more_models: Vec<String>,
     pub hub: HubSettings,
     pub engine: EngineSettings,
     pub api: ApiSettings,
@@ -66,6 +68,25 @@ pub struct Settings {
     pub given: Vec<(String, String, Origin)>,
     /// Said once in the log at start: names that have no effect here, deprecated spellings.
     pub warnings: Vec<String>,
+}
+
+impl Settings {
+    /// All models, in order; at least one.
+    pub fn models(&self) -> impl Iterator<Item = &str> {
+        std::iter::once(self.model.as_str()).chain(self.more_models.iter().map(String::as_str))
+    }
+
+    /// For what takes one model alone.
+    ///
+    /// # Errors
+    /// When there are several.
+    pub fn only_model(&self, what: &str) -> Result<&str, ConfigError> {
+        if self.more_models.is_empty() {
+            return Ok(&self.model);
+        }
+        let models = self.models().collect::<Vec<_>>().join(", ");
+        Err(ConfigError::new(table::MODEL.name, format!("{what} takes one model; name one of {models}")))
+    }
 }
 
 /// Where models come from.

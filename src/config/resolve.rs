@@ -44,6 +44,11 @@ impl Settings {
                 format!("{depth} is deeper than is read here; use at most {}", defaults::MAX_JSON_DEPTH),
             );
         }
+        let models = given.list(&table::MODEL);
+        if models.len() > 1 {
+            of_several_models(given, models.len(), merged);
+        }
+        let mut models = models.into_iter();
         Self {
             hub: hub(given),
             api: ApiSettings { seed: engine.seed, request_timeout: engine.request_timeout, ..api(given) },
@@ -56,10 +61,27 @@ impl Settings {
             },
             log: LogSettings { level: log_level(given) },
             engine,
-            model: given.text(&table::MODEL).unwrap_or_else(|| defaults::MODEL.to_owned()),
+            model: models.next().unwrap_or_else(|| defaults::MODEL.to_owned()),
+            more_models: models.collect(),
             given: Vec::new(),
             warnings: Vec::new(),
         }
+    }
+}
+
+/// Refuses what can only be meant for one model.
+fn of_several_models(given: &Given, models: usize, merged: &mut Merged) {
+    let names = given.list(&table::SERVED_MODEL_NAME).len();
+    if names != 0 && names != models {
+        let message = format!("{names} for {models} models; give each model of MODEL one name, in the same order, or leave it unset");
+        merged.refuse(table::SERVED_MODEL_NAME.name, message);
+    }
+    if given.text(&table::TOKENIZER).is_some() {
+        merged.refuse(table::TOKENIZER.name, "MODEL names several models, which have tokenizers of their own; unset it");
+    }
+    if given.text(&table::REVISION).is_some_and(|revision| revision != defaults::REVISION) {
+        let message = format!("MODEL names several models, and a revision is one model's; unset it, or set {}", defaults::REVISION);
+        merged.refuse(table::REVISION.name, message);
     }
 }
 

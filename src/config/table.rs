@@ -30,7 +30,8 @@ macro_rules! settings {
 settings! {
     Model {
         /// The model: a hub id (`owner/repository:Q4_K_M` for a GGUF file in it), a folder, a GGUF file, or `demo` (the demo model inside this binary).
-        MODEL = Setting::new(Kind::Text, Text(defaults::MODEL))
+        /// Several are served together: by commas, as a JSON list, or by repeating the flag. Requests name one; without a name the first answers.
+        MODEL = Setting::new(Kind::Models, Text(defaults::MODEL))
             .also(&["MODEL_NAME", "MODEL_REPO"])
             .form(Form::new("Model",
                 "Hub id of a text model of a family that is served (ERNIE 4.5, Llama, Qwen, Gemma, Mistral and more: docs/models.md), a folder or GGUF file on the network volume, or demo",
@@ -102,9 +103,10 @@ settings! {
             .form(Form::new("Block size",
                 "Tokens per block of the KV cache",
                 Input::Options(&[("16", "16"), ("32", "32"), ("48", "48"), ("64", "64")])).advanced());
-        /// Blocks in the KV cache, instead of what memory allows.
+        /// Blocks in the KV cache, instead of what memory allows. Of several models each has so many.
         NUM_GPU_BLOCKS_OVERRIDE = Setting::new(COUNT, Prose("what memory allows"));
-        /// Memory for the KV cache, in GiB. `auto` takes no more than `MAX_NUM_SEQS` sequences can use.
+        /// Memory for the KV cache, in GiB; of several models for all of them together. `auto` takes no more than `MAX_NUM_SEQS` sequences
+        /// can use.
         KV_CACHE_GB = Setting::new(Kind::Number { range: Range::Positive, auto: AUTO },
             Computed(|| {
                 let percent = defaults::CPU_KV_SHARE * 100.0;
@@ -145,7 +147,7 @@ settings! {
     }
     Api {
         /// Names under which clients may ask for the model; several by spaces, commas, as a JSON list, or by repeating the flag. Answers
-        /// carry the first.
+        /// carry the first. Of several models each has one, in the order of `MODEL`.
         SERVED_MODEL_NAME = Setting::new(Kind::List, Prose("the model's id"))
             .also(&["OPENAI_SERVED_MODEL_NAME_OVERRIDE"])
             .form(Form::new("Served model name", "Name under which clients ask for the model; several by commas", Input::Text));
