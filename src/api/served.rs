@@ -17,8 +17,7 @@ use crate::api::prompt::guard::Guard;
 use crate::api::prompt::infill::InfillTokens;
 use crate::api::prompt::template::{self, ChatTemplate};
 use crate::api::response_store::{ResponseStore, StoreLimits};
-use crate::api::routes::Route;
-use crate::config::{ApiSettings, ClientKey, defaults};
+use crate::config::{ApiSettings, defaults};
 use crate::engine::Limits;
 use crate::error::{Failure, Kind};
 use crate::text::tokenizer::{Special, Tokenizer};
@@ -30,6 +29,8 @@ pub struct ServedModel {
     pub model: ModelInfo,
     /// Served names; at least one.
     names: Vec<String>,
+    /// All names that are served, those of other models among them.
+    pub listed: Vec<String>,
     defaults: SamplingDefaults,
     pub eos_token_ids: Arc<Vec<u32>>,
     pub bos_token_id: Option<u32>,
@@ -133,6 +134,7 @@ impl ServedModel {
         warn_of_tokens_beyond(&tokenizer, embedding_rows);
         let eos_token_ids = Arc::new(eos_token_ids(&model, &tokenizer)?);
         Ok(Self {
+            listed: names.clone(),
             names,
             defaults,
             grammars: Grammars::new(tokenizer.clone(), limits.vocab_size, eos_token_ids.clone()),
@@ -186,57 +188,17 @@ impl ServedModel {
         }
     }
 
-    /// Whether a client may call this route with this body: the model that it asks for, and what concerns the requests of others.
-    pub fn check_client(&self, client: &ClientKey, route: &Route, body: &Value) -> Result<(), Failure> {
-        let asked = match (route, body) {
-            (Route::Model(id), _) => Some(id.clone()),
-            (Route::Models | Route::Version | Route::Load | Route::Document, _)
-            | (Route::Response(_) | Route::CancelResponse(_) | Route::InputItems { .. }, _) => {
-                return Ok(());
-            }
-            (Route::Abort, _) if Fields::new(body)?.flag("abort_all")? => {
-                let message = format!("The key {:?} may not end the requests of others; name your own in 'req_ids'.", client.name);
-                return Err(Failure::new(Kind::Forbidden, message).param("abort_all"));
-            }
-            (Route::Abort, _) => return Ok(()),
-            (_, Value::Object(_)) => Fields::new(body)?.string("model")?.map(str::to_owned),
-            _ => None,
-        };
-        if *route != Route::TokenCheck {
-            return self.check_client_model(client, asked.as_deref(), "model");
-        }
-        // There each prompt names its own.
-        let prompts = body.get("prompts").and_then(Value::as_array).into_iter().flatten().enumerate();
-        prompts
-            .map(|(place, prompt)| (prompt.get("model").and_then(Value::as_str), format!("prompts[{place}].model")))
-            .try_for_each(|(model, param)| self.check_client_model(client, model, &param))
-    }
-
-    /// Whether a client may use the model of this name, which it asks for in `param`.
-    fn check_client_model(&self, client: &ClientKey, asked: Option<&str>, param: &str) -> Result<(), Failure> {
-        let name = match asked {
-            None | Some("" | "null" | "default") => self.name(),
-            // Other names of the same model.
-            Some(name)
-                if !self.names.iter().any(|served| served == name) && (name == self.model.name || name == self.model.last_segment()) =>
-            {
-                self.name()
-            }
-            Some(name) => name,
-        };
-        if client.may_use(name) {
-            return Ok(());
-        }
-        let message = format!("The key {:?} may not use the model `{name}`.", client.name);
-        Err(Failure::new(Kind::Forbidden, message).param(param).code("model_not_allowed"))
+    /// The model's own name, or its last part.
+    pub fn is_own_name(&self, name: &str) -> bool {
+        name == self.model.name || name == self.model.last_segment()
     }
 
     pub fn check_model_name(&self, name: &str) -> Result<(), Failure> {
-        let known = self.names.iter().any(|served| served == name) || name == self.model.name || name == self.model.last_segment();
+        let known = self.names.iter().any(|served| served == name) || self.is_own_name(name);
         if known || self.settings.any_model_name {
             return Ok(());
         }
-        let message = format!("The model `{name}` does not exist. This server serves: {}.", self.names.join(", "));
+        let message = format!("The model `{name}` does not exist. This server serves: {}.", self.listed.join(", "));
         Err(Failure::new(Kind::NotFound, message).param("model").code("model_not_found"))
     }
 

@@ -51,6 +51,10 @@ pub fn handed_on(args: &Args) -> Vec<String> {
 /// Prints one line per phase, or one JSON object. The servers are started with `flags`: first each with the weights converted anew, then with
 /// a prepared copy, unless `PREPARED_CACHE` or the model's size says that there is none.
 pub async fn run(settings: &Settings, bench: &BenchArgs, flags: &[String]) -> Result<ExitCode, Failure> {
+    settings.only_model("bench --cold-start").map_err(|error| Failure::internal(error.to_string()))?;
+    if settings.server.tls.is_some() {
+        return Err(Failure::internal("SSL_CERTFILE: a cold start is measured over plain HTTP; unset it"));
+    }
     let own = |flag: &&String| !flag.starts_with("--prepared-cache=");
     let without: Vec<String> = flags.iter().filter(own).cloned().chain(["--prepared-cache=off".to_owned()]).collect();
     let first = rows(settings, &without).await?;
@@ -121,7 +125,7 @@ fn round(ms: f64) -> f64 {
 async fn prepare(settings: &Settings, files: &ModelFiles) -> Result<Option<PathBuf>, Failure> {
     let mut settings = settings.clone();
     settings.engine.prepared_writing = PreparedWriting::Now;
-    let (engine, _) = start_engine(&settings, files, || Ok(Vocabulary::from(usize::MAX))).await?;
+    let (engine, _) = start_engine(&settings, files, None, || Ok(Vocabulary::from(usize::MAX))).await?;
     drop(engine);
     Ok(prepared::existing(files, &settings.engine))
 }

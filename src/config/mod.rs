@@ -19,6 +19,7 @@ mod resolve;
 pub mod setting;
 mod sources;
 pub mod table;
+pub mod tls;
 
 pub use cli::{Args, BenchArgs, Command, Flags, ModelArgument, PullArgs, RunBatchArgs};
 pub use keys_file::{ClientKey, KeysFile};
@@ -27,6 +28,7 @@ pub use report::report;
 /// Keys and tokens: never shown, and wiped when dropped.
 pub use secrecy::{ExposeSecret, SecretString};
 pub use sources::{ConfigSources, Origin, flags};
+pub use tls::TlsFiles;
 
 /// One thing wrong with the settings.
 #[derive(Debug, Clone, PartialEq)]
@@ -52,8 +54,10 @@ impl fmt::Display for ConfigError {
 /// Everything the program was told, resolved and checked.
 #[derive(Debug, Clone, Default)]
 pub struct Settings {
-    /// A hub id, a folder, or `demo`.
+    /// A hub id, a folder, or `demo`: the model that answers requests which name none.
     pub model: String,
+    /// Models that are served besides.
+    pub more_models: Vec<String>,
     pub hub: HubSettings,
     pub engine: EngineSettings,
     pub api: ApiSettings,
@@ -64,6 +68,25 @@ pub struct Settings {
     pub given: Vec<(String, String, Origin)>,
     /// Said once in the log at start: names that have no effect here, deprecated spellings.
     pub warnings: Vec<String>,
+}
+
+impl Settings {
+    /// All models, in order; at least one.
+    pub fn models(&self) -> impl Iterator<Item = &str> {
+        std::iter::once(self.model.as_str()).chain(self.more_models.iter().map(String::as_str))
+    }
+
+    /// For what takes one model alone.
+    ///
+    /// # Errors
+    /// When there are several.
+    pub fn only_model(&self, what: &str) -> Result<&str, ConfigError> {
+        if self.more_models.is_empty() {
+            return Ok(&self.model);
+        }
+        let models = self.models().collect::<Vec<_>>().join(", ");
+        Err(ConfigError::new(table::MODEL.name, format!("{what} takes one model; name one of {models}")))
+    }
 }
 
 /// Where models come from.
@@ -346,6 +369,8 @@ pub struct ServerSettings {
     pub api_keys: Vec<SecretString>,
     /// Keys of clients with their limits; none of them opens what `api_keys` do not.
     pub keys_file: Option<KeysFile>,
+    /// The server's certificate; `None` = plain HTTP.
+    pub tls: Option<TlsFiles>,
     /// CORS; empty = `*`.
     pub allowed_origins: Vec<String>,
     /// How long the head of a request may take; default [`defaults::HEADER_TIMEOUT`], zero = for ever.

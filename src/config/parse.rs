@@ -1,5 +1,7 @@
 //! Pure readers of values as typed.
 
+use std::path::Path;
+
 use serde_json::Value;
 
 use super::{DeviceChoice, PreparedCache, Quantization, Speculative};
@@ -45,13 +47,29 @@ pub fn list(value: &str) -> Option<Vec<String>> {
     } else {
         value.split(|c: char| c == ',' || c.is_whitespace()).map(str::to_owned).collect()
     };
+    Some(each_once(words.iter().map(String::as_str)))
+}
+
+/// Models: a JSON list of strings, or separated by commas; what is there as a file or folder is one model, whatever its name.
+pub fn models(value: &str) -> Option<Vec<String>> {
+    let value = value.trim();
+    if Path::new(value).exists() {
+        return Some(vec![value.to_owned()]);
+    }
+    let words: Vec<String> =
+        if value.starts_with('[') { serde_json::from_str(value).ok()? } else { value.split(',').map(str::to_owned).collect() };
+    Some(each_once(words.iter().map(String::as_str)))
+}
+
+/// Words without white space around them, empty ones and doubles left out.
+fn each_once<'a>(words: impl Iterator<Item = &'a str>) -> Vec<String> {
     let mut list: Vec<String> = Vec::new();
-    for word in words.iter().map(|word| word.trim()).filter(|word| !word.is_empty()) {
+    for word in words.map(str::trim).filter(|word| !word.is_empty()) {
         if !list.iter().any(|known| known == word) {
             list.push(word.to_owned());
         }
     }
-    Some(list)
+    list
 }
 
 /// FastDeploy's other strategies, and what they need that is not here.
@@ -189,6 +207,18 @@ mod tests {
         assert_eq!(list(r#"["my model", "b", "b"]"#).unwrap(), ["my model", "b"]);
         assert_eq!(list("[a, b]"), None);
         assert_eq!(list(" , ").unwrap(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn models_are_separated_by_commas_alone() {
+        assert_eq!(models("demo").unwrap(), ["demo"]);
+        assert_eq!(models(" a/b:Q4_K_M, /my models/x ,a/b:Q4_K_M,").unwrap(), ["a/b:Q4_K_M", "/my models/x"]);
+        assert_eq!(models(r#"["a,b", "c"]"#).unwrap(), ["a,b", "c"]);
+        assert_eq!((models("[a"), models(",").unwrap()), (None, Vec::new()));
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("one, with a comma");
+        std::fs::create_dir(&path).unwrap();
+        assert_eq!(models(path.to_str().unwrap()).unwrap(), [path.to_str().unwrap()]);
     }
 
     #[test]

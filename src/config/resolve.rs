@@ -8,7 +8,7 @@ use super::sources::Merged;
 use super::{
     ApiSettings, Args, BatchGrowth, ConfigError, ConfigSources, ContentFormat, EngineSettings, HubSettings, KeysFile, LogLevel,
     LogSettings, LogprobsMode, NativeFormat, PreparedWriting, ReasoningField, RunpodSettings, SecretString, ServerSettings, Settings,
-    defaults, parse, policy, report, table,
+    TlsFiles, defaults, parse, policy, report, table,
 };
 
 impl Settings {
@@ -44,14 +44,25 @@ impl Settings {
                 format!("{depth} is deeper than is read here; use at most {}", defaults::MAX_JSON_DEPTH),
             );
         }
+        let models = given.list(&table::MODEL);
+        if models.len() > 1 {
+            of_several_models(given, models.len(), merged);
+        }
+        let mut models = models.into_iter();
         Self {
             hub: hub(given),
             api: ApiSettings { seed: engine.seed, request_timeout: engine.request_timeout, ..api(given, merged) },
             runpod: runpod(given),
-            server: ServerSettings { api_keys: api_keys(given, merged), keys_file: keys_file(given, merged), ..server(given) },
+            server: ServerSettings {
+                api_keys: api_keys(given, merged),
+                keys_file: keys_file(given, merged),
+                tls: tls(given, merged),
+                ..server(given)
+            },
             log: LogSettings { level: log_level(given) },
             engine,
-            model: given.text(&table::MODEL).unwrap_or_else(|| defaults::MODEL.to_owned()),
+            model: models.next().unwrap_or_else(|| defaults::MODEL.to_owned()),
+            more_models: models.collect(),
             given: Vec::new(),
             warnings: Vec::new(),
         }
@@ -74,6 +85,22 @@ fn refuses_auto_tools(given: &Given, merged: &mut Merged) -> bool {
         ));
     }
     !in_environment
+}
+
+/// Refuses what can only be meant for one model.
+fn of_several_models(given: &Given, models: usize, merged: &mut Merged) {
+    let names = given.list(&table::SERVED_MODEL_NAME).len();
+    if names != 0 && names != models {
+        let message = format!("{names} for {models} models; give each model of MODEL one name, in the same order, or leave it unset");
+        merged.refuse(table::SERVED_MODEL_NAME.name, message);
+    }
+    if given.text(&table::TOKENIZER).is_some() {
+        merged.refuse(table::TOKENIZER.name, "MODEL names several models, which have tokenizers of their own; unset it");
+    }
+    if given.text(&table::REVISION).is_some_and(|revision| revision != defaults::REVISION) {
+        let message = format!("MODEL names several models, and a revision is one model's; unset it, or set {}", defaults::REVISION);
+        merged.refuse(table::REVISION.name, message);
+    }
 }
 
 fn hub(given: &Given) -> HubSettings {
@@ -245,6 +272,7 @@ fn server(given: &Given) -> ServerSettings {
         health_path: given.text(&table::HEALTH_CHECK_PATH),
         api_keys: Vec::new(),
         keys_file: None,
+        tls: None,
         allowed_origins: given.list(&table::ALLOWED_ORIGINS).into_iter().filter(|origin| origin != "*").collect(),
         header_timeout: seconds(&table::HEADER_TIMEOUT),
         keep_alive_timeout: seconds(&table::KEEP_ALIVE_TIMEOUT),
@@ -275,6 +303,19 @@ fn api_keys(given: &Given, merged: &mut Merged) -> Vec<SecretString> {
 fn keys_file(given: &Given, merged: &mut Merged) -> Option<KeysFile> {
     let path = given.text(&table::API_KEYS_FILE)?;
     KeysFile::read(Path::new(&path)).map_err(|error| merged.refuse(table::API_KEYS_FILE.name, format!("{path}: {error}"))).ok()
+}
+
+/// The server's certificate and its key.
+fn tls(given: &Given, merged: &mut Merged) -> Option<TlsFiles> {
+    let key = given.text(&table::SSL_KEYFILE).map(PathBuf::from);
+    let Some(certificate) = given.text(&table::SSL_CERTFILE).map(PathBuf::from) else {
+        if key.is_some() {
+            merged.refuse(table::SSL_KEYFILE.name, "a key without its certificate; set SSL_CERTFILE too");
+        }
+        return None;
+    };
+    let refresh = given.switch(&table::ENABLE_SSL_REFRESH).unwrap_or(false);
+    TlsFiles::read(certificate, key, refresh).map_err(|error| merged.refuse(error.setting, error.message)).ok()
 }
 
 fn log_level(given: &Given) -> LogLevel {

@@ -30,7 +30,8 @@ macro_rules! settings {
 settings! {
     Model {
         /// The model: a hub id (`owner/repository:Q4_K_M` for a GGUF file in it), a folder, a GGUF file, or `demo` (the demo model inside this binary).
-        MODEL = Setting::new(Kind::Text, Text(defaults::MODEL))
+        /// Several are served together: by commas, as a JSON list, or by repeating the flag. Requests name one; without a name the first answers.
+        MODEL = Setting::new(Kind::Models, Text(defaults::MODEL))
             .also(&["MODEL_NAME", "MODEL_REPO"])
             .form(Form::new("Model",
                 "Hub id of a text model of a family that is served (ERNIE 4.5, Llama, Qwen, Gemma, Mistral and more: docs/models.md), a folder or GGUF file on the network volume, or demo",
@@ -106,9 +107,10 @@ settings! {
             .form(Form::new("Block size",
                 "Tokens per block of the KV cache",
                 Input::Options(&[("16", "16"), ("32", "32"), ("48", "48"), ("64", "64")])).advanced());
-        /// Blocks in the KV cache, instead of what memory allows.
+        /// Blocks in the KV cache, instead of what memory allows. Of several models each has so many.
         NUM_GPU_BLOCKS_OVERRIDE = Setting::new(COUNT, Prose("what memory allows"));
-        /// Memory for the KV cache, in GiB. `auto` takes no more than `MAX_NUM_SEQS` sequences can use.
+        /// Memory for the KV cache, in GiB; of several models for all of them together. `auto` takes no more than `MAX_NUM_SEQS` sequences
+        /// can use.
         KV_CACHE_GB = Setting::new(Kind::Number { range: Range::Positive, auto: AUTO },
             Computed(|| {
                 let percent = defaults::CPU_KV_SHARE * 100.0;
@@ -149,7 +151,7 @@ settings! {
     }
     Api {
         /// Names under which clients may ask for the model; several by spaces, commas, as a JSON list, or by repeating the flag. Answers
-        /// carry the first.
+        /// carry the first. Of several models each has one, in the order of `MODEL`.
         SERVED_MODEL_NAME = Setting::new(Kind::List, Prose("the model's id"))
             .also(&["OPENAI_SERVED_MODEL_NAME_OVERRIDE"])
             .form(Form::new("Served model name", "Name under which clients ask for the model; several by commas", Input::Text));
@@ -320,6 +322,13 @@ settings! {
         /// A YAML or JSON file of clients' keys, each with a name and limits; read again when it changes (docs/api.md). For `http` and
         /// `serve`.
         API_KEYS_FILE = Setting::text();
+        /// A PEM file with the server's certificate and those between it and its root: with it `http`, `serve` and `gateway` speak TLS on
+        /// PORT, and nothing else. PORT_HEALTH stays plain HTTP.
+        SSL_CERTFILE = Setting::text();
+        /// A PEM file with the private key of that certificate, without a password.
+        SSL_KEYFILE = Setting::new(Kind::Text, Prose("SSL_CERTFILE, which then holds the key too"));
+        /// Read both files again when they change, for the connections that come then.
+        ENABLE_SSL_REFRESH = Setting::switch(false);
         /// Origins that browsers may call from; several by commas or as a JSON list.
         ALLOWED_ORIGINS = Setting::new(Kind::List, Text("*"));
         /// Seconds that the head of a request may take; then its connection is closed. 0 = no limit.

@@ -174,6 +174,10 @@ fn refused_unless_it_asks_for_what_happens_anyway() {
         ("GUIDED_DECODING_DISABLE_ANY_WHITESPACE", "true"),
         ("KV_CACHE_DTYPE", "fp8"),
         ("SSL_KEYFILE", "/key.pem"),
+        ("SSL_CERTFILE", "/no/such/certificate.pem"),
+        ("SSL_KEYFILE_PASSWORD", "secret"),
+        ("SSL_CA_CERTS", "/ca.pem"),
+        ("SSL_CERT_REQS", "2"),
     ] {
         let found = mistakes(&[(name, value)]);
         assert!(found.len() == 1 && found[0].starts_with(&format!("{name}: ")), "{found:?}");

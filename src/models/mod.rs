@@ -10,6 +10,7 @@ use crate::error::Failure;
 
 pub use mask::{Allowed, PendingMasks, TokenMask};
 pub use sample::{SamplingMetadata, SamplingParams, TokenCounts};
+pub use turns::Turns;
 
 mod config;
 pub mod decoder;
@@ -24,6 +25,7 @@ pub mod runner;
 pub mod sample;
 pub mod spec;
 pub mod tensors;
+mod turns;
 
 /// One step for the device: which tokens to run, where their keys and values go, and which rows to sample.
 ///

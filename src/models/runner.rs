@@ -19,15 +19,17 @@ use crate::kernels::{Backend, Batch, BatchRow, ComputeDtype, Footprint, StepLimi
 use crate::models::decoder::{self, Decoder};
 use crate::models::device::{check_quantized, describe, device_failure, device_memory, device_of, step_error, without_backtrace};
 use crate::models::families::Model;
-use crate::models::memory::{self, LOGITS_ROWS, MemoryPlan};
+use crate::models::memory::{self, LOGITS_ROWS, MemoryPlan, Share};
 use crate::models::prepared::PreparedCopy;
 use crate::models::sample;
 use crate::models::tensors::Tensors;
-use crate::models::{Logprobs, LogprobsSpec, Output, Plan, Runner, SamplingMetadata, Shape, StepError, Vocabulary};
+use crate::models::{Logprobs, LogprobsSpec, Output, Plan, Runner, SamplingMetadata, Shape, StepError, Turns, Vocabulary};
 
 /// One model on the device that was asked for.
 pub struct ModelRunner {
     model: Box<dyn LogitsRunner>,
+    /// Where there are others on the same processors.
+    turns: Option<Arc<Turns>>,
     /// What was loaded, for logs and reports.
     pub about: About,
 }
@@ -49,6 +51,38 @@ pub struct About {
     pub memory: Vec<String>,
 }
 
+/// What a model that is one of several in a process has with the others.
+#[derive(Debug, Clone)]
+pub struct Beside {
+    pub share: Share,
+    /// `None` on a GPU, which takes turns by itself.
+    pub turns: Option<Arc<Turns>>,
+}
+
+impl Beside {
+    /// Plans the memory of several models before any of them is loaded. The failure of one begins with its name.
+    pub fn plan(models: &[ModelFiles], settings: &EngineSettings) -> Result<Vec<Self>, Failure> {
+        let device = device_of(settings)?;
+        let memory = device_memory(&device);
+        let demand = |files: &ModelFiles| {
+            let model = Model::from_files(files)?;
+            let checkpoint = Checkpoint::open(files, model.spec.quantized.as_deref())?;
+            let tensors = Tensors::find(&checkpoint, &model)?;
+            if device.is_cpu() {
+                let weights = sized::<Cpu>(&model, &tensors, settings.quantization)?.weight_bytes;
+                MemoryPlan::demand::<Cpu>(&model.spec, weights, memory, settings)
+            } else {
+                let weights = sized::<Candle>(&model, &tensors, settings.quantization)?.weight_bytes;
+                MemoryPlan::demand::<Candle>(&model.spec, weights, memory, settings)
+            }
+        };
+        let demands = models.iter().map(|files| demand(files).map_err(|failure| failure.of(&files.name))).collect::<Result<Vec<_>, _>>()?;
+        let turns = device.is_cpu().then(Arc::<Turns>::default);
+        let beside = |share| Self { share, turns: turns.clone() };
+        Ok(memory::shares(&demands, memory, settings).into_iter().map(beside).collect())
+    }
+}
+
 impl ModelRunner {
     /// Loads the model on the calling thread, which from then on is the only one to use it (and one of the computing threads).
     /// `vocabulary` tells which ids may be sampled. It is called when the weights are loaded, so that a tokenizer can be loaded meanwhile.
@@ -57,15 +91,25 @@ impl ModelRunner {
         vocabulary: impl FnOnce() -> Result<V, Failure>,
         settings: &EngineSettings,
     ) -> Result<Self, Failure> {
+        Self::load_beside(files, vocabulary, settings, None)
+    }
+
+    /// The same for a model that is one of several.
+    pub fn load_beside<V: Into<Vocabulary>>(
+        files: &ModelFiles,
+        vocabulary: impl FnOnce() -> Result<V, Failure>,
+        settings: &EngineSettings,
+        beside: Option<Beside>,
+    ) -> Result<Self, Failure> {
         let device = device_of(settings)?;
         let ours = device.is_cpu();
-        Self::load_on(&device, ours, files, vocabulary, settings)
+        Self::load_on(&device, ours, files, vocabulary, settings, beside)
     }
 
     /// Loads the model on a CPU with candle's operations instead of our kernels: the reference that they are compared with.
     #[cfg(test)]
     pub fn load_reference(files: &ModelFiles, settings: &EngineSettings) -> Result<Self, Failure> {
-        Self::load_on(&Device::Cpu, false, files, || Ok(usize::MAX), settings)
+        Self::load_on(&Device::Cpu, false, files, || Ok(usize::MAX), settings, None)
     }
 
     /// `ours`: with the kernels for CPUs.
@@ -75,6 +119,7 @@ impl ModelRunner {
         files: &ModelFiles,
         vocabulary: impl FnOnce() -> Result<V, Failure>,
         settings: &EngineSettings,
+        beside: Option<Beside>,
     ) -> Result<Self, Failure> {
         let threads = memory::threads(settings);
         let model = Model::from_files(files)?;
@@ -87,7 +132,8 @@ impl ModelRunner {
         if let Some(line) = decoder::finer_formats(settings.quantization, &model.spec) {
             tracing::warn!("{line}");
         }
-        let planned = Planned::on(device, &model, &tensors, model.spec.vocab_size, settings)?;
+        let (share, turns) = beside.map_or((None, None), |beside| (Some(beside.share), beside.turns));
+        let planned = Planned::on(device, &model, &tensors, model.spec.vocab_size, settings, share)?;
         planned.memory.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
         let limits = model.spec.step_limits(planned.memory.shape.max_num_batched_tokens, LOGITS_ROWS, planned.memory.shape.block_size);
         let about = About {
@@ -111,7 +157,7 @@ impl ModelRunner {
         } else {
             Box::new(DeviceRunner::load(loading, Candle::new(device), &limits, &pool)?)
         };
-        Ok(Self { model, about })
+        Ok(Self { model, turns, about })
     }
 
     /// The logits `[samples, vocab]` of a plan, as the sampler would get them.
@@ -126,6 +172,7 @@ impl Runner for ModelRunner {
     }
 
     fn step(&mut self, plan: &Plan) -> Result<Output, StepError> {
+        let _turn = self.turns.as_ref().map(|turns| turns.take());
         self.model.step(plan)
     }
 
@@ -151,28 +198,42 @@ pub struct Planned {
 }
 
 impl Planned {
-    pub fn new(model: &Model, tensors: &Tensors<'_>, vocab_size: usize, settings: &EngineSettings) -> Result<Self, Failure> {
-        Self::on(&device_of(settings)?, model, tensors, vocab_size, settings)
-    }
-
-    /// Plans before anything is loaded, so that a model which cannot fit is refused at once, instead of the system ending the process later.
-    fn on(device: &Device, model: &Model, tensors: &Tensors<'_>, vocab_size: usize, settings: &EngineSettings) -> Result<Self, Failure> {
-        let device_name = describe(device, settings);
-        let memory = device_memory(device);
-        let planned = if device.is_cpu() { Self::sized::<Cpu> } else { Self::sized::<Candle> };
-        planned(device_name, memory, model, tensors, vocab_size, settings)
-    }
-
-    fn sized<F: Footprint>(
-        device: String,
-        memory: memory::Memory,
+    /// `share`: where the model is one of several.
+    pub fn new(
         model: &Model,
         tensors: &Tensors<'_>,
         vocab_size: usize,
         settings: &EngineSettings,
+        share: Option<Share>,
+    ) -> Result<Self, Failure> {
+        Self::on(&device_of(settings)?, model, tensors, vocab_size, settings, share)
+    }
+
+    /// Plans before anything is loaded, so that a model which cannot fit is refused at once, instead of the system ending the process later.
+    fn on(
+        device: &Device,
+        model: &Model,
+        tensors: &Tensors<'_>,
+        vocab_size: usize,
+        settings: &EngineSettings,
+        share: Option<Share>,
+    ) -> Result<Self, Failure> {
+        let planned = if device.is_cpu() { Self::sized::<Cpu> } else { Self::sized::<Candle> };
+        planned(device, model, tensors, vocab_size, settings, share)
+    }
+
+    fn sized<F: Footprint>(
+        device: &Device,
+        model: &Model,
+        tensors: &Tensors<'_>,
+        vocab_size: usize,
+        settings: &EngineSettings,
+        share: Option<Share>,
     ) -> Result<Self, Failure> {
         let Sized { parameters, weight_bytes, bytes_per_step, formats } = sized::<F>(model, tensors, settings.quantization)?;
-        let memory = MemoryPlan::new::<F>(&model.spec, vocab_size, weight_bytes, memory, settings)?;
+        let memory = share.map_or_else(|| device_memory(device), |share| share.memory);
+        let memory = MemoryPlan::new::<F>(&model.spec, vocab_size, weight_bytes, memory, settings, share)?;
+        let device = describe(device, settings);
         Ok(Self { device, weights: formats, parameters, bytes_per_step, memory })
     }
 }

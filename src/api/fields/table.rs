@@ -119,7 +119,7 @@ const MEDIA: &str = "other media";
 #[rustfmt::skip]
 pub const FIELDS: &[FieldSpec] = &[
     // What is asked, and where further fields lie.
-    row("model", Text, All, "One of the served names, the repository id, its last segment, or `default`. Others are 404 unless `ANY_MODEL_NAME` is set."),
+    row("model", Text, All, "One of the served names, the repository id, its last segment, or `default`. Of several models the first is meant where it is absent. Others are 404 unless `ANY_MODEL_NAME` is set."),
     row("messages", Other("a list of messages, or a string for one user message; or token ids"), Chat, "What the chat template is rendered with, at most `MAX_MESSAGES`; token ids are the prompt. In a job's own input it wins over every prompt."),
     row("prompt", Other("a string, a list of strings, token ids, or lists of token ids"), Completions, "Continued as it is, without a template."),
     row("prompt_token_ids", TokenIds, All, "The prompt as token ids, in place of `messages` or `prompt`."),
