@@ -14,7 +14,7 @@ use crate::api::parse::reasoning::{self, ReasoningFormat};
 use crate::api::parse::tools::table::{self as tool_formats, ToolFormat};
 use crate::api::prompt::contents::{self, Contents};
 use crate::api::prompt::guard::Guard;
-use crate::api::prompt::infill::InfillTokens;
+use crate::api::prompt::infill_tokens::InfillTokens;
 use crate::api::prompt::template::{self, ChatTemplate};
 use crate::api::response_store::{ResponseStore, StoreLimits};
 use crate::config::{ApiSettings, defaults};

@@ -31,7 +31,7 @@ pub fn read(served: &ServedModel, _: &str, body: &Value) -> Result<Prepared, Fai
     let suffix = fields.string("input_suffix")?.ok_or_else(|| required("input_suffix"))?;
     let prefix = [prefix, fields.string("prompt")?.unwrap_or_default()].concat();
     let hole = Hole { suffix, extra: extra(&fields)? };
-    let mut options = tokens.ending(served.options(&fields, LogprobsForm::Infill)?);
+    let mut options = infill::ending(tokens, served.options(&fields, LogprobsForm::Infill)?);
     // Editors send whole files: what does not fit is cut.
     let context = served.limits.max_model_len;
     let answer = options.max_tokens.filter(|most| *most < context).unwrap_or(context / 4).max(1);

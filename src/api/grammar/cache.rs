@@ -4,8 +4,17 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::api::grammar::{CompiledGrammar, overloaded};
-use crate::error::Failure;
+use crate::api::grammar::compiled::CompiledGrammar;
+use crate::error::{Failure, Kind};
+
+/// So many grammars compile at a time; those that have passed the limit and still run count.
+pub const MOST_COMPILING: usize = 4;
+
+/// No place to compile is free.
+pub fn overloaded() -> Failure {
+    let message = format!("{MOST_COMPILING} grammars are being compiled already; try again later");
+    Failure::new(Kind::Overloaded, message).code("engine_overloaded").retry_after(1)
+}
 
 /// What a grammar compiles to, or why it does not.
 type Compiled = Result<Arc<CompiledGrammar>, Failure>;

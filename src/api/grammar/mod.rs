@@ -14,13 +14,13 @@ use llguidance::toktrie::InferenceCapabilities;
 use llguidance::{Matcher, ParserFactory};
 use serde_json::Value;
 
-use crate::api::grammar::cache::Compiling;
+use crate::api::grammar::cache::{Compiling, MOST_COMPILING, overloaded};
 use crate::api::grammar::matcher::GrammarConstraint;
-use crate::engine::Constraint;
 use crate::error::{Failure, Kind};
 use crate::text::tokenizer::Tokenizer;
 
 mod cache;
+mod compiled;
 mod expansion;
 mod gbnf;
 mod lark;
@@ -33,41 +33,15 @@ mod structural_tag;
 mod tests;
 mod vocabulary;
 
+pub use compiled::CompiledGrammar;
 pub use lark::lark_string;
 pub use source::{Grammar, JsonOptions, guided_schema};
 pub use vocabulary::tokens_within;
 
 /// A grammar that takes longer to compile is refused. It goes on all the same: whoever asks for it again finds it ready, or is refused at once.
 const COMPILE_LIMIT: Duration = Duration::from_secs(1);
-/// So many grammars compile at a time; those that have passed the limit and still run count.
-const MOST_COMPILING: usize = 4;
 /// The stack of a compiling thread: schemas and expressions nest.
 const COMPILE_STACK: usize = 16 << 20;
-
-/// A grammar that is ready to run.
-pub struct CompiledGrammar {
-    /// In the state before the first token.
-    start: Mutex<GrammarConstraint>,
-}
-
-impl CompiledGrammar {
-    /// What one sequence is sampled under.
-    pub fn constraint(&self) -> Box<dyn Constraint> {
-        self.start.lock().unwrap_or_else(PoisonError::into_inner).fork()
-    }
-
-    /// The same behind these tokens; `None` when no output begins with them.
-    pub fn constraint_after(&self, ids: &[u32]) -> Option<Box<dyn Constraint>> {
-        let mut constraint = self.start.lock().unwrap_or_else(PoisonError::into_inner).copy();
-        constraint.goes_on(ids).then(|| -> Box<dyn Constraint> { Box::new(constraint) })
-    }
-}
-
-impl std::fmt::Debug for CompiledGrammar {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("CompiledGrammar")
-    }
-}
 
 /// Compiles grammars for one model, and keeps what became of the last ones.
 pub struct Grammars {
@@ -120,7 +94,7 @@ impl Grammars {
         let body = move || {
             let result = compile(&factory, source);
             drop(place);
-            compiling.end(result.map(|start| Arc::new(CompiledGrammar { start: Mutex::new(start) })).map_err(refused));
+            compiling.end(result.map(|start| Arc::new(CompiledGrammar::new(start))).map_err(refused));
         };
         let thread = std::thread::Builder::new().name("grammar".to_owned()).stack_size(COMPILE_STACK).spawn(body);
         thread.map(|_| ()).map_err(|error| Failure::internal(format!("cannot start a thread for a grammar: {error}")))
@@ -153,11 +127,6 @@ impl Grammars {
 /// The grammar is the caller's mistake.
 fn refused(message: String) -> Failure {
     Failure::new(Kind::BadRequest, message).code("invalid_value")
-}
-
-fn overloaded() -> Failure {
-    let message = format!("{MOST_COMPILING} grammars are being compiled already; try again later");
-    Failure::new(Kind::Overloaded, message).code("engine_overloaded").retry_after(1)
 }
 
 /// Places for compiling.

@@ -8,6 +8,7 @@ use serde_json::json;
 
 use super::*;
 use crate::checkpoint::demo;
+use crate::engine::Constraint;
 use crate::engine::Next;
 use crate::models::sample::uniform;
 use crate::text::tokenizer::Special;

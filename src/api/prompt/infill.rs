@@ -1,140 +1,17 @@
-//! Filling in the middle: what stands before a hole and what follows it, laid out as prompts that code models were trained on. The control
-//! tokens that mark the parts tell whether a model can, and which layout it knows.
+//! Filling in the middle: what stands before a hole and what follows it, laid out as prompts that code models were trained on.
 
 use std::sync::Arc;
-
-use serde_json::{Map, Value};
 
 use crate::api::fields::{Field, Fields};
 use crate::api::logprobs::Echo;
 use crate::api::options::GenerationOptions;
 use crate::api::prompt::fit::Fit;
+use crate::api::prompt::infill_tokens::InfillTokens;
 use crate::api::prompt::text::{self, GivenPrompt};
 use crate::api::request::{GenerationRequest, Prompt};
 use crate::api::served::ServedModel;
 use crate::error::Failure;
 use crate::text::tokenizer::Tokenizer;
-
-/// How a family of models marks the parts.
-struct Layout {
-    prefix: &'static str,
-    suffix: &'static str,
-    /// Before the answer. None: it follows the last part at once.
-    middle: Option<&'static str>,
-    suffix_first: bool,
-}
-
-const fn layout(prefix: &'static str, suffix: &'static str, middle: &'static str) -> Layout {
-    Layout { prefix, suffix, middle: Some(middle), suffix_first: false }
-}
-
-/// All of them. The first whose tokens a vocabulary has is the model's.
-const LAYOUTS: &[Layout] = &[
-    // Qwen2.5-Coder, CodeGemma, Granite 4.
-    layout("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
-    // StarCoder, Granite Code.
-    layout("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
-    // SantaCoder, Granite 3.
-    layout("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),
-    // DeepSeek.
-    layout("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
-    // Code Llama, as its SentencePiece vocabulary and as others write them.
-    layout("▁<PRE>", "▁<SUF>", "▁<MID>"),
-    layout("<PRE>", "<SUF>", "<MID>"),
-    // Seed-Coder.
-    Layout { suffix_first: true, ..layout("<[fim-prefix]>", "<[fim-suffix]>", "<[fim-middle]>") },
-    // Codestral.
-    Layout { prefix: "[PREFIX]", suffix: "[SUFFIX]", middle: None, suffix_first: true },
-];
-
-/// What stands before the name of a repository, and of each file.
-const REPOSITORY: &[&str] = &["<|repo_name|>", "<|reponame|>", "<repo_name>", "<reponame>"];
-const FILE: &[&str] = &["<|file_sep|>", "<|file_separator|>", "<file_sep>", "<|filename|>", "<filename>"];
-
-/// Tokens that end a filling beside the model's own ends, the marks of parts and those of files.
-const ENDS: &[&str] = &[
-    "<|endoftext|>",
-    "<|im_end|>",
-    "<|fim_pad|>",
-    "<fim_pad>",
-    "<fim-pad>",
-    "▁<EOT>",
-    "<EOT>",
-    "<｜end▁of▁sentence｜>",
-    "<|end_of_text|>",
-];
-
-/// The keys of `tokenizer_config.json` that name marks; those of a GGUF file's metadata are read as these.
-pub const ROLES: [&str; 5] = ["prefix_token", "suffix_token", "middle_token", "fim_repository_token", "fim_file_token"];
-
-/// A model's tokens for filling in the middle.
-#[derive(Debug, PartialEq)]
-pub struct InfillTokens {
-    prefix: u32,
-    suffix: u32,
-    middle: Option<u32>,
-    suffix_first: bool,
-    repository: Option<u32>,
-    file: Option<u32>,
-    /// Each of them ends a filling.
-    ends: Vec<u32>,
-}
-
-impl InfillTokens {
-    /// Those that the model's files name by their [`ROLES`], else those of the first layout that the vocabulary has. `rows`: ids from here on
-    /// have no row in the model's embedding.
-    pub fn find(tokenizer: &Tokenizer, named: &Map<String, Value>, rows: usize) -> Option<Self> {
-        let id = |name: &str| tokenizer.token_id(name).filter(|id| (*id as usize) < rows);
-        let role = |role: &str| named.get(role).and_then(Value::as_str);
-        let named_marks = match (role("prefix_token"), role("suffix_token"), role("middle_token")) {
-            (Some(prefix), Some(suffix), Some(middle)) => id(prefix).zip(id(suffix)).zip(id(middle)).map(|marks| (prefix, marks)),
-            _ => None,
-        };
-        let (prefix, suffix, middle, suffix_first) = match named_marks {
-            Some((name, ((prefix, suffix), middle))) => {
-                let suffix_first = LAYOUTS.iter().any(|layout| layout.prefix == name && layout.suffix_first);
-                (prefix, suffix, Some(middle), suffix_first)
-            }
-            None => LAYOUTS.iter().find_map(|layout| {
-                let middle = layout.middle.map(id);
-                let is_known = middle.is_none_or(|middle| middle.is_some());
-                let (prefix, suffix) = id(layout.prefix).zip(id(layout.suffix)).filter(|_| is_known)?;
-                Some((prefix, suffix, middle.flatten(), layout.suffix_first))
-            })?,
-        };
-        let first = |key: &str, names: &[&str]| role(key).and_then(id).or_else(|| names.iter().find_map(|name| id(name)));
-        let (repository, file) = (first("fim_repository_token", REPOSITORY), first("fim_file_token", FILE));
-        let mut ends: Vec<u32> = ENDS.iter().filter_map(|name| id(name)).collect();
-        ends.extend([prefix, suffix].into_iter().chain(middle).chain(repository).chain(file));
-        Some(Self { prefix, suffix, middle, suffix_first, repository, file, ends })
-    }
-
-    /// How many tokens mark the parts.
-    fn marks(&self) -> usize {
-        2 + usize::from(self.middle.is_some())
-    }
-
-    fn join(&self, before: &[u32], parts: &Parts) -> Vec<u32> {
-        let (prefix, suffix) = ((self.prefix, &parts.prefix), (self.suffix, &parts.suffix));
-        let order = if self.suffix_first { [suffix, prefix] } else { [prefix, suffix] };
-        let mut ids = [before, &parts.extra].concat();
-        for (mark, part) in order {
-            ids.push(mark);
-            ids.extend(part);
-        }
-        ids.extend(self.middle);
-        ids
-    }
-
-    /// These options with the ends of a filling.
-    pub fn ending(&self, mut options: GenerationOptions) -> GenerationOptions {
-        let mut ends = [options.sampling.eos_token_ids.as_slice(), &self.ends].concat();
-        ends.sort_unstable();
-        ends.dedup();
-        options.sampling.eos_token_ids = Arc::new(ends);
-        options
-    }
-}
 
 /// What is around a hole but the text before it.
 #[derive(Default)]
@@ -166,6 +43,28 @@ impl Parts {
     }
 }
 
+/// These options with the ends of a filling.
+pub fn ending(tokens: &InfillTokens, mut options: GenerationOptions) -> GenerationOptions {
+    let mut ends = [options.sampling.eos_token_ids.as_slice(), &tokens.ends].concat();
+    ends.sort_unstable();
+    ends.dedup();
+    options.sampling.eos_token_ids = Arc::new(ends);
+    options
+}
+
+/// The prompt: the parts with their marks, in the model's order.
+fn join(tokens: &InfillTokens, before: &[u32], parts: &Parts) -> Vec<u32> {
+    let (prefix, suffix) = ((tokens.prefix, &parts.prefix), (tokens.suffix, &parts.suffix));
+    let order = if tokens.suffix_first { [suffix, prefix] } else { [prefix, suffix] };
+    let mut ids = [before, &parts.extra].concat();
+    for (mark, part) in order {
+        ids.push(mark);
+        ids.extend(part);
+    }
+    ids.extend(tokens.middle);
+    ids
+}
+
 /// `suffix` as a text, where the request has one. As an object it is FastDeploy's, and no suffix.
 pub fn suffix<'a>(fields: &Fields<'a>) -> Option<(Field<'a>, &'a str)> {
     let field = fields.get("suffix")?;
@@ -186,7 +85,7 @@ pub fn request(
     }
     let tokens = tokens(served, "suffix")?;
     let hole = Hole { suffix, ..Hole::default() };
-    text::request(served, given, tokens.ending(options), |given, fit| Ok(prompt(tokens, fit, given, &hole)?.0))
+    text::request(served, given, ending(tokens, options), |given, fit| Ok(prompt(tokens, fit, given, &hole)?.0))
 }
 
 /// The model's tokens, or a 400 that names the field which needs them.
@@ -223,7 +122,7 @@ pub fn prompt(tokens: &InfillTokens, fit: &Fit<'_>, prefix: GivenPrompt, hole: &
         let others = tokens.marks() + before.len() + fit.options.completion_token_ids.len();
         cut |= parts.cut(keep.saturating_sub(others));
     }
-    let ids = fit.ids(tokens.join(before, &parts))?;
+    let ids = fit.ids(join(tokens, before, &parts))?;
     Ok((Prompt::new(ids, echo), cut))
 }
 
@@ -293,9 +192,9 @@ mod tests {
     #[test]
     fn parts_come_in_the_order_of_the_layout() {
         let parts = Parts { extra: vec![50], prefix: vec![10, 11], suffix: vec![20] };
-        assert_eq!(tokens(false, Some(3)).join(&[7], &parts), [7, 50, 1, 10, 11, 2, 20, 3]);
-        assert_eq!(tokens(true, Some(3)).join(&[], &parts), [50, 2, 20, 1, 10, 11, 3]);
-        assert_eq!(tokens(true, None).join(&[], &parts), [50, 2, 20, 1, 10, 11]);
+        assert_eq!(join(&tokens(false, Some(3)), &[7], &parts), [7, 50, 1, 10, 11, 2, 20, 3]);
+        assert_eq!(join(&tokens(true, Some(3)), &[], &parts), [50, 2, 20, 1, 10, 11, 3]);
+        assert_eq!(join(&tokens(true, None), &[], &parts), [50, 2, 20, 1, 10, 11]);
     }
 
     proptest! {

@@ -5,6 +5,7 @@ pub mod contents;
 pub mod fit;
 pub mod guard;
 pub mod infill;
+pub mod infill_tokens;
 pub mod messages;
 pub mod template;
 pub mod text;
