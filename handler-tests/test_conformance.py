@@ -198,6 +198,10 @@ def test_names_with_a_slash(http):
                 with pytest.raises(openai.NotFoundError) as missing:
                     client.models.retrieve("some-org/other")
                 assert missing.value.code == "model_not_found"
+        answers = [{"model": "some-org/some-model", "messages": HELLO, "max_tokens": 2}, {"openai_route": "/v1/models/some-org/some-model"}]
+        for given in answers:
+            assert http.post(f"{server.endpoint}/runsync", json={"input": given}).json()["status"] == "COMPLETED"
+        for door in server.doors().values():
             for written in ("some-org/some-model", "some-org%2Fsome-model"):
                 assert http.get(f"{door}/models/{written}").json()["id"] == "some-org/some-model"
 
