@@ -286,7 +286,8 @@ def test_a_job_gives_what_the_route_gives(http, server, route):
         http.post(f"{server.endpoint}/runsync", json={"input": given}).json()["output"]
         for given in ({"openai_route": route, "openai_input": body}, {"route": route, "body": body, "method": "POST"})
     ]
-    assert all(dialects.plain(answer) == dialects.plain(answers[0]) for answer in answers)
+    for answer in answers[1:]:
+        assert dialects.differences(dialects.plain(answer), dialects.plain(answers[0])) == []
 
 
 def test_unknown_fields_pass(post, capital):

@@ -224,7 +224,7 @@ def cells() -> list[tuple[str, list[str]]]:
     """The rows of docs/features.md: the feature, and its cells."""
     lines = (REPOSITORY / "docs/features.md").read_text(encoding="utf-8").splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    return [(row[0], row[1:]) for row in rows if row[0] not in ("Feature", "") and set(row[0]) != {"-"}]
+    return [(row[0], row[1:]) for row in rows if row[0] not in ("Feature", "Edge") and set(row[0]) != {"-"}]
 
 
 @cache
@@ -240,7 +240,8 @@ def rust() -> str:
 
 def test_the_table_names_tests_that_there_are():
     rows = cells()
-    assert len(rows) > 50 and all(len(found) == len(DOORS) for _, found in rows), [name for name, found in rows if len(found) != len(DOORS)]
+    # A cell for each door; or one of tests, where a door is not what matters.
+    assert len(rows) > 50 and all(len(found) in (1, len(DOORS)) for _, found in rows), rows
     for feature, found in rows:
         for cell in found:
             names = re.findall(r"`([^`]+)`", cell)

@@ -41,7 +41,9 @@ FORMS = [
 SETTINGS = [{}, {}, {}, *({"TOOL_CALL_PARSER": name} for name in (
     "mistral", "deepseek_v3", "deepseek_v31", "llama3_json", "granite", "kimi_k2", "phi4_mini_json", "ernie45", "internlm", "command",
     "qwen3_coder", "glm45", "pythonic", "seed_oss",
-)), {"REASONING_PARSER": "deepseek_r1"}, {"REASONING_FIELD": "reasoning"}, {"FASTDEPLOY_COMPATIBLE": "true"}, {"ENABLE_PREFIX_CACHING": "false"}]
+)), {"REASONING_PARSER": "deepseek_r1"},
+    {"REASONING_FIELD": "reasoning"}, {"FASTDEPLOY_COMPATIBLE": "true"}, {"ENABLE_PREFIX_CACHING": "false"},
+    {"SPECULATIVE_CONFIG": '{"method": "ngram", "num_speculative_tokens": 4}'}]
 TOKENS = {"NATIVE_OUTPUT_FORMAT": "tokens"}
 
 
