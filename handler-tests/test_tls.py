@@ -14,7 +14,7 @@ import pytest
 import trustme
 from cryptography.hazmat.primitives import serialization
 
-from harness.program import Server, run, wait_for
+from harness.program import Server, free_port, run, wait_for
 
 KEY = "secret-one"
 
@@ -127,7 +127,9 @@ def test_versions_and_protocols(secure, pair):
 def test_http_and_gateway(pair, tmp_path):
     both = tmp_path / "both.pem"
     both.write_bytes(pair.key.read_bytes() + pair.certificate.read_bytes())
-    with Server("http", "--model", "demo", env={"SSL_CERTFILE": str(both)}, tls=pair.trust()) as server:
+    health = free_port()
+    with Server("http", "--model", "demo", env={"SSL_CERTFILE": str(both), "PORT_HEALTH": str(health)}, tls=pair.trust()) as server:
+        assert httpx.get(f"http://127.0.0.1:{health}/ping").status_code == 200, "the platform's probes speak plain HTTP"
         assert httpx.get(f"{server.base}/v1/models", verify=server.tls).json()["data"][0]["id"] == "demo"
         assert f"OpenAI API at {server.base}/v1" in server.stderr
     with Server("gateway", *pair.flags, tls=pair.trust()) as server:
@@ -220,6 +222,8 @@ def test_files_that_are_wrong_stop_the_start_and_are_named(pair, tmp_path):
         for command in (["check"], ["http"]):
             program = run(*command, "--model", "demo", "--port", "0", env=given)
             assert program.process.returncode == 1 and words in program.stderr, program.log
+    cold = run("bench", "demo", "--cold-start", *pair.flags)
+    assert cold.process.returncode == 1 and "SSL_CERTFILE: a cold start is measured over plain HTTP" in cold.stderr
     shown = run("check", "--model", "demo", *pair.flags)
     assert shown.process.returncode == 0 and f"SSL_CERTFILE = {certificate}  [flag]" in shown.stdout
 
