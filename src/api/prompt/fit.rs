@@ -26,7 +26,9 @@ impl Fit<'_> {
 
     /// The same of a text of which the first tokens are wanted.
     pub fn beginning<'t>(&self, text: &'t str) -> Result<&'t str, Failure> {
-        Ok(self.most_bytes(text)?.map_or(text, |bytes| &text[..text.floor_char_boundary(bytes)]))
+        let Some(bytes) = self.most_bytes(text)? else { return Ok(text) };
+        let end = (0..=bytes.min(text.len())).rev().find(|&at| text.is_char_boundary(at)).unwrap_or_default();
+        Ok(&text[..end])
     }
 
     /// Bytes of a text that are enough for all tokens that may be kept of it; none where it is to be read whole.
