@@ -57,11 +57,11 @@ pub fn read(served: &ServedModel, fields: &Fields<'_>) -> Result<Option<ToolRequ
     let single = field.name.ends_with("functions") || matches!(choice, ToolChoice::Named(_));
     let request = ToolRequest { tools, format: format(served, &field, &choice)?, choice, parallel: parallel && !single };
     let demands = matches!(request.choice, ToolChoice::Required | ToolChoice::Named(_));
-    match choice_field.filter(|_| demands && !request.can_demand()) {
+    match choice_field.filter(|_| demands && request.format.is_none()) {
         None => Ok(Some(request)),
         Some(field) => {
             let message = format!(
-                "'{}' demands a call of a tool, which this server cannot make sure of with this model's format of tool calls. Use 'auto'.",
+                "'{}' demands a call of a tool, and no format of tool calls is known here (TOOL_CALL_PARSER=none). Use 'auto', or set one.",
                 field.name
             );
             Err(Failure::bad_request(field.name, message).code("unsupported_value"))
