@@ -10,9 +10,10 @@ use super::ops::{
     Activation, AttentionSpec, AttentionWeights, Batch, BatchRow, Columns, Epilogue, Experts, KvShape, Linear, Norm, NormExtent, NormKind,
     Pairing, QkNorm, WeightFormat,
 };
-use super::{Backend, Footprint, MatrixSource, RowVisitor, StepLimits};
+use super::{Backend, CausalConv, Footprint, MatrixSource, RowVisitor, StepLimits, StepStates};
 
 mod attention;
+mod conv;
 mod load;
 
 pub use attention::{Bounds, Group};
@@ -62,6 +63,7 @@ pub struct Step {
     /// Of each rope table `[t, pairs]` in f32.
     angles: Vec<(Tensor, Tensor)>,
     rows: Vec<BatchRow>,
+    states: StepStates,
     /// How attention with a window (or without one) takes the rows, made at its first call in a step.
     groups: Vec<(Option<usize>, Vec<Group>)>,
 }
@@ -118,6 +120,8 @@ impl Backend for Candle {
     type Weight = Matrix;
     type Vector = Tensor;
     type KvCache = KvCache;
+    /// `[slots, width]`, f32
+    type State = Tensor;
 
     fn buffer(&self, _rows: usize, _width: usize) -> Result<Buffer> {
         Ok(Buffer::default())
@@ -146,6 +150,10 @@ impl Backend for Candle {
         Ok(KvCache { k: zeros()?, v: zeros()? })
     }
 
+    fn state(&self, slots: usize, width: usize) -> Result<Tensor> {
+        Tensor::zeros((slots, width), DType::F32, &self.device)
+    }
+
     fn begin(&mut self, batch: &Batch<'_>) -> Result<()> {
         let (t, device) = (batch.tokens.len(), &self.device);
         let angles = batch.ropes.iter().map(|table| {
@@ -160,6 +168,7 @@ impl Backend for Candle {
             slots: Tensor::from_slice(batch.slots, t, device)?,
             angles: angles.collect::<Result<_>>()?,
             rows: batch.rows.to_vec(),
+            states: batch.states.clone(),
             groups: Vec::new(),
         });
         Ok(())
@@ -240,6 +249,21 @@ impl Backend for Candle {
         let groups = step.groups.iter().find(|(window, _)| *window == attention.window).map_or(&[][..], |(_, groups)| groups);
         let parts = groups.iter().map(|group| group.attention(q, attention, weights.sinks.as_ref(), cache)).collect::<Result<Vec<_>>>()?;
         out.tensor = Some(Tensor::cat(&parts, 0)?);
+        Ok(())
+    }
+
+    fn copy_states(&mut self, state: &mut Tensor) -> Result<()> {
+        let step = self.step()?;
+        step.states.check(step.rows.len(), state.dim(0)?)?;
+        for (from, to) in &step.states.copies {
+            state.slice_set(&state.narrow(0, *from as usize, 1)?.force_contiguous()?, 0, *to as usize)?;
+        }
+        Ok(())
+    }
+
+    fn causal_conv(&mut self, x: &Buffer, conv: &CausalConv<Tensor>, state: &mut Tensor, out: &mut Buffer) -> Result<()> {
+        let step = self.step()?;
+        out.tensor = Some(conv::causal_conv(x.tensor()?, conv, &step.rows, &step.states, state)?);
         Ok(())
     }
 

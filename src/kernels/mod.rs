@@ -19,6 +19,7 @@ pub mod cpu;
 pub mod ops;
 pub mod quantize;
 pub mod sizing;
+pub mod states;
 #[doc(hidden)]
 pub mod testing;
 #[cfg(test)]
@@ -28,6 +29,8 @@ pub use ops::{
     Activation, AttentionSpec, AttentionWeights, Batch, BatchRow, Columns, ComputeDtype, Epilogue, Expert, Experts, KvShape, Linear, Norm,
     NormExtent, NormKind, Normalize, Pairing, QkNorm, QueryGrowth, Rope, RopeTable, RouterScore, RoutingSpec, WeightFormat,
 };
+
+pub use states::{CausalConv, ConvKind, ConvSpec, StateSave, StepStates};
 
 /// A matrix `[rows, width]` to be loaded: read row by row, by any thread.
 pub trait MatrixSource: Sync {
@@ -87,6 +90,8 @@ pub trait Backend {
     type Vector;
     /// Keys and values of one layer, in blocks.
     type KvCache;
+    /// States of one layer `[slots, width]`, in f32.
+    type State;
 
     /// A buffer for up to `rows` rows.
     fn buffer(&self, rows: usize, width: usize) -> Result<Self::Buffer>;
@@ -98,6 +103,9 @@ pub trait Backend {
 
     /// An empty cache.
     fn kv_cache(&self, shape: KvShape) -> Result<Self::KvCache>;
+
+    /// Zeros.
+    fn state(&self, slots: usize, width: usize) -> Result<Self::State>;
 
     /// Takes the inputs of a step.
     fn begin(&mut self, batch: &Batch<'_>) -> Result<()>;
@@ -140,6 +148,18 @@ pub trait Backend {
         attention: &AttentionSpec,
         weights: &AttentionWeights<Self::Vector>,
         cache: &Self::KvCache,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// Copies states from slot to slot as the step says ([`StepStates::copies`]). Comes before the operation that goes on from them.
+    fn copy_states(&mut self, state: &mut Self::State) -> Result<()>;
+
+    /// `out [t, channels]`: the convolution of `x [t, input width]`, each row after its state; keeps states as the step says.
+    fn causal_conv(
+        &mut self,
+        x: &Self::Buffer,
+        conv: &CausalConv<Self::Vector>,
+        state: &mut Self::State,
         out: &mut Self::Buffer,
     ) -> Result<()>;
 
@@ -186,6 +206,10 @@ pub trait Backend {
 
     fn cache_memory(_cache: &mut Self::KvCache) -> [&mut [u8]; 2] {
         [&mut [], &mut []]
+    }
+
+    fn state_memory(_state: &mut Self::State) -> &mut [u8] {
+        &mut []
     }
 
     fn own_memory(&mut self) -> Vec<&mut [u8]> {

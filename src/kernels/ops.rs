@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use crate::StepStates;
+
 /// One sequence's part of a step.
 #[derive(Debug, Clone)]
 pub struct BatchRow {
@@ -27,6 +29,7 @@ pub struct Batch<'a> {
     pub rows: &'a [BatchRow],
     /// Every table that some layer rotates by; [`Rope::table`] is an index into it.
     pub ropes: &'a [RopeTable],
+    pub states: &'a StepStates,
 }
 
 /// The angles of one kind of rotary embedding: position · frequency.

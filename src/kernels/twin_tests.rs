@@ -82,7 +82,16 @@ impl Case<'_> {
         let everywhere: Vec<u32> = (0..all as u32).collect();
         let rows = [BatchRow { start: 0, len: all, context: all, blocks: Arc::new((0..blocks as u32).collect()) }];
         let mut qkv = write(backend, &self.earlier, self.attention.qkv_width());
-        backend.begin(&Batch { tokens: &everywhere, positions: &everywhere, slots: &everywhere, rows: &rows, ropes: self.ropes }).unwrap();
+        backend
+            .begin(&Batch {
+                tokens: &everywhere,
+                positions: &everywhere,
+                slots: &everywhere,
+                rows: &rows,
+                ropes: self.ropes,
+                states: &Default::default(),
+            })
+            .unwrap();
         backend.rope_and_store(&mut qkv, &self.attention, &weights, &mut cache).unwrap();
         cache
     }
@@ -98,7 +107,7 @@ impl Case<'_> {
     ) -> (Vec<f32>, Vec<f32>) {
         let (weights, width) = (self.weights(backend), self.attention.qkv_width());
         let mut qkv = write(backend, x, width);
-        backend.begin(&Batch { tokens: positions, positions, slots, rows, ropes: self.ropes }).unwrap();
+        backend.begin(&Batch { tokens: positions, positions, slots, rows, ropes: self.ropes, states: &Default::default() }).unwrap();
         backend.rope_and_store(&mut qkv, &self.attention, &weights, cache).unwrap();
         let mut out = backend.buffer(positions.len(), self.attention.q_width()).unwrap();
         backend.attend(&qkv, &self.attention, &weights, cache, &mut out).unwrap();
@@ -253,7 +262,9 @@ fn rows_on<B: Backend>(
     let mut x = write(backend, &x_values, hidden);
     let tokens: Vec<u32> = (0..t as u32).map(|i| i * 7 % vocab as u32).collect();
     let row = BatchRow { start: 0, len: t, context: t, blocks: Arc::new(vec![0]) };
-    backend.begin(&Batch { tokens: &tokens, positions: &tokens, slots: &tokens, rows: &[row], ropes: &[] }).unwrap();
+    backend
+        .begin(&Batch { tokens: &tokens, positions: &tokens, slots: &tokens, rows: &[row], ropes: &[], states: &Default::default() })
+        .unwrap();
     let table = table.linear(backend, Columns::Plain, None);
     let mut out = backend.buffer(t, hidden).unwrap();
     backend.embed(&table.weight, 1.0, &mut out).unwrap();
@@ -406,4 +417,114 @@ fn what_does_not_belong_together_is_an_error() {
     assert!(backend.linear(&x, &plain, Epilogue::Gated(Activation::Silu), &mut out).is_err());
     assert!(backend.linear(&out, &plain, Epilogue::Store, &mut backend.buffer(4, 2).unwrap()).is_err(), "another width");
     assert!(backend.pick(&x, &[2], &mut out).is_err(), "a row that is not there");
+}
+
+/// What a convolution gives for steps of several rows one after another, and the states after each, in slots that all backends use alike.
+fn convolved_on<B: Backend>(backend: &mut B, spec: ConvSpec, bias: bool, steps: &[StateStep], mut seed: u64) -> (Vec<f32>, Vec<f32>) {
+    let mut numbers = |n: usize| random(n, &mut seed);
+    let weight = backend.vector(numbers(spec.channels * spec.kernel)).unwrap();
+    let vector = backend.vector(numbers(spec.channels)).unwrap();
+    let conv = CausalConv { spec, weight, bias: bias.then_some(vector) };
+    let inputs = numbers(TEXT * spec.input_width());
+    let mut state = backend.state(StateStep::SLOTS, spec.state_width()).unwrap();
+    let mut all = Vec::new();
+    for step in steps {
+        let mut out = step.begin(backend, &inputs, spec.input_width(), spec.channels);
+        let (x, out) = (&out.0, &mut out.1);
+        backend.copy_states(&mut state).unwrap();
+        backend.causal_conv(x, &conv, &mut state, out).unwrap();
+        all.extend(read(backend, out));
+    }
+    // Whatever is in the slots shows in what one more token of each gives.
+    let last = StateStep::of_all_slots();
+    let mut out = last.begin(backend, &inputs, spec.input_width(), spec.channels);
+    backend.copy_states(&mut state).unwrap();
+    backend.causal_conv(&out.0, &conv, &mut state, &mut out.1).unwrap();
+    (all, read(backend, &mut out.1))
+}
+
+/// Tokens of the one text that all sequences of these tests begin with.
+const TEXT: usize = 40;
+
+/// One step of sequences that keep states.
+struct StateStep {
+    /// Of each row the tokens before it, and its own.
+    rows: Vec<(usize, usize)>,
+    states: StepStates,
+}
+
+impl StateStep {
+    const SLOTS: usize = 8;
+
+    /// A row of one sequence, from the slot 0 on or from another; `extra` states are kept before the last one, which goes to the slot 0.
+    fn row(known: usize, len: usize, extra: &[(usize, u32)]) -> Self {
+        let mut saves: Vec<StateSave> = extra.iter().map(|(seen, slot)| StateSave { token: *seen as u32 - 1, slot: *slot }).collect();
+        saves.push(StateSave { token: len as u32 - 1, slot: 0 });
+        saves.sort_by_key(|save| save.token);
+        Self { rows: vec![(known, len)], states: StepStates { copies: vec![], slots: vec![0], saves } }
+    }
+
+    /// One more token behind the state of every slot.
+    fn of_all_slots() -> Self {
+        let slots = (0..Self::SLOTS as u32).collect();
+        Self { rows: vec![(TEXT - 1, 1); Self::SLOTS], states: StepStates { copies: vec![], slots, saves: vec![] } }
+    }
+
+    /// The step's inputs, which lie in `inputs [TEXT, width]` by position, and room for its outputs.
+    fn begin<B: Backend>(&self, backend: &mut B, inputs: &[f32], width: usize, out: usize) -> (B::Buffer, B::Buffer) {
+        let positions: Vec<u32> = self.rows.iter().flat_map(|(known, len)| *known as u32..(known + len) as u32).collect();
+        let values: Vec<f32> = positions.iter().flat_map(|at| &inputs[*at as usize * width..(*at as usize + 1) * width]).copied().collect();
+        let (mut rows, mut start) = (Vec::new(), 0);
+        for (known, len) in &self.rows {
+            rows.push(BatchRow { start, len: *len, context: known + len, blocks: Arc::new(vec![0]) });
+            start += len;
+        }
+        let x = write(backend, &values, width);
+        let batch = Batch { tokens: &positions, positions: &positions, slots: &positions, rows: &rows, ropes: &[], states: &self.states };
+        backend.begin(&batch).unwrap();
+        (x, backend.buffer(positions.len(), out).unwrap())
+    }
+}
+
+/// A text in one piece; in chunks of these lengths; and the last chunk copied to another slot and gone on from there.
+fn state_steps(cuts: &[usize], kept: (usize, usize)) -> [Vec<StateStep>; 3] {
+    let mut ends: Vec<usize> = cuts.iter().copied().chain([TEXT - 1]).collect();
+    ends.sort_unstable();
+    ends.dedup();
+    let starts = std::iter::once(0).chain(ends.iter().copied());
+    let pieces: Vec<(usize, usize)> = starts.zip(&ends).map(|(from, to)| (from, to - from)).filter(|(_, len)| *len > 0).collect();
+    // States inside the first piece, too, as for draft tokens and for the prefix cache.
+    let (first, second) = (kept.0.min(pieces[0].1 - 1), kept.1.min(pieces[0].1 - 1));
+    let extra: Vec<(usize, u32)> = [(first, 5), (second, 6)].into_iter().filter(|(seen, _)| *seen > 0).collect();
+    let chunks = || pieces.iter().map(|(known, len)| StateStep::row(*known, *len, if *known == 0 { &extra } else { &[] }));
+    let mut copied: Vec<StateStep> = chunks().collect();
+    for step in &mut copied[1..] {
+        // The sequence changes to the slot 3, which is another's afterwards, and back.
+        step.states.copies = vec![(0, 3), (6, 4), (3, 0), (4, 6)];
+    }
+    [vec![StateStep::row(0, TEXT - 1, &extra)], chunks().collect(), copied]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    #[test]
+    fn causal_convolutions(
+        channels in 1usize..70, kernel in 2usize..6, is_gated in any::<bool>(), bias in any::<bool>(), cuts in prop::collection::vec(1usize..TEXT, 0..6),
+        kept in (0usize..TEXT, 0usize..TEXT), seed in any::<u64>(),
+    ) {
+        let spec = ConvSpec { channels, kernel, kind: if is_gated { ConvKind::Gated } else { ConvKind::Silu } };
+        let [whole, chunks, copied] = state_steps(&cuts, kept);
+        let mut ours = Cpu::new(&limits_of(TEXT, spec.input_width()), 2, ComputeDtype::F32).unwrap();
+        let (all, states) = convolved_on(&mut ours, spec, bias, &whole, seed);
+        let theirs = convolved_on(&mut Candle::new(&Device::Cpu), spec, bias, &chunks, seed);
+        assert_close(&all, &theirs.0, 2e-5, "convolved");
+        let in_chunks = convolved_on(&mut ours, spec, bias, &chunks, seed);
+        prop_assert_eq!(&in_chunks.0, &all);
+        assert_close(&in_chunks.1, &theirs.1, 2e-5, "states");
+        prop_assert_eq!(&convolved_on(&mut ours, spec, bias, &copied, seed).0, &all);
+        if cuts.is_empty() {
+            prop_assert_eq!(&in_chunks.1, &states);
+        }
+    }
 }

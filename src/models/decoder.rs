@@ -1,8 +1,8 @@
 //! One decoder for every family and every device: [`Decoder::forward`] is the whole of a forward pass.
 
-use candle_core::Result;
+use candle_core::{Error, Result};
 
-use crate::kernels::{AttentionSpec, AttentionWeights, Backend, Epilogue, Experts, Linear, Norm};
+use crate::kernels::{AttentionSpec, AttentionWeights, Backend, CausalConv, Epilogue, Experts, Linear, Norm};
 use crate::models::spec::ModelSpec;
 
 mod load;
@@ -28,19 +28,32 @@ pub struct Decoder<B: Backend> {
 }
 
 struct Layer<B: Backend> {
-    attention: AttentionSpec,
-    attention_weights: AttentionWeights<B::Vector>,
-    /// `[(h + 2 kv)·d, hidden]`
-    qkv: LinearOf<B>,
-    /// `[hidden, h·d]`
+    /// `[input width, hidden]`: what the mixer begins with; of attention `[(h + 2 kv)·d, hidden]`.
+    input: LinearOf<B>,
+    mixer: Mixer<B>,
+    /// `[hidden, output width]`; of attention `[hidden, h·d]`.
     output: LinearOf<B>,
-    attention_norms: BranchNorms<B>,
+    mixer_norms: BranchNorms<B>,
     feed_forward: FeedForward<B>,
     feed_forward_norms: BranchNorms<B>,
     /// What a branch adds to the residual stream is multiplied by it.
     residual_scale: f32,
     /// What the residual stream is multiplied by behind the layer.
     scalar: Option<f32>,
+}
+
+/// What lets a layer's tokens see those before them, between its two projections.
+enum Mixer<B: Backend> {
+    Attention { spec: AttentionSpec, weights: AttentionWeights<B::Vector> },
+    ShortConv(CausalConv<B::Vector>),
+}
+
+/// What a layer keeps of the tokens it has seen.
+pub enum LayerCache<B: Backend> {
+    /// Keys and values of each token.
+    Keys(B::KvCache),
+    /// One state for each slot.
+    State(B::State),
 }
 
 /// The norms of one branch beside the residual stream.
@@ -87,9 +100,9 @@ struct Buffers<T> {
     x: T,
     /// `[t, hidden]`
     normed: T,
-    /// `[t, (h + 2 kv)·d]`
+    /// `[t, input width of the mixer]`: queries, keys and values.
     qkv: T,
-    /// `[t, h·d]`
+    /// `[t, output width of the mixer]`
     attended: T,
     /// `[t, intermediate]`
     hidden: T,
@@ -104,18 +117,17 @@ struct Buffers<T> {
 }
 
 impl<B: Backend> Decoder<B> {
-    /// Runs the tokens that the backend was begun with, writing their keys and values. Leaves the residual stream before the final norm.
-    pub fn forward(&mut self, backend: &mut B, caches: &mut [B::KvCache]) -> Result<()> {
+    /// Runs the tokens that the backend was begun with, writing their keys, values and states. Leaves the residual stream before the final norm.
+    pub fn forward(&mut self, backend: &mut B, caches: &mut [LayerCache<B>]) -> Result<()> {
         let Buffers { x, normed, qkv, attended, hidden, branch, router, .. } = &mut self.buffers;
         backend.embed(&self.embedding.weight, self.spec.embedding_scale, x)?;
         for (layer, cache) in self.layers.iter().zip(caches) {
             let add = Epilogue::Add(layer.residual_scale);
 
-            layer.attention_norms.before(backend, x, normed)?;
-            backend.linear(normed, &layer.qkv, Epilogue::Store, qkv)?;
-            backend.rope_and_store(qkv, &layer.attention, &layer.attention_weights, cache)?;
-            backend.attend(qkv, &layer.attention, &layer.attention_weights, cache, attended)?;
-            match &layer.attention_norms.after {
+            layer.mixer_norms.before(backend, x, normed)?;
+            backend.linear(normed, &layer.input, Epilogue::Store, qkv)?;
+            layer.mixer.run(backend, qkv, cache, attended)?;
+            match &layer.mixer_norms.after {
                 None => backend.linear(attended, &layer.output, add, x)?,
                 Some(norm) => {
                     backend.linear(attended, &layer.output, Epilogue::Store, branch)?;
@@ -153,6 +165,22 @@ impl<B: Backend> Decoder<B> {
     /// What [`Decoder::head`] made, `[positions, vocab]`.
     pub fn logits(&mut self) -> &mut B::Buffer {
         &mut self.buffers.logits
+    }
+}
+
+impl<B: Backend> Mixer<B> {
+    fn run(&self, backend: &mut B, input: &mut B::Buffer, cache: &mut LayerCache<B>, out: &mut B::Buffer) -> Result<()> {
+        match (self, cache) {
+            (Self::Attention { spec, weights }, LayerCache::Keys(cache)) => {
+                backend.rope_and_store(input, spec, weights, cache)?;
+                backend.attend(input, spec, weights, cache, out)
+            }
+            (Self::ShortConv(conv), LayerCache::State(state)) => {
+                backend.copy_states(state)?;
+                backend.causal_conv(input, conv, state, out)
+            }
+            _ => Err(Error::Msg("a layer was given the cache of another kind".into())),
+        }
     }
 }
 

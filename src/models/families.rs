@@ -7,10 +7,12 @@ use serde_json::Value;
 
 use crate::checkpoint::files::ModelFiles;
 use crate::error::Failure;
-use crate::kernels::{Activation, AttentionSpec, NormExtent, NormKind, Pairing, QkNorm, Rope, RopeTable, RoutingSpec};
+use crate::kernels::{Activation, AttentionSpec, ConvKind, ConvSpec, NormExtent, NormKind, Pairing, QkNorm, Rope, RopeTable, RoutingSpec};
 use crate::models::config::Config;
 use crate::models::rope;
-use crate::models::spec::{AttentionLayer, DenseSpec, ExpertsSpec, FeedForward, LayerSpec, LongRopes, ModelSpec, NormSpec, Residual};
+use crate::models::spec::{
+    AttentionLayer, DenseSpec, ExpertsSpec, FeedForward, LayerSpec, LongRopes, Mixer, ModelSpec, NormSpec, Residual, ShortConv,
+};
 
 mod dense;
 mod names;
@@ -127,12 +129,16 @@ impl Model {
 
     /// Changes the attention of every layer.
     fn attention(&mut self, change: impl Fn(&mut AttentionSpec)) {
-        self.spec.layers.iter_mut().for_each(|layer| change(&mut layer.attention.spec));
+        self.attention_layers().for_each(|layer| change(&mut layer.spec));
+    }
+
+    fn attention_layers(&mut self) -> impl Iterator<Item = &mut AttentionLayer> {
+        self.spec.layers.iter_mut().filter_map(LayerSpec::attention_mut)
     }
 
     fn biases(&mut self, qkv: bool, output: bool, feed_forward: bool) {
+        self.attention_layers().for_each(|layer| (layer.qkv_bias, layer.output_bias) = (qkv, output));
         for layer in &mut self.spec.layers {
-            (layer.attention.qkv_bias, layer.attention.output_bias) = (qkv, output);
             if let FeedForward::Dense(dense) = &mut layer.feed_forward {
                 dense.bias = feed_forward;
             }
@@ -178,9 +184,9 @@ impl Model {
 
     /// Layers without a rotation.
     fn without_rope(&mut self, is_without: impl Fn(usize, &AttentionSpec) -> bool) {
-        for (index, layer) in self.spec.layers.iter_mut().enumerate() {
-            if is_without(index, &layer.attention.spec) {
-                layer.attention.spec.rope = None;
+        for (index, layer) in self.attention_layers().enumerate() {
+            if is_without(index, &layer.spec) {
+                layer.spec.rope = None;
             }
         }
     }
@@ -192,7 +198,7 @@ impl Model {
         }
         let ropes = &mut self.spec.ropes;
         for (layer, theta) in self.spec.layers.iter_mut().zip(thetas) {
-            let attention = &mut layer.attention.spec;
+            let Some(AttentionLayer { spec: attention, .. }) = layer.attention_mut() else { continue };
             let Some(rope) = attention.rope.filter(|_| *theta > 0.0) else {
                 attention.rope = None;
                 continue;
@@ -205,6 +211,46 @@ impl Model {
             attention.rope = Some(Rope { table, ..rope });
         }
         Ok(())
+    }
+
+    /// LFM2: short convolutions beside layers of attention, and names of its own.
+    fn like_lfm2(&mut self, config: Config<'_>) -> Result<(), String> {
+        self.head_norms();
+        self.names = TensorNames::LFM2;
+        self.spec.tied = config.flag("tie_embedding")?.unwrap_or(self.spec.tied);
+        let kernel = config.size("conv_L_cache", Some(3))?;
+        if kernel < 2 {
+            return Err(format!("\"conv_L_cache\": {kernel} is not supported (2 and more are)"));
+        }
+        let conv = ConvSpec { channels: self.spec.hidden_size, kernel, kind: ConvKind::Gated };
+        let short = ShortConv { conv, bias: config.flag("conv_bias")?.unwrap_or(false) };
+        let types = config.texts("layer_types")?;
+        // Older configurations number the layers of attention.
+        let numbered = config.has("full_attn_idxs").then(|| config.integers("full_attn_idxs")).transpose()?;
+        self.mixers(|index| {
+            let is_conv = match (&types, &numbered) {
+                (Some(types), _) => match types.get(index).copied() {
+                    Some("full_attention") => false,
+                    Some("conv") => true,
+                    other => {
+                        return Err(format!("\"layer_types\": {other:?} for layer {index} is not supported (full_attention and conv are)"));
+                    }
+                },
+                (None, Some(numbered)) => !numbered.contains(&(index as u64)),
+                (None, None) => false,
+            };
+            Ok(is_conv.then(|| Mixer::ShortConv(short.clone())))
+        })
+    }
+
+    /// Gives layers another mixer than attention. The memory of sequences is counted in blocks of keys, so one layer at least must have some.
+    fn mixers(&mut self, other: impl Fn(usize) -> Result<Option<Mixer>, String>) -> Result<(), String> {
+        for (index, layer) in self.spec.layers.iter_mut().enumerate() {
+            if let Some(mixer) = other(index)? {
+                layer.mixer = mixer;
+            }
+        }
+        if self.spec.attentions().next().is_none() { Err("models without any layer of attention are not supported".into()) } else { Ok(()) }
     }
 
     /// Norm weights stored around zero and a scaled embedding.
@@ -274,7 +320,8 @@ fn llama_like<'a>(config: Config<'a>, family: &'a Family) -> Result<Model, Strin
     let types = layer_types(config, defaults.sliding)?;
     let mut ropes = Ropes { config, defaults, types: Vec::new(), tables: Vec::new() };
     let dense = DenseSpec {
-        intermediate: config.size("intermediate_size", None)?,
+        // The first releases of LFM2 called it otherwise.
+        intermediate: config.size(if config.has("block_ff_dim") { "block_ff_dim" } else { "intermediate_size" }, None)?,
         activation: activation(config, defaults)?,
         gated: true,
         bias: false,
@@ -295,7 +342,13 @@ fn llama_like<'a>(config: Config<'a>, family: &'a Family) -> Result<Model, Strin
         };
         let attention = AttentionLayer { spec, qkv_bias: false, output_bias: false, sinks: false, values_are_keys: false };
         let feed_forward = FeedForward::Dense(dense.clone());
-        Ok(LayerSpec { attention, feed_forward, residual: Residual::Sequential, residual_scale: 1.0, scalar: false })
+        Ok(LayerSpec {
+            mixer: Mixer::Attention(attention),
+            feed_forward,
+            residual: Residual::Sequential,
+            residual_scale: 1.0,
+            scalar: false,
+        })
     };
     let layers = types.iter().enumerate().map(&mut layer).collect::<Result<Vec<_>, _>>()?;
     let spec = ModelSpec {
@@ -542,14 +595,14 @@ mod tests {
 
     /// The base of the first table, from its second frequency.
     fn theta(spec: &ModelSpec) -> f64 {
-        let (table, width) = (&spec.ropes[0], spec.layers[0].attention.spec.head_dim as f64);
+        let (table, width) = (&spec.ropes[0], spec.layers[0].attention().unwrap().spec.head_dim as f64);
         (f64::from(table.frequencies[1]).powf(-width / 2.0)).round()
     }
 
     #[test]
     fn the_default_model_by_numbers() {
         let spec = Model::from_config(&ernie()).unwrap().spec;
-        let attention = spec.layers[0].attention.spec;
+        let attention = spec.layers[0].attention().unwrap().spec;
         assert_eq!((attention.q_width(), attention.kv_width()), (2048, 256));
         assert_eq!(spec.parameters(), 360_748_032);
         assert_eq!(attention.rope, Some(Rope { table: 0, pairing: Pairing::Interleaved }));
@@ -564,7 +617,7 @@ mod tests {
         }
         map.insert("rope_parameters".into(), json!({"rope_theta": 10000.0, "rope_type": "default"}));
         let spec = Model::from_config(&config).unwrap().spec;
-        assert_eq!((theta(&spec), spec.layers[0].attention.spec.head_dim, spec.tied), (10000.0, 64, true));
+        assert_eq!((theta(&spec), spec.layers[0].attention().unwrap().spec.head_dim, spec.tied), (10000.0, 64, true));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! [`super::families`] makes a spec from a config.json, [`super::decoder`] computes with it.
 
-use crate::kernels::{Activation, AttentionSpec, ExpertLimits, NormKind, RopeTable, RoutingSpec, StepLimits};
+use crate::kernels::{Activation, AttentionSpec, ConvSpec, ExpertLimits, NormKind, RopeTable, RoutingSpec, StepLimits};
 
 /// One model.
 #[derive(Debug, Clone, PartialEq)]
@@ -42,16 +42,31 @@ pub struct LongRopes {
     pub tables: Vec<RopeTable>,
 }
 
-/// One layer: attention, then a feed-forward network, each a branch beside the residual stream.
+/// One layer: a mixer, then a feed-forward network, each a branch beside the residual stream.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LayerSpec {
-    pub attention: AttentionLayer,
+    pub mixer: Mixer,
     pub feed_forward: FeedForward,
     pub residual: Residual,
     /// What a branch adds is multiplied by it.
     pub residual_scale: f32,
     /// The residual stream behind the layer is multiplied by a number that the checkpoint holds.
     pub scalar: bool,
+}
+
+/// How a layer's tokens see those before them.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Mixer {
+    Attention(AttentionLayer),
+    /// A gated convolution over a few tokens (LFM2).
+    ShortConv(ShortConv),
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct ShortConv {
+    pub conv: ConvSpec,
+    /// On the convolution and both projections.
+    pub bias: bool,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -128,6 +143,56 @@ impl FeedForward {
     }
 }
 
+impl Mixer {
+    /// Width of the first projection.
+    pub fn input_width(&self) -> usize {
+        match self {
+            Self::Attention(attention) => attention.spec.qkv_width(),
+            Self::ShortConv(short) => short.conv.input_width(),
+        }
+    }
+
+    /// Width of what the last projection reads.
+    pub fn output_width(&self) -> usize {
+        match self {
+            Self::Attention(attention) => attention.spec.q_width(),
+            Self::ShortConv(short) => short.conv.channels,
+        }
+    }
+
+    /// Numbers of one sequence's state, kept beside the KV cache.
+    pub fn state_width(&self) -> usize {
+        match self {
+            Self::Attention(_) => 0,
+            Self::ShortConv(short) => short.conv.state_width(),
+        }
+    }
+
+    /// Weights beside those of the two projections.
+    fn inner_parameters(&self) -> usize {
+        match self {
+            Self::Attention(_) => 0,
+            Self::ShortConv(short) => short.conv.channels * short.conv.kernel,
+        }
+    }
+}
+
+impl LayerSpec {
+    pub fn attention(&self) -> Option<&AttentionLayer> {
+        match &self.mixer {
+            Mixer::Attention(attention) => Some(attention),
+            Mixer::ShortConv(_) => None,
+        }
+    }
+
+    pub fn attention_mut(&mut self) -> Option<&mut AttentionLayer> {
+        match &mut self.mixer {
+            Mixer::Attention(attention) => Some(attention),
+            Mixer::ShortConv(_) => None,
+        }
+    }
+}
+
 impl ModelSpec {
     /// The model as it runs where sequences may have so many tokens.
     pub fn for_context(mut self, max_model_len: usize) -> Self {
@@ -145,7 +210,7 @@ impl ModelSpec {
 
     fn layer_parameters(&self, layer: &LayerSpec) -> usize {
         let hidden = self.hidden_size;
-        let attention = &layer.attention.spec;
+        let mixer = &layer.mixer;
         let network = |intermediate: usize, gated: bool| hidden * intermediate * if gated { 3 } else { 2 };
         let routed = match &layer.feed_forward {
             FeedForward::Dense(_) => 0,
@@ -157,7 +222,7 @@ impl ModelSpec {
             Residual::Sequential | Residual::Post => 2,
             Residual::Sandwich => 4,
         };
-        hidden * (attention.qkv_width() + attention.q_width() + norms) + dense + routed
+        hidden * (mixer.input_width() + mixer.output_width() + norms) + mixer.inner_parameters() + dense + routed
     }
 
     /// The greatest width of a dense network's inner values.
@@ -166,8 +231,13 @@ impl ModelSpec {
     }
 
     /// The greatest value of `width` over all layers.
-    pub fn widest_attention(&self, width: impl Fn(&AttentionSpec) -> usize) -> usize {
-        self.layers.iter().map(|layer| width(&layer.attention.spec)).max().unwrap_or(0)
+    pub fn widest_mixer(&self, width: impl Fn(&Mixer) -> usize) -> usize {
+        self.layers.iter().map(|layer| width(&layer.mixer)).max().unwrap_or(0)
+    }
+
+    /// Every layer's attention, of those that have one.
+    pub fn attentions(&self) -> impl Iterator<Item = &AttentionSpec> {
+        self.layers.iter().filter_map(|layer| layer.attention().map(|attention| &attention.spec))
     }
 
     /// The greatest sizes of layers with experts.
@@ -192,15 +262,15 @@ impl ModelSpec {
     /// How large a step of so many tokens is.
     pub fn step_limits(&self, max_tokens: usize, max_logits: usize, block_size: usize) -> StepLimits {
         let mut attention: Vec<AttentionSpec> = Vec::new();
-        for layer in &self.layers {
-            if !attention.contains(&layer.attention.spec) {
-                attention.push(layer.attention.spec);
+        for spec in self.attentions() {
+            if !attention.contains(spec) {
+                attention.push(*spec);
             }
         }
         let experts = self.expert_limits();
         let widest = [
             self.hidden_size,
-            self.widest_attention(AttentionSpec::q_width),
+            self.widest_mixer(Mixer::output_width),
             self.widest_intermediate(),
             experts.map_or(0, |experts| experts.intermediate),
         ];

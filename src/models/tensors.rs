@@ -6,7 +6,7 @@ use crate::checkpoint::{Checkpoint, Slice, StoredMatrix, Tiles};
 use crate::error::Failure;
 use crate::kernels::MatrixSource;
 use crate::models::families::{Model, TensorNames};
-use crate::models::spec::{FeedForward, ModelSpec};
+use crate::models::spec::{AttentionLayer, FeedForward, ModelSpec};
 
 /// What stands before `embed_tokens` and `layers`.
 const PREFIXES: [&str; 5] = ["model.", "ernie.", "", "language_model.model.", "model.language_model."];
@@ -75,13 +75,16 @@ impl<'a> Tensors<'a> {
     /// From the first layer's first matrix that is not square: a square one does not tell.
     fn is_transposed(&self, spec: &ModelSpec) -> bool {
         let (Some(layer), names) = (spec.layers.first(), &self.names) else { return false };
-        let (attention, hidden) = (&layer.attention.spec, spec.hidden_size);
-        let mut shapes = vec![
-            (names.k, attention.kv_width(), hidden),
-            (names.qkv, attention.qkv_width(), hidden),
-            (names.q, attention.q_width(), hidden),
-            (names.output, hidden, attention.q_width()),
-        ];
+        let hidden = spec.hidden_size;
+        let mut shapes = match layer.attention() {
+            Some(AttentionLayer { spec: attention, .. }) => vec![
+                (names.k, attention.kv_width(), hidden),
+                (names.qkv, attention.qkv_width(), hidden),
+                (names.q, attention.q_width(), hidden),
+                (names.output, hidden, attention.q_width()),
+            ],
+            None => Vec::new(),
+        };
         if let FeedForward::Dense(dense) = &layer.feed_forward {
             shapes.extend([(names.down, hidden, dense.intermediate), (names.gate, dense.intermediate, hidden)]);
             shapes.extend(names.gate_up.iter().map(|name| (*name, 2 * dense.intermediate, hidden)));
@@ -134,6 +137,17 @@ impl<'a> Tensors<'a> {
     /// A vector under the prefix.
     pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, Failure> {
         self.checkpoint.vector(&self.full(name), len)
+    }
+
+    /// A tensor `[channels, 1, kernel]` with all channels of its first column first.
+    pub fn taps(&self, name: &str, channels: usize, kernel: usize) -> Result<Vec<f32>, Failure> {
+        let source = self.checkpoint.matrix(&[Slice::whole(self.full(name), channels, kernel, false)])?;
+        let (mut taps, mut reader) = (vec![0.0; channels * kernel], Reader::default());
+        for channel in 0..channels {
+            let row = MatrixSource::row_f32(&source, channel, &mut reader);
+            row.iter().enumerate().for_each(|(tap, weight)| taps[tap * channels + channel] = *weight);
+        }
+        Ok(taps)
     }
 
     /// A matrix `[Σ out, input]` from its separate `parts`, or from one stored tensor that holds them in this order.

@@ -11,9 +11,10 @@ use super::ops::{
     AttentionSpec, AttentionWeights, Batch, BatchRow, Columns, ComputeDtype, Epilogue, Experts, KvShape, Linear, Norm, NormExtent,
     NormKind, QkNorm, QueryGrowth, WeightFormat,
 };
-use super::{Backend, Footprint, MatrixSource, RowVisitor, StepLimits};
+use super::{Backend, CausalConv, Footprint, MatrixSource, RowVisitor, StepLimits, StepStates};
 
 pub mod attention;
+mod conv;
 mod elementwise;
 mod experts;
 pub(crate) mod load;
@@ -111,6 +112,7 @@ pub struct Cpu {
     positions: Vec<u32>,
     slots: Vec<u32>,
     rows: Vec<BatchRow>,
+    states: StepStates,
     angles: Angles,
     limits: StepLimits,
     scratch: matmul::Scratch,
@@ -129,6 +131,7 @@ impl Cpu {
             positions: Vec::with_capacity(t),
             slots: Vec::with_capacity(t),
             rows: Vec::with_capacity(t),
+            states: StepStates::default(),
             angles: Angles::with_capacity(t, limits.frequencies),
             scratch: matmul::Scratch::with_capacity(activations, dtype),
             attention: attention::Scratch::new(t, pool.threads(), &limits.attention, limits.block_size),
@@ -171,6 +174,7 @@ impl Backend for Cpu {
     type Weight = Packed;
     type Vector = Vec<f32>;
     type KvCache = KvCache;
+    type State = Buffer;
 
     fn buffer(&self, rows: usize, width: usize) -> Result<Buffer> {
         Ok(Buffer::new(rows, width))
@@ -188,6 +192,10 @@ impl Backend for Cpu {
         KvCache::new(shape).map_err(Error::wrap)
     }
 
+    fn state(&self, slots: usize, width: usize) -> Result<Buffer> {
+        Ok(Buffer { rows: slots, ..Buffer::new(slots, width) })
+    }
+
     fn begin(&mut self, batch: &Batch<'_>) -> Result<()> {
         let t = batch.tokens.len();
         if t > self.limits.max_tokens {
@@ -201,6 +209,7 @@ impl Backend for Cpu {
         refill(&mut self.positions, batch.positions);
         refill(&mut self.slots, batch.slots);
         refill(&mut self.rows, batch.rows);
+        self.states.assign(batch.states);
         self.angles.fill(batch);
         self.attention.begin();
         Ok(())
@@ -309,6 +318,27 @@ impl Backend for Cpu {
         Ok(())
     }
 
+    fn copy_states(&mut self, state: &mut Buffer) -> Result<()> {
+        self.states.check(self.rows.len(), state.rows)?;
+        for (from, to) in &self.states.copies {
+            let from = *from as usize * state.width;
+            state.values.copy_within(from..from + state.width, *to as usize * state.width);
+        }
+        Ok(())
+    }
+
+    fn causal_conv(&mut self, x: &Buffer, conv: &CausalConv<Vec<f32>>, state: &mut Buffer, out: &mut Buffer) -> Result<()> {
+        let spec = conv.spec;
+        let is_whole = (x.rows, x.width, state.width) == (self.tokens.len(), spec.input_width(), spec.state_width());
+        if !is_whole || conv.weight.len() != spec.channels * spec.kernel {
+            return Err(Error::Msg(format!("rows of {} numbers and states of {} for {spec:?}", x.width, state.width)));
+        }
+        self.states.check(self.rows.len(), state.rows)?;
+        out.resize(x.rows, spec.channels)?;
+        conv::Job { conv, rows: &self.rows, states: &self.states }.run(&mut self.pool, x, state, out);
+        Ok(())
+    }
+
     fn experts(
         &mut self,
         x: &Buffer,
@@ -386,6 +416,10 @@ impl Backend for Cpu {
 
     fn cache_memory(cache: &mut KvCache) -> [&mut [u8]; 2] {
         cache.memory()
+    }
+
+    fn state_memory(state: &mut Buffer) -> &mut [u8] {
+        prefault::bytes_of(&mut state.values)
     }
 
     fn own_memory(&mut self) -> Vec<&mut [u8]> {

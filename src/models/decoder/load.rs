@@ -2,17 +2,19 @@
 
 use std::collections::BTreeSet;
 
-use super::{Before, BranchNorms, Buffers, Decoder, Dense, FeedForward, Layer, LinearOf, NormOf};
+use super::{Before, BranchNorms, Buffers, Decoder, Dense, FeedForward, Layer, LayerCache, LinearOf, Mixer, NormOf};
 use crate::checkpoint::StoredMatrix;
 use crate::config::Quantization;
 use crate::error::Failure;
 use crate::kernels::sizing::{self, Sizing};
 use crate::kernels::{
-    AttentionSpec, AttentionWeights, Backend, Columns, Epilogue, Expert, Experts, Footprint, Linear, Norm, NormExtent, StepLimits,
+    AttentionWeights, Backend, CausalConv, Columns, Epilogue, Expert, Experts, Footprint, Linear, Norm, NormExtent, StepLimits,
     WeightFormat,
 };
 use crate::models::device::without_backtrace;
-use crate::models::spec::{DenseSpec, ExpertsSpec, FeedForward as FeedForwardSpec, LayerSpec, ModelSpec, Residual};
+use crate::models::spec::{
+    AttentionLayer, DenseSpec, ExpertsSpec, FeedForward as FeedForwardSpec, LayerSpec, Mixer as MixerSpec, ModelSpec, Residual, ShortConv,
+};
 use crate::models::tensors::{Part, Tensors};
 
 /// Where a matrix stands in the model.
@@ -63,20 +65,24 @@ impl<B: Backend> Decoder<B> {
             false => Some(loader.linear(&tensors.head(&spec)?, Columns::Plain, Place::Vocabulary, None)?),
         };
         let layers = spec.layers.iter().enumerate().map(|(index, layer)| loader.layer(index, layer)).collect::<Result<Vec<_>, _>>()?;
-        let norm = loader.norm("norm")?;
+        let norm = loader.norm(tensors.names.final_norm)?;
         let buffers = Buffers::new(&spec, limits, |rows, width| backend.buffer(rows, width).map_err(failure))?;
         Ok(Self { embedding, layers, norm, head, buffers, spec })
     }
 
-    /// Makes the KV cache of each layer.
-    pub fn kv_caches(&self, backend: &B, blocks: usize, block_size: usize) -> candle_core::Result<Vec<B::KvCache>> {
-        self.spec.layers.iter().map(|layer| backend.kv_cache(layer.attention.spec.kv_shape(blocks, block_size))).collect()
+    /// Makes what each layer keeps: blocks of keys and values, or slots of states.
+    pub fn caches(&self, backend: &B, blocks: usize, block_size: usize, slots: usize) -> candle_core::Result<Vec<LayerCache<B>>> {
+        let cache = |layer: &LayerSpec| match &layer.mixer {
+            MixerSpec::Attention(attention) => backend.kv_cache(attention.spec.kv_shape(blocks, block_size)).map(LayerCache::Keys),
+            mixer => backend.state(slots, mixer.state_width()).map(LayerCache::State),
+        };
+        self.spec.layers.iter().map(cache).collect()
     }
 
     /// The matrices of the layers, routers left out.
     fn layer_weights(&self) -> impl Iterator<Item = &B::Weight> {
         self.layers.iter().flat_map(|layer| {
-            let mut all = vec![&layer.qkv.weight, &layer.output.weight];
+            let mut all = vec![&layer.input.weight, &layer.output.weight];
             let (dense, experts) = match &layer.feed_forward {
                 FeedForward::Dense(dense) => (Some(dense), &[][..]),
                 FeedForward::Experts { experts, shared, .. } => (shared.as_ref(), experts.experts.as_slice()),
@@ -127,8 +133,8 @@ impl<T> Buffers<T> {
         Ok(Self {
             x: make(t, width)?,
             normed: make(t.max(n), width)?,
-            qkv: make(t, spec.widest_attention(AttentionSpec::qkv_width))?,
-            attended: make(t, spec.widest_attention(AttentionSpec::q_width))?,
+            qkv: make(t, spec.widest_mixer(MixerSpec::input_width))?,
+            attended: make(t, spec.widest_mixer(MixerSpec::output_width))?,
             hidden: make(t, spec.widest_intermediate())?,
             branch: make(is_used(has_end_norms), width)?,
             router: make(is_used(limits.experts.is_some()), limits.experts.map_or(0, |experts| experts.experts))?,
@@ -143,7 +149,7 @@ pub fn finer_formats(quantization: Quantization, spec: &ModelSpec) -> Option<Str
     let wanted = if quantization == Quantization::Wint4 { WeightFormat::Int4 } else { WeightFormat::Int8 };
     let inner = [spec.hidden_size, spec.widest_intermediate()].into_iter().chain(spec.expert_limits().map(|experts| experts.intermediate));
     let widths: BTreeSet<usize> =
-        spec.layers.iter().map(|layer| layer.attention.spec.q_width()).chain(inner).filter(|width| *width > 0).collect();
+        spec.layers.iter().map(|layer| layer.mixer.output_width()).chain(inner).filter(|width| *width > 0).collect();
     let odd = widths.into_iter().filter(|width| format_of(quantization, Place::Layer, *width) != Some(wanted));
     let odd: Vec<String> = odd.map(|width| width.to_string()).collect();
     (quantization != Quantization::AsStored && !odd.is_empty()).then(|| {
@@ -175,21 +181,10 @@ struct Projection<'a> {
 
 impl<B: Backend> Loader<'_, '_, B> {
     fn layer(&self, index: usize, layer: &LayerSpec) -> Result<Layer<B>, Failure> {
-        let (names, hidden, attention) = (&self.tensors.names, self.spec.hidden_size, layer.attention.spec);
-        let (q, kv) = (attention.q_width(), attention.kv_width());
-        let qkv = Projection {
-            fused: &[names.qkv],
-            parts: &[(names.q, q), (names.k, kv), (if layer.attention.values_are_keys { names.k } else { names.v }, kv)],
-            input: hidden,
-            columns: Columns::Plain,
-            bias: layer.attention.qkv_bias,
-        };
-        let output = Projection {
-            fused: &[],
-            parts: &[(names.output, hidden)],
-            input: q,
-            columns: Columns::Plain,
-            bias: layer.attention.output_bias,
+        let names = &self.tensors.names;
+        let (input, mixer, output) = match &layer.mixer {
+            MixerSpec::Attention(attention) => self.attention(index, attention)?,
+            MixerSpec::ShortConv(short) => self.short_conv(index, short)?,
         };
         let in_layer = |name: &str| format!("layers.{index}.{name}");
         let norm = |name: &str| self.norm(&in_layer(name));
@@ -207,11 +202,10 @@ impl<B: Backend> Loader<'_, '_, B> {
             _ => norms(names.feed_forward_norm, names.feed_forward_end_norm)?,
         };
         Ok(Layer {
-            attention,
-            attention_weights: self.attention_weights(index, layer)?,
-            qkv: self.projection(index, &qkv)?,
-            output: self.projection(index, &output)?,
-            attention_norms: norms(names.attention_norm, names.attention_end_norm)?,
+            input,
+            mixer,
+            output,
+            mixer_norms: norms(names.attention_norm, names.attention_end_norm)?,
             feed_forward: self.feed_forward(index, layer)?,
             feed_forward_norms,
             residual_scale: layer.residual_scale,
@@ -219,14 +213,41 @@ impl<B: Backend> Loader<'_, '_, B> {
         })
     }
 
-    fn attention_weights(&self, index: usize, layer: &LayerSpec) -> Result<AttentionWeights<B::Vector>, Failure> {
-        let (names, spec) = (&self.tensors.names, &layer.attention.spec);
+    /// First projection, mixer, last projection.
+    fn attention(&self, index: usize, layer: &AttentionLayer) -> Result<(LinearOf<B>, Mixer<B>, LinearOf<B>), Failure> {
+        let (names, hidden, spec) = (&self.tensors.names, self.spec.hidden_size, layer.spec);
+        let (q, kv) = (spec.q_width(), spec.kv_width());
+        let values = if layer.values_are_keys { names.k } else { names.v };
+        let (parts, columns) = ([(names.q, q), (names.k, kv), (values, kv)], Columns::Plain);
+        let qkv = Projection { fused: &[names.qkv], parts: &parts, input: hidden, columns, bias: layer.qkv_bias };
+        let output = Projection { fused: &[], parts: &[(names.output, hidden)], input: q, columns, bias: layer.output_bias };
+        let mixer = Mixer::Attention { spec, weights: self.attention_weights(index, layer)? };
+        Ok((self.projection(index, &qkv)?, mixer, self.projection(index, &output)?))
+    }
+
+    fn short_conv(&self, index: usize, layer: &ShortConv) -> Result<(LinearOf<B>, Mixer<B>, LinearOf<B>), Failure> {
+        let ([first, taps, last], hidden, spec) = (self.tensors.names.short_conv, self.spec.hidden_size, layer.conv);
+        let (width, columns, bias) = (spec.input_width(), Columns::Plain, layer.bias);
+        let input = Projection { fused: &[], parts: &[(first, width)], input: hidden, columns, bias };
+        let output = Projection { fused: &[], parts: &[(last, hidden)], input: spec.channels, columns, bias };
+        let in_layer = |suffix: &str| format!("layers.{index}.{taps}.{suffix}");
+        let weight = self.tensors.taps(&in_layer("weight"), spec.channels, spec.kernel)?;
+        let conv = CausalConv {
+            spec,
+            weight: self.backend.vector(weight).map_err(failure)?,
+            bias: bias.then(|| self.vector(&in_layer("bias"), spec.channels)).transpose()?,
+        };
+        Ok((self.projection(index, &input)?, Mixer::ShortConv(conv), self.projection(index, &output)?))
+    }
+
+    fn attention_weights(&self, index: usize, layer: &AttentionLayer) -> Result<AttentionWeights<B::Vector>, Failure> {
+        let (names, spec) = (&self.tensors.names, &layer.spec);
         let head_norm = |name: &str, heads: usize| -> Result<Option<B::Vector>, Failure> {
             let Some(norm) = spec.qk_norm else { return Ok(None) };
             let len = if norm.extent == NormExtent::Head { spec.head_dim } else { heads * spec.head_dim };
             self.norm_weight(&format!("layers.{index}.{name}.weight"), len).map(Some)
         };
-        let sinks = layer.attention.sinks.then(|| self.vector(&format!("layers.{index}.{}", names.sinks), spec.heads));
+        let sinks = layer.sinks.then(|| self.vector(&format!("layers.{index}.{}", names.sinks), spec.heads));
         Ok(AttentionWeights {
             q_norm: head_norm(names.q_norm, spec.heads)?,
             k_norm: head_norm(names.k_norm, spec.kv_heads)?,

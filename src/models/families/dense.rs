@@ -2,7 +2,7 @@
 
 use super::{Defaults, Family, LLAMA, Sliding, TensorNames, refuse_experts};
 use crate::kernels::{NormExtent, Pairing, QueryGrowth};
-use crate::models::spec::Residual;
+use crate::models::spec::{FeedForward, Residual};
 
 pub(super) const FAMILIES: &[Family] = &[
     Family {
@@ -113,10 +113,10 @@ pub(super) const FAMILIES: &[Family] = &[
             model.spec.embedding_scale = (model.spec.hidden_size as f32).sqrt();
             model.spec.logit_cap = config.number("final_logit_softcapping")?.map(|cap| cap as f32);
             let (eps, keys) = (model.spec.norm.eps, config.flag("attention_k_eq_v")?.unwrap_or(false));
-            for layer in &mut model.spec.layers {
-                layer.scalar = true;
-                (layer.attention.spec.scale, layer.attention.spec.value_norm) = (1.0, Some(eps));
-                layer.attention.values_are_keys = keys && layer.attention.spec.window.is_none();
+            model.spec.layers.iter_mut().for_each(|layer| layer.scalar = true);
+            for layer in model.attention_layers() {
+                (layer.spec.scale, layer.spec.value_norm) = (1.0, Some(eps));
+                layer.values_are_keys = keys && layer.spec.window.is_none();
             }
             Ok(())
         },
@@ -144,7 +144,7 @@ pub(super) const FAMILIES: &[Family] = &[
             }
             let bias = config.flag("attention_bias")?.unwrap_or(false);
             model.biases(bias, bias, config.flag("mlp_bias")?.unwrap_or(false));
-            model.spec.layers.iter_mut().for_each(|layer| layer.attention.sinks = true);
+            model.attention_layers().for_each(|layer| layer.sinks = true);
             model.layer_ropes(&config.numbers("layer_rope_theta")?)?;
             model.granite_scales(config)
         },
@@ -206,7 +206,7 @@ pub(super) const FAMILIES: &[Family] = &[
             model.head_norms();
             model.residual(Residual::Post, POST);
             // Where layers with a window are, they alone are rotated.
-            let has_windows = model.spec.layers.iter().any(|layer| layer.attention.spec.window.is_some());
+            let has_windows = model.spec.attentions().any(|spec| spec.window.is_some());
             model.without_rope(|_, spec| has_windows && spec.window.is_none());
             Ok(())
         },
@@ -240,6 +240,24 @@ pub(super) const FAMILIES: &[Family] = &[
             model.without_gates();
             model.layer_norms(true);
             model.spec.norm.plus_one = true;
+            Ok(())
+        },
+    },
+    Family {
+        model_type: "lfm2",
+        defaults: LFM2,
+        adapt: |config, model| {
+            model.like_lfm2(config)?;
+            if config.flag("block_auto_adjust_ff_dim")?.unwrap_or(true) {
+                let share = config.number("block_ffn_dim_multiplier")?.unwrap_or(1.0);
+                let multiple = config.size("block_multiple_of", Some(256))?;
+                for layer in &mut model.spec.layers {
+                    if let FeedForward::Dense(dense) = &mut layer.feed_forward {
+                        let two_thirds = 2 * dense.intermediate / 3;
+                        dense.intermediate = ((two_thirds as f64 * share) as usize).next_multiple_of(multiple);
+                    }
+                }
+            }
             Ok(())
         },
     },
@@ -304,6 +322,9 @@ pub(super) const FAMILIES: &[Family] = &[
 
 pub(super) const ERNIE: Defaults =
     Defaults { pairing: Pairing::Interleaved, eps: 1e-5, rope_theta: 500_000.0, tied: true, max_positions: 131_072, ..LLAMA };
+
+pub(super) const LFM2: Defaults =
+    Defaults { eps: 1e-5, eps_key: "norm_eps", rope_theta: 1_000_000.0, tied: true, max_positions: 128_000, ..LLAMA };
 
 const GEMMA: Defaults = Defaults { activation: "gelu_pytorch_tanh", activation_key: "hidden_activation", tied: true, ..LLAMA };
 

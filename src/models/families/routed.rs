@@ -1,6 +1,6 @@
 //! Families with routed experts.
 
-use super::{Defaults, Family, LLAMA, Routed, Sliding, TensorNames, dense::ERNIE, refuse_groups};
+use super::{Defaults, Family, LLAMA, Routed, Sliding, TensorNames, dense::ERNIE, dense::LFM2, refuse_groups};
 use crate::kernels::{NormExtent, Normalize, RouterScore, RoutingSpec};
 use crate::models::config::Config;
 
@@ -111,6 +111,24 @@ pub(super) const FAMILIES: &[Family] = &[
             };
             let intermediate = config.size("intermediate_size", None)?;
             model.experts(Routed { routing, intermediate, choice_bias: true, shared: None, shared_gate: false }, |_| true)
+        },
+    },
+    Family {
+        model_type: "lfm2_moe",
+        defaults: LFM2,
+        adapt: |config, model| {
+            model.like_lfm2(config)?;
+            let routing = RoutingSpec {
+                experts: config.size("num_experts", Some(32))?,
+                top_k: config.size("num_experts_per_tok", Some(4))?,
+                score: RouterScore::Sigmoid,
+                normalize: config.flag("norm_topk_prob")?.unwrap_or(true).then_some(Normalize { epsilon: 1e-6, least: 0.0 }),
+                scale: config.number("routed_scaling_factor")?.unwrap_or(1.0) as f32,
+            };
+            let intermediate = config.size("moe_intermediate_size", Some(1_792))?;
+            let choice_bias = config.flag("use_expert_bias")?.unwrap_or(true);
+            let dense = config.count("num_dense_layers")?.unwrap_or(2);
+            model.experts(Routed { routing, intermediate, choice_bias, shared: None, shared_gate: false }, |layer| layer >= dense)
         },
     },
     Family {
