@@ -342,7 +342,7 @@ impl ExpertsCase {
         let (t, hidden, inner) = (random.between(1, 30), random.pick(&[8, 70, 128]), random.between(1, 80));
         let (count, score) = (random.between(2, 9), random.pick(&[RouterScore::Softmax, RouterScore::TopKSoftmax, RouterScore::Sigmoid]));
         let normalize = random.next().is_multiple_of(2).then_some(Normalize { epsilon: 0.0, least: 0.0 });
-        let routing = RoutingSpec { experts: count, top_k: random.between(1, count + 1), score, normalize, scale: 1.0 };
+        let routing = RoutingSpec { experts: count, top_k: random.between(1, count + 1), score, normalize, scale: 1.0, groups: None };
         // Weights that keep the size of what they multiply.
         let mut matrix =
             |rows: usize, width: usize| TestMatrix::new(random.rounded(rows * width, (3.0 / width as f32).sqrt(), dtype), width);

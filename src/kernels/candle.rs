@@ -10,10 +10,11 @@ use super::ops::{
     Activation, AttentionSpec, AttentionWeights, Batch, BatchRow, Columns, Epilogue, Experts, KvShape, Linear, Norm, NormExtent, NormKind,
     Pairing, QkNorm, WeightFormat,
 };
-use super::{Backend, CausalConv, Footprint, MatrixSource, RowVisitor, StepLimits, StepStates};
+use super::{Backend, CausalConv, Footprint, GatedDelta, HeadColumns, LatentSpec, MatrixSource, RowVisitor, StepLimits, StepStates};
 
 mod attention;
 mod conv;
+mod delta;
 mod load;
 
 pub use attention::{Bounds, Group};
@@ -33,6 +34,16 @@ pub enum Matrix {
     Tensor(Tensor),
     /// Q8_0 or Q4_K.
     Blocks(QTensor),
+}
+
+impl Matrix {
+    /// k
+    fn width(&self) -> Result<usize> {
+        match self {
+            Self::Tensor(tensor) => tensor.dim(1),
+            Self::Blocks(blocks) => blocks.shape().dims2().map(|(_, width)| width),
+        }
+    }
 }
 
 /// The rows of the operation that wrote it last.
@@ -267,6 +278,58 @@ impl Backend for Candle {
         Ok(())
     }
 
+    fn gated_delta(
+        &mut self,
+        qkv: &mut Buffer,
+        gates: &mut Buffer,
+        z: &Buffer,
+        delta: &GatedDelta<Tensor>,
+        state: &mut Tensor,
+        out: &mut Buffer,
+    ) -> Result<()> {
+        let (step, inputs) = (self.step()?, [qkv.tensor()?, gates.tensor()?, z.tensor()?]);
+        out.tensor = Some(delta::gated_delta(inputs, delta, &step.rows, &step.states, state)?);
+        Ok(())
+    }
+
+    fn linear_heads(
+        &mut self,
+        x: &Buffer,
+        columns: HeadColumns,
+        weights: &[Linear<Matrix, Tensor>],
+        _scratch: &mut [Buffer; 2],
+        out: &mut Buffer,
+    ) -> Result<()> {
+        let x = x.tensor()?;
+        let head = |(head, linear): (usize, &Linear<Matrix, Tensor>)| {
+            let input = x.narrow(1, columns.first + head * columns.stride, linear.weight.width()?)?.contiguous()?;
+            multiply(&input, &linear.weight, linear.bias.as_ref())
+        };
+        out.tensor = Some(Tensor::cat(&weights.iter().enumerate().map(head).collect::<Result<Vec<_>>>()?, 1)?);
+        Ok(())
+    }
+
+    fn latent_rows(
+        &mut self,
+        q: &Buffer,
+        absorbed: &Buffer,
+        latent: &Buffer,
+        spec: &LatentSpec,
+        norm: &Tensor,
+        out: &mut Buffer,
+    ) -> Result<()> {
+        let LatentSpec { heads, nope_dim, rope_dim, rank, eps } = *spec;
+        let (q, latent) = (q.tensor()?, latent.tensor()?);
+        let t = q.dim(0)?;
+        let rotated = q.reshape((t, heads, nope_dim + rope_dim))?.narrow(2, nope_dim, rope_dim)?;
+        let queries =
+            Tensor::cat(&[&rotated, &absorbed.tensor()?.reshape((t, heads, rank))?], 2)?.reshape((t, heads * (rope_dim + rank)))?;
+        let vector = candle_nn::ops::rms_norm(&latent.narrow(1, 0, rank)?.contiguous()?, norm, eps)?;
+        let key = Tensor::cat(&[&latent.narrow(1, rank, rope_dim)?, &vector], 1)?;
+        out.tensor = Some(Tensor::cat(&[&queries, &key, &key], 1)?);
+        Ok(())
+    }
+
     fn experts(
         &mut self,
         x: &Buffer,
@@ -316,7 +379,10 @@ impl Backend for Candle {
     }
 
     fn gate_rows(&mut self, gates: &Buffer, x: &mut Buffer) -> Result<()> {
-        x.tensor = Some(x.tensor()?.broadcast_mul(&candle_nn::ops::sigmoid(gates.tensor()?)?)?);
+        let (gates, values) = (gates.tensor()?, x.tensor()?);
+        let ((rows, width), parts) = (values.dims2()?, gates.dim(1)?);
+        let factors = candle_nn::ops::sigmoid(gates)?.reshape((rows, parts, 1))?;
+        x.tensor = Some(values.reshape((rows, parts, width / parts))?.broadcast_mul(&factors)?.reshape((rows, width))?);
         Ok(())
     }
 

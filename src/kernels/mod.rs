@@ -26,11 +26,11 @@ pub mod testing;
 mod twin_tests;
 
 pub use ops::{
-    Activation, AttentionSpec, AttentionWeights, Batch, BatchRow, Columns, ComputeDtype, Epilogue, Expert, Experts, KvShape, Linear, Norm,
-    NormExtent, NormKind, Normalize, Pairing, QkNorm, QueryGrowth, Rope, RopeTable, RouterScore, RoutingSpec, WeightFormat,
+    Activation, AttentionSpec, AttentionWeights, Batch, BatchRow, Columns, ComputeDtype, Epilogue, Expert, ExpertGroups, Experts, KvShape,
+    Linear, Norm, NormExtent, NormKind, Normalize, Pairing, QkNorm, QueryGrowth, Rope, RopeTable, RouterScore, RoutingSpec, WeightFormat,
 };
 
-pub use states::{CausalConv, ConvKind, ConvSpec, StateSave, StepStates};
+pub use states::{CausalConv, ConvKind, ConvSpec, DeltaSpec, GatedDelta, HeadColumns, LatentSpec, StateSave, StepStates};
 
 /// A matrix `[rows, width]` to be loaded: read row by row, by any thread.
 pub trait MatrixSource: Sync {
@@ -163,6 +163,42 @@ pub trait Backend {
         out: &mut Self::Buffer,
     ) -> Result<()>;
 
+    /// `out [t, value width]`: the gated delta rule over `qkv [t, queries, keys and values]`, each row after its state; keeps states as the step says.
+    /// `gates [t, 2 · value heads]` hold what decides of corrections, then what decides of shrinking, both before their sigmoid and softplus. Each
+    /// head's result is normalized and multiplied by `z [t, value width]`. `qkv` and `gates` are used up.
+    fn gated_delta(
+        &mut self,
+        qkv: &mut Self::Buffer,
+        gates: &mut Self::Buffer,
+        z: &Self::Buffer,
+        delta: &GatedDelta<Self::Vector>,
+        state: &mut Self::State,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// `out [t, heads · w]`: a product for each head with a matrix `[w, …]` of its own. `scratch`: room for one head's inputs and its results.
+    fn linear_heads(
+        &mut self,
+        x: &Self::Buffer,
+        columns: HeadColumns,
+        weights: &[Linear<Self::Weight, Self::Vector>],
+        scratch: &mut [Self::Buffer; 2],
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// `out [t, (heads + 2) · head dim]`: the queries, the key and the value of latent attention as [`Backend::rope_and_store`] wants them.
+    /// `q [t, heads · (nope + rope)]`; `absorbed [t, heads · rank]` are its first parts times the matrices of keys; `latent [t, rank + rope]` is what
+    /// the token's key is made of, whose first part is normalized.
+    fn latent_rows(
+        &mut self,
+        q: &Self::Buffer,
+        absorbed: &Self::Buffer,
+        latent: &Self::Buffer,
+        spec: &LatentSpec,
+        norm: &Self::Vector,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+
     /// `out = Σ weight · expert(x)` over the experts that the router's logits `router [t, experts]` pick for each token; [`Epilogue::Add`] adds that.
     fn experts(
         &mut self,
@@ -187,7 +223,7 @@ pub trait Backend {
         self.scale_and_cap(x, factor, None)
     }
 
-    /// `x[i] = x[i] · sigmoid(gates[i])`, with one gate for each row.
+    /// `x = x · sigmoid(gates)`: each of a row's `n` gates is for an nth part of the row, which lie side by side.
     fn gate_rows(&mut self, gates: &Self::Buffer, x: &mut Self::Buffer) -> Result<()>;
 
     /// The index of the greatest number of each row, the lowest on ties; `None` for a row that holds something that is not finite. Columns from `width` on and

@@ -9,7 +9,7 @@ use std::marker::PhantomData;
 use candle_core::{Error, Result};
 
 use super::ops::{AttentionSpec, AttentionWeights, Batch, BatchRow, Columns, Epilogue, Experts, KvShape, Linear, Norm, WeightFormat};
-use super::{Backend, CausalConv, Footprint, MatrixSource, RowVisitor};
+use super::{Backend, CausalConv, Footprint, GatedDelta, HeadColumns, LatentSpec, MatrixSource, RowVisitor};
 
 /// A matrix that is not there.
 #[derive(Debug, Clone, Copy)]
@@ -170,6 +170,49 @@ impl<F: Footprint> Backend for Sizing<F> {
     fn causal_conv(&mut self, x: &Buffer, conv: &CausalConv<usize>, state: &mut Buffer, out: &mut Buffer) -> Result<()> {
         *out = Buffer { rows: x.rows, width: conv.spec.channels };
         self.count("causal_conv", 4 * self.rows.len() * state.width, x.rows * conv.spec.channels * conv.spec.kernel);
+        Ok(())
+    }
+
+    fn gated_delta(
+        &mut self,
+        qkv: &mut Buffer,
+        _gates: &mut Buffer,
+        _z: &Buffer,
+        delta: &GatedDelta<usize>,
+        state: &mut Buffer,
+        out: &mut Buffer,
+    ) -> Result<()> {
+        *out = Buffer { rows: qkv.rows, width: delta.spec.value_width() };
+        // Every number of the state is shrunk, read, corrected and read again.
+        self.count("gated_delta", 4 * self.rows.len() * state.width, 4 * qkv.rows * state.width);
+        Ok(())
+    }
+
+    fn linear_heads(
+        &mut self,
+        x: &Buffer,
+        _columns: HeadColumns,
+        weights: &[Linear<Weight, usize>],
+        _scratch: &mut [Buffer; 2],
+        out: &mut Buffer,
+    ) -> Result<()> {
+        let sum = |of: fn(&Weight) -> usize| weights.iter().map(|linear| of(&linear.weight)).sum::<usize>();
+        *out = Buffer { rows: x.rows, width: sum(|weight| weight.rows) };
+        self.count("linear", sum(|weight| weight.bytes), x.rows * sum(|weight| weight.rows * weight.width));
+        Ok(())
+    }
+
+    fn latent_rows(
+        &mut self,
+        q: &Buffer,
+        _absorbed: &Buffer,
+        _latent: &Buffer,
+        spec: &LatentSpec,
+        _norm: &usize,
+        out: &mut Buffer,
+    ) -> Result<()> {
+        *out = Buffer { rows: q.rows, width: (spec.heads + 2) * spec.head_dim() };
+        self.count("latent_rows", 0, 0);
         Ok(())
     }
 

@@ -118,3 +118,84 @@ pub struct CausalConv<V> {
     /// `[channels]`
     pub bias: Option<V>,
 }
+
+/// Linear attention by the gated delta rule ("Gated Delta Networks", 2024). Its state is for each value head a matrix `[key_dim, value_dim]`,
+/// which every token shrinks, corrects where its key points, and reads by its query.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct DeltaSpec {
+    /// Of queries and keys.
+    pub key_heads: usize,
+    /// A multiple of `key_heads`: so many neighbours share a query and a key.
+    pub value_heads: usize,
+    /// Components of a query or key; at most [`DeltaSpec::MOST_KEY_DIM`].
+    pub key_dim: usize,
+    pub value_dim: usize,
+    /// Of the norm of each head's result.
+    pub eps: f32,
+}
+
+impl DeltaSpec {
+    /// A task holds that many rows of a state next to the processor.
+    pub const MOST_KEY_DIM: usize = 256;
+
+    /// Width of all values, and of the result.
+    pub fn value_width(&self) -> usize {
+        self.value_heads * self.value_dim
+    }
+
+    /// Width of all queries, or of all keys.
+    pub fn key_width(&self) -> usize {
+        self.key_heads * self.key_dim
+    }
+
+    /// Width of queries, keys and values side by side.
+    pub fn qkv_width(&self) -> usize {
+        2 * self.key_width() + self.value_width()
+    }
+
+    pub fn state_width(&self) -> usize {
+        self.value_width() * self.key_dim
+    }
+}
+
+/// A layer's delta rule with its weights. `V`: a backend's vectors.
+#[derive(Debug)]
+pub struct GatedDelta<V> {
+    pub spec: DeltaSpec,
+    /// `[value_heads]`: how fast the state shrinks, `exp(A_log)`.
+    pub decay: V,
+    /// `[value_heads]`: added to what a token says of that.
+    pub decay_bias: V,
+    /// `[value_dim]`
+    pub norm: V,
+}
+
+/// Latent attention (DeepSeek 2): keys and values of all heads are made from one latent vector of each token, and one rotated key of a few
+/// components is common to all heads. The matrices that would make keys and values are multiplied into queries and results instead, so
+/// the cache holds one head: the rotated components first, then the latent vector, as key and as value.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LatentSpec {
+    pub heads: usize,
+    /// Components of a query that meet the latent vector.
+    pub nope_dim: usize,
+    /// Components of a query and of the common key that are rotated.
+    pub rope_dim: usize,
+    /// Components of the latent vector.
+    pub rank: usize,
+    /// Of the norm of the latent vector.
+    pub eps: f32,
+}
+
+impl LatentSpec {
+    /// Components of the cached head.
+    pub fn head_dim(&self) -> usize {
+        self.rope_dim + self.rank
+    }
+}
+
+/// Where the inputs of several heads lie in a row: head `h` begins at column `first + h · stride`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeadColumns {
+    pub first: usize,
+    pub stride: usize,
+}

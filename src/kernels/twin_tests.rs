@@ -219,11 +219,13 @@ proptest! {
 
     #[test]
     fn experts(t in 1usize..24, hidden in 1usize..40, inner in 1usize..30, count in 2usize..9, top_k in 1usize..4, fn_of in 0usize..3,
-        biased in any::<bool>(), seed in any::<u64>(),
+        biased in any::<bool>(), grouped in any::<bool>(), seed in any::<u64>(),
     ) {
+        let groups = (grouped && count % 2 == 0).then_some(ExpertGroups { count: 2, keep: 1, best: 1 });
+        let top_k = if groups.is_some() { top_k.min(count / 2) } else { top_k };
         let score = [RouterScore::Softmax, RouterScore::TopKSoftmax, RouterScore::Sigmoid][fn_of];
         let normalize = biased.then_some(Normalize { epsilon: 1e-20, least: 0.0 });
-        let routing = RoutingSpec { experts: count, top_k: top_k.min(count), score, normalize, scale: 1.5 };
+        let routing = RoutingSpec { experts: count, top_k: top_k.min(count), score, normalize, scale: 1.5, groups };
         let limits = ExpertLimits { hidden, intermediate: inner, experts: count, top_k };
         let limits = StepLimits { experts: Some(limits), ..limits_of(t, hidden.max(inner).max(count)) };
         let mut ours = Cpu::new(&limits, 2, ComputeDtype::F32).unwrap();
@@ -314,6 +316,9 @@ fn rows_on<B: Backend>(
     backend.linear(&x, &gate, Epilogue::Store, &mut gates).unwrap();
     backend.gate_rows(&gates, &mut out).unwrap();
     results.push(("gated rows", 5e-5, read(backend, &mut out)));
+    let whole_row = write(backend, &x_values, hidden);
+    backend.gate_rows(&whole_row, &mut out).unwrap();
+    results.push(("gated numbers", 5e-5, read(backend, &mut out)));
     backend.scale(&mut out, 0.5).unwrap();
     results.push(("scaled", 5e-5, read(backend, &mut out)));
     results
@@ -419,28 +424,78 @@ fn what_does_not_belong_together_is_an_error() {
     assert!(backend.pick(&x, &[2], &mut out).is_err(), "a row that is not there");
 }
 
-/// What a convolution gives for steps of several rows one after another, and the states after each, in slots that all backends use alike.
+/// An operation with a state: its inputs by position, and how it is called.
+struct Stateful<B: Backend, F> {
+    /// Each `[TEXT, width]`.
+    inputs: Vec<(Vec<f32>, usize)>,
+    state_width: usize,
+    out_width: usize,
+    run: F,
+    backend: std::marker::PhantomData<B>,
+}
+
+impl<B: Backend, F: Fn(&mut B, &mut [B::Buffer], &mut B::State, &mut B::Buffer)> Stateful<B, F> {
+    fn new(inputs: Vec<(Vec<f32>, usize)>, state_width: usize, out_width: usize, run: F) -> Self {
+        Self { inputs, state_width, out_width, run, backend: std::marker::PhantomData }
+    }
+
+    /// What it gives for steps one after another, and then for one more token behind every slot: whatever is in the slots shows there.
+    fn run(&self, backend: &mut B, steps: &[StateStep]) -> (Vec<f32>, Vec<f32>) {
+        let mut state = backend.state(StateStep::SLOTS, self.state_width).unwrap();
+        let mut one = |step: &StateStep| {
+            let (mut inputs, mut out) = step.begin(backend, &self.inputs, self.out_width);
+            backend.copy_states(&mut state).unwrap();
+            (self.run)(backend, &mut inputs, &mut state, &mut out);
+            read(backend, &mut out)
+        };
+        let all = steps.iter().flat_map(&mut one).collect();
+        (all, one(&StateStep::of_all_slots()))
+    }
+}
+
 fn convolved_on<B: Backend>(backend: &mut B, spec: ConvSpec, bias: bool, steps: &[StateStep], mut seed: u64) -> (Vec<f32>, Vec<f32>) {
     let mut numbers = |n: usize| random(n, &mut seed);
     let weight = backend.vector(numbers(spec.channels * spec.kernel)).unwrap();
     let vector = backend.vector(numbers(spec.channels)).unwrap();
     let conv = CausalConv { spec, weight, bias: bias.then_some(vector) };
-    let inputs = numbers(TEXT * spec.input_width());
-    let mut state = backend.state(StateStep::SLOTS, spec.state_width()).unwrap();
-    let mut all = Vec::new();
-    for step in steps {
-        let mut out = step.begin(backend, &inputs, spec.input_width(), spec.channels);
-        let (x, out) = (&out.0, &mut out.1);
-        backend.copy_states(&mut state).unwrap();
-        backend.causal_conv(x, &conv, &mut state, out).unwrap();
-        all.extend(read(backend, out));
-    }
-    // Whatever is in the slots shows in what one more token of each gives.
-    let last = StateStep::of_all_slots();
-    let mut out = last.begin(backend, &inputs, spec.input_width(), spec.channels);
-    backend.copy_states(&mut state).unwrap();
-    backend.causal_conv(&out.0, &conv, &mut state, &mut out.1).unwrap();
-    (all, read(backend, &mut out.1))
+    let inputs = vec![(numbers(TEXT * spec.input_width()), spec.input_width())];
+    let run = |backend: &mut B, x: &mut [B::Buffer], state: &mut B::State, out: &mut B::Buffer| {
+        backend.causal_conv(&x[0], &conv, state, out).unwrap();
+    };
+    Stateful::new(inputs, spec.state_width(), spec.channels, run).run(backend, steps)
+}
+
+fn delta_on<B: Backend>(backend: &mut B, spec: DeltaSpec, steps: &[StateStep], mut seed: u64) -> (Vec<f32>, Vec<f32>) {
+    let mut numbers = |n: usize| random(n, &mut seed);
+    let decay = backend.vector(numbers(spec.value_heads).into_iter().map(|x| x.abs() * 3.0).collect()).unwrap();
+    let decay_bias = backend.vector(numbers(spec.value_heads)).unwrap();
+    let norm = backend.vector(numbers(spec.value_dim)).unwrap();
+    let delta = GatedDelta { spec, decay, decay_bias, norm };
+    let inputs = [spec.qkv_width(), 2 * spec.value_heads, spec.value_width()].map(|width| (numbers(TEXT * width), width)).to_vec();
+    let run = |backend: &mut B, x: &mut [B::Buffer], state: &mut B::State, out: &mut B::Buffer| {
+        let [qkv, gates, z] = x else { unreachable!() };
+        backend.gated_delta(qkv, gates, z, &delta, state, out).unwrap();
+    };
+    Stateful::new(inputs, spec.state_width(), spec.value_width(), run).run(backend, steps)
+}
+
+/// Queries, key and value of latent attention, and the products for each head around it.
+fn latent_on<B: Backend>(backend: &mut B, spec: LatentSpec, t: usize, mut seed: u64) -> [Vec<f32>; 2] {
+    let mut numbers = |n: usize| random(n, &mut seed);
+    let LatentSpec { heads, nope_dim, rope_dim, rank, .. } = spec;
+    let (q_width, norm) = (heads * (nope_dim + rope_dim), numbers(rank));
+    let matrices = (0..heads).map(|_| TestMatrix::new(numbers(rank * nope_dim), nope_dim).linear(backend, Columns::Plain, None));
+    let matrices: Vec<_> = matrices.collect();
+    let norm = backend.vector(norm).unwrap();
+    let (q, latent) = (numbers(t * q_width), numbers(t * spec.head_dim()));
+    let (q, latent) = (write(backend, &q, q_width), write(backend, &latent, spec.head_dim()));
+    let buffer = |width: usize| backend.buffer(t, width).unwrap();
+    let (mut absorbed, mut rows, mut scratch) =
+        (buffer(heads * rank), buffer((heads + 2) * spec.head_dim()), [buffer(nope_dim.max(rank)), buffer(nope_dim.max(rank))]);
+    let columns = HeadColumns { first: 0, stride: nope_dim + rope_dim };
+    backend.linear_heads(&q, columns, &matrices, &mut scratch, &mut absorbed).unwrap();
+    backend.latent_rows(&q, &absorbed, &latent, &spec, &norm, &mut rows).unwrap();
+    [read(backend, &mut absorbed), read(backend, &mut rows)]
 }
 
 /// Tokens of the one text that all sequences of these tests begin with.
@@ -470,16 +525,20 @@ impl StateStep {
         Self { rows: vec![(TEXT - 1, 1); Self::SLOTS], states: StepStates { copies: vec![], slots, saves: vec![] } }
     }
 
-    /// The step's inputs, which lie in `inputs [TEXT, width]` by position, and room for its outputs.
-    fn begin<B: Backend>(&self, backend: &mut B, inputs: &[f32], width: usize, out: usize) -> (B::Buffer, B::Buffer) {
+    /// The step's inputs, cut from those of the text, and room for its outputs.
+    fn begin<B: Backend>(&self, backend: &mut B, inputs: &[(Vec<f32>, usize)], out: usize) -> (Vec<B::Buffer>, B::Buffer) {
         let positions: Vec<u32> = self.rows.iter().flat_map(|(known, len)| *known as u32..(known + len) as u32).collect();
-        let values: Vec<f32> = positions.iter().flat_map(|at| &inputs[*at as usize * width..(*at as usize + 1) * width]).copied().collect();
         let (mut rows, mut start) = (Vec::new(), 0);
         for (known, len) in &self.rows {
             rows.push(BatchRow { start, len: *len, context: known + len, blocks: Arc::new(vec![0]) });
             start += len;
         }
-        let x = write(backend, &values, width);
+        let cut = |(values, width): &(Vec<f32>, usize)| {
+            let values: Vec<f32> =
+                positions.iter().flat_map(|at| &values[*at as usize * width..(*at as usize + 1) * width]).copied().collect();
+            write(backend, &values, *width)
+        };
+        let x = inputs.iter().map(cut).collect();
         let batch = Batch { tokens: &positions, positions: &positions, slots: &positions, rows: &rows, ropes: &[], states: &self.states };
         backend.begin(&batch).unwrap();
         (x, backend.buffer(positions.len(), out).unwrap())
@@ -526,5 +585,34 @@ proptest! {
         if cuts.is_empty() {
             prop_assert_eq!(&in_chunks.1, &states);
         }
+    }
+
+    #[test]
+    fn gated_deltas(
+        key_heads in 1usize..4, group in 1usize..4, key_dim in 1usize..24, value_dim in 1usize..40, cuts in prop::collection::vec(1usize..TEXT, 0..6),
+        kept in (0usize..TEXT, 0usize..TEXT), seed in any::<u64>(),
+    ) {
+        let spec = DeltaSpec { key_heads, value_heads: key_heads * group, key_dim, value_dim, eps: 1e-5 };
+        let [whole, chunks, copied] = state_steps(&cuts, kept);
+        let mut ours = Cpu::new(&limits_of(TEXT, spec.qkv_width()), 2, ComputeDtype::F32).unwrap();
+        let (all, _) = delta_on(&mut ours, spec, &whole, seed);
+        let theirs = delta_on(&mut Candle::new(&Device::Cpu), spec, &chunks, seed);
+        assert_close(&all, &theirs.0, 1e-3, "gated delta");
+        let in_chunks = delta_on(&mut ours, spec, &chunks, seed);
+        prop_assert_eq!(&in_chunks.0, &all);
+        assert_close(&in_chunks.1, &theirs.1, 1e-3, "states");
+        prop_assert_eq!(&delta_on(&mut ours, spec, &copied, seed).0, &all);
+    }
+
+    #[test]
+    fn latent_rows(
+        heads in 1usize..6, nope_dim in 1usize..20, half_rope in 1usize..6, rank in 1usize..30, t in 1usize..20, seed in any::<u64>(),
+    ) {
+        let spec = LatentSpec { heads, nope_dim, rope_dim: 2 * half_rope, rank, eps: 1e-6 };
+        let mut ours = Cpu::new(&limits_of(t, 256), 2, ComputeDtype::F32).unwrap();
+        let ours = latent_on(&mut ours, spec, t, seed);
+        let theirs = latent_on(&mut Candle::new(&Device::Cpu), spec, t, seed);
+        assert_close(&ours[0], &theirs[0], 2e-5, "absorbed");
+        assert_close(&ours[1], &theirs[1], 2e-5, "rows");
     }
 }

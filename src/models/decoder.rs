@@ -1,15 +1,18 @@
 //! One decoder for every family and every device: [`Decoder::forward`] is the whole of a forward pass.
 
-use candle_core::{Error, Result};
+use candle_core::Result;
 
-use crate::kernels::{AttentionSpec, AttentionWeights, Backend, CausalConv, Epilogue, Experts, Linear, Norm};
+use crate::kernels::{Backend, Epilogue, Experts, Linear, Norm};
 use crate::models::spec::ModelSpec;
 
 mod load;
+mod mixer;
 
 #[cfg(test)]
 pub use load::{Place, format_of};
 pub use load::{buffer_bytes, finer_formats};
+pub use mixer::LayerCache;
+use mixer::{Mixer, MixerBuffers};
 
 /// A backend's matrix product with its bias.
 type LinearOf<B> = Linear<<B as Backend>::Weight, <B as Backend>::Vector>;
@@ -28,8 +31,6 @@ pub struct Decoder<B: Backend> {
 }
 
 struct Layer<B: Backend> {
-    /// `[input width, hidden]`: what the mixer begins with; of attention `[(h + 2 kv)·d, hidden]`.
-    input: LinearOf<B>,
     mixer: Mixer<B>,
     /// `[hidden, output width]`; of attention `[hidden, h·d]`.
     output: LinearOf<B>,
@@ -40,20 +41,6 @@ struct Layer<B: Backend> {
     residual_scale: f32,
     /// What the residual stream is multiplied by behind the layer.
     scalar: Option<f32>,
-}
-
-/// What lets a layer's tokens see those before them, between its two projections.
-enum Mixer<B: Backend> {
-    Attention { spec: AttentionSpec, weights: AttentionWeights<B::Vector> },
-    ShortConv(CausalConv<B::Vector>),
-}
-
-/// What a layer keeps of the tokens it has seen.
-pub enum LayerCache<B: Backend> {
-    /// Keys and values of each token.
-    Keys(B::KvCache),
-    /// One state for each slot.
-    State(B::State),
 }
 
 /// The norms of one branch beside the residual stream.
@@ -100,10 +87,7 @@ struct Buffers<T> {
     x: T,
     /// `[t, hidden]`
     normed: T,
-    /// `[t, input width of the mixer]`: queries, keys and values.
-    qkv: T,
-    /// `[t, output width of the mixer]`
-    attended: T,
+    mixer: MixerBuffers<T>,
     /// `[t, intermediate]`
     hidden: T,
     /// `[t, hidden]`: what a branch gave, where it is normalized.
@@ -119,18 +103,17 @@ struct Buffers<T> {
 impl<B: Backend> Decoder<B> {
     /// Runs the tokens that the backend was begun with, writing their keys, values and states. Leaves the residual stream before the final norm.
     pub fn forward(&mut self, backend: &mut B, caches: &mut [LayerCache<B>]) -> Result<()> {
-        let Buffers { x, normed, qkv, attended, hidden, branch, router, .. } = &mut self.buffers;
+        let Buffers { x, normed, mixer, hidden, branch, router, .. } = &mut self.buffers;
         backend.embed(&self.embedding.weight, self.spec.embedding_scale, x)?;
         for (layer, cache) in self.layers.iter().zip(caches) {
             let add = Epilogue::Add(layer.residual_scale);
 
             layer.mixer_norms.before(backend, x, normed)?;
-            backend.linear(normed, &layer.input, Epilogue::Store, qkv)?;
-            layer.mixer.run(backend, qkv, cache, attended)?;
+            let mixed = layer.mixer.run(backend, normed, cache, mixer)?;
             match &layer.mixer_norms.after {
-                None => backend.linear(attended, &layer.output, add, x)?,
+                None => backend.linear(mixed, &layer.output, add, x)?,
                 Some(norm) => {
-                    backend.linear(attended, &layer.output, Epilogue::Store, branch)?;
+                    backend.linear(mixed, &layer.output, Epilogue::Store, branch)?;
                     backend.norm_add(branch, norm, layer.residual_scale, x)?;
                 }
             }
@@ -165,22 +148,6 @@ impl<B: Backend> Decoder<B> {
     /// What [`Decoder::head`] made, `[positions, vocab]`.
     pub fn logits(&mut self) -> &mut B::Buffer {
         &mut self.buffers.logits
-    }
-}
-
-impl<B: Backend> Mixer<B> {
-    fn run(&self, backend: &mut B, input: &mut B::Buffer, cache: &mut LayerCache<B>, out: &mut B::Buffer) -> Result<()> {
-        match (self, cache) {
-            (Self::Attention { spec, weights }, LayerCache::Keys(cache)) => {
-                backend.rope_and_store(input, spec, weights, cache)?;
-                backend.attend(input, spec, weights, cache, out)
-            }
-            (Self::ShortConv(conv), LayerCache::State(state)) => {
-                backend.copy_states(state)?;
-                backend.causal_conv(input, conv, state, out)
-            }
-            _ => Err(Error::Msg("a layer was given the cache of another kind".into())),
-        }
     }
 }
 

@@ -1,13 +1,13 @@
 //! The table of families: `config.json` → what the model computes ([`ModelSpec`]) and what its tensors are called ([`TensorNames`]).
 //!
-//! A family is a row of [`dense::FAMILIES`] or [`routed::FAMILIES`]: its defaults for keys that config.json may leave out, and a function that says in what it
+//! A family is a row of [`dense::FAMILIES`], [`routed::FAMILIES`] or [`mixers::FAMILIES`]: its defaults for keys that config.json may leave out, and a function that says in what it
 //! differs from Llama. What decoders can differ in is a field of the spec, so a row holds no arithmetic of a forward pass.
 
 use serde_json::Value;
 
 use crate::checkpoint::files::ModelFiles;
 use crate::error::Failure;
-use crate::kernels::{Activation, AttentionSpec, ConvKind, ConvSpec, NormExtent, NormKind, Pairing, QkNorm, Rope, RopeTable, RoutingSpec};
+use crate::kernels::{Activation, AttentionSpec, NormExtent, NormKind, Pairing, QkNorm, Rope, RopeTable, RoutingSpec};
 use crate::models::config::Config;
 use crate::models::rope;
 use crate::models::spec::{
@@ -15,6 +15,7 @@ use crate::models::spec::{
 };
 
 mod dense;
+mod mixers;
 mod names;
 mod routed;
 
@@ -79,7 +80,7 @@ const LLAMA: Defaults = Defaults {
 
 /// Every family that is served.
 fn families() -> impl Iterator<Item = &'static Family> {
-    dense::FAMILIES.iter().chain(routed::FAMILIES)
+    dense::FAMILIES.iter().chain(routed::FAMILIES).chain(mixers::FAMILIES)
 }
 
 /// The `model_type`s that are served.
@@ -213,46 +214,6 @@ impl Model {
         Ok(())
     }
 
-    /// LFM2: short convolutions beside layers of attention, and names of its own.
-    fn like_lfm2(&mut self, config: Config<'_>) -> Result<(), String> {
-        self.head_norms();
-        self.names = TensorNames::LFM2;
-        self.spec.tied = config.flag("tie_embedding")?.unwrap_or(self.spec.tied);
-        let kernel = config.size("conv_L_cache", Some(3))?;
-        if kernel < 2 {
-            return Err(format!("\"conv_L_cache\": {kernel} is not supported (2 and more are)"));
-        }
-        let conv = ConvSpec { channels: self.spec.hidden_size, kernel, kind: ConvKind::Gated };
-        let short = ShortConv { conv, bias: config.flag("conv_bias")?.unwrap_or(false) };
-        let types = config.texts("layer_types")?;
-        // Older configurations number the layers of attention.
-        let numbered = config.has("full_attn_idxs").then(|| config.integers("full_attn_idxs")).transpose()?;
-        self.mixers(|index| {
-            let is_conv = match (&types, &numbered) {
-                (Some(types), _) => match types.get(index).copied() {
-                    Some("full_attention") => false,
-                    Some("conv") => true,
-                    other => {
-                        return Err(format!("\"layer_types\": {other:?} for layer {index} is not supported (full_attention and conv are)"));
-                    }
-                },
-                (None, Some(numbered)) => !numbered.contains(&(index as u64)),
-                (None, None) => false,
-            };
-            Ok(is_conv.then(|| Mixer::ShortConv(short.clone())))
-        })
-    }
-
-    /// Gives layers another mixer than attention. The memory of sequences is counted in blocks of keys, so one layer at least must have some.
-    fn mixers(&mut self, other: impl Fn(usize) -> Result<Option<Mixer>, String>) -> Result<(), String> {
-        for (index, layer) in self.spec.layers.iter_mut().enumerate() {
-            if let Some(mixer) = other(index)? {
-                layer.mixer = mixer;
-            }
-        }
-        if self.spec.attentions().next().is_none() { Err("models without any layer of attention are not supported".into()) } else { Ok(()) }
-    }
-
     /// Norm weights stored around zero and a scaled embedding.
     fn like_gemma(&mut self) {
         self.spec.norm.plus_one = true;
@@ -315,17 +276,15 @@ fn llama_like<'a>(config: Config<'a>, family: &'a Family) -> Result<Model, Strin
     let defaults = &family.defaults;
     let heads = config.size("num_attention_heads", None)?;
     let hidden_size = config.size("hidden_size", None)?;
-    let head_dim = config.size("head_dim", Some((hidden_size / heads.max(1)) as u64))?;
+    // Latent attention rotates a part of its own.
+    let head_dim = match config.count("qk_rope_head_dim")? {
+        Some(rotated) => rotated,
+        None => config.size("head_dim", Some((hidden_size / heads.max(1)) as u64))?,
+    };
     let kv_heads = config.size("num_key_value_heads", Some(heads as u64))?;
     let types = layer_types(config, defaults.sliding)?;
     let mut ropes = Ropes { config, defaults, types: Vec::new(), tables: Vec::new() };
-    let dense = DenseSpec {
-        // The first releases of LFM2 called it otherwise.
-        intermediate: config.size(if config.has("block_ff_dim") { "block_ff_dim" } else { "intermediate_size" }, None)?,
-        activation: activation(config, defaults)?,
-        gated: true,
-        bias: false,
-    };
+    let dense = DenseSpec { intermediate: dense_width(config)?, activation: activation(config, defaults)?, gated: true, bias: false };
     let mut layer = |(index, layer_type): (usize, &LayerType<'a>)| -> Result<LayerSpec, String> {
         let (kv_heads, head_dim) = heads_of_layer(config, index, layer_type, (kv_heads, head_dim))?;
         let spec = AttentionSpec {
@@ -340,7 +299,8 @@ fn llama_like<'a>(config: Config<'a>, family: &'a Family) -> Result<Model, Strin
             value_norm: None,
             query_growth: None,
         };
-        let attention = AttentionLayer { spec, qkv_bias: false, output_bias: false, sinks: false, values_are_keys: false };
+        let attention =
+            AttentionLayer { spec, qkv_bias: false, output_bias: false, sinks: false, values_are_keys: false, output_gate: false };
         let feed_forward = FeedForward::Dense(dense.clone());
         Ok(LayerSpec {
             mixer: Mixer::Attention(attention),
@@ -372,6 +332,13 @@ fn llama_like<'a>(config: Config<'a>, family: &'a Family) -> Result<Model, Strin
         quantized: quantized(config)?,
     };
     Ok(Model { spec, names: TensorNames::LLAMA })
+}
+
+/// The inner width of dense networks.
+fn dense_width(config: Config<'_>) -> Result<usize, String> {
+    // The first releases of LFM2 called it otherwise, and where every layer has experts some do not say it at all.
+    let key = ["block_ff_dim", "intermediate_size", "moe_intermediate_size"].into_iter().find(|key| config.has(key));
+    config.size(key.unwrap_or("intermediate_size"), None)
 }
 
 /// The key/value heads and the components of a head of one layer: `common`, unless the configuration says otherwise of this layer or of those

@@ -17,7 +17,7 @@ const TOLERANCE: f32 = 1e-4;
 const BLOCK: usize = 4;
 
 #[derive(Deserialize)]
-pub(super) struct Golden {
+pub(crate) struct Golden {
     generator: Generator,
     pub(super) config: Value,
     pub(super) tensors: Vec<Tensor>,
@@ -82,7 +82,7 @@ impl Sequence {
 }
 
 impl Golden {
-    pub(super) fn read(family: &str) -> Self {
+    pub(crate) fn read(family: &str) -> Self {
         let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("handler-tests/fixtures/families");
         let golden: Self = serde_json::from_slice(&std::fs::read(folder.join(format!("{family}.json"))).unwrap()).unwrap();
         for Sample { name, index, bits } in &golden.generator.samples {
@@ -92,7 +92,7 @@ impl Golden {
         golden
     }
 
-    pub(super) fn files(&self) -> ModelFiles {
+    pub(crate) fn files(&self) -> ModelFiles {
         self.files_as(&self.config, |name| name.to_owned())
     }
 
@@ -255,4 +255,5 @@ families! {
     ernie4_5 llama llama_biases llama_yarn mistral ministral3 qwen2 qwen3 gemma gemma2 gemma3_text gemma4_text granite granite_swa phi3 phi3_longrope smollm3 seed_oss olmo2 olmo3 exaone4
     hunyuan_v1_dense arcee nemotron cohere2 starcoder2 glm glm4 lfm2
     ernie4_5_moe qwen2_moe qwen3_moe granitemoe mellum olmoe mixtral minimax_m2 glm4_moe solar_open lfm2_moe
+    qwen3_next qwen3_5_text qwen3_5_moe_text deepseek_v2 deepseek_v3 glm4_moe_lite
 }

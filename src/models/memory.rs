@@ -206,7 +206,7 @@ impl<'a> Need<'a> {
         let batch = Batch::new(memory.gpu, settings)?;
         let usual = Batch::new(memory.gpu, &EngineSettings::default())?;
         let block_bytes = model.attentions().map(|attention| F::kv_block_bytes(attention.kv_shape(1, block_size))).sum();
-        let slot_bytes = size_of::<f32>() * model.layers.iter().map(|layer| layer.mixer.state_width()).sum::<usize>();
+        let slot_bytes = size_of::<f32>() * model.state_width();
         let threads = threads(settings);
         let step_bytes = |tokens: usize| {
             let sampling = threads.checked_mul(sample::scratch_bytes(model.vocab_size))?;

@@ -230,7 +230,7 @@ pub trait Runner {
 #[cfg(test)]
 mod golden;
 #[cfg(test)]
-mod golden_families;
+pub(crate) mod golden_families;
 #[cfg(test)]
 mod golden_files;
 #[cfg(test)]

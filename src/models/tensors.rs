@@ -1,5 +1,7 @@
 //! A model's tensors in a checkpoint: under which prefix they are, which way matrices lie, fused or in parts.
 
+use std::ops::Range;
+
 use half::bf16;
 
 use crate::checkpoint::{Checkpoint, Slice, StoredMatrix, Tiles};
@@ -150,6 +152,21 @@ impl<'a> Tensors<'a> {
         Ok(taps)
     }
 
+    /// A matrix of rows of several tensors: of each its name, how many rows it has in all, and which of them.
+    pub fn rows(&self, parts: &[(String, usize, Range<usize>)], input: usize) -> Result<StoredMatrix<'a>, Failure> {
+        let slice = |(name, out, rows): &(String, usize, Range<usize>)| {
+            let whole = Slice::whole(self.full(&format!("{name}.weight")), *out, input, self.transposed);
+            Slice { rows: rows.clone(), ..whole }
+        };
+        self.checkpoint.matrix(&parts.iter().map(slice).collect::<Vec<_>>())
+    }
+
+    /// Some rows of a matrix `[out, input]`, turned into columns: `[input, rows]`.
+    pub fn transposed_rows(&self, name: &str, out: usize, rows: Range<usize>, input: usize) -> Result<StoredMatrix<'a>, Failure> {
+        let whole = Slice::whole(self.full(&format!("{name}.weight")), input, out, !self.transposed);
+        self.checkpoint.matrix(&[Slice { columns: rows, ..whole }])
+    }
+
     /// A matrix `[Σ out, input]` from its separate `parts`, or from one stored tensor that holds them in this order.
     pub fn matrix(&self, fused: &[String], parts: &[Part<'_>], input: usize) -> Result<StoredMatrix<'a>, Failure> {
         let slice = |name: &str, out: usize| Slice::whole(self.full(&format!("{name}.weight")), out, input, self.transposed);
@@ -191,7 +208,11 @@ impl<'a> Tensors<'a> {
             let index = name.strip_prefix(&layers).and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
             index.is_some_and(|index| index >= self.layers)
         };
-        self.checkpoint.unused().into_iter().filter(|name| !name.contains("mtp_") && !is_beyond(name)).collect()
+        self.checkpoint
+            .unused()
+            .into_iter()
+            .filter(|name| !name.contains("mtp_") && !name.starts_with("mtp.") && !is_beyond(name))
+            .collect()
     }
 
     /// A line for the log.

@@ -2,7 +2,7 @@
 
 use super::{Defaults, Family, LLAMA, Sliding, TensorNames, refuse_experts};
 use crate::kernels::{NormExtent, Pairing, QueryGrowth};
-use crate::models::spec::{FeedForward, Residual};
+use crate::models::spec::Residual;
 
 pub(super) const FAMILIES: &[Family] = &[
     Family {
@@ -244,24 +244,6 @@ pub(super) const FAMILIES: &[Family] = &[
         },
     },
     Family {
-        model_type: "lfm2",
-        defaults: LFM2,
-        adapt: |config, model| {
-            model.like_lfm2(config)?;
-            if config.flag("block_auto_adjust_ff_dim")?.unwrap_or(true) {
-                let share = config.number("block_ffn_dim_multiplier")?.unwrap_or(1.0);
-                let multiple = config.size("block_multiple_of", Some(256))?;
-                for layer in &mut model.spec.layers {
-                    if let FeedForward::Dense(dense) = &mut layer.feed_forward {
-                        let two_thirds = 2 * dense.intermediate / 3;
-                        dense.intermediate = ((two_thirds as f64 * share) as usize).next_multiple_of(multiple);
-                    }
-                }
-            }
-            Ok(())
-        },
-    },
-    Family {
         model_type: "cohere2",
         defaults: Defaults {
             pairing: Pairing::Interleaved,
@@ -322,9 +304,6 @@ pub(super) const FAMILIES: &[Family] = &[
 
 pub(super) const ERNIE: Defaults =
     Defaults { pairing: Pairing::Interleaved, eps: 1e-5, rope_theta: 500_000.0, tied: true, max_positions: 131_072, ..LLAMA };
-
-pub(super) const LFM2: Defaults =
-    Defaults { eps: 1e-5, eps_key: "norm_eps", rope_theta: 1_000_000.0, tied: true, max_positions: 128_000, ..LLAMA };
 
 const GEMMA: Defaults = Defaults { activation: "gelu_pytorch_tanh", activation_key: "hidden_activation", tied: true, ..LLAMA };
 

@@ -17,6 +17,8 @@ pub struct TensorNames {
     pub output: &'static str,
     /// The first projection of a short convolution, its taps, and its last projection.
     pub short_conv: [&'static str; 3],
+    /// All parts of a gated delta net are below it.
+    pub linear_attention: &'static str,
     pub q_norm: &'static str,
     pub k_norm: &'static str,
     /// A vector without a suffix.
@@ -58,6 +60,7 @@ impl TensorNames {
         v: "self_attn.v_proj",
         output: "self_attn.o_proj",
         short_conv: ["conv.in_proj", "conv.conv", "conv.out_proj"],
+        linear_attention: "linear_attn",
         q_norm: "self_attn.q_norm",
         k_norm: "self_attn.k_norm",
         sinks: "self_attn.sinks",
