@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from harness.program import REPOSITORY, Server, run
+from test_metrics import scrape
 
 FOLDER = REPOSITORY / "handler-tests" / "fixtures" / "families"
 FAMILIES = sorted(path.stem for path in FOLDER.glob("*.json"))
 # Those that go through a server of their own; the others are planned by `check`, since their arithmetic is the unit tests' affair.
-SERVED = ["gemma3_text", "glm4", "llama", "ministral3", "olmo3", "qwen3", "qwen3_moe"]
+SERVED = ["deepseek_v3", "gemma3_text", "glm4", "lfm2", "llama", "ministral3", "olmo3", "qwen3", "qwen3_5_text", "qwen3_moe"]
 MASK = (1 << 64) - 1
 
 
@@ -95,6 +96,41 @@ def test_a_family_answers_as_transformers_does(http, tmp_path, family):
         whole = http.post(f"{server.base}/v1/chat/completions", json=request).json()["choices"][0]["message"]["content"]
         native = http.post(f"{server.endpoint}/runsync", json={"input": request}).json()
         assert whole and native["output"]["choices"][0]["message"]["content"] == whole
+
+
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_5_text"])
+def test_a_model_that_keeps_states_shares_beginnings_and_drafts(http, tmp_path, family):
+    golden = make_model(family, tmp_path)
+    prompt = golden["sequences"][0]["ids"] * 2
+    asked = {"max_tokens": 40, "temperature": 0, "return_token_ids": True, "stream": False}
+    model = ("serve", "--model", str(tmp_path), "--kv-cache-gb", "0.02", "--block-size", "16")
+    drafts = json.dumps({"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 1})
+
+    def answers(server) -> list[list[int]]:
+        found = []
+        for door in server.doors().values():
+            for request in [
+                {"prompt": prompt},
+                {"prompt": prompt[:50] + prompt[:20]},
+                {"prompt": prompt, "n": 3, "temperature": 1.0, "seed": 5},
+                {"prompt": [prompt, prompt[:33], prompt[:60]]},
+            ]:
+                response = http.post(f"{door}/completions", json={**asked, **request})
+                assert response.status_code == 200, response.text
+                found.extend(choice["token_ids"] for choice in response.json()["choices"])
+        return found
+
+    with Server(*model, env={"ENABLE_PREFIX_CACHING": "false"}) as server:
+        plain = answers(server)
+    with Server(*model, env={"SPECULATIVE_CONFIG": drafts}) as server:
+        assert answers(server) == plain
+        turn = {**asked, "prompt": prompt + plain[0] + prompt[:5], "max_tokens": 1}
+        response = http.post(f"{server.base}/v1/completions", json=turn)
+        cached = response.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+        assert cached == (len(prompt) + len(plain[0]) - 1) // 16 * 16, "up to the answer's last full block"
+        assert scrape(http, server)["worker_candle_spec_decode_num_accepted_tokens_total"] > 0
+    states = run("check", "--model", str(tmp_path)).stdout
+    assert "states: " in states and "slots of " in states, states
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(SERVED)))

@@ -21,6 +21,7 @@ mod prefault;
 mod run;
 mod scheduler;
 mod sequence;
+mod states;
 
 pub use crate::models::{SamplingParams, TokenMask};
 pub use constraint::{Constraint, Next};

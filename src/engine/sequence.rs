@@ -24,6 +24,12 @@ pub struct Sequence {
     pub blocks: Arc<Vec<u32>>,
     /// This many blocks, from the first on, are full, computed, and known to the prefix cache.
     pub cached: usize,
+    /// The slot of its state after the computed tokens, where the model keeps one.
+    pub state: Option<u32>,
+    /// The ends of blocks, counted in blocks, at which its state is to be kept for others.
+    pub snapshots: Vec<usize>,
+    /// The block of its answer that has the latest snapshot.
+    pub answer_snapshot: Option<u32>,
     /// It has been admitted before.
     pub started: bool,
     pub acceptance: Acceptance,
@@ -58,6 +64,9 @@ impl Sequence {
             computed: 0,
             blocks: Arc::default(),
             cached: 0,
+            state: None,
+            snapshots: Vec::new(),
+            answer_snapshot: None,
             started: false,
             acceptance: Acceptance::default(),
             banned: Banned::new(&params),
@@ -168,6 +177,8 @@ impl Sequence {
     pub fn restart(&mut self) {
         self.computed = 0;
         self.cached = 0;
+        self.snapshots.clear();
+        self.answer_snapshot = None;
         if let Some((_, known)) = &mut self.prompt_logprobs {
             known.clear();
         }

@@ -9,7 +9,7 @@ use serde_json::json;
 use super::families::Model;
 use super::runner::ModelRunner;
 use super::tensors::Tensors;
-use super::{Plan, Row, Runner, SamplingMetadata, SamplingParams};
+use super::{Plan, Row, Runner, SamplingMetadata, SamplingParams, StateSave, StepStates};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::files::{ModelFiles, Source};
 use crate::config::{DeviceChoice, EngineSettings};
@@ -172,6 +172,7 @@ pub(crate) fn chunk(ids: &[u32], from: usize, to: usize, block_size: usize) -> P
             draft_len: 0,
             score: None,
         }],
+        states: StepStates { slots: vec![0], saves: vec![StateSave { token: (to - from) as u32 - 1, slot: 0 }], ..Default::default() },
     }
 }
 
@@ -491,7 +492,9 @@ fn values_inside_the_layers<B: Backend>(mut backend: B, what: &str) {
         values[values.len() / t * (t - 1)..].to_vec()
     };
     let embedding = weights("embed_tokens").linear(&backend, Columns::Plain, None);
-    backend.begin(&Batch { tokens: &IDS, positions: &positions, slots: &positions, rows: &rows, ropes: &ropes }).unwrap();
+    backend
+        .begin(&Batch { tokens: &IDS, positions: &positions, slots: &positions, rows: &rows, ropes: &ropes, states: &Default::default() })
+        .unwrap();
     backend.embed(&embedding.weight, 1.0, &mut x).unwrap();
     for n in 0..2 {
         let what = |value: &str| format!("{what}: {value}");

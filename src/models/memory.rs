@@ -18,6 +18,11 @@ pub use shares::{Demand, Share, shares};
 /// Rows of logits computed at a time. It bounds their memory when many tokens are sampled or scored in one step.
 pub const LOGITS_ROWS: usize = 16;
 
+/// Slots for states beyond two for each sequence.
+const SPARE_SLOTS: usize = 16;
+/// Slots that no sequence needs to run take at most this part of the free memory.
+const SPARE_SLOTS_SHARE: usize = 16;
+
 /// The kind of memory a plan is made for.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Memory {
@@ -34,6 +39,8 @@ pub struct MemoryPlan {
     pub shape: Shape,
     pub weights_bytes: usize,
     pub kv_bytes: usize,
+    /// Of the slots for states, beside the KV cache.
+    pub state_bytes: usize,
     /// The buffers of a step, allocated at the start, and the threads' buffers for sampling; 0 on a GPU, where candle allocates them.
     pub step_bytes: usize,
     pub kv_bytes_per_token: usize,
@@ -91,6 +98,7 @@ impl MemoryPlan {
             vocab_size,
             block_size,
             blocks,
+            state_slots: need.state_slots,
             max_num_seqs: batch.seqs,
             max_num_batched_tokens: batch.tokens,
             memory_bound: room < wanted,
@@ -99,7 +107,9 @@ impl MemoryPlan {
         let auto = if memory.gpu { "GPU_MEMORY_UTILIZATION, MAX_NUM_SEQS or MAX_MODEL_LEN" } else { "KV_CACHE_GB (now auto)" };
         let kv_setting = need.kv_setting().unwrap_or_else(|| auto.into());
         let kv_bytes_per_token = block_bytes / block_size;
-        Ok(Self { shape, weights_bytes, kv_bytes, step_bytes, kv_bytes_per_token, memory, kv_setting, warnings, follows: batch.follows })
+        let state_bytes = need.state_bytes();
+        let follows = batch.follows;
+        Ok(Self { shape, weights_bytes, kv_bytes, state_bytes, step_bytes, kv_bytes_per_token, memory, kv_setting, warnings, follows })
     }
 
     /// What a model asks for that shares the memory with others.
@@ -120,7 +130,7 @@ impl MemoryPlan {
     /// One line per purpose, for the log and `check`.
     pub fn lines(&self) -> Vec<String> {
         let s = &self.shape;
-        vec![
+        let mut lines = vec![
             format!("memory: {} of {} free", mib(self.memory.free), mib(self.memory.total)),
             format!("weights: {}", mib(self.weights_bytes)),
             format!("step buffers: {}", mib(self.step_bytes)),
@@ -138,7 +148,17 @@ impl MemoryPlan {
                 s.max_num_batched_tokens,
                 self.follows.map(|who| format!(" ({who})")).unwrap_or_default()
             ),
-        ]
+        ];
+        if let Some(each) = self.state_bytes.checked_div(s.state_slots) {
+            let (bytes, slots) = (mib(self.state_bytes), s.state_slots);
+            lines.insert(
+                4,
+                format!(
+                    "states: {bytes} = {slots} slots of {each} bytes, one for each sequence, the others for the prefix cache and drafts"
+                ),
+            );
+        }
+        lines
     }
 }
 
@@ -206,6 +226,9 @@ struct Need<'a> {
     block_bytes: usize,
     /// Where there are other models in the process.
     share: Option<Share>,
+    /// Bytes of one sequence's states, over all layers.
+    slot_bytes: usize,
+    state_slots: usize,
 }
 
 impl<'a> Need<'a> {
@@ -219,7 +242,8 @@ impl<'a> Need<'a> {
         let block_size = settings.block_size.unwrap_or(defaults::BLOCK_SIZE);
         let batch = Batch::new(memory.gpu, settings)?;
         let usual = Batch::new(memory.gpu, &EngineSettings::default())?;
-        let block_bytes = model.layers.iter().map(|layer| F::kv_block_bytes(layer.attention.spec.kv_shape(1, block_size))).sum();
+        let block_bytes = model.attentions().map(|attention| F::kv_block_bytes(attention.kv_shape(1, block_size))).sum();
+        let slot_bytes = size_of::<f32>() * model.state_width();
         let threads = threads(settings);
         let step_bytes = |tokens: usize| {
             let sampling = threads.checked_mul(sample::scratch_bytes(model.vocab_size))?;
@@ -228,18 +252,32 @@ impl<'a> Need<'a> {
         };
         let bytes_or_all = |tokens| step_bytes(tokens).unwrap_or(usize::MAX);
         let (step_bytes, usual_step_bytes) = (bytes_or_all(batch.tokens), bytes_or_all(usual.tokens.min(batch.tokens)));
-        let need = Self { settings, memory, weights, batch, step_bytes, usual_step_bytes, block_size, block_bytes, share };
+        let mut need = Self {
+            settings,
+            memory,
+            weights,
+            batch,
+            step_bytes,
+            usual_step_bytes,
+            block_size,
+            block_bytes,
+            slot_bytes,
+            state_slots: 0,
+            share,
+        };
+        need.state_slots = need.slots();
         // On a GPU the weights are not counted here: whether the rest is enough for a KV cache is checked when that is sized.
-        let fixed = if memory.gpu { step_bytes } else { need.fixed().saturating_add(need.others_fixed()) };
+        let fixed =
+            if memory.gpu { step_bytes.saturating_add(need.state_bytes()) } else { need.fixed().saturating_add(need.others_fixed()) };
         if fixed > memory.total {
             return Err(need.too_large());
         }
         Ok(need)
     }
 
-    /// Weights, and the step buffers where they are allocated at the start.
+    /// Weights, states, and the step buffers where they are allocated at the start.
     fn fixed(&self) -> usize {
-        self.weights.saturating_add(if self.memory.gpu { 0 } else { self.step_bytes })
+        self.weights.saturating_add(self.state_bytes()).saturating_add(if self.memory.gpu { 0 } else { self.step_bytes })
     }
 
     /// What other models take besides their KV caches.
@@ -260,10 +298,25 @@ impl<'a> Need<'a> {
         }
     }
 
+    /// A slot for each sequence, and for the prefix cache and drafts as many again and some more, if they take no more than a share of what is free.
+    fn slots(&self) -> usize {
+        let spare = (self.batch.seqs.saturating_mul(2)).saturating_add(SPARE_SLOTS);
+        let taken = self.weights.saturating_add(self.step_bytes).saturating_add(self.others_fixed());
+        let free = self.memory.free.saturating_sub(taken);
+        match (free / SPARE_SLOTS_SHARE).checked_div(self.slot_bytes) {
+            Some(room) => self.batch.seqs.saturating_add(spare.min(room)),
+            None => 0,
+        }
+    }
+
+    fn state_bytes(&self) -> usize {
+        self.state_slots.saturating_mul(self.slot_bytes)
+    }
+
     /// How many bytes the KV cache may take when the step buffers take `step_bytes`.
     fn kv_budget(&self, step_bytes: usize) -> usize {
         let step_bytes = if self.memory.gpu { 0 } else { step_bytes };
-        let alone = || kv_pool(self.memory, self.settings, self.weights.saturating_add(step_bytes));
+        let alone = || kv_pool(self.memory, self.settings, self.weights.saturating_add(self.state_bytes()).saturating_add(step_bytes));
         self.share.map_or_else(alone, |share| share.kv)
     }
 
@@ -288,8 +341,12 @@ impl<'a> Need<'a> {
             usize::MAX => "step buffers beyond counting".into(),
             bytes => format!("step buffers of {}", mib(bytes)),
         };
+        let states = match self.state_bytes() {
+            0 => String::new(),
+            bytes => format!(", states of {} (lower MAX_NUM_SEQS for fewer)", mib(bytes)),
+        };
         let models = self.share.map(|_| format!(", and other models of {}", mib(self.others_fixed().saturating_add(self.others_kv()))));
-        format!("weights of {} and {step}{}", mib(self.weights), models.unwrap_or_default())
+        format!("weights of {}{states} and {step}{}", mib(self.weights), models.unwrap_or_default())
     }
 
     /// The error when the weights and the step buffers alone are more than all memory.

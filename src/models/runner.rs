@@ -15,8 +15,8 @@ use crate::kernels::cpu::packed::PackedStore;
 use crate::kernels::cpu::{self, Cpu};
 use crate::kernels::sizing::Operation;
 use crate::kernels::sizing::Sizing;
-use crate::kernels::{Backend, Batch, BatchRow, ComputeDtype, Footprint, StepLimits};
-use crate::models::decoder::{self, Decoder};
+use crate::kernels::{Backend, Batch, BatchRow, ComputeDtype, Footprint, StepLimits, StepStates};
+use crate::models::decoder::{self, Decoder, LayerCache};
 use crate::models::device::{check_quantized, describe, device_failure, device_memory, device_of, step_error, without_backtrace};
 use crate::models::families::Model;
 use crate::models::memory::{self, LOGITS_ROWS, MemoryPlan, Share};
@@ -252,9 +252,10 @@ pub(super) fn sized<F: Footprint>(model: &Model, tensors: &Tensors<'_>, quantiza
     let limits = model.spec.step_limits(1, 1, 1);
     let mut decoder = Decoder::load(model.spec.clone(), tensors, &backend, quantization, &limits)?;
     let row = BatchRow { start: 0, len: 1, context: 1, blocks: Default::default() };
-    let batch = Batch { tokens: &[0], positions: &[0], slots: &[0], rows: &[row], ropes: &model.spec.ropes };
+    let states = StepStates { slots: vec![0], ..Default::default() };
+    let batch = Batch { tokens: &[0], positions: &[0], slots: &[0], rows: &[row], ropes: &model.spec.ropes, states: &states };
     let mut run = || {
-        let mut caches = decoder.kv_caches(&backend, 1, 1)?;
+        let mut caches = decoder.caches(&backend, 1, 1, 1)?;
         backend.begin(&batch)?;
         decoder.forward(&mut backend, &mut caches)?;
         decoder.head(&mut backend, &[0])
@@ -313,7 +314,7 @@ struct Loading<'a, V> {
 struct DeviceRunner<B: Backend> {
     backend: B,
     decoder: Decoder<B>,
-    caches: Vec<B::KvCache>,
+    caches: Vec<LayerCache<B>>,
     /// The rows of the current step.
     rows: Vec<BatchRow>,
     /// The tokens whose logits are computed next, as indices into the step.
@@ -360,7 +361,7 @@ impl<B: Backend> DeviceRunner<B> {
         let Vocabulary { size, mut unassigned } = vocabulary()?;
         plan.shape.vocab_size = size.min(plan.shape.vocab_size);
         unassigned.retain(|id| (*id as usize) < plan.shape.vocab_size);
-        let caches = decoder.kv_caches(&backend, plan.shape.blocks, plan.shape.block_size);
+        let caches = decoder.caches(&backend, plan.shape.blocks, plan.shape.block_size, plan.shape.state_slots);
         let caches = caches.map_err(|error| {
             Failure::internal(format!("no memory for the KV cache: {}; lower {}", without_backtrace(&error), plan.kv_setting))
         })?;
@@ -394,7 +395,8 @@ impl<B: Backend> DeviceRunner<B> {
         let row = |row: &crate::models::Row| BatchRow { start: row.start, len: row.len, context: row.context, blocks: row.blocks.clone() };
         self.rows.extend(plan.rows.iter().map(row));
         let (tokens, positions, slots) = (&plan.tokens, &plan.positions, &plan.slots);
-        self.backend.begin(&Batch { tokens, positions, slots, rows: &self.rows, ropes: &self.decoder.spec.ropes })?;
+        let ropes = &self.decoder.spec.ropes;
+        self.backend.begin(&Batch { tokens, positions, slots, rows: &self.rows, ropes, states: &plan.states })?;
         let done = self.decoder.forward(&mut self.backend, &mut self.caches);
         // NOTE: lets go of the plan's block tables. As long as one is shared, a sequence that grows would have to copy it.
         self.rows.clear();
@@ -538,9 +540,12 @@ impl<B: Backend> Runner for DeviceRunner<B> {
         self.spare = output;
     }
 
-    /// The step buffers come first, then the KV cache layer by layer.
+    /// The step buffers come first, then KV cache and states layer by layer.
     fn prefault(&mut self, most: usize) -> bool {
-        let caches = self.caches.iter_mut().flat_map(B::cache_memory);
+        let caches = self.caches.iter_mut().flat_map(|cache| match cache {
+            LayerCache::Keys(cache) => B::cache_memory(cache),
+            LayerCache::States(states) => states.each_mut().map(B::state_memory),
+        });
         let buffers = self.decoder.memory().into_iter().chain(self.backend.own_memory());
         let Prefaulted { buffers: done, bytes, since } = &mut self.prefaulted;
         let mut left = most;
@@ -557,7 +562,7 @@ impl<B: Backend> Runner for DeviceRunner<B> {
         if self.plan.step_bytes == 0 {
             return false; // On a GPU memory is there when it is allocated.
         }
-        let mib = (self.plan.kv_bytes + self.plan.step_bytes) >> 20;
+        let mib = (self.plan.kv_bytes + self.plan.state_bytes + self.plan.step_bytes) >> 20;
         tracing::info!("memory: {mib} MiB of KV cache and step buffers resident, {} ms after the start", since.elapsed().as_millis());
         false
     }

@@ -1,12 +1,14 @@
 //! A model's tensors in a checkpoint: under which prefix they are, which way matrices lie, fused or in parts.
 
+use std::ops::Range;
+
 use half::bf16;
 
 use crate::checkpoint::{Checkpoint, Slice, StoredMatrix, Tiles};
 use crate::error::Failure;
 use crate::kernels::MatrixSource;
 use crate::models::families::{Model, TensorNames};
-use crate::models::spec::{FeedForward, ModelSpec};
+use crate::models::spec::{AttentionLayer, FeedForward, ModelSpec};
 
 /// What stands before `embed_tokens` and `layers`.
 const PREFIXES: [&str; 5] = ["model.", "ernie.", "", "language_model.model.", "model.language_model."];
@@ -75,13 +77,16 @@ impl<'a> Tensors<'a> {
     /// From the first layer's first matrix that is not square: a square one does not tell.
     fn is_transposed(&self, spec: &ModelSpec) -> bool {
         let (Some(layer), names) = (spec.layers.first(), &self.names) else { return false };
-        let (attention, hidden) = (&layer.attention.spec, spec.hidden_size);
-        let mut shapes = vec![
-            (names.k, attention.kv_width(), hidden),
-            (names.qkv, attention.qkv_width(), hidden),
-            (names.q, attention.q_width(), hidden),
-            (names.output, hidden, attention.q_width()),
-        ];
+        let hidden = spec.hidden_size;
+        let mut shapes = match layer.attention() {
+            Some(AttentionLayer { spec: attention, .. }) => vec![
+                (names.k, attention.kv_width(), hidden),
+                (names.qkv, attention.qkv_width(), hidden),
+                (names.q, attention.q_width(), hidden),
+                (names.output, hidden, attention.q_width()),
+            ],
+            None => Vec::new(),
+        };
         if let FeedForward::Dense(dense) = &layer.feed_forward {
             shapes.extend([(names.down, hidden, dense.intermediate), (names.gate, dense.intermediate, hidden)]);
             shapes.extend(names.gate_up.iter().map(|name| (*name, 2 * dense.intermediate, hidden)));
@@ -136,6 +141,32 @@ impl<'a> Tensors<'a> {
         self.checkpoint.vector(&self.full(name), len)
     }
 
+    /// A tensor `[channels, 1, kernel]` with all channels of its first column first.
+    pub fn taps(&self, name: &str, channels: usize, kernel: usize) -> Result<Vec<f32>, Failure> {
+        let source = self.checkpoint.matrix(&[Slice::whole(self.full(name), channels, kernel, false)])?;
+        let (mut taps, mut reader) = (vec![0.0; channels * kernel], Reader::default());
+        for channel in 0..channels {
+            let row = MatrixSource::row_f32(&source, channel, &mut reader);
+            row.iter().enumerate().for_each(|(tap, weight)| taps[tap * channels + channel] = *weight);
+        }
+        Ok(taps)
+    }
+
+    /// A matrix of rows of several tensors: of each its name, how many rows it has in all, and which of them.
+    pub fn rows(&self, parts: &[(String, usize, Range<usize>)], input: usize) -> Result<StoredMatrix<'a>, Failure> {
+        let slice = |(name, out, rows): &(String, usize, Range<usize>)| {
+            let whole = Slice::whole(self.full(&format!("{name}.weight")), *out, input, self.transposed);
+            Slice { rows: rows.clone(), ..whole }
+        };
+        self.checkpoint.matrix(&parts.iter().map(slice).collect::<Vec<_>>())
+    }
+
+    /// Some rows of a matrix `[out, input]`, turned into columns: `[input, rows]`.
+    pub fn transposed_rows(&self, name: &str, out: usize, rows: Range<usize>, input: usize) -> Result<StoredMatrix<'a>, Failure> {
+        let whole = Slice::whole(self.full(&format!("{name}.weight")), input, out, !self.transposed);
+        self.checkpoint.matrix(&[Slice { columns: rows, ..whole }])
+    }
+
     /// A matrix `[Σ out, input]` from its separate `parts`, or from one stored tensor that holds them in this order.
     pub fn matrix(&self, fused: &[String], parts: &[Part<'_>], input: usize) -> Result<StoredMatrix<'a>, Failure> {
         let slice = |name: &str, out: usize| Slice::whole(self.full(&format!("{name}.weight")), out, input, self.transposed);
@@ -177,7 +208,11 @@ impl<'a> Tensors<'a> {
             let index = name.strip_prefix(&layers).and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
             index.is_some_and(|index| index >= self.layers)
         };
-        self.checkpoint.unused().into_iter().filter(|name| !name.contains("mtp_") && !is_beyond(name)).collect()
+        self.checkpoint
+            .unused()
+            .into_iter()
+            .filter(|name| !name.contains("mtp_") && !name.starts_with("mtp.") && !is_beyond(name))
+            .collect()
     }
 
     /// A line for the log.

@@ -19,6 +19,7 @@ pub(super) const FAMILIES: &[Family] = &[
                 score: RouterScore::Softmax,
                 normalize: Some(Normalize { epsilon: 0.0, least }),
                 scale: 1.0,
+                groups: None,
             };
             let intermediate = config.size("moe_intermediate_size", Some(1_536))?;
             let shared = config.count("moe_num_shared_experts")?.filter(|shared| *shared > 0).map(|shared| shared * intermediate);
@@ -108,6 +109,7 @@ pub(super) const FAMILIES: &[Family] = &[
                 score: RouterScore::Sigmoid,
                 normalize: Some(Normalize { epsilon: 0.0, least: 0.0 }),
                 scale: 1.0,
+                groups: None,
             };
             let intermediate = config.size("intermediate_size", None)?;
             model.experts(Routed { routing, intermediate, choice_bias: true, shared: None, shared_gate: false }, |_| true)
@@ -117,6 +119,7 @@ pub(super) const FAMILIES: &[Family] = &[
         model_type: "glm4_moe",
         defaults: Defaults { eps: 1e-5, rotary_share: 0.5, max_positions: 131_072, ..LLAMA },
         adapt: |config, model| {
+            refuse_groups(config)?;
             let bias = config.flag("attention_bias")?.unwrap_or(false);
             model.biases(bias, false, false);
             if config.flag("use_qk_norm")?.unwrap_or(false) {
@@ -130,6 +133,7 @@ pub(super) const FAMILIES: &[Family] = &[
         model_type: "solar_open",
         defaults: Defaults { eps: 1e-5, rope_theta: 1_000_000.0, max_positions: 131_072, ..LLAMA },
         adapt: |config, model| {
+            refuse_groups(config)?;
             model.attention_biases(config)?;
             model.experts(sigmoid_experts(config)?, |_| true)
         },
@@ -137,7 +141,7 @@ pub(super) const FAMILIES: &[Family] = &[
 ];
 
 /// Qwen 3's experts: a softmax over all of them, whose greatest are taken as they are or made to sum to 1.
-fn softmax_experts(config: Config<'_>) -> Result<Routed, String> {
+pub(super) fn softmax_experts(config: Config<'_>) -> Result<Routed, String> {
     // transformers 5 writes the newer name.
     let experts = if config.has("num_experts") { "num_experts" } else { "num_local_experts" };
     let routing = RoutingSpec {
@@ -146,6 +150,7 @@ fn softmax_experts(config: Config<'_>) -> Result<Routed, String> {
         score: RouterScore::Softmax,
         normalize: config.flag("norm_topk_prob")?.unwrap_or(false).then_some(Normalize { epsilon: 0.0, least: 0.0 }),
         scale: 1.0,
+        groups: None,
     };
     let intermediate = config.size("moe_intermediate_size", Some(768))?;
     Ok(Routed { routing, intermediate, choice_bias: false, shared: None, shared_gate: false })
@@ -159,20 +164,21 @@ fn top_experts(config: Config<'_>, experts: u64, top_k: u64) -> Result<Routed, S
         score: RouterScore::TopKSoftmax,
         normalize: None,
         scale: 1.0,
+        groups: None,
     };
     let intermediate = config.size("intermediate_size", None)?;
     Ok(Routed { routing, intermediate, choice_bias: false, shared: None, shared_gate: false })
 }
 
 /// DeepSeek 3's experts: sigmoids, a bias that moves the choice, a network shared by all tokens.
-fn sigmoid_experts(config: Config<'_>) -> Result<Routed, String> {
-    refuse_groups(config)?;
+pub(super) fn sigmoid_experts(config: Config<'_>) -> Result<Routed, String> {
     let routing = RoutingSpec {
         experts: config.size("n_routed_experts", None)?,
         top_k: config.size("num_experts_per_tok", Some(8))?,
         score: RouterScore::Sigmoid,
         normalize: config.flag("norm_topk_prob")?.unwrap_or(true).then_some(Normalize { epsilon: 1e-20, least: 0.0 }),
         scale: config.number("routed_scaling_factor")?.unwrap_or(1.0) as f32,
+        groups: None,
     };
     let intermediate = config.size("moe_intermediate_size", None)?;
     let shared = config.count("n_shared_experts")?.unwrap_or(1);
