@@ -44,6 +44,8 @@ SETTINGS = [{}, {}, {}, *({"TOOL_CALL_PARSER": name} for name in (
 )), {"REASONING_PARSER": "deepseek_r1"},
     {"REASONING_FIELD": "reasoning"}, {"FASTDEPLOY_COMPATIBLE": "true"}, {"ENABLE_PREFIX_CACHING": "false"},
     {"SPECULATIVE_CONFIG": '{"method": "ngram", "num_speculative_tokens": 4}'}]
+# `<think>`, `</think>`, `<tool_call>`, `</tool_call>` of the demo model, and what may follow: written in places where no model would.
+MARKS = [1394, 1395, 1396, 1397, 312, 1236]
 TOKENS = {"NATIVE_OUTPUT_FORMAT": "tokens"}
 
 
@@ -100,11 +102,16 @@ def calls(draw: random.Random, wrap) -> tuple[list, list[str]]:
 
 def chat(draw: random.Random) -> dict:
     question = draw.choice([*(question for question in questions.ALL if question.is_chat), *questions.WITH_TOOLS * 4])
-    body = {"messages": question.body["messages"], "max_tokens": draw.choice([1, 3, 12, 40, 80]), **sampling(draw)}
+    body = {"messages": question.body["messages"], "max_tokens": draw.choice([1, 3, 12, 60, 120, 120]), **sampling(draw)}
     body |= some(draw, 0.25, n=lambda: draw.randrange(1, 4), stop=lambda: stops(draw, question.answer), return_token_ids=True)
     body |= some(draw, 0.35, logprobs=True)
     if "logprobs" in body:
         body |= some(draw, 0.5, top_logprobs=lambda: draw.randrange(4), return_tokens_as_token_ids=True)
+    if draw.random() < 0.2:
+        body["logit_bias"] = {str(mark): draw.choice([6, 10, 14]) for mark in draw.sample(MARKS, draw.randrange(1, 4))}
+        body |= {"temperature": 1.5, "seed": draw.randrange(1 << 31), "max_tokens": 150}
+    if draw.random() < 0.1:
+        body |= {"messages": [*body["messages"], {"role": "assistant", "content": question.answer[:9] or "So"}], "continue_final_message": True, "echo": draw.random() < 0.5}
     if "tools" in question.body or draw.random() < 0.2:
         body["tools"], names = calls(draw, lambda tool: {"type": "function", "function": {**tool, **some(draw, 0.3, strict=True)}})
         named = {"type": "function", "function": {"name": draw.choice(names)}}
@@ -154,7 +161,7 @@ def response(draw: random.Random) -> dict:
     body = chat(draw)
     question = [message for message in body.pop("messages") if message["role"] in ("user", "system") or message.get("content")]
     asked = {"input": [message for message in question if message["role"] != "tool"], "max_output_tokens": body.pop("max_tokens")}
-    for name in ("n", "logprobs", "top_logprobs", "return_token_ids", "return_tokens_as_token_ids"):
+    for name in ("n", "logprobs", "top_logprobs", "return_token_ids", "return_tokens_as_token_ids", "continue_final_message", "echo"):
         body.pop(name, None)
     if draw.random() < 0.3:
         asked |= {"include": ["message.output_text.logprobs"], **some(draw, 0.5, top_logprobs=2)}
@@ -170,7 +177,7 @@ def response(draw: random.Random) -> dict:
 
 def message(draw: random.Random) -> dict:
     body = chat(draw)
-    for name in ("n", "logprobs", "top_logprobs", "return_token_ids", "return_tokens_as_token_ids", "parallel_tool_calls"):
+    for name in ("n", "logprobs", "top_logprobs", "return_token_ids", "return_tokens_as_token_ids", "parallel_tool_calls", "continue_final_message", "echo"):
         body.pop(name, None)
     system = [one["content"] for one in body["messages"] if one["role"] == "system"]
     body["messages"] = [one for one in body["messages"] if one["role"] == "user" or (one["role"] == "assistant" and one["content"])]
