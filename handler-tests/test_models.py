@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 
+from harness.hub import Hub, demo_files
 from harness.program import Server, run, wait_for
 from test_families import log_probabilities, make_model
 
@@ -234,6 +235,27 @@ def test_sigterm_waits_for_all(tiny, story):
             reasons = [choice["finish_reason"] for frame in frames[:-1] for choice in json.loads(frame[6:])["choices"] if choice["finish_reason"]]
             assert frames[-1] == "data: [DONE]" and reasons == ["length"] * 4
         assert server.wait() == 0
+
+
+def test_ready_when_all_are(tmp_path, capital):
+    """The first is in the binary, the second comes from a hub that makes it wait."""
+    with Hub("Some-Org/Demo-Model", demo_files()) as hub:
+        hub.gate.clear()
+        env = {"HF_ENDPOINT": hub.base, "HF_HOME": str(tmp_path), "MODEL": "demo,Some-Org/Demo-Model"}
+        planned = run("check", env=env)
+        assert planned.process.returncode == 0 and "model: Some-Org/Demo-Model is not on this machine" in planned.stdout
+        assert "memory: it is planned when all models are here" in planned.stdout and not kv_bytes(planned.stdout)
+        with Server("http", env=env, ready=False) as server:
+            wait_for(lambda: any("resolve" in path for path in hub.asked), "the download")
+            assert server.ping() == 204
+            ask = lambda model: httpx.post(f"{server.base}/v1/chat/completions", json=capital.request(model=model), timeout=60)  # noqa: E731
+            refused = ask("demo")
+            assert refused.status_code == 503 and refused.json()["error"]["code"] == "model_loading"
+            hub.gate.set()
+            server.wait_ready()
+            for model in ("demo", "Some-Org/Demo-Model", "Demo-Model"):
+                assert ask(model).json()["choices"][0]["message"]["content"] == capital.answer
+            assert ask("Demo-Model").json()["model"] == "Some-Org/Demo-Model"
 
 
 def kv_bytes(report: str) -> list[float]:

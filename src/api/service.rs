@@ -95,11 +95,12 @@ impl Service {
         self.engines().map(|(_, engine)| engine.load()).sum()
     }
 
-    /// Sequences that run at once, and how many more can wait whichever models they are for.
+    /// Sequences that run at once, and how many more can wait. So many together are refused by no engine, whichever models they are for.
     pub fn places(&self) -> (usize, usize) {
         let rows = self.engines().map(|(_, engine)| engine.limits().max_num_seqs).fold(0, usize::saturating_add);
         let most = self.engines().map(|(_, engine)| engine.limits().max_num_seqs.saturating_add(engine.limits().max_waiting)).min();
-        (rows, most.unwrap_or(0).saturating_sub(rows))
+        let rows = rows.min(most.unwrap_or(0));
+        (rows, most.unwrap_or(0) - rows)
     }
 
     /// How large requests may be, whichever model they are for.

@@ -433,6 +433,8 @@ mod tests {
     #[tokio::test]
     async fn one_broken_model_of_several_ends_all_and_says_which() {
         let service = service_of(&["demo", "other"]).await;
+        // Either takes 4 that run and 512 that wait.
+        assert_eq!((service.places(), service_of(&["demo"]).await.places()), ((8, 508), (4, 512)));
         let direct = Direct::new();
         let settings = Settings::default();
         let metrics = direct.options(&settings).metrics.unwrap();
