@@ -11,7 +11,7 @@ use crate::kernels::{Activation, AttentionSpec, NormExtent, NormKind, Pairing, Q
 use crate::models::config::Config;
 use crate::models::rope;
 use crate::models::spec::{
-    AttentionLayer, DenseSpec, ExpertsSpec, FeedForward, LayerSpec, LongRopes, Mixer, ModelSpec, NormSpec, Residual, ShortConv,
+    AttentionLayer, DenseSpec, ExpertsSpec, FeedForward, LayerSpec, LongRopes, Mixer, ModelSpec, NormSpec, Residual,
 };
 
 mod dense;

@@ -171,7 +171,7 @@ impl Kinds<'_> {
                 }
             },
             Self::Attention(layers) => Ok(!layers.contains(&(index as u64))),
-            Self::Every(nth) => Ok((index + 1) % nth != 0),
+            Self::Every(nth) => Ok(!(index + 1).is_multiple_of(*nth)),
         }
     }
 }
