@@ -544,7 +544,7 @@ impl<B: Backend> Runner for DeviceRunner<B> {
     fn prefault(&mut self, most: usize) -> bool {
         let caches = self.caches.iter_mut().flat_map(|cache| match cache {
             LayerCache::Keys(cache) => B::cache_memory(cache),
-            LayerCache::States(states) => states.each_mut().map(B::state_memory),
+            LayerCache::States { conv, recurrence } => [B::state_memory(conv), recurrence.as_mut().map_or(&mut [], B::state_memory)],
         });
         let buffers = self.decoder.memory().into_iter().chain(self.backend.own_memory());
         let Prefaulted { buffers: done, bytes, since } = &mut self.prefaulted;

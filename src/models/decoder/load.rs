@@ -71,7 +71,8 @@ impl<B: Backend> Decoder<B> {
     pub fn caches(&self, backend: &B, blocks: usize, block_size: usize, slots: usize) -> candle_core::Result<Vec<LayerCache<B>>> {
         let cache = |layer: &LayerSpec| {
             if let Some((conv, recurrence)) = layer.mixer.state_widths() {
-                return Ok(LayerCache::States([backend.state(slots, conv)?, backend.state(slots, recurrence)?]));
+                let recurrence = (recurrence > 0).then(|| backend.state(slots, recurrence)).transpose()?;
+                return Ok(LayerCache::States { conv: backend.state(slots, conv)?, recurrence });
             }
             let Some(attention) = layer.mixer.attention() else { candle_core::bail!("a layer that keeps nothing") };
             backend.kv_cache(attention.kv_shape(blocks, block_size)).map(LayerCache::Keys)

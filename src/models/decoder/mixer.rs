@@ -58,8 +58,8 @@ pub struct Delta<B: Backend> {
 pub enum LayerCache<B: Backend> {
     /// Keys and values of each token.
     Keys(B::KvCache),
-    /// Of each slot the states of a convolution and of a recurrence.
-    States([B::State; 2]),
+    /// Of each slot the state of a convolution, and that of a recurrence where there is one.
+    States { conv: B::State, recurrence: Option<B::State> },
 }
 
 /// What mixers write between their operations.
@@ -99,13 +99,15 @@ impl<B: Backend> Mixer<B> {
         match (self, cache) {
             (Self::Attention(attention), LayerCache::Keys(cache)) => attention.run(backend, x, cache, buffers),
             (Self::Latent(latent), LayerCache::Keys(cache)) => latent.run(backend, x, cache, buffers),
-            (Self::ShortConv { input, conv }, LayerCache::States([state, _])) => {
+            (Self::ShortConv { input, conv }, LayerCache::States { conv: state, .. }) => {
                 backend.linear(x, input, Epilogue::Store, &mut buffers.input)?;
                 backend.copy_states(state)?;
                 backend.causal_conv(&buffers.input, conv, state, &mut buffers.output)?;
                 Ok(&buffers.output)
             }
-            (Self::GatedDelta(delta), LayerCache::States(states)) => delta.run(backend, x, states, buffers),
+            (Self::GatedDelta(delta), LayerCache::States { conv, recurrence: Some(recurrence) }) => {
+                delta.run(backend, x, (conv, recurrence), buffers)
+            }
             _ => Err(Error::Msg("a layer was given the cache of another kind".into())),
         }
     }
@@ -181,7 +183,7 @@ impl<B: Backend> Delta<B> {
         &self,
         backend: &mut B,
         x: &B::Buffer,
-        [conv, recurrence]: &mut [B::State; 2],
+        (conv, recurrence): (&mut B::State, &mut B::State),
         buffers: &'b mut MixerBuffers<B::Buffer>,
     ) -> Result<&'b B::Buffer> {
         let MixerBuffers { input, output: qkv, inner: z, few: gates, .. } = buffers;

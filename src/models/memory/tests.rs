@@ -188,3 +188,23 @@ fn other_models_are_in_the_memory_too() {
     assert!(tight.len() == 1 && tight[0].contains("KV_CACHE_GB=12"), "{tight:?}");
     refused(plan_beside(memory, &settings(), share(GIB, 16 * GIB, 0)), &["other models of 16384.0 MiB", "QUANTIZATION"]);
 }
+
+#[test]
+fn states_have_slots_beside_the_kv_cache() {
+    let config = json!({"model_type": "lfm2", "hidden_size": 1024, "intermediate_size": 4608, "num_hidden_layers": 4, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "vocab_size": 65536, "layer_types": ["conv", "conv", "full_attention", "conv"]});
+    let model = Model::from_config(&config).unwrap().spec;
+    let slot = 3 * 2 * 1024 * 4;
+    let plan =
+        |free: usize| MemoryPlan::new::<Cpu>(&model, 65_536, WEIGHTS, Memory { gpu: false, total: 4 * GIB, free }, &settings(), None);
+    let plenty = plan(4 * GIB).unwrap();
+    assert_eq!((plenty.shape.state_slots, plenty.state_bytes), (16 + 2 * 16 + 16, 64 * slot));
+    assert_eq!(plenty.kv_bytes_per_token, 2 * 8 * 64 * 4, "of the one layer of attention");
+    let line = plenty.lines().into_iter().find(|line| line.starts_with("states:")).unwrap();
+    assert!(line.contains("64 slots of 24576 bytes"), "{line}");
+    // What is not needed to run takes a 16th of what is free at most.
+    let step = plenty.step_bytes;
+    let tight = plan(WEIGHTS + step + 16 * 5 * slot).map(|plan| plan.shape.state_slots);
+    assert!(tight.as_ref().is_ok_and(|slots| *slots == 16 + 5), "{tight:?}");
+    assert_eq!(plan_in(Memory { gpu: false, total: 4 * GIB, free: 4 * GIB }, &settings()).unwrap().shape.state_slots, 0);
+}
