@@ -246,7 +246,8 @@ impl Model {
         for (index, layer) in self.spec.layers.iter_mut().enumerate().filter(|(index, _)| is_routed(*index)) {
             let FeedForward::Dense(dense) = &layer.feed_forward else { return Err(format!("layer {index} has experts already")) };
             let shared = shared.map(|intermediate| DenseSpec { intermediate, ..dense.clone() });
-            let spec = ExpertsSpec { routing, choice_bias, intermediate, activation: dense.activation, shared, shared_gate };
+            let (activation, bias, router_bias) = (dense.activation, false, false);
+            let spec = ExpertsSpec { routing, choice_bias, intermediate, activation, bias, router_bias, shared, shared_gate };
             layer.feed_forward = FeedForward::Experts(spec);
         }
         Ok(())

@@ -89,6 +89,10 @@ pub struct ExpertsSpec {
     /// Of each expert.
     pub intermediate: usize,
     pub activation: Activation,
+    /// Each expert's projections have one.
+    pub bias: bool,
+    /// On the router's logits.
+    pub router_bias: bool,
     /// A network that every token goes through besides.
     pub shared: Option<DenseSpec>,
     /// What that network gives is multiplied by the sigmoid of one more number of the token.
