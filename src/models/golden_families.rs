@@ -255,7 +255,7 @@ macro_rules! families {
 }
 
 families! {
-    ernie4_5 llama llama_biases llama_yarn mistral ministral3 qwen2 qwen3 gemma gemma2 gemma3_text gemma4_text granite granite_swa phi3 phi3_longrope smollm3 seed_oss olmo2 olmo3 exaone4
+    ernie4_5 llama llama_biases llama_dynamic llama_yarn mistral ministral3 qwen2 qwen3 gemma gemma2 gemma3_text gemma4_text granite granite_swa phi3 phi3_longrope smollm3 seed_oss olmo2 olmo3 exaone4
     hunyuan_v1_dense arcee nemotron cohere2 starcoder2 glm glm4
     ernie4_5_moe qwen2_moe qwen3_moe granitemoe mellum olmoe mixtral gpt_oss minimax_m2 glm4_moe solar_open
 }

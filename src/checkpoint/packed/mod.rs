@@ -180,7 +180,8 @@ impl<'a> View<'a> {
         if !is_whole || packed.scales.factor != 1.0 || !width.is_multiple_of(BLOCK) {
             return false;
         }
-        (values.clear(), scales.clear());
+        values.clear();
+        scales.clear();
         let mut is_exact = true;
         self.runs(row, first, width, |start, codes, run| {
             let scale = f16::from_f32(run.scale / unit);

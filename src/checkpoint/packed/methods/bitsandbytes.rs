@@ -82,7 +82,7 @@ fn nested(gatherer: &mut Gatherer<'_>, name: &str, scales: &Raw, said: &Json, st
 fn eight_bits(gatherer: &mut Gatherer<'_>, base: &str) -> Result<(), Failure> {
     let Some(scales) = gatherer.take_if(&format!("{base}.SCB"), &["F32", "F16", "BF16"])? else { return Ok(()) };
     let name = format!("{base}.weight");
-    let weight = gatherer.take(&scales, &[name.clone()], &["I8"])?;
+    let weight = gatherer.take(&scales, std::slice::from_ref(&name), &["I8"])?;
     let [out, width] = weight.shape[..] else {
         return Err(gatherer.broken(&weight, format!("its shape is {:?}, expected [out, in]", weight.shape)));
     };
@@ -97,6 +97,6 @@ fn eight_bits(gatherer: &mut Gatherer<'_>, base: &str) -> Result<(), Failure> {
     let grid = gatherer.block_grid(&scales, [1, out, width], None)?;
     let mut packed = matrix(out, width, codes, (gatherer.scale_numbers(&scales).0, grid), None, gatherer.model_dtype());
     // Scales are the greatest weights of rows, and 127 stands for them.
-    packed.scales.factor = 7.874_015_6e-3;
+    packed.scales.factor = 7.874_016e-3;
     gatherer.put(name, &weight, vec![out, width], "8 bits".to_owned(), packed)
 }
