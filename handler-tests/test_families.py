@@ -146,7 +146,7 @@ def test_a_variant_that_is_not_known_is_refused_by_key_and_value(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     for change, words in [
         ({"hidden_act": "mish"}, 'hidden_act "mish"'),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0}}, 'rope scaling of type "dynamic"'),
+        ({"rope_parameters": {"rope_type": "xpos", "rope_theta": 10000.0}}, 'rope scaling of type "xpos"'),
         ({"model_type": "mamba"}, 'model_type "mamba" is not supported; this version serves'),
     ]:
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))

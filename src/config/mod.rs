@@ -117,9 +117,11 @@ pub enum DeviceChoice {
 /// How many bits a weight is held at (`QUANTIZATION`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Quantization {
-    /// As the checkpoint has it.
+    /// As the checkpoint has it; what it has at few bits is held at 8.
     #[default]
     AsStored,
+    /// As numbers of 16 or 32 bits, whatever the checkpoint has.
+    Unquantized,
     /// Every matrix at 8 bits.
     Wint8,
     /// The layers' matrices at 4 bits, embedding and LM head at 8.
@@ -127,10 +129,10 @@ pub enum Quantization {
 }
 
 impl Quantization {
-    /// The strategy's name; `None` = as stored.
+    /// The strategy's name; `None`: not quantized here.
     pub fn name(self) -> Option<&'static str> {
         match self {
-            Self::AsStored => None,
+            Self::AsStored | Self::Unquantized => None,
             Self::Wint8 => Some("wint8"),
             Self::Wint4 => Some("wint4"),
         }

@@ -111,7 +111,8 @@ pub fn quantization(value: &str) -> Result<Quantization, String> {
         Some(_) => return Err("it begins like a JSON object and is not one".to_owned()),
     };
     match name.to_ascii_lowercase().as_str() {
-        "bf16" | "bfloat16" | "none" | "unquantized" | "" => Ok(Quantization::AsStored),
+        "bf16" | "bfloat16" | "none" | "" => Ok(Quantization::AsStored),
+        "unquantized" => Ok(Quantization::Unquantized),
         "wint8" => Ok(Quantization::Wint8),
         "wint4" => Ok(Quantization::Wint4),
         lower => Err(match STRATEGIES.iter().find(|(known, _)| *known == lower) {

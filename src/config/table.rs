@@ -70,8 +70,9 @@ settings! {
             Prose("auto: the first GPU in a CUDA build, else the CPU; a queue worker of a CUDA build does not start without a GPU"));
         /// CPU threads that compute.
         THREADS = Setting::new(Kind::Count { least: 1, auto: AUTO_OR_ZERO }, Prose("auto: all cores")).also(&["RAYON_NUM_THREADS"]);
-        /// Bits a weight: `BF16` keeps the weights as stored, `wint8` holds every matrix at 8 bits, `wint4` the layers at 4 bits,
-        /// embedding and output at 8. On a GPU only on the architecture that the build was made for (`CUDA_COMPUTE_CAP`).
+        /// Bits a weight: `BF16` keeps the weights as stored (those of a quantized checkpoint at 8 bits), `unquantized` widens a quantized
+        /// checkpoint to 16 or 32 bits, `wint8` holds every matrix at 8 bits, `wint4` the layers at 4 bits, embedding and output at
+        /// 8. 8 and 4 bits on a GPU only on the architecture that the build was made for (`CUDA_COMPUTE_CAP`).
         QUANTIZATION = Setting::new(Kind::Quantization, Prose("BF16: as stored"))
             .form(Form::new("Quantization",
                 "Bits a weight is held at; quantized while it is read. 8 and 4 bits run on Ampere and Ada GPUs (not on Hopper)",

@@ -449,6 +449,10 @@ fn activated(x: &Tensor, activation: Activation) -> Result<Tensor> {
         // candle's `gelu` is the approximation by tanh. In bf16 it rounds every step of it, and `1 + tanh` loses most of its bits.
         Activation::GeluTanh => x.to_dtype(DType::F32)?.gelu()?.to_dtype(x.dtype()),
         Activation::Relu2 => x.relu()?.sqr(),
+        Activation::ClampedSwiglu => {
+            let gate = x.minimum(Activation::SWIGLU_LIMIT)?;
+            gate.mul(&candle_nn::ops::sigmoid(&(&gate * f64::from(Activation::SWIGLU_ALPHA))?)?)
+        }
     }
 }
 
@@ -456,7 +460,11 @@ fn activated(x: &Tensor, activation: Activation) -> Result<Tensor> {
 fn gated(gate_up: &Tensor, activation: Activation) -> Result<Tensor> {
     let n = gate_up.dim(D::Minus1)? / 2;
     let half = |from: usize| gate_up.narrow(D::Minus1, from, n)?.contiguous();
-    activated(&half(0)?, activation)?.mul(&half(n)?)
+    let up = match activation {
+        Activation::ClampedSwiglu => (half(n)?.clamp(-Activation::SWIGLU_LIMIT, Activation::SWIGLU_LIMIT)? + 1.0)?,
+        _ => half(n)?,
+    };
+    activated(&half(0)?, activation)?.mul(&up)
 }
 
 /// The weighted sum of each token's experts.

@@ -45,6 +45,11 @@ pub trait MatrixSource: Sync {
     fn describe(&self, row: usize) -> String;
     fn row_f32<'r>(&'r self, row: usize, reader: &'r mut Self::Reader) -> &'r [f32];
     fn row_bf16<'r>(&'r self, row: usize, reader: &'r mut Self::Reader) -> &'r [half::bf16];
+    /// The row as [`quantize::Row8`] has it, where it is stored so that this loses nothing: whole numbers with scales. `false`: it is not, and
+    /// what the buffers hold means nothing.
+    fn row_int8(&self, _row: usize, _values: &mut Vec<i8>, _scales: &mut Vec<half::f16>) -> bool {
+        false
+    }
 }
 
 /// How large a step can be: what a backend makes its own buffers for.

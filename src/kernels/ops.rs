@@ -67,6 +67,15 @@ pub enum Activation {
     GeluTanh,
     /// `max(x, 0)²`
     Relu2,
+    /// gpt-oss's: `g · sigmoid(1.702 · g)` with `g = min(x, 7)`; what it gates is `u + 1`, with `u` kept between -7 and 7.
+    ClampedSwiglu,
+}
+
+impl Activation {
+    /// Beyond it [`Activation::ClampedSwiglu`] lets nothing grow.
+    pub const SWIGLU_LIMIT: f32 = 7.0;
+    /// What stands before the sigmoid's argument in it.
+    pub const SWIGLU_ALPHA: f32 = 1.702;
 }
 
 /// What becomes of the sums of a [`linear`](super::Backend::linear).

@@ -284,7 +284,7 @@ fn rows_on<B: Backend>(
     }
     let mut inner = backend.buffer(t, 2 * half).unwrap();
     for bias in [None, Some(gate_bias.as_slice())] {
-        for activation in [Activation::Silu, Activation::GeluTanh, Activation::Relu2] {
+        for activation in [Activation::Silu, Activation::GeluTanh, Activation::Relu2, Activation::ClampedSwiglu] {
             let gated = gate_up.linear(backend, Columns::Gated, bias);
             backend.linear(&x, &gated, Epilogue::Gated(activation), &mut inner).unwrap();
             results.push(("gated", 2e-5, read(backend, &mut inner)));

@@ -253,7 +253,8 @@ impl Model {
         for (index, layer) in self.spec.layers.iter_mut().enumerate().filter(|(index, _)| is_routed(*index)) {
             let FeedForward::Dense(dense) = &layer.feed_forward else { return Err(format!("layer {index} has experts already")) };
             let shared = shared.map(|intermediate| DenseSpec { intermediate, ..dense.clone() });
-            let spec = ExpertsSpec { routing, choice_bias, intermediate, activation: dense.activation, shared, shared_gate };
+            let (activation, bias, router_bias) = (dense.activation, false, false);
+            let spec = ExpertsSpec { routing, choice_bias, intermediate, activation, bias, router_bias, shared, shared_gate };
             layer.feed_forward = FeedForward::Experts(spec);
         }
         Ok(())
@@ -432,15 +433,22 @@ impl<'a> Ropes<'a> {
 
     /// The tables of long contexts, in the same order, where the configuration has some.
     fn long(&self) -> Result<Option<LongRopes>, String> {
-        let mut long = LongRopes { beyond: 0, tables: Vec::new() };
+        let mut long = LongRopes { beyond: 0, longest: 0, tables: Vec::new() };
         for index in 0..self.tables.len() {
             let Some(((layer_type, head_dim), _)) = self.types.iter().find(|(_, table)| *table == index) else { continue };
             let parameters = self.config.rope_parameters(layer_type)?;
+            if rope::is_dynamic(parameters)? {
+                let (width, theta) = (self.rotated(parameters, *head_dim)?, self.theta(parameters)?);
+                let (table, longest) = rope::dynamic(parameters, width, theta, self.context()?)?;
+                (long.beyond, long.longest) = (self.context()?, longest);
+                long.tables.push(table);
+                continue;
+            }
             if !rope::is_long(parameters)? {
                 return Ok(None);
             }
             let (original, context) = (original_context(self.config, parameters)?, self.context()?);
-            long.beyond = original;
+            (long.beyond, long.longest) = (original, context);
             long.tables.push(rope::long(
                 parameters,
                 self.rotated(parameters, *head_dim)?,
@@ -639,15 +647,28 @@ mod tests {
     }
 
     #[test]
+    fn dynamic_rope_is_plain_within_the_original_context() {
+        let mut config = ernie();
+        let plain = Model::from_config(&config).unwrap().spec.ropes;
+        config["rope_scaling"] = json!({"type": "dynamic", "factor": 2.0});
+        let spec = Model::from_config(&config).unwrap().spec;
+        assert_eq!((spec.max_positions, spec.longest_context()), (131_072, 262_144));
+        assert_eq!(spec.clone().for_context(131_072).ropes, plain);
+        let long = spec.for_context(131_073).ropes;
+        assert!(long[0].frequencies[0] == 1.0 && long[0].frequencies[5] < plain[0].frequencies[5], "{:?}", long[0]);
+    }
+
+    #[test]
     fn what_we_cannot_serve_is_refused_by_name() {
         for (key, value, word) in [
             ("model_type", json!("mamba"), "mamba"),
             ("hidden_act", json!("gelu"), "hidden_act \"gelu\""),
-            ("rope_scaling", json!({"rope_type": "dynamic"}), "dynamic"),
+            ("rope_scaling", json!({"rope_type": "dynamic"}), "\"factor\" is missing"),
+            ("rope_scaling", json!({"rope_type": "xpos"}), "xpos"),
             ("moe_num_experts", json!(64), "mixture"),
             ("num_key_value_heads", json!(3), "multiple"),
             ("vocab_size", json!("many"), "vocab_size"),
-            ("rope_parameters", json!({"full_attention": {"rope_type": "dynamic"}}), "dynamic"),
+            ("rope_parameters", json!({"full_attention": {"rope_type": "xpos"}}), "xpos"),
             ("rope_parameters", json!({"a": {"rope_theta": 1}, "b": {"rope_theta": 2}}), "full_attention"),
             ("rope_parameters", json!({"rope_theta": 1, "partial_rotary_factor": 1.5}), "\"partial_rotary_factor\" rotates 192 of 128"),
             // A value of the wrong type is named, and no default takes its place.

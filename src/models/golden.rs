@@ -410,10 +410,13 @@ fn a_quantization_over_plain_tensors_is_told_and_packed_ones_are_refused() {
         "{warnings:?}"
     );
     check(&plain, TOLERANCE, "plain tensors");
+    // A method that cannot be read.
+    quantized["quantization_config"] = json!({"quant_method": "aqlm"});
     let packed = tiny().into_iter().filter(|tensor| tensor.name != "layers.0.mlp.down_proj.weight").collect::<Vec<_>>();
     let packed = with_tensor(&safetensors(&packed, "model.", Stored::F32), "model.layers.0.mlp.down_proj.qweight", "I32", &[2, 8], 64);
     let message = on_thread(|| load(&files_with(quantized, packed)).err().unwrap().message);
-    assert!(message.contains("down_proj.weight is missing") && message.contains("quantization_config (gptq)"), "{message}");
+    assert!(message.contains("down_proj.weight is missing") && message.contains("quantization_config (aqlm)"), "{message}");
+    assert!(message.contains("fp8, compressed-tensors, gptq, awq, mxfp4 and bitsandbytes"), "{message}");
 }
 
 #[test]

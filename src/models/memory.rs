@@ -64,10 +64,10 @@ impl MemoryPlan {
         settings: &EngineSettings,
         share: Option<Share>,
     ) -> Result<Self, Failure> {
-        let limit = model.max_positions;
-        if let Some(asked) = settings.max_model_len.filter(|asked| *asked > limit) {
+        let (limit, longest) = (model.max_positions, model.longest_context());
+        if let Some(asked) = settings.max_model_len.filter(|asked| *asked > longest) {
             return Err(Failure::internal(format!(
-                "MAX_MODEL_LEN={asked} is more than the {limit} positions this model has; lower it, or leave it unset for auto"
+                "MAX_MODEL_LEN={asked} is more than the {longest} positions this model has; lower it, or leave it unset for auto"
             )));
         }
         let need = Need::new::<F>(model, weights_bytes, memory, settings, share)?;

@@ -239,4 +239,6 @@ mod golden_files;
 #[cfg(test)]
 mod golden_gguf;
 #[cfg(test)]
+mod golden_packed;
+#[cfg(test)]
 mod golden_quantized;

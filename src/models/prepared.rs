@@ -144,7 +144,10 @@ impl PackedStore for PreparedCopy {
 fn path(files: &ModelFiles, setting: &PreparedCache, quantization: Quantization) -> Option<(PathBuf, bool)> {
     let weights = weight_paths(files)?;
     let first = weights.first()?;
-    let held = quantization.name().unwrap_or("stored");
+    let held = match quantization {
+        Quantization::Unquantized => "unquantized",
+        other => other.name().unwrap_or("stored"),
+    };
     let (folder, model) = match setting {
         PreparedCache::Off => return None,
         PreparedCache::Beside => (first.parent()?.to_owned(), first.file_stem()?.to_string_lossy().into_owned()),

@@ -124,8 +124,8 @@ impl ModelRunner {
         let threads = memory::threads(settings);
         let model = Model::from_files(files)?;
         let checkpoint = Checkpoint::open(files, model.spec.quantized.as_deref())?;
-        if checkpoint.is_quantized() {
-            check_quantized(device, &format!("{}, a quantized GGUF file", files.name))?;
+        if checkpoint.is_quantized() && settings.quantization != Quantization::Unquantized {
+            check_quantized(device, &format!("{}, a quantized checkpoint (QUANTIZATION=unquantized widens it)", files.name))?;
         }
         let tensors = Tensors::find(&checkpoint, &model)?;
         tracing::debug!("checkpoint: {}", tensors.describe());

@@ -22,7 +22,7 @@ pub struct ModelSpec {
     pub layers: Vec<LayerSpec>,
     /// What layers rotate by; several where kinds of layers differ.
     pub ropes: Vec<RopeTable>,
-    /// What they rotate by instead where sequences may grow longer than the model was first trained for (LongRoPE).
+    /// What they rotate by instead where sequences may grow longer than the model was first trained for (LongRoPE, dynamic NTK).
     pub long_ropes: Option<LongRopes>,
     /// Of every norm but those of queries and keys.
     pub norm: NormSpec,
@@ -41,6 +41,8 @@ pub struct ModelSpec {
 pub struct LongRopes {
     /// Contexts above this many tokens take them.
     pub beyond: usize,
+    /// The longest context that they are for.
+    pub longest: usize,
     pub tables: Vec<RopeTable>,
 }
 
@@ -134,6 +136,10 @@ pub struct ExpertsSpec {
     /// Of each expert.
     pub intermediate: usize,
     pub activation: Activation,
+    /// Each expert's projections have one.
+    pub bias: bool,
+    /// On the router's logits.
+    pub router_bias: bool,
     /// A network that every token goes through besides.
     pub shared: Option<DenseSpec>,
     /// What that network gives is multiplied by the sigmoid of one more number of the token.
@@ -293,6 +299,11 @@ impl LayerSpec {
 }
 
 impl ModelSpec {
+    /// The longest context that can be asked for. Without being asked the model serves [`ModelSpec::max_positions`].
+    pub fn longest_context(&self) -> usize {
+        self.long_ropes.as_ref().map_or(0, |long| long.longest).max(self.max_positions)
+    }
+
     /// The model as it runs where sequences may have so many tokens.
     pub fn for_context(mut self, max_model_len: usize) -> Self {
         if let Some(long) = self.long_ropes.take_if(|long| max_model_len > long.beyond) {

@@ -2,11 +2,11 @@
 
 use std::ops::Range;
 
-use half::bf16;
+use half::{bf16, f16};
 
 use crate::checkpoint::{Checkpoint, Slice, StoredMatrix, Tiles};
 use crate::error::Failure;
-use crate::kernels::MatrixSource;
+use crate::kernels::{Columns, MatrixSource};
 use crate::models::families::{Model, TensorNames};
 use crate::models::spec::{AttentionLayer, FeedForward, ModelSpec};
 
@@ -65,7 +65,7 @@ impl<'a> Tensors<'a> {
                 self.head_name()
             ));
         }
-        if let Some(method) = &spec.quantized {
+        if let Some(method) = spec.quantized.as_ref().filter(|_| self.checkpoint.packed_forms().is_none()) {
             warnings.push(format!(
                 "{model}: config.json names quantization_config ({method}), but the weights are plain numbers: they are used as they are, and the \
                  quantization is not applied"
@@ -118,10 +118,38 @@ impl<'a> Tensors<'a> {
         if self.checkpoint.contains(&plain) { plain } else { format!("{plain}.weight") }
     }
 
-    /// The matrix `[out, input]` of one expert, `(number, experts)`, from a tensor `[experts, out, input]`.
-    pub fn stacked(&self, name: &str, (number, experts): (usize, usize), out: usize, input: usize) -> Result<StoredMatrix<'a>, Failure> {
-        let whole = Slice::whole(self.stacked_name(name), experts * out, input, false);
-        self.checkpoint.matrix(&[Slice { rows: number * out..(number + 1) * out, ..whole }])
+    /// The matrix `[out, input]` of one expert, `(number, experts)`, from a tensor `[experts, out, input]`; rows that take turns come one kind
+    /// after the other.
+    pub fn stacked(
+        &self,
+        name: &str,
+        (number, experts): (usize, usize),
+        out: usize,
+        input: usize,
+        columns: Columns,
+    ) -> Result<StoredMatrix<'a>, Failure> {
+        let (name, in_turns) = (self.stacked_name(name), self.names.stacked_in_turns);
+        let whole = if in_turns && !self.checkpoint.is_packed(&name) {
+            Slice { stack: Some((number, experts)), ..Slice::whole(name, out, input, true) }
+        } else {
+            Slice { rows: number * out..(number + 1) * out, ..Slice::whole(name, experts * out, input, false) }
+        };
+        if columns == Columns::Plain || !in_turns {
+            return self.checkpoint.matrix(&[whole]);
+        }
+        let turn = |first: usize| Slice { rows: whole.rows.start + first..whole.rows.end, step: 2, ..whole.clone() };
+        self.checkpoint.matrix(&[turn(0), turn(1)])
+    }
+
+    /// The bias `[out]` that belongs to [`Tensors::stacked`].
+    pub fn stacked_bias(&self, name: &str, (number, experts): (usize, usize), out: usize, columns: Columns) -> Result<Vec<f32>, Failure> {
+        let whole = Slice::whole(self.full(&format!("{name}_bias")), experts, out, false);
+        let values = self.checkpoint.matrix(&[Slice { rows: number..number + 1, ..whole }])?.row(0, &mut Tiles::default()).to_vec();
+        if columns == Columns::Plain || !self.names.stacked_in_turns {
+            return Ok(values);
+        }
+        let turn = |first: usize| values.iter().skip(first).step_by(2).copied();
+        Ok(turn(0).chain(turn(1)).collect())
     }
 
     /// The embedding, `[vocab, hidden]` in every layout.
@@ -221,7 +249,8 @@ impl<'a> Tensors<'a> {
             return format!("GGUF, {types}");
         }
         let layout = if self.transposed { "[in, out] (Paddle layout)" } else { "[out, in] (Hugging Face layout)" };
-        format!("prefix \"{}\", {layout}", self.prefix)
+        let packed = self.checkpoint.packed_forms().map_or(String::new(), |forms| format!(", {forms}"));
+        format!("prefix \"{}\", {layout}{packed}", self.prefix)
     }
 }
 
@@ -257,5 +286,9 @@ impl MatrixSource for StoredMatrix<'_> {
 
     fn row_bf16<'r>(&'r self, row: usize, reader: &'r mut Reader) -> &'r [bf16] {
         self.row(row, &mut reader.bf16)
+    }
+
+    fn row_int8(&self, row: usize, values: &mut Vec<i8>, scales: &mut Vec<f16>) -> bool {
+        StoredMatrix::row_int8(self, row, values, scales)
     }
 }

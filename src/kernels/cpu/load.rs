@@ -42,6 +42,7 @@ pub fn pack<S: MatrixSource>(source: &S, asked: Option<WeightFormat>, columns: C
                 out.bf16.extend_from_slice(source.row_bf16(row, reader));
                 Ok(())
             }
+            WeightFormat::Int8 if source.row_int8(row, &mut out.int8, &mut out.scales8) => Ok(()),
             WeightFormat::Int8 => quantize::row8_into(source.row_f32(row, reader), &mut out.int8, &mut out.scales8),
             WeightFormat::Int4 => {
                 let row = source.row_f32(row, reader);

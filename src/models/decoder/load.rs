@@ -30,7 +30,7 @@ pub enum Place {
 pub fn format_of(quantization: Quantization, place: Place, width: usize) -> Option<WeightFormat> {
     let fits = |format: WeightFormat| width.is_multiple_of(format.block()).then_some(format);
     match (quantization, place) {
-        (Quantization::AsStored, _) | (_, Place::Router) => None,
+        (Quantization::AsStored | Quantization::Unquantized, _) | (_, Place::Router) => None,
         (Quantization::Wint4, Place::Layer) => fits(WeightFormat::Int4).or(fits(WeightFormat::Int8)),
         (Quantization::Wint4 | Quantization::Wint8, _) => fits(WeightFormat::Int8),
     }
@@ -170,7 +170,7 @@ pub fn finer_formats(quantization: Quantization, spec: &ModelSpec) -> Option<Str
         spec.layers.iter().map(|layer| layer.mixer.output_width()).chain(inner).filter(|width| *width > 0).collect();
     let odd = widths.into_iter().filter(|width| format_of(quantization, Place::Layer, *width) != Some(wanted));
     let odd: Vec<String> = odd.map(|width| width.to_string()).collect();
-    (quantization != Quantization::AsStored && !odd.is_empty()).then(|| {
+    (quantization.name().is_some() && !odd.is_empty()).then(|| {
         let (name, widths, block) = (quantization.name().unwrap_or_default(), odd.join(", "), wanted.block());
         format!("QUANTIZATION={name}: rows of {widths} weights cannot be cut into blocks of {block}, and are held in a finer form")
     })
@@ -236,8 +236,10 @@ impl<B: Backend> Loader<'_, '_, B> {
             }
             FeedForwardSpec::Experts(experts) => experts,
         };
-        let router =
-            self.tensors.matrix(&[], &[(&format!("layers.{index}.{}", names.router), experts.routing.experts)], self.spec.hidden_size)?;
+        let router_name = format!("layers.{index}.{}", names.router);
+        let router_parts = [(router_name.as_str(), experts.routing.experts)];
+        let router = self.tensors.matrix(&[], &router_parts, self.spec.hidden_size)?;
+        let router_bias = experts.router_bias.then(|| self.tensors.bias(&[], &router_parts)).transpose()?;
         let shared =
             experts.shared.as_ref().map(|dense| self.dense(index, dense, &[], names.expert.map(|part| format!("{}.{part}", names.shared))));
         let gate = experts
@@ -245,7 +247,7 @@ impl<B: Backend> Loader<'_, '_, B> {
             .then(|| self.tensors.matrix(&[], &[(&format!("layers.{index}.{}", names.shared_gate), 1)], self.spec.hidden_size));
         let gate = gate.transpose()?.map(|gate| self.linear(&gate, Columns::Plain, Place::Router, None));
         Ok(FeedForward::Experts {
-            router: self.linear(&router, Columns::Plain, Place::Router, None)?,
+            router: self.linear(&router, Columns::Plain, Place::Router, router_bias)?,
             experts: self.experts(index, experts)?,
             shared: shared.transpose()?,
             shared_gate: gate.transpose()?,
@@ -274,9 +276,11 @@ impl<B: Backend> Loader<'_, '_, B> {
         let expert = |number: usize| -> Result<Expert<B::Weight, B::Vector>, Failure> {
             if is_stacked {
                 let (inner, hidden) = (spec.intermediate, self.spec.hidden_size);
+                let place = (number, spec.routing.experts);
                 let of = |name: &str, out, input, columns| {
-                    let source = self.tensors.stacked(name, (number, spec.routing.experts), out, input)?;
-                    self.linear(&source, columns, Place::Layer, None)
+                    let source = self.tensors.stacked(name, place, out, input, columns)?;
+                    let bias = spec.bias.then(|| self.tensors.stacked_bias(name, place, out, columns)).transpose()?;
+                    self.linear(&source, columns, Place::Layer, bias)
                 };
                 return Ok(Expert {
                     gate_up: of(&stacked[0], 2 * inner, hidden, Columns::Gated)?,
@@ -284,7 +288,7 @@ impl<B: Backend> Loader<'_, '_, B> {
                 });
             }
             let parts = names.expert.map(|part| format!("{}.{number}.{part}", names.experts));
-            let dense = DenseSpec { intermediate: spec.intermediate, activation: spec.activation, gated: true, bias: false };
+            let dense = DenseSpec { intermediate: spec.intermediate, activation: spec.activation, gated: true, bias: spec.bias };
             let Dense { up, down, .. } = self.dense(index, &dense, &[], parts)?;
             Ok(Expert { gate_up: up, down })
         };

@@ -37,6 +37,9 @@ pub struct TensorNames {
     /// The experts' gates with what they gate `[experts, 2 · intermediate, hidden]`, and their outputs `[experts, hidden, intermediate]`, each in one
     /// tensor, in checkpoints that have them so.
     pub stacked: [&'static str; 2],
+    /// There they lie `[experts, in, out]` instead, unless they are packed, and gates and what they gate take turns. Their biases have the names
+    /// with `_bias`.
+    pub stacked_in_turns: bool,
     /// A network that every token goes through beside its experts; below it the same names.
     pub shared: &'static str,
     /// A row whose product with the input gates the shared network.
@@ -73,6 +76,7 @@ impl TensorNames {
         experts: "mlp.experts",
         expert: ["gate_proj", "up_proj", "down_proj"],
         stacked: ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        stacked_in_turns: false,
         shared: "mlp.shared_experts",
         shared_gate: "mlp.shared_expert_gate",
         scalar: "layer_scalar",
@@ -121,6 +125,8 @@ impl TensorNames {
         stacked: ["block_sparse_moe.input_linear", "block_sparse_moe.output_linear"],
         ..Self::LLAMA
     };
+
+    pub const GPT_OSS: Self = Self { router: "mlp.router", stacked_in_turns: true, ..Self::LLAMA };
 
     pub const MIXTRAL: Self = Self {
         router: "block_sparse_moe.gate",

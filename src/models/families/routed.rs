@@ -1,8 +1,9 @@
 //! Families with routed experts.
 
 use super::{Defaults, Family, LLAMA, Routed, Sliding, TensorNames, dense::ERNIE, refuse_groups};
-use crate::kernels::{NormExtent, Normalize, RouterScore, RoutingSpec};
+use crate::kernels::{Activation, NormExtent, Normalize, RouterScore, RoutingSpec};
 use crate::models::config::Config;
+use crate::models::spec::FeedForward;
 
 pub(super) const FAMILIES: &[Family] = &[
     Family {
@@ -95,6 +96,34 @@ pub(super) const FAMILIES: &[Family] = &[
             model.names = TensorNames::MIXTRAL;
             let routed = top_experts(config, 8, 2)?;
             model.experts(routed, |_| true)
+        },
+    },
+    Family {
+        model_type: "gpt_oss",
+        defaults: Defaults {
+            eps: 1e-5,
+            rope_theta: 150_000.0,
+            max_positions: 131_072,
+            sliding: Some(Sliding::AllBut { nth: 2, window: 128 }),
+            ..LLAMA
+        },
+        adapt: |config, model| {
+            if let Some(limit) = config.number("swiglu_limit")?.filter(|limit| *limit as f32 != Activation::SWIGLU_LIMIT) {
+                return Err(format!("\"swiglu_limit\": {limit} is not supported ({} is)", Activation::SWIGLU_LIMIT));
+            }
+            let bias = config.flag("attention_bias")?.unwrap_or(true);
+            model.biases(bias, bias, false);
+            model.names = TensorNames::GPT_OSS;
+            model.experts(top_experts(config, 128, 4)?, |_| true)?;
+            for layer in &mut model.spec.layers {
+                if let Some(attention) = layer.attention_mut() {
+                    attention.sinks = true;
+                }
+                if let FeedForward::Experts(experts) = &mut layer.feed_forward {
+                    (experts.activation, experts.bias, experts.router_bias) = (Activation::ClampedSwiglu, true, true);
+                }
+            }
+            Ok(())
         },
     },
     Family {
