@@ -201,7 +201,7 @@ impl Step {
         let positions = vec![last; rows];
         let batch_rows: Vec<BatchRow> = (0..rows).map(|row| BatchRow { start: row, len: 1, context, blocks: blocks(row) }).collect();
         let ropes = &decoder.spec.ropes;
-        backend.begin(&Batch { tokens: &tokens, positions: &positions, slots: &slots, rows: &batch_rows, ropes })?;
+        backend.begin(&Batch { tokens: &tokens, positions: &positions, slots: &slots, types: &[], rows: &batch_rows, ropes })?;
         let out = Tensor::zeros((rows, decoder.spec.vocab_size), DType::F32, device)?;
         Ok(Self { backend, decoder, caches, positions: (0..rows).collect(), out })
     }

@@ -342,7 +342,7 @@ mod tests {
 
     #[test]
     fn the_largest_prompt_of_token_ids_fits() {
-        let limits = Limits { max_model_len: 1 << 20, vocab_size: 10, max_num_seqs: 1, max_waiting: 1, memory_bound: None };
+        let limits = Limits { max_model_len: 1 << 20, vocab_size: 10, max_num_seqs: 1, max_waiting: 1, memory_bound: None, pooling: None };
         let ids = format!(r#"{{"prompt":[{}1]}}"#, "1,".repeat((1 << 20) - 1));
         assert!(read(ids.as_bytes(), &BodyLimits::of_model(&limits, Some(8))).is_ok());
         assert!(read(ids.as_bytes(), &BodyLimits::default()).is_err());
@@ -350,8 +350,14 @@ mod tests {
 
     #[test]
     fn a_small_model_needs_no_large_bodies() {
-        let limits =
-            |max_model_len, max_waiting| Limits { max_model_len, vocab_size: 10, max_num_seqs: 1, max_waiting, memory_bound: None };
+        let limits = |max_model_len, max_waiting| Limits {
+            max_model_len,
+            vocab_size: 10,
+            max_num_seqs: 1,
+            max_waiting,
+            memory_bound: None,
+            pooling: None,
+        };
         assert_eq!(BodyLimits::of_model(&limits(1000, 0), Some(10)).bytes, 60_000 + MIB);
         assert_eq!(BodyLimits::of_model(&limits(1000, 9), Some(1)).bytes, 110_000 + MIB);
         assert_eq!(BodyLimits::of_model(&limits(100_000, 500), Some(100)), BodyLimits::default());

@@ -12,12 +12,13 @@ use crate::api::dialects::{Dialect, Prepared, anthropic, chat, completions, fast
 use crate::api::fields::Fields;
 use crate::api::job::{self, JobInput};
 use crate::api::model::ModelInfo;
+use crate::api::pooling::{self, PoolingCall};
 use crate::api::routes::{self, Route};
 use crate::api::run::{RequestStream, Runs, Seeds};
 use crate::api::served::ServedModel;
 use crate::api::{calls, model_list, openapi, reclaim};
 use crate::config::{ApiSettings, ClientKey, NativeFormat, defaults};
-use crate::engine::Handle;
+use crate::engine::{Handle, PoolingTask};
 use crate::error::{Failure, Kind};
 use crate::text::tokenizer::Tokenizer;
 
@@ -100,6 +101,7 @@ impl Service {
         match job::read(input)? {
             JobInput::Call { method, path, body } => self.call(Call { method, path, body, request_id, client: None }).await,
             JobInput::Batch { lines, stream } => self.batch(lines, stream).await,
+            JobInput::Own(body) if self.served.limits.pooling.is_some() => self.pool(pooling::of_job(&body), request_id, body).await,
             JobInput::Own(body) => {
                 let read = match self.served.settings.native_format {
                     NativeFormat::OpenAi => native::read,
@@ -173,11 +175,9 @@ impl Service {
         match route {
             Route::Models => Ok(Reply::Whole(model_list::list(&self.served, call.client.as_deref()))),
             Route::Model(id) => model_list::retrieve(&self.served, &id).map(Reply::Whole),
-            Route::Embeddings => {
-                self.served.check_model(&Fields::new(&call.body)?)?;
-                let message = format!("The model `{}` generates text and does not support the Embeddings API.", self.name());
-                Err(Failure::bad_request("model", message).code("unsupported_value"))
-            }
+            Route::Embeddings => self.pool(pooling::embeddings::read, call.request_id, call.body).await,
+            Route::Rerank => self.pool(pooling::rerank::rerank, call.request_id, call.body).await,
+            Route::Score => self.pool(pooling::rerank::score, call.request_id, call.body).await,
             Route::Responses => self.generate(responses::read, call.request_id, call.body).await,
             Route::Response(id) if call.method == "DELETE" => responses::delete(&self.served, &id).map(Reply::Whole),
             Route::Response(id) => responses::retrieve(&self.served, &id).map(Reply::Whole),
@@ -217,6 +217,7 @@ impl Service {
 
     /// Reads a request, runs it, and gives the answer: as a stream, if the request says so.
     async fn generate(&self, read: Read, id: String, body: Value) -> Result<Reply, Failure> {
+        self.check_generates(&body)?;
         let id = request_id(&body)?.unwrap_or(id);
         let (Prepared { request, mut dialect }, id) = self.prepare(read, id, body).await?;
         let mut run = RequestStream::start(&self.runs, &id, &request)?;
@@ -225,6 +226,32 @@ impl Service {
         }
         let choices = run.collect().await?;
         Ok(Reply::Whole(dialect.whole(choices, run.usage())))
+    }
+
+    /// Embeds texts, or scores pairs of them.
+    async fn pool(&self, read: pooling::Read, id: String, body: Value) -> Result<Reply, Failure> {
+        let id = request_id(&body)?.unwrap_or(id);
+        let of_request = id.clone();
+        let PoolingCall { inputs, write } = self.reading(body, move |served, body| read(served, &of_request, body)).await?;
+        let results = pooling::run(&self.runs, &id, inputs).await?;
+        // Many long vectors take a while to write, too.
+        let written = tokio::task::spawn_blocking(move || write(results)).await;
+        written.map(Reply::Whole).map_err(|error| {
+            tracing::error!("an answer could not be written: {error}");
+            Failure::internal("The answer could not be written.")
+        })
+    }
+
+    /// Refuses to generate with a model that embeds or scores texts.
+    fn check_generates(&self, body: &Value) -> Result<(), Failure> {
+        let Some(spec) = &self.served.limits.pooling else { return Ok(()) };
+        self.served.check_model(&Fields::new(body)?)?;
+        let (does, routes) = match spec.task {
+            PoolingTask::Embed => ("embeds texts", "/v1/embeddings"),
+            PoolingTask::Score => ("scores pairs of texts", "/v1/rerank or /v1/score"),
+        };
+        let message = format!("The model `{}` {does} and generates none; use {routes}.", self.name());
+        Err(Failure::bad_request("model", message).code("unsupported_value"))
     }
 
     /// Tokens of the prompt that a body of Anthropic's comes to.

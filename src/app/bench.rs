@@ -125,7 +125,7 @@ impl Target {
                     let mut moments = Vec::with_capacity(output);
                     loop {
                         match generation.next().await {
-                            Event::Started { .. } | Event::Prompt(_) => {}
+                            Event::Started { .. } | Event::Prompt(_) | Event::Pooled(_) => {}
                             Event::Token(_) => moments.push((begin.elapsed(), 1)),
                             Event::Finished(_) => return Ok(moments),
                             Event::Failed(failure) => return Err(failure),
@@ -189,6 +189,7 @@ fn engine_request(prompt: Vec<u32>, output: usize, grammar: Option<&CompiledGram
         params,
         prompt_logprobs: None,
         deadline: None,
+        pooling: None,
         constraint: grammar.map(CompiledGrammar::constraint),
     }
 }

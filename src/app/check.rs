@@ -38,7 +38,7 @@ async fn model(settings: &Settings) -> Result<(), Failure> {
     };
     say(&format!("model: {} from {}", files.name, files.origin));
     list_files(&files);
-    let model = Model::from_files(&files)?;
+    let model = Model::from_files(&files)?.for_task(&files, &settings.engine)?;
     let checkpoint = Checkpoint::open(&files, model.spec.quantized.as_deref())?;
     let tensors = Tensors::find(&checkpoint, &model)?;
     let parameters = ModelSpec { tied: tensors.tied, ..model.spec.clone() }.parameters();

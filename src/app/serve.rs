@@ -383,6 +383,8 @@ mod tests {
             max_num_seqs: 4,
             max_num_batched_tokens: 64,
             memory_bound: false,
+            pooling: None,
+            whole_prompts: false,
         };
         let engine = engine::start(|| Ok(Fragile(shape)), engine::EngineOptions::default()).await.unwrap();
         Arc::new(Service::new(ApiSettings::default(), engine, tokenizer, ModelInfo::from_files(&files).unwrap()).unwrap())

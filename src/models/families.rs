@@ -9,10 +9,14 @@ use crate::checkpoint::files::ModelFiles;
 use crate::error::Failure;
 use crate::kernels::{Activation, AttentionSpec, NormExtent, NormKind, Pairing, QkNorm, Rope, RopeTable, RoutingSpec};
 use crate::models::config::Config;
+use crate::models::pooling::Classifier;
 use crate::models::rope;
-use crate::models::spec::{AttentionLayer, DenseSpec, ExpertsSpec, FeedForward, LayerSpec, LongRopes, ModelSpec, NormSpec, Residual};
+use crate::models::spec::{
+    AttentionLayer, DenseSpec, EmbeddingsSpec, ExpertsSpec, FeedForward, LayerSpec, LongRopes, ModelSpec, NormSpec, Residual,
+};
 
 mod dense;
+mod encoders;
 mod names;
 mod routed;
 
@@ -23,6 +27,8 @@ pub use names::TensorNames;
 pub struct Model {
     pub spec: ModelSpec,
     pub names: TensorNames,
+    /// Behind the pooling, if it is a cross-encoder.
+    pub classifier: Classifier,
 }
 
 /// One `model_type`.
@@ -60,6 +66,8 @@ enum Sliding {
     AfterFirst,
     /// All but every n-th (Gemma), and how many positions they see, where no key says so.
     AllBut { nth: u64, window: usize },
+    /// All but the first of every n, and over how many positions their windows go, half of them on each side (ModernBERT).
+    Around { nth: u64, window: usize },
 }
 
 const LLAMA: Defaults = Defaults {
@@ -77,7 +85,7 @@ const LLAMA: Defaults = Defaults {
 
 /// Every family that is served.
 fn families() -> impl Iterator<Item = &'static Family> {
-    dense::FAMILIES.iter().chain(routed::FAMILIES)
+    dense::FAMILIES.iter().chain(routed::FAMILIES).chain(encoders::FAMILIES)
 }
 
 /// The `model_type`s that are served.
@@ -98,7 +106,8 @@ impl Model {
     }
 
     pub fn from_config(config: &Value) -> Result<Self, String> {
-        let config = Config(config);
+        let translated = encoders::in_common_words(config)?;
+        let config = Config(translated.as_ref().unwrap_or(config));
         let model_type = config.text("model_type")?.unwrap_or_default();
         let family = families().find(|family| family.model_type == model_type).ok_or_else(|| {
             let known: Vec<_> = model_types().collect();
@@ -106,6 +115,9 @@ impl Model {
         })?;
         let mut model = llama_like(config, family)?;
         (family.adapt)(config, &mut model)?;
+        if config.flag("is_causal")? == Some(false) {
+            model.attention(|spec| spec.causal = false);
+        }
         if config.has("gguf") {
             model.as_converted(config.object("gguf")?)?;
         }
@@ -134,7 +146,7 @@ impl Model {
         for layer in &mut self.spec.layers {
             (layer.attention.qkv_bias, layer.attention.output_bias) = (qkv, output);
             if let FeedForward::Dense(dense) = &mut layer.feed_forward {
-                dense.bias = feed_forward;
+                (dense.bias, dense.down_bias) = (feed_forward, feed_forward);
             }
         }
     }
@@ -278,6 +290,7 @@ fn llama_like<'a>(config: Config<'a>, family: &'a Family) -> Result<Model, Strin
         activation: activation(config, defaults)?,
         gated: true,
         bias: false,
+        down_bias: false,
     };
     let mut layer = |(index, layer_type): (usize, &LayerType<'a>)| -> Result<LayerSpec, String> {
         let (kv_heads, head_dim) = heads_of_layer(config, index, layer_type, (kv_heads, head_dim))?;
@@ -286,6 +299,7 @@ fn llama_like<'a>(config: Config<'a>, family: &'a Family) -> Result<Model, Strin
             kv_heads,
             head_dim,
             scale: 1.0 / (head_dim as f32).sqrt(),
+            causal: true,
             window: layer_type.window,
             soft_cap: None,
             rope: Some(Rope { table: ropes.of(layer_type.name, head_dim)?, pairing: defaults.pairing }),
@@ -295,7 +309,7 @@ fn llama_like<'a>(config: Config<'a>, family: &'a Family) -> Result<Model, Strin
         };
         let attention = AttentionLayer { spec, qkv_bias: false, output_bias: false, sinks: false, values_are_keys: false };
         let feed_forward = FeedForward::Dense(dense.clone());
-        Ok(LayerSpec { attention, feed_forward, residual: Residual::Sequential, residual_scale: 1.0, scalar: false })
+        Ok(LayerSpec { attention, feed_forward, residual: Residual::Sequential, bare_attention: false, residual_scale: 1.0, scalar: false })
     };
     let layers = types.iter().enumerate().map(&mut layer).collect::<Result<Vec<_>, _>>()?;
     let spec = ModelSpec {
@@ -304,6 +318,9 @@ fn llama_like<'a>(config: Config<'a>, family: &'a Family) -> Result<Model, Strin
         hidden_size,
         max_positions: config.size("max_position_embeddings", Some(defaults.max_positions))?,
         embedding_scale: 1.0,
+        embeddings: EmbeddingsSpec::default(),
+        final_norm: true,
+        pooling: None,
         layers,
         long_ropes: ropes.long()?,
         ropes: ropes.tables,
@@ -318,7 +335,7 @@ fn llama_like<'a>(config: Config<'a>, family: &'a Family) -> Result<Model, Strin
         logit_cap: None,
         quantized: quantized(config)?,
     };
-    Ok(Model { spec, names: TensorNames::LLAMA })
+    Ok(Model { spec, names: TensorNames::LLAMA, classifier: Classifier::of_decoder(hidden_size) })
 }
 
 /// The key/value heads and the components of a head of one layer: `common`, unless the configuration says otherwise of this layer or of those
@@ -359,6 +376,7 @@ fn layer_types<'a>(config: Config<'a>, sliding: Option<Sliding>) -> Result<Vec<L
         Sliding::AfterFirst if !config.flag("use_sliding_window")?.unwrap_or(false) => None,
         Sliding::AfterFirst => config.count("sliding_window")?,
         Sliding::AllBut { window, .. } => Some(config.count("sliding_window")?.unwrap_or(window)),
+        Sliding::Around { window, .. } => Some(config.count("local_attention")?.unwrap_or(window) / 2 + 1),
     };
     let Some(window) = window.filter(|window| *window > 0) else { return Ok((0..layers).map(full).collect()) };
     let of = |name: &'a str| match name {
@@ -381,6 +399,10 @@ fn layer_types<'a>(config: Config<'a>, sliding: Option<Sliding>) -> Result<Vec<L
         Sliding::AllBut { nth, .. } => {
             let nth = config.size("sliding_window_pattern", Some(nth))?;
             Box::new(move |layer| (layer + 1) % nth != 0)
+        }
+        Sliding::Around { nth, .. } => {
+            let nth = config.size("global_attn_every_n_layers", Some(nth))?;
+            Box::new(move |layer| layer % nth != 0)
         }
     };
     (0..layers).map(|layer| of(if is_sliding(layer) { SLIDING } else { FULL })).collect()
@@ -453,6 +475,11 @@ impl<'a> Ropes<'a> {
             return rope::table(Config(&Value::Null), head_dim, theta);
         }
         let mut parameters = config.rope_parameters(layer_type)?;
+        // ModernBERT's older keys.
+        let older = if is_sliding { "local_rope_theta" } else { "global_rope_theta" };
+        if let Some(theta) = config.number(older)?.filter(|_| !parameters.has("rope_theta")) {
+            return rope::table(parameters, self.rotated(parameters, head_dim)?, theta);
+        }
         let theta = self.theta(parameters)?;
         // Olmo 3 stretches its layers without a window alone.
         if is_sliding && self.config.text("model_type")? == Some("olmo3") && !parameters.has("rope_theta") {
@@ -498,6 +525,7 @@ fn activation(config: Config<'_>, defaults: &Defaults) -> Result<Activation, Str
         "silu" | "swish" => Ok(Activation::Silu),
         "gelu_pytorch_tanh" | "gelu_new" => Ok(Activation::GeluTanh),
         // The first releases of Gemma wrote this and meant the other.
+        "gelu" if defaults.activation == "gelu" => Ok(Activation::Gelu),
         "gelu" if defaults.activation == "gelu_pytorch_tanh" => Ok(Activation::GeluTanh),
         "relu2" => Ok(Activation::Relu2),
         other => Err(format!("{key} \"{other}\" is not supported (silu, gelu_pytorch_tanh and relu2 are)")),

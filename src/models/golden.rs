@@ -163,6 +163,7 @@ pub(crate) fn chunk(ids: &[u32], from: usize, to: usize, block_size: usize) -> P
         tokens: ids[from..to].to_vec(),
         positions: (from as u32..to as u32).collect(),
         slots: (from..to).map(slot).collect(),
+        types: Vec::new(),
         rows: vec![Row {
             start: 0,
             len: to - from,
@@ -170,6 +171,7 @@ pub(crate) fn chunk(ids: &[u32], from: usize, to: usize, block_size: usize) -> P
             blocks: Arc::new(blocks),
             sampling: Some(greedy()),
             draft_len: 0,
+            pools: false,
             score: None,
         }],
     }
@@ -491,7 +493,7 @@ fn values_inside_the_layers<B: Backend>(mut backend: B, what: &str) {
         values[values.len() / t * (t - 1)..].to_vec()
     };
     let embedding = weights("embed_tokens").linear(&backend, Columns::Plain, None);
-    backend.begin(&Batch { tokens: &IDS, positions: &positions, slots: &positions, rows: &rows, ropes: &ropes }).unwrap();
+    backend.begin(&Batch { tokens: &IDS, positions: &positions, slots: &positions, types: &[], rows: &rows, ropes: &ropes }).unwrap();
     backend.embed(&embedding.weight, 1.0, &mut x).unwrap();
     for n in 0..2 {
         let what = |value: &str| format!("{what}: {value}");

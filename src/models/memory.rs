@@ -1,5 +1,7 @@
 //! The memory plan: how much the machine has, and how much of it the model will take. It is made before anything is allocated.
 
+use std::sync::Arc;
+
 use crate::config::{EngineSettings, defaults};
 use crate::error::Failure;
 use crate::kernels::Footprint;
@@ -15,6 +17,11 @@ pub use host::{host_memory, peak_rss_mb, threads};
 
 /// Rows of logits computed at a time. It bounds their memory when many tokens are sampled or scored in one step.
 pub const LOGITS_ROWS: usize = 16;
+
+/// Rows of results computed at a time: of logits, or of everything that is pooled in one step.
+pub fn result_rows(model: &ModelSpec, max_num_seqs: usize) -> usize {
+    if model.pooling.is_some() { max_num_seqs } else { LOGITS_ROWS }
+}
 
 /// The kind of memory a plan is made for.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -54,6 +61,7 @@ impl MemoryPlan {
         settings: &EngineSettings,
     ) -> Result<Self, Failure> {
         let limit = model.max_positions;
+        let whole = model.runs_whole();
         if let Some(asked) = settings.max_model_len.filter(|asked| *asked > limit) {
             return Err(Failure::internal(format!(
                 "MAX_MODEL_LEN={asked} is more than the {limit} positions this model has; lower it, or leave it unset for auto"
@@ -61,10 +69,22 @@ impl MemoryPlan {
         }
         let need = Need::new::<F>(model, weights_bytes, memory, settings)?;
         let Need { batch, block_size, block_bytes, .. } = need;
-        let wanted = settings.max_model_len.unwrap_or(limit);
+        let mut wanted = settings.max_model_len.unwrap_or(limit);
+        if whole {
+            if let (Some(asked), Some(tokens)) = (settings.max_model_len, settings.max_num_batched_tokens.filter(|tokens| *tokens < wanted))
+            {
+                return Err(Failure::internal(format!(
+                    "MAX_NUM_BATCHED_TOKENS={tokens} is less than MAX_MODEL_LEN={asked}, and this model runs a text in one step; raise it or \
+                     leave it to auto"
+                )));
+            }
+            wanted = wanted.min(batch.tokens);
+        }
         // More blocks than this cannot all be in use at once. A size that was set is kept all the same: the prefix cache uses the rest.
         let useful = match settings.kv_cache_gb {
             Some(_) => usize::MAX,
+            // What runs and as much again that waits for the next step.
+            None if whole => (2 * batch.tokens.div_ceil(block_size)).saturating_add(batch.seqs),
             None => batch.seqs.saturating_mul(wanted.div_ceil(block_size)),
         };
         // Slots are numbered in 32 bits.
@@ -94,6 +114,8 @@ impl MemoryPlan {
             max_num_seqs: batch.seqs,
             max_num_batched_tokens: batch.tokens,
             memory_bound: room < wanted,
+            pooling: model.pooling.clone().map(Arc::new),
+            whole_prompts: whole,
         };
         let step_bytes = if memory.gpu { 0 } else { need.step_bytes };
         let auto = if memory.gpu { "GPU_MEMORY_UTILIZATION, MAX_NUM_SEQS or MAX_MODEL_LEN" } else { "KV_CACHE_GB (now auto)" };
@@ -180,13 +202,19 @@ struct Need<'a> {
 impl<'a> Need<'a> {
     fn new<F: Footprint>(model: &ModelSpec, weights: usize, memory: Memory, settings: &'a EngineSettings) -> Result<Self, Failure> {
         let block_size = settings.block_size.unwrap_or(defaults::BLOCK_SIZE);
-        let batch = Batch::new(memory.gpu, settings)?;
+        let mut batch = Batch::new(memory.gpu, settings)?;
+        if model.runs_whole() && settings.max_num_batched_tokens.is_none() {
+            batch.tokens = batch.tokens.max(settings.max_model_len.unwrap_or(model.max_positions));
+        }
+        if model.pooling.is_some() && settings.max_num_seqs.is_none() {
+            batch.seqs = batch.seqs.max(defaults::POOLING_SEQS).min(batch.tokens);
+        }
         let usual = Batch::new(memory.gpu, &EngineSettings::default())?;
         let block_bytes = model.layers.iter().map(|layer| F::kv_block_bytes(layer.attention.spec.kv_shape(1, block_size))).sum();
         let threads = threads(settings);
         let step_bytes = |tokens: usize| {
-            let sampling = threads.checked_mul(sample::scratch_bytes(model.vocab_size))?;
-            let limits = model.step_limits(tokens, LOGITS_ROWS, block_size);
+            let sampling = threads.checked_mul(if model.pooling.is_some() { 0 } else { sample::scratch_bytes(model.vocab_size) })?;
+            let limits = model.step_limits(tokens, result_rows(model, batch.seqs), block_size);
             F::own_bytes(&limits, threads)?.checked_add(buffer_bytes::<F>(model, &limits)?)?.checked_add(sampling)
         };
         let bytes_or_all = |tokens| step_bytes(tokens).unwrap_or(usize::MAX);

@@ -9,6 +9,7 @@ pub use crate::config::LogprobsMode;
 use crate::error::Failure;
 
 pub use mask::{Allowed, PendingMasks, TokenMask};
+pub use pooling::{Dimensions, PoolingSpec, PoolingTask};
 pub use sample::{SamplingMetadata, SamplingParams, TokenCounts};
 
 mod config;
@@ -17,6 +18,7 @@ pub mod device;
 pub mod families;
 mod mask;
 pub mod memory;
+pub mod pooling;
 pub mod quality;
 mod rope;
 pub mod runner;
@@ -35,6 +37,8 @@ pub struct Plan {
     pub positions: Vec<u32>,
     /// KV slot each token is written to, `block * block_size + offset`, `[tokens]`.
     pub slots: Vec<u32>,
+    /// Type of each token: 1 in the second text of a pair. Empty where all are 0; else `[tokens]`.
+    pub types: Vec<u32>,
     pub rows: Vec<Row>,
 }
 
@@ -44,6 +48,7 @@ impl Plan {
         self.tokens.clear();
         self.positions.clear();
         self.slots.clear();
+        self.types.clear();
         self.rows.clear();
     }
 }
@@ -64,6 +69,8 @@ pub struct Row {
     /// How many of this row's tokens, counted from its end, are draft tokens (speculation). One token is sampled after the token before
     /// the drafts and one after each draft: `draft_len + 1` samples, with indices from `sampling.index` on. 0 when nothing is sampled.
     pub draft_len: usize,
+    /// The row ends a sequence that is pooled: [`Output::pooled`] gets what it becomes.
+    pub pools: bool,
     /// Asks how probable the prompt's tokens were: for each token of this row, the log probability of the one that follows it.
     pub score: Option<Score>,
 }
@@ -106,6 +113,8 @@ pub struct Output {
     pub logprobs: Vec<Option<Logprobs>>,
     /// The log probabilities of all targets of the rows with a [`Score`], in row order.
     pub scores: Vec<Logprobs>,
+    /// What the rows that pool become, in row order.
+    pub pooled: Vec<Vec<f32>>,
     /// Results without meaning, because their logits were not finite or every token was suppressed. An index below `tokens.len()` is one of
     /// `tokens`; from there on it is `tokens.len()` plus an index of `scores`.
     pub failed: Vec<usize>,
@@ -117,6 +126,7 @@ impl Output {
         self.tokens.clear();
         self.logprobs.clear();
         self.scores.clear();
+        self.pooled.clear();
         self.failed.clear();
     }
 }
@@ -153,6 +163,10 @@ pub struct Shape {
     pub max_num_batched_tokens: usize,
     /// `max_model_len` is bounded by the size of the KV cache, and not by the model or a setting.
     pub memory_bound: bool,
+    /// What sequences become; `None`: the model generates text.
+    pub pooling: Option<Arc<PoolingSpec>>,
+    /// A sequence runs in one step, as a whole.
+    pub whole_prompts: bool,
 }
 
 /// What a failed step says about the worker.
@@ -228,5 +242,7 @@ mod golden_families;
 mod golden_files;
 #[cfg(test)]
 mod golden_gguf;
+#[cfg(test)]
+mod golden_pooling;
 #[cfg(test)]
 mod golden_quantized;

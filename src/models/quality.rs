@@ -23,10 +23,17 @@ pub fn logits_of(runner: &mut ModelRunner, ids: &[u32]) -> Result<Vec<Vec<f32>>,
             blocks: blocks.clone(),
             sampling: Some(greedy.into()),
             draft_len: tokens.len() - 1,
+            pools: false,
             score: None,
         };
         let positions: Vec<u32> = (from as u32..to as u32).collect();
-        logits.extend(runner.logits(&Plan { tokens: tokens.to_vec(), slots: positions.clone(), positions, rows: vec![row] })?);
+        logits.extend(runner.logits(&Plan {
+            tokens: tokens.to_vec(),
+            slots: positions.clone(),
+            positions,
+            types: Vec::new(),
+            rows: vec![row],
+        })?);
     }
     Ok(logits)
 }

@@ -75,7 +75,7 @@ impl ModelRunner {
         settings: &EngineSettings,
     ) -> Result<Self, Failure> {
         let threads = memory::threads(settings);
-        let model = Model::from_files(files)?;
+        let model = Model::from_files(files)?.for_task(files, settings)?;
         let checkpoint = Checkpoint::open(files, model.spec.quantized.as_deref())?;
         if checkpoint.is_quantized() {
             check_quantized(device, &format!("{}, a quantized GGUF file", files.name))?;
@@ -87,7 +87,9 @@ impl ModelRunner {
         }
         let planned = Planned::on(device, &model, &tensors, model.spec.vocab_size, settings)?;
         planned.memory.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
-        let limits = model.spec.step_limits(planned.memory.shape.max_num_batched_tokens, LOGITS_ROWS, planned.memory.shape.block_size);
+        let shape = &planned.memory.shape;
+        let results = memory::result_rows(&model.spec, shape.max_num_seqs);
+        let limits = model.spec.step_limits(shape.max_num_batched_tokens, results, shape.block_size);
         let about = About {
             device: planned.device.clone(),
             threads: if device.is_cpu() { threads } else { 0 },
@@ -184,12 +186,15 @@ pub(super) fn sized<F: Footprint>(model: &Model, tensors: &Tensors<'_>, quantiza
     let limits = model.spec.step_limits(1, 1, 1);
     let mut decoder = Decoder::load(model.spec.clone(), tensors, &backend, quantization, &limits)?;
     let row = BatchRow { start: 0, len: 1, context: 1, blocks: Default::default() };
-    let batch = Batch { tokens: &[0], positions: &[0], slots: &[0], rows: &[row], ropes: &model.spec.ropes };
+    let batch = Batch { tokens: &[0], positions: &[0], slots: &[0], types: &[], rows: &[row], ropes: &model.spec.ropes };
     let mut run = || {
         let mut caches = decoder.kv_caches(&backend, 1, 1)?;
         backend.begin(&batch)?;
         decoder.forward(&mut backend, &mut caches)?;
-        decoder.head(&mut backend, &[0])
+        match &model.spec.pooling {
+            Some(pooling) => decoder.pool(&mut backend, pooling.pooling, &[0..1]),
+            None => decoder.head(&mut backend, &[0]),
+        }
     };
     run().map_err(device_failure)?;
     let weights = |operation: &&Operation| matches!(operation.name, "linear" | "experts");
@@ -325,13 +330,30 @@ impl<B: Backend> DeviceRunner<B> {
         self.rows.clear();
         let row = |row: &crate::models::Row| BatchRow { start: row.start, len: row.len, context: row.context, blocks: row.blocks.clone() };
         self.rows.extend(plan.rows.iter().map(row));
-        let (tokens, positions, slots) = (&plan.tokens, &plan.positions, &plan.slots);
-        self.backend.begin(&Batch { tokens, positions, slots, rows: &self.rows, ropes: &self.decoder.spec.ropes })?;
+        let Plan { tokens, positions, slots, types, .. } = plan;
+        self.backend.begin(&Batch { tokens, positions, slots, types, rows: &self.rows, ropes: &self.decoder.spec.ropes })?;
         let done = self.decoder.forward(&mut self.backend, &mut self.caches);
         // NOTE: lets go of the plan's block tables. As long as one is shared, a sequence that grows would have to copy it.
         self.rows.clear();
         self.backend.end();
         done
+    }
+
+    /// What the rows of the plan that pool become.
+    fn pool(&mut self, plan: &Plan, output: &mut Output) -> TensorResult<()> {
+        let spans: Vec<_> = plan.rows.iter().filter(|row| row.pools).map(|row| row.start..row.start + row.len).collect();
+        let Some(pooling) = self.decoder.spec.pooling.as_ref().map(|spec| spec.pooling).filter(|_| !spans.is_empty()) else {
+            return Ok(());
+        };
+        self.decoder.pool(&mut self.backend, pooling, &spans)?;
+        let results: Vec<Mutex<Vec<f32>>> = spans.iter().map(|_| Mutex::default()).collect();
+        self.backend.each_row(self.decoder.pooled(), &|row, numbers| {
+            if let Some(Ok(mut result)) = results.get(row).map(Mutex::lock) {
+                result.extend_from_slice(numbers);
+            }
+        })?;
+        output.pooled.extend(results.into_iter().map(|result| result.into_inner().unwrap_or_default()));
+        Ok(())
     }
 
     /// Samples and scores from the current logits: those of `count` wanted tokens, beginning with the `first`.
@@ -452,6 +474,7 @@ impl<B: Backend> Runner for DeviceRunner<B> {
         self.forward(plan).map_err(step_error)?;
         let mut output = std::mem::take(&mut self.spare);
         output.clear();
+        self.pool(plan, &mut output).map_err(step_error)?;
         let all = wanted(plan).count();
         for first in (0..all).step_by(LOGITS_ROWS) {
             let count = LOGITS_ROWS.min(all - first);

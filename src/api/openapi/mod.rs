@@ -207,7 +207,6 @@ fn responses(operation: &Operation) -> Map<String, Value> {
             };
             responses.insert("200".to_owned(), ok(json!({kind: {"schema": {"type": "string"}}}), words));
         }
-        AnswerShape::Never => {}
     }
     let form = match operation.errors {
         ErrorForm::Anthropic => "AnthropicFailure",
@@ -256,6 +255,8 @@ mod tests {
             Route::Models => "/v1/models",
             Route::Model(_) => "/v1/models/{model}",
             Route::Embeddings => "/v1/embeddings",
+            Route::Rerank => "/v1/rerank",
+            Route::Score => "/v1/score",
             Route::Responses => "/v1/responses",
             Route::Response(_) => "/v1/responses/{id}",
             Route::InputItems { .. } => "/v1/responses/{id}/input_items",
@@ -277,7 +278,16 @@ mod tests {
     fn every() -> Vec<Route> {
         let id = || "i".to_owned();
         let with_ids = [Route::Model(id()), Route::Response(id()), Route::InputItems { id: id(), query: String::new() }];
-        let openai = [Route::Chat, Route::Completions, Route::Models, Route::Embeddings, Route::Responses, Route::Document];
+        let openai = [
+            Route::Chat,
+            Route::Completions,
+            Route::Models,
+            Route::Embeddings,
+            Route::Rerank,
+            Route::Score,
+            Route::Responses,
+            Route::Document,
+        ];
         let of_others =
             [Route::Messages, Route::CountTokens, Route::FastChat, Route::TokenCheck, Route::Abort, Route::Version, Route::Load];
         let of_tokens = [Route::Tokenize, Route::Detokenize, Route::ApplyTemplate, Route::Render];

@@ -145,6 +145,8 @@ pub async fn world_with(says: &[Vec<Say>], settings: ApiSettings, files: ModelFi
         max_num_seqs: 8,
         max_num_batched_tokens: 64,
         memory_bound: false,
+        pooling: None,
+        whole_prompts: false,
     };
     let engine =
         engine::start(move || Ok(Scripted { shape, scripts, pace }), engine::EngineOptions { max_waiting: 32, ..Default::default() })

@@ -30,12 +30,14 @@ fn shape(blocks: usize, block_size: usize, seqs: usize, batched: usize) -> Shape
         max_num_seqs: seqs,
         max_num_batched_tokens: batched,
         memory_bound: true,
+        pooling: None,
+        whole_prompts: false,
     }
 }
 
 fn request(prompt: Vec<u32>, max_tokens: usize) -> Request {
     let params = SamplingParams { temperature: 0.0, max_tokens, ..Default::default() };
-    Request { id: "t".into(), prompt: Arc::new(prompt), params, prompt_logprobs: None, deadline: None, constraint: None }
+    Request { id: "t".into(), prompt: Arc::new(prompt), params, prompt_logprobs: None, deadline: None, pooling: None, constraint: None }
 }
 
 /// A model whose KV cache is a table of tokens by slot: a row's context is read back through its block table.
