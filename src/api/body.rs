@@ -42,7 +42,11 @@ impl BodyLimits {
         let most = Self::default();
         // One token of text: JSON writes a byte in six at most (`\u0001`). One token as an id: up to ten digits and a comma.
         let token = longest_token.map_or(usize::MAX, |bytes| bytes.saturating_mul(6).max(11));
-        let sequences = limits.max_num_seqs.saturating_add(limits.max_waiting);
+        let sequences = match limits.pooling {
+            None => limits.max_num_seqs.saturating_add(limits.max_waiting),
+            // Many texts wait in their request, and those that are too long may be cut.
+            Some(_) => usize::MAX,
+        };
         let text = sequences.saturating_mul(limits.max_model_len).saturating_mul(token);
         // One prompt of token ids always fits, however long the context is.
         let ids = limits.max_model_len.saturating_mul(ELEMENT).saturating_add(MIB);

@@ -43,6 +43,7 @@ async fn model(settings: &Settings) -> Result<(), Failure> {
     let tensors = Tensors::find(&checkpoint, &model)?;
     let parameters = ModelSpec { tied: tensors.tied, ..model.spec.clone() }.parameters();
     say(&format!("architecture: {} with {} layers, {parameters} parameters", model.spec.model_type, model.spec.layers.len()));
+    model.spec.pooling.iter().for_each(|pooling| say(&format!("task: {}", pooling.describe())));
     say(&format!("checkpoint: {}", tensors.describe()));
     let tokenizer = Tokenizer::load(&files)?;
     say(&format!("tokenizer: {} ids", tokenizer.vocab_size()));

@@ -42,6 +42,7 @@ pub async fn load(settings: &Settings) -> Result<Loaded, Failure> {
     let service = Arc::new(Service::new(settings.api.clone(), engine.clone(), tokenizer, info)?);
     tracing::info!("model {} from {}", files.name, files.origin);
     tracing::info!("device {}, {} threads, weights {}, {} parameters", about.device, about.threads, about.weights, about.parameters);
+    engine.limits().pooling.iter().for_each(|pooling| tracing::info!("task: {}", pooling.describe()));
     about.memory.iter().for_each(|line| tracing::info!("{line}"));
     tracing::info!("ready in {} ms (finding the files {} ms)", begin.elapsed().as_millis(), found.as_millis());
     Ok(Loaded { service, engine })

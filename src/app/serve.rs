@@ -17,7 +17,7 @@ use crate::api::frames;
 use crate::api::tally::{End, Tally};
 use crate::api::{Call, Reply, Service};
 use crate::config::{RunpodSettings, SecretString, ServerSettings, Settings, defaults};
-use crate::engine::Handle;
+use crate::engine::{Handle, PoolingTask};
 use crate::error::{Failure, Kind};
 use crate::runpod::Ended;
 use crate::server::{self, ConnectionLimits, Door, Endpoints, Metrics, Phase, Readiness, ServerOptions, connections, endpoint};
@@ -338,9 +338,12 @@ fn welcome(base: &str, loaded: &Loaded) {
     tracing::info!("OpenAI API         {base}/v1");
     tracing::info!("the same as a job  {base}/v2/{LOCAL_ENDPOINT}/openai/v1");
     tracing::info!("RunPod endpoint    {base}/v2/{LOCAL_ENDPOINT}/runsync");
-    tracing::info!(
-        "try it: curl {base}/v1/chat/completions -H 'content-type: application/json' -d '{{\"model\":\"{name}\",\"messages\":[{{\"role\":\"user\",\"content\":\"What is the capital of France?\"}}]}}'"
-    );
+    let (route, body) = match loaded.engine.limits().pooling.as_ref().map(|pooling| pooling.task) {
+        None => ("chat/completions", r#""messages":[{"role":"user","content":"What is the capital of France?"}]"#),
+        Some(PoolingTask::Embed) => ("embeddings", r#""input":"What is the capital of France?""#),
+        Some(PoolingTask::Score) => ("rerank", r#""query":"What is the capital of France?","documents":["Paris","Rome"]"#),
+    };
+    tracing::info!("try it: curl {base}/v1/{route} -H 'content-type: application/json' -d '{{\"model\":\"{name}\",{body}}}'");
 }
 
 #[cfg(test)]

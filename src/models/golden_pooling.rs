@@ -190,6 +190,13 @@ fn settings_come_before_the_models_files() {
     assert_eq!((spec.pooling, spec.normalize, spec.width), (Pooling::Cls, true, 64));
     let spec = given(TaskChoice::Pooling, serde_json::json!({"pooling_type": "mean", "normalize": false, "is_matryoshka": true})).unwrap();
     assert_eq!((spec.pooling, spec.normalize, spec.dimensions), (Pooling::Mean, false, super::Dimensions::Any));
+    let (plain, asked) = (Golden::read("qwen3").files(), serde_json::json!({"pooling_type": "LAST"}).as_object().cloned());
+    let of_plain = |settings: &EngineSettings| super::families::Model::from_files(&plain).unwrap().for_task(&plain, settings);
+    let failure = of_plain(&EngineSettings { pooler: asked.clone(), ..EngineSettings::default() }).unwrap_err();
+    assert!(failure.message.contains("POOLER_CONFIG is set, and this model generates text"), "{failure}");
+    let embeds = of_plain(&EngineSettings { task: TaskChoice::Embed, pooler: asked, ..EngineSettings::default() }).unwrap();
+    assert_eq!(embeds.spec.pooling.map(|spec| spec.pooling), Some(Pooling::Last));
+    assert_eq!(of_plain(&EngineSettings::default()).unwrap().spec.pooling, None);
     for (task, pooler, words) in [
         (TaskChoice::Generate, serde_json::json!({}), "cannot generate text"),
         (TaskChoice::Score, serde_json::json!({}), "2 labels"),

@@ -77,6 +77,28 @@ pub struct Classifier {
     pub layers: Vec<HeadLayer>,
 }
 
+impl PoolingSpec {
+    /// A line for the log and `check`.
+    pub fn describe(&self) -> String {
+        let rows = match self.pooling {
+            Pooling::Cls => "the first token's row",
+            Pooling::Mean => "the mean of all rows",
+            Pooling::Last => "the last token's row",
+        };
+        let head = match self.head.len() {
+            0 => String::new(),
+            layers => format!(" through {layers} layers"),
+        };
+        let result = match (self.task, self.normalize, self.sigmoid) {
+            (PoolingTask::Embed, true, _) => format!("{} numbers of length 1", self.width),
+            (PoolingTask::Embed, false, _) => format!("{} numbers", self.width),
+            (PoolingTask::Score, _, true) => "a score from 0 to 1".to_owned(),
+            (PoolingTask::Score, ..) => "a score".to_owned(),
+        };
+        format!("it {} texts: {rows}{head}, {result}", self.task.verb())
+    }
+}
+
 impl HeadLayer {
     pub fn new(name: impl Into<String>, input: usize, output: usize) -> Self {
         Self { name: name.into(), input, output, bias: true, activation: None, norm: None }
@@ -101,9 +123,14 @@ impl Model {
         let modules = SentenceTransformers::read(files)?;
         let named = |problem: String| Failure::internal(format!("{}: {problem}", files.name));
         let task = self.task(Config(&config), modules.is_some(), settings.task).map_err(named)?;
-        let Some(task) = task else { return Ok(self) };
+        let Some(task) = task else {
+            return match settings.pooler {
+                None => Ok(self),
+                Some(_) => Err(named("POOLER_CONFIG is set, and this model generates text; unset it, or set TASK=embed".to_owned())),
+            };
+        };
         let pooler = settings.pooler.as_ref().map(|pooler| Value::Object(pooler.clone())).unwrap_or_default();
-        let in_files = |problem: String| named(format!("as a model that {}: {problem}", task.verb()));
+        let in_files = |problem: String| named(format!("as a model that {} texts: {problem}", task.verb()));
         let mut spec = match task {
             PoolingTask::Embed => self.embedder(modules.as_ref()).map_err(in_files)?,
             PoolingTask::Score => self.reranker(Config(&config)).map_err(in_files)?,
@@ -196,7 +223,7 @@ impl PoolingTask {
     fn verb(self) -> &'static str {
         match self {
             Self::Embed => "embeds",
-            Self::Score => "scores",
+            Self::Score => "scores pairs of",
         }
     }
 }

@@ -331,6 +331,8 @@ impl<B: Backend> DeviceRunner<B> {
         let row = |row: &crate::models::Row| BatchRow { start: row.start, len: row.len, context: row.context, blocks: row.blocks.clone() };
         self.rows.extend(plan.rows.iter().map(row));
         let Plan { tokens, positions, slots, types, .. } = plan;
+        // A tokenizer may tell types apart that the model does not know.
+        let types = if self.decoder.spec.embeddings.types > 1 { types.as_slice() } else { &[] };
         self.backend.begin(&Batch { tokens, positions, slots, types, rows: &self.rows, ropes: &self.decoder.spec.ropes })?;
         let done = self.decoder.forward(&mut self.backend, &mut self.caches);
         // NOTE: lets go of the plan's block tables. As long as one is shared, a sequence that grows would have to copy it.

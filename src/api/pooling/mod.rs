@@ -66,7 +66,7 @@ pub async fn run(runs: &Runs, id: &str, inputs: Vec<Input>) -> Result<Vec<Vec<f3
         let request = Request {
             id: id.clone(),
             prompt: input.ids,
-            params: SamplingParams::default(),
+            params: SamplingParams { max_tokens: 0, ..SamplingParams::default() },
             prompt_logprobs: None,
             deadline,
             pooling: Some(PoolingRequest { second_text: input.second_text }),

@@ -19,6 +19,7 @@ mod errors;
 mod fastdeploy;
 mod logprobs;
 mod native;
+mod pooling;
 mod prompts;
 mod streams;
 mod tools;
