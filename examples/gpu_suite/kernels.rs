@@ -134,7 +134,15 @@ impl RowsCase {
     fn run<B: Backend>(&self, backend: &mut B) -> Result<Vec<Outcome>, Fail> {
         let (t, tokens) = (self.tokens.len(), &self.tokens);
         let x = write(backend, &self.x, self.hidden);
-        backend.begin(&Batch { tokens, positions: tokens, slots: tokens, rows: &[one_row(t)], ropes: &[], states: &Default::default() })?;
+        backend.begin(&Batch {
+            tokens,
+            positions: tokens,
+            slots: tokens,
+            types: &[],
+            rows: &[one_row(t)],
+            ropes: &[],
+            states: &Default::default(),
+        })?;
         let mut outcomes = Vec::new();
 
         let mut like_x = backend.buffer(t, self.hidden)?;
@@ -265,6 +273,7 @@ impl AttentionCase {
             tokens: &all,
             positions: &all,
             slots: &all,
+            types: &[],
             rows: &rows,
             ropes: &self.ropes,
             states: &Default::default(),
@@ -285,7 +294,15 @@ impl AttentionCase {
         };
         let (positions, slots) = (&self.positions, &self.slots);
         let mut qkv = write(backend, &self.qkv, self.attention.qkv_width());
-        backend.begin(&Batch { tokens: positions, positions, slots, rows: &self.rows, ropes: &self.ropes, states: &Default::default() })?;
+        backend.begin(&Batch {
+            tokens: positions,
+            positions,
+            slots,
+            types: &[],
+            rows: &self.rows,
+            ropes: &self.ropes,
+            states: &Default::default(),
+        })?;
         backend.rope_and_store(&mut qkv, &self.attention, &weights, &mut cache)?;
         let mut attended = backend.buffer(positions.len(), self.attention.q_width())?;
         backend.attend(&qkv, &self.attention, &weights, &cache, &mut attended)?;

@@ -206,6 +206,7 @@ impl Step {
             tokens: &tokens,
             positions: &positions,
             slots: &slots,
+            types: &[],
             rows: &batch_rows,
             ropes,
             states: &Default::default(),

@@ -72,6 +72,7 @@ fn add_row(plan: &mut Plan, ids: &[u32], from: usize, to: usize, place: usize) {
         blocks: Arc::new(blocks),
         sampling: Some(greedy()),
         draft_len: 0,
+        pools: false,
         score: None,
     });
 }

@@ -110,6 +110,21 @@ def test_a_wrong_key(locked_door):
         ChatOpenAI(base_url=locked_door, api_key="wrong", model="default", max_retries=0).invoke(CAPITAL)
 
 
+@pytest.mark.parametrize("door_of", ["direct", "queue"])
+def test_embeddings(tmp_path, door_of):
+    """Its default, to send OpenAI's token ids, is refused where they cannot be the model's (test_embeddings.py)."""
+    from harness.program import Server
+    from test_embeddings import make_model
+
+    make_model("bert", tmp_path)
+    with Server("serve", "--model", str(tmp_path)) as server:
+        embeddings = OpenAIEmbeddings(
+            base_url=server.doors()[door_of], api_key="any", model="default", max_retries=0, check_embedding_ctx_length=False)
+        documents = embeddings.embed_documents(["w5 w6", "w7"])
+        assert [len(vector) for vector in documents] == [64, 64]
+        assert embeddings.embed_query("w7") == documents[1] != documents[0]
+
+
 def test_embeddings_are_refused(door):
     with pytest.raises(openai.BadRequestError) as caught:
         OpenAIEmbeddings(base_url=door, api_key="any", model="default", max_retries=0, check_embedding_ctx_length=False).embed_query("text")

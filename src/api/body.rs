@@ -42,7 +42,11 @@ impl BodyLimits {
         let most = Self::default();
         // One token of text: JSON writes a byte in six at most (`\u0001`). One token as an id: up to ten digits and a comma.
         let token = longest_token.map_or(usize::MAX, |bytes| bytes.saturating_mul(6).max(11));
-        let sequences = limits.max_num_seqs.saturating_add(limits.max_waiting);
+        let sequences = match limits.pooling {
+            None => limits.max_num_seqs.saturating_add(limits.max_waiting),
+            // Many texts wait in their request, and those that are too long may be cut.
+            Some(_) => usize::MAX,
+        };
         let text = sequences.saturating_mul(limits.max_model_len).saturating_mul(token);
         // One prompt of token ids always fits, however long the context is.
         let ids = limits.max_model_len.saturating_mul(ELEMENT).saturating_add(MIB);
@@ -347,7 +351,7 @@ mod tests {
 
     #[test]
     fn the_largest_prompt_of_token_ids_fits() {
-        let limits = Limits { max_model_len: 1 << 20, vocab_size: 10, max_num_seqs: 1, max_waiting: 1, memory_bound: None };
+        let limits = Limits { max_model_len: 1 << 20, vocab_size: 10, max_num_seqs: 1, max_waiting: 1, memory_bound: None, pooling: None };
         let ids = format!(r#"{{"prompt":[{}1]}}"#, "1,".repeat((1 << 20) - 1));
         assert!(read(ids.as_bytes(), &BodyLimits::of_model(&limits, Some(8))).is_ok());
         assert!(read(ids.as_bytes(), &BodyLimits::default()).is_err());
@@ -355,8 +359,14 @@ mod tests {
 
     #[test]
     fn a_small_model_needs_no_large_bodies() {
-        let limits =
-            |max_model_len, max_waiting| Limits { max_model_len, vocab_size: 10, max_num_seqs: 1, max_waiting, memory_bound: None };
+        let limits = |max_model_len, max_waiting| Limits {
+            max_model_len,
+            vocab_size: 10,
+            max_num_seqs: 1,
+            max_waiting,
+            memory_bound: None,
+            pooling: None,
+        };
         assert_eq!(BodyLimits::of_model(&limits(1000, 0), Some(10)).bytes, 60_000 + MIB);
         assert_eq!(BodyLimits::of_model(&limits(1000, 9), Some(1)).bytes, 110_000 + MIB);
         assert_eq!(BodyLimits::of_model(&limits(100_000, 500), Some(100)), BodyLimits::default());

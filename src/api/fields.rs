@@ -356,7 +356,7 @@ pub fn invalid(field: &Field<'_>, message: impl Into<String>) -> Failure {
     Failure::bad_request(&field.name, message).code("invalid_value")
 }
 
-fn below(field: &Field<'_>, min: f64) -> Failure {
+pub fn below(field: &Field<'_>, min: f64) -> Failure {
     invalid(field, format!("{} is less than the minimum of {min} - '{}'", field.value, field.name))
 }
 

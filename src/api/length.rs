@@ -60,7 +60,7 @@ mod tests {
 
     #[test]
     fn min_tokens_must_have_room() {
-        let limits = Limits { max_model_len: 64, vocab_size: 10, max_num_seqs: 4, max_waiting: 4, memory_bound: None };
+        let limits = Limits { max_model_len: 64, vocab_size: 10, max_num_seqs: 4, max_waiting: 4, memory_bound: None, pooling: None };
         assert_eq!(of_prompt(None, 4, 60, &limits).unwrap(), 4);
         assert_eq!(of_prompt(Some(60), 0, 60, &limits).unwrap(), 4, "max_tokens is an upper bound, and no promise");
         assert_eq!(of_prompt(Some(0), 0, 60, &limits).unwrap(), 1, "the engine always samples");

@@ -12,7 +12,7 @@
 //!    [`delta::Delta`]s.
 //! 4. The dialect writes the deltas as its own objects.
 //!
-//! Calls that generate nothing are in `calls/`; `openapi/` describes all routes.
+//! Calls that generate nothing are in `calls/`, those of models that embed texts or score them in `pooling/`; `openapi/` describes all routes.
 //!
 //! Neither the run nor the engine knows a dialect, and no dialect knows another.
 
@@ -36,6 +36,7 @@ mod models;
 pub mod openapi;
 mod options;
 mod parse;
+mod pooling;
 mod prompt;
 pub mod reclaim;
 mod request;

@@ -27,10 +27,45 @@ pub struct ModelInfo {
     pub infill_tokens: Map<String, Value>,
     /// Raw prompts begin with `bos_token`.
     pub add_bos_token: bool,
+    /// What stands before texts that are embedded.
+    pub prompts: Prompts,
     /// The quantization strategy (`wint8`, `wint4`); `None` = weights as stored.
     pub quantization: Option<&'static str>,
     /// What the weights are held as.
     pub weights: String,
+}
+
+/// The prompts of an embedding model, from `config_sentence_transformers.json`.
+#[derive(Debug, Clone, Default)]
+pub struct Prompts {
+    /// By name.
+    prompts: Map<String, Value>,
+    default: Option<String>,
+}
+
+impl Prompts {
+    fn read(files: &ModelFiles) -> Result<Self, Failure> {
+        let mut config = files.read_json("config_sentence_transformers.json")?.unwrap_or_default();
+        let default = config["default_prompt_name"].as_str().map(str::to_owned);
+        let prompts = match config["prompts"].take() {
+            Value::Object(prompts) => prompts,
+            _ => Map::new(),
+        };
+        Ok(Self { prompts, default })
+    }
+
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.prompts.keys().map(String::as_str)
+    }
+
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.prompts.get(name)?.as_str()
+    }
+
+    /// The one that stands before texts of which nothing is said; mostly empty.
+    pub fn default(&self) -> &str {
+        self.default.as_deref().and_then(|name| self.get(name)).unwrap_or_default()
+    }
 }
 
 const SPECIAL_TOKENS: [&str; 7] = ["bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token"];
@@ -56,6 +91,7 @@ impl ModelInfo {
             chat_template: chat_template(files, &config, &tokenizer_config)?,
             generation_config: files.read_json("generation_config.json")?.unwrap_or_default(),
             add_bos_token: tokenizer_config.get("add_bos_token") == Some(&Value::Bool(true)),
+            prompts: Prompts::read(files)?,
             quantization: None,
             weights: String::new(),
             config,

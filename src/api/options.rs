@@ -317,7 +317,7 @@ mod tests {
     fn read(body: Value) -> Result<GenerationOptions, Failure> {
         let settings = ApiSettings { max_n: Some(4), ..ApiSettings::default() };
         let defaults = SamplingDefaults::new(&json!({"temperature": 0.8, "top_p": 0.7, "top_k": 50}), &settings).unwrap();
-        let limits = Limits { max_model_len: 64, vocab_size: 10, max_num_seqs: 4, max_waiting: 4, memory_bound: None };
+        let limits = Limits { max_model_len: 64, vocab_size: 10, max_num_seqs: 4, max_waiting: 4, memory_bound: None, pooling: None };
         // One token a letter.
         let encode = |text: &str| Ok(text.bytes().map(|byte| u32::from(byte % 10)).collect());
         let eos_token_ids = Arc::new(vec![2]);
@@ -440,7 +440,7 @@ mod tests {
 
     #[test]
     fn too_many_sequences_name_their_cause_and_the_settings() {
-        let limits = Limits { max_model_len: 64, vocab_size: 10, max_num_seqs: 4, max_waiting: 4, memory_bound: None };
+        let limits = Limits { max_model_len: 64, vocab_size: 10, max_num_seqs: 4, max_waiting: 4, memory_bound: None, pooling: None };
         let refused = |body: Value, prompts: usize, listed: bool| {
             let failure = read(body).unwrap().check_number(prompts, listed, &limits).unwrap_err();
             assert!(failure.message.contains("MAX_NUM_SEQS=4") && failure.message.contains("MAX_WAITING=4"), "{failure}");

@@ -14,6 +14,8 @@ pub enum Route {
     Models,
     Model(String),
     Embeddings,
+    Rerank,
+    Score,
     Responses,
     /// A stored response.
     Response(String),
@@ -101,6 +103,8 @@ pub fn find(path: &str) -> Option<Route> {
         "infill" | "v1/infill" => Some(Route::Infill),
         "v1/models" | "models" => Some(Route::Models),
         "v1/embeddings" | "embeddings" => Some(Route::Embeddings),
+        "v1/rerank" | "rerank" | "v2/rerank" => Some(Route::Rerank),
+        "v1/score" | "score" => Some(Route::Score),
         "v1/responses" | "responses" => Some(Route::Responses),
         "v1/messages" => Some(Route::Messages),
         "v1/messages/count_tokens" => Some(Route::CountTokens),

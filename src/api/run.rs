@@ -133,7 +133,8 @@ impl RequestStream {
                 // Of one prompt the first candidate has the scores, for all.
                 let prompt_logprobs = options.prompt_logprobs.filter(|_| candidate == 0);
                 let constraint = request.constraint()?;
-                let sequence = Request { id: id.clone(), prompt: prompt.ids.clone(), params, prompt_logprobs, deadline, constraint };
+                let sequence =
+                    Request { id: id.clone(), prompt: prompt.ids.clone(), params, prompt_logprobs, deadline, pooling: None, constraint };
                 let generation = runs.engine.submit(sequence)?;
                 let opening = Opening {
                     echo: prompt.echo.as_ref().map(|echo| echo.text.clone()).unwrap_or_default(),

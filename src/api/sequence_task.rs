@@ -110,6 +110,7 @@ impl SequenceTask {
                     continue;
                 }
                 Event::Token(token) if !self.options.score_only => self.token(token),
+                Event::Pooled(_) => continue,
                 Event::Token(_) => Step { end: Some(EndReason::Length), ..Step::default() },
                 Event::Finished(finish) => self.finish(end_of(finish)),
                 Event::Failed(failure) => {

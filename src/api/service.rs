@@ -13,12 +13,13 @@ use crate::api::fields::Fields;
 use crate::api::job::{self, JobInput};
 use crate::api::model::ModelInfo;
 use crate::api::models::{LoadedModel, Model, Models};
+use crate::api::pooling::{self, PoolingCall};
 use crate::api::routes::{self, Route};
 use crate::api::run::RequestStream;
 use crate::api::served::ServedModel;
 use crate::api::{calls, model_list, openapi, reclaim};
 use crate::config::{ApiSettings, ClientKey, NativeFormat, defaults};
-use crate::engine::{Handle, Health};
+use crate::engine::{Handle, Health, PoolingTask};
 use crate::error::{Failure, Kind};
 use crate::text::tokenizer::Tokenizer;
 
@@ -126,6 +127,9 @@ impl Service {
         match job::read(input)? {
             JobInput::Call { method, path, body } => self.call(Call { method, path, body, request_id, client: None }).await,
             JobInput::Batch { lines, stream } => self.batch(lines, stream).await,
+            JobInput::Own(body) if self.models.of_body(&body).served.limits.pooling.is_some() => {
+                self.pool(pooling::of_job(&body), request_id, body).await
+            }
             JobInput::Own(body) => {
                 let read = match self.settings.native_format {
                     NativeFormat::OpenAi => native::read,
@@ -201,12 +205,9 @@ impl Service {
         match route {
             Route::Models => Ok(Reply::Whole(model_list::list(&self.models, call.client.as_deref()))),
             Route::Model(id) => model_list::retrieve(&self.models, &id).map(Reply::Whole),
-            Route::Embeddings => {
-                let served = &self.models.of_body(&call.body).served;
-                served.check_model(&Fields::new(&call.body)?)?;
-                let message = format!("The model `{}` generates text and does not support the Embeddings API.", served.name());
-                Err(Failure::bad_request("model", message).code("unsupported_value"))
-            }
+            Route::Embeddings => self.pool(pooling::embeddings::read, call.request_id, call.body).await,
+            Route::Rerank => self.pool(pooling::rerank::rerank, call.request_id, call.body).await,
+            Route::Score => self.pool(pooling::rerank::score, call.request_id, call.body).await,
             Route::Responses => self.generate(responses::read, call.request_id, call.body).await,
             Route::Response(id) if call.method == "DELETE" => responses::delete(of_all, &id).map(Reply::Whole),
             Route::Response(id) => responses::retrieve(of_all, &id).map(Reply::Whole),
@@ -244,6 +245,7 @@ impl Service {
     async fn generate(&self, read: Read, id: String, body: Value) -> Result<Reply, Failure> {
         let id = request_id(&body)?.unwrap_or(id);
         let model = self.models.of_body(&body);
+        check_generates(&model.served, &body)?;
         let served = model.served.clone();
         let read = move |body: &Value| read(&served, &id, body).map(|prepared| (prepared, id));
         let (Prepared { request, mut dialect }, id) = reading(body, read).await?;
@@ -254,6 +256,33 @@ impl Service {
         let choices = run.collect().await?;
         Ok(Reply::Whole(dialect.whole(choices, run.usage())))
     }
+
+    /// Embeds texts, or scores pairs of them.
+    async fn pool(&self, read: pooling::Read, id: String, body: Value) -> Result<Reply, Failure> {
+        let id = request_id(&body)?.unwrap_or(id);
+        let model = self.models.of_body(&body);
+        let (served, of_request) = (model.served.clone(), id.clone());
+        let PoolingCall { inputs, write } = reading(body, move |body| read(&served, &of_request, body)).await?;
+        let results = pooling::run(&model.runs, &id, inputs).await?;
+        // Many long vectors take a while to write, too.
+        let written = tokio::task::spawn_blocking(move || write(results)).await;
+        written.map(Reply::Whole).map_err(|error| {
+            tracing::error!("an answer could not be written: {error}");
+            Failure::internal("The answer could not be written.")
+        })
+    }
+}
+
+/// Refuses to generate with a model that embeds or scores texts.
+fn check_generates(served: &ServedModel, body: &Value) -> Result<(), Failure> {
+    let Some(spec) = &served.limits.pooling else { return Ok(()) };
+    served.check_model(&Fields::new(body)?)?;
+    let (does, routes) = match spec.task {
+        PoolingTask::Embed => ("embeds texts", "/v1/embeddings"),
+        PoolingTask::Score => ("scores pairs of texts", "/v1/rerank or /v1/score"),
+    };
+    let message = format!("The model `{}` {does} and generates none; use {routes}.", served.name());
+    Err(Failure::bad_request("model", message).code("unsupported_value"))
 }
 
 /// Reads a body on a thread of its own: the checks, template and tokenization of long prompts must not hold up the sockets.

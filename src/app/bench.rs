@@ -3,6 +3,8 @@
 //! `prefill_tok_s` = prompt tokens / time to the last first token of the wave. `decode_tok_s` = output tokens that came after that moment / time
 //! from it to the last token, all sequences together; `null` where none came after. `limit_share` = bytes of weights read per second while decoding / memory
 //! bandwidth measured in the same run; `null` where it cannot be known (through HTTP, on a GPU).
+//!
+//! A model that embeds or scores texts gives one result a sequence, which stands for its first token.
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -18,7 +20,7 @@ use crate::api::grammar::{CompiledGrammar, Grammar, Grammars};
 use crate::checkpoint::files::ModelFiles;
 use crate::checkpoint::hub;
 use crate::config::{BenchArgs, ExposeSecret, Settings};
-use crate::engine::{Event, Handle, Request, SamplingParams};
+use crate::engine::{Event, Handle, PoolingRequest, Request, SamplingParams};
 use crate::error::Failure;
 use crate::kernels;
 use crate::models::memory;
@@ -70,7 +72,8 @@ impl Target {
         let only = settings.only_model("bench").map_err(|error| Failure::internal(error.to_string()))?;
         let files = hub::fetch(only, &settings.hub).await?;
         let (engine, about) = model::start_engine(settings, &files, None, || Ok(usize::MAX.into())).await?;
-        let needed = bench.prompt_tokens + bench.output_tokens;
+        let pools = engine.limits().pooling.is_some();
+        let needed = bench.prompt_tokens + if pools { 0 } else { bench.output_tokens };
         if needed > engine.limits().max_model_len {
             let limit = engine.limits().max_model_len;
             return Err(Failure::internal(format!(
@@ -118,16 +121,16 @@ impl Target {
         let begin = Instant::now();
         match self {
             Self::Engine { engine, grammar, .. } => {
-                let vocab = engine.limits().vocab_size;
+                let (vocab, pools) = (engine.limits().vocab_size, engine.limits().pooling.is_some());
                 let submitted: Result<Vec<_>, _> = (0..concurrency)
-                    .map(|i| engine.submit(engine_request(random_prompt(prompt, vocab, seed, i), output, grammar.as_deref())))
+                    .map(|i| engine.submit(engine_request(random_prompt(prompt, vocab, seed, i), output, pools, grammar.as_deref())))
                     .collect();
                 try_join_all(submitted?.into_iter().map(|mut generation| async move {
                     let mut moments = Vec::with_capacity(output);
                     loop {
                         match generation.next().await {
                             Event::Started { .. } | Event::Prompt(_) => {}
-                            Event::Token(_) => moments.push((begin.elapsed(), 1)),
+                            Event::Token(_) | Event::Pooled(_) => moments.push((begin.elapsed(), 1)),
                             Event::Finished(_) => return Ok(moments),
                             Event::Failed(failure) => return Err(failure),
                         }
@@ -182,14 +185,15 @@ fn endless_json(files: &ModelFiles, engine: &Handle) -> Result<Arc<CompiledGramm
     Grammars::new(tokenizer, engine.limits().vocab_size, eos).compile(&Grammar::json_schema(endless_schema()))
 }
 
-fn engine_request(prompt: Vec<u32>, output: usize, grammar: Option<&CompiledGrammar>) -> Request {
-    let params = SamplingParams { temperature: 0.0, max_tokens: output, ignore_eos: true, ..Default::default() };
+fn engine_request(prompt: Vec<u32>, output: usize, pools: bool, grammar: Option<&CompiledGrammar>) -> Request {
+    let params = SamplingParams { temperature: 0.0, max_tokens: if pools { 0 } else { output }, ignore_eos: true, ..Default::default() };
     Request {
         id: "bench".into(),
         prompt: Arc::new(prompt),
         params,
         prompt_logprobs: None,
         deadline: None,
+        pooling: pools.then(PoolingRequest::default),
         constraint: grammar.map(CompiledGrammar::constraint),
     }
 }

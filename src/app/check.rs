@@ -63,11 +63,12 @@ async fn models(settings: &Settings) -> Result<(), Failure> {
 fn model(files: &ModelFiles, settings: &Settings, share: Option<Share>) -> Result<(), Failure> {
     say(&format!("model: {} from {}", files.name, files.origin));
     list_files(files);
-    let model = Model::from_files(files)?;
+    let model = Model::from_files(files)?.for_task(files, &settings.engine)?;
     let checkpoint = Checkpoint::open(files, model.spec.quantized.as_deref())?;
     let tensors = Tensors::find(&checkpoint, &model)?;
     let parameters = ModelSpec { tied: tensors.tied, ..model.spec.clone() }.parameters();
     say(&format!("architecture: {} with {} layers, {parameters} parameters", model.spec.model_type, model.spec.layers.len()));
+    model.spec.pooling.iter().for_each(|pooling| say(&format!("task: {}", pooling.describe())));
     say(&format!("checkpoint: {}", tensors.describe()));
     let tokenizer = Tokenizer::load(files)?;
     say(&format!("tokenizer: {} ids", tokenizer.vocab_size()));

@@ -57,6 +57,7 @@ async fn load_one(settings: &Settings, files: &ModelFiles, beside: Option<Beside
     let info = ModelInfo { quantization, weights: about.weights.clone(), ..ModelInfo::from_files(files)? };
     tracing::info!("model {} from {}", files.name, files.origin);
     tracing::info!("device {}, {} threads, weights {}, {} parameters", about.device, about.threads, about.weights, about.parameters);
+    engine.limits().pooling.iter().for_each(|pooling| tracing::info!("task: {}", pooling.describe()));
     about.memory.iter().for_each(|line| tracing::info!("{line}"));
     Ok(LoadedModel { engine, tokenizer, info })
 }

@@ -18,6 +18,7 @@ use crate::api::frames;
 use crate::api::tally::{End, Tally};
 use crate::api::{Call, Reply, Service};
 use crate::config::{RunpodSettings, SecretString, ServerSettings, Settings, defaults};
+use crate::engine::PoolingTask;
 use crate::error::{Failure, Kind};
 use crate::runpod::Ended;
 use crate::server::{
@@ -369,9 +370,13 @@ fn welcome(base: &str, service: &Service) {
     tracing::info!("OpenAI API         {base}/v1");
     tracing::info!("the same as a job  {base}/v2/{LOCAL_ENDPOINT}/openai/v1");
     tracing::info!("RunPod endpoint    {base}/v2/{LOCAL_ENDPOINT}/runsync");
-    tracing::info!(
-        "try it: curl {base}/v1/chat/completions -H 'content-type: application/json' -d '{{\"model\":\"{name}\",\"messages\":[{{\"role\":\"user\",\"content\":\"What is the capital of France?\"}}]}}'"
-    );
+    let task = service.engines().next().and_then(|(_, engine)| engine.limits().pooling.as_ref().map(|pooling| pooling.task));
+    let (route, body) = match task {
+        None => ("chat/completions", r#""messages":[{"role":"user","content":"What is the capital of France?"}]"#),
+        Some(PoolingTask::Embed) => ("embeddings", r#""input":"What is the capital of France?""#),
+        Some(PoolingTask::Score) => ("rerank", r#""query":"What is the capital of France?","documents":["Paris","Rome"]"#),
+    };
+    tracing::info!("try it: curl {base}/v1/{route} -H 'content-type: application/json' -d '{{\"model\":\"{name}\",{body}}}'");
 }
 
 #[cfg(test)]
@@ -419,6 +424,8 @@ mod tests {
             max_num_seqs: 4,
             max_num_batched_tokens: 64,
             memory_bound: false,
+            pooling: None,
+            whole_prompts: false,
         };
         let mut models = Vec::new();
         for name in names {

@@ -100,6 +100,15 @@ pub fn is_gguf(name: &str) -> bool {
     name.ends_with(".gguf") && name != GGUF_TOKENIZER
 }
 
+/// A file of a module of Sentence Transformers, which has a folder of its own: `2_Dense/model.safetensors`.
+pub fn is_module_file(name: &str) -> bool {
+    name.split_once('/').is_some_and(|(folder, file)| {
+        let number = folder.split_once('_').map_or("", |(number, _)| number);
+        let is_number = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
+        is_number && matches!(file, "config.json" | "model.safetensors")
+    })
+}
+
 /// The weight files among `names`: GGUF files (of a model that has one, nothing else is looked at), else those of the index when there is one (a repository may hold the same weights twice), else
 /// `model.safetensors`, else the parts of a set (`model-00001-of-00002.safetensors` …), else a single file of another name.
 ///
@@ -123,7 +132,7 @@ pub fn weight_files(names: &[&str], index: Option<&Value>) -> Result<Vec<String>
             several => Err(format!("{}, shards of {INDEX}", first_few(several))),
         };
     }
-    let all: Vec<&str> = names.iter().copied().filter(|name| name.ends_with(".safetensors")).collect();
+    let all: Vec<&str> = names.iter().copied().filter(|name| name.ends_with(".safetensors") && !is_module_file(name)).collect();
     if all.contains(&"model.safetensors") {
         return Ok(vec!["model.safetensors".to_owned()]);
     }

@@ -132,7 +132,7 @@ impl Checkpoint {
             let bytes = Bytes::open(source)?;
             match files::is_gguf(&file) {
                 true => checkpoint.add_gguf(&file, bytes)?,
-                false => checkpoint.add_file(&file, bytes)?,
+                false => checkpoint.add_file(&file, "", bytes)?,
             }
             checkpoint.file_names.push(file);
         }
@@ -142,10 +142,17 @@ impl Checkpoint {
             let Self { name, files, file_names, entries, packed, .. } = &mut checkpoint;
             *packed = packed::gather(entries, files, file_names, name, &config)?;
         }
+        let modules = files.iter().filter(|(name, _)| files::is_module_file(name) && name.ends_with(".safetensors"));
+        for (file, source) in modules {
+            let folder = file.trim_end_matches("model.safetensors");
+            checkpoint.add_file(file, folder, Bytes::open(source)?)?;
+            checkpoint.file_names.push(file.to_owned());
+        }
         Ok(checkpoint)
     }
 
-    fn add_file(&mut self, file: &str, bytes: Bytes) -> Result<(), Failure> {
+    /// `prefix` comes before the names of the file's tensors.
+    fn add_file(&mut self, file: &str, prefix: &str, bytes: Bytes) -> Result<(), Failure> {
         let broken = |problem: String| Failure::internal(format!("weights file {file} of {}: {problem}", self.name));
         let (header, metadata) = safetensors::SafeTensors::read_metadata(bytes.get()).map_err(|error| broken(error.to_string()))?;
         for (name, info) in metadata.tensors() {
@@ -158,7 +165,7 @@ impl Checkpoint {
             }
             let stored = StoredType { name: format!("{:?}", info.dtype).into(), stored: Stored::of(info.dtype) };
             let entry = Entry { file: self.files.len(), stored, shape: info.shape.clone(), range: from..to, packed: None };
-            self.entries.insert(name.clone(), entry);
+            self.entries.insert(format!("{prefix}{name}"), entry);
         }
         self.files.push(bytes);
         Ok(())

@@ -13,6 +13,8 @@ pub const LOCAL_MODEL_ROOT: &str = "/root/PaddlePaddle";
 /// Where the platform mounts the network volume.
 pub const BASE_PATH: &str = "/runpod-volume";
 
+/// Sequences in one step of a model that embeds or scores them, at least: each is there for one step.
+pub const POOLING_SEQS: usize = 64;
 /// Sequences in one step.
 pub const CPU_SEQS: usize = 16;
 pub const GPU_SEQS: usize = 256;

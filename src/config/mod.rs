@@ -160,9 +160,25 @@ pub enum PreparedWriting {
     Never,
 }
 
+/// What the model is for (`TASK`, `RUNNER`, `CONVERT`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum TaskChoice {
+    /// What its files say.
+    #[default]
+    Auto,
+    Generate,
+    Embed,
+    Score,
+    /// One of the last two, whichever its files say.
+    Pooling,
+}
+
 /// `None` = auto.
 #[derive(Debug, Clone, Default)]
 pub struct EngineSettings {
+    pub task: TaskChoice,
+    /// Laid over what the model's files say of its pooling (`POOLER_CONFIG`).
+    pub pooler: Option<serde_json::Map<String, serde_json::Value>>,
     pub device: DeviceChoice,
     /// `DEVICE=auto` means a GPU, and never falls back to the CPU: so in a queue worker of a CUDA build.
     pub gpu_required: bool,

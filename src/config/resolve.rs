@@ -8,7 +8,7 @@ use super::sources::Merged;
 use super::{
     ApiSettings, Args, BatchGrowth, ConfigError, ConfigSources, ContentFormat, EngineSettings, HubSettings, KeysFile, LogLevel,
     LogSettings, LogprobsMode, NativeFormat, PreparedWriting, ReasoningField, RunpodSettings, SecretString, ServerSettings, Settings,
-    TlsFiles, defaults, parse, policy, report, table,
+    TaskChoice, TlsFiles, defaults, parse, policy, report, table,
 };
 
 impl Settings {
@@ -146,6 +146,8 @@ fn engine(given: &Given) -> EngineSettings {
         prepared_cache: text(&table::PREPARED_CACHE).map(|value| parse::prepared_cache(&value)).unwrap_or_default(),
         prepared_writing: PreparedWriting::default(),
         bf16_activations: text(&table::DTYPE).is_some_and(|dtype| dtype != "auto"),
+        task: task(given),
+        pooler: text(&table::POOLER_CONFIG).and_then(|object| parse::object(&object).ok()),
         max_model_len: given.count(&table::MAX_MODEL_LEN),
         max_num_seqs: given.count(&table::MAX_NUM_SEQS),
         max_num_batched_tokens: given.count(&table::MAX_NUM_BATCHED_TOKENS),
@@ -162,6 +164,18 @@ fn engine(given: &Given) -> EngineSettings {
             seconds => Some(seconds.map_or(defaults::REQUEST_TIMEOUT, Duration::from_secs_f64)),
         },
         seed: text(&table::SEED).and_then(|seed| parse::seed(&seed).ok()),
+    }
+}
+
+fn task(given: &Given) -> TaskChoice {
+    let word = |setting| given.text(setting).filter(|word| word != "auto");
+    match (word(&table::TASK).as_deref(), word(&table::CONVERT).as_deref(), word(&table::RUNNER).as_deref()) {
+        (Some("generate"), ..) => TaskChoice::Generate,
+        (Some("embed" | "embedding"), ..) | (None, Some("embed"), _) => TaskChoice::Embed,
+        (Some("score" | "classify"), ..) | (None, Some("classify"), _) => TaskChoice::Score,
+        (_, _, Some("pooling")) => TaskChoice::Pooling,
+        (_, _, Some("generate")) => TaskChoice::Generate,
+        _ => TaskChoice::Auto,
     }
 }
 

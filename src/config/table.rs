@@ -85,6 +85,23 @@ settings! {
         /// What activations are: `auto`, or `bfloat16`, which rounds them to bf16 where they meet unquantized bf16 weights, on a CPU that
         /// multiplies bf16 faster (AMD's AVX512-BF16, AMX). Prompts are computed faster then, a little less exactly.
         DTYPE = Setting::new(Kind::OneOf(&["auto", "bfloat16", "bf16"]), Prose("auto: f32 on the CPU, bf16 on a GPU"));
+        /// What the model is for: `generate` text, `embed` texts, `score` pairs of texts, or `auto`, what its files say. `RUNNER` and
+        /// `CONVERT` are vLLM's newer names for parts of it.
+        TASK = Setting::new(Kind::OneOf(&["auto", "generate", "embed", "embedding", "score", "classify"]), Text("auto"))
+            .form(Form::new("Task",
+                "What the model is for; auto = what its files say",
+                Input::Options(&[("auto", "auto"), ("generate text", "generate"), ("embed texts", "embed"), ("score pairs of texts", "score")]))
+                .advanced());
+        /// `generate`, `pooling` (embeds or scores), or `auto`. `TASK` comes first.
+        RUNNER = Setting::new(Kind::OneOf(&["auto", "generate", "pooling"]), Text("auto"));
+        /// `embed`, `classify` (scores pairs of texts), `none` or `auto`. `TASK` comes first.
+        CONVERT = Setting::new(Kind::OneOf(&["auto", "none", "embed", "classify"]), Text("auto"));
+        /// How a model that embeds or scores makes one result of a text, as JSON over what its files say: `pooling_type` (`CLS`, `MEAN`,
+        /// `LAST`), `normalize` (vectors to length 1) or `use_activation` (scores to their sigmoid), `is_matryoshka`,
+        /// `matryoshka_dimensions`.
+        POOLER_CONFIG = Setting::new(Kind::Object, Prose("what the model's files say"))
+            .also(&["OVERRIDE_POOLER_CONFIG"])
+            .form(Form::new("Pooling", "How an embedding model pools, as JSON: {\"pooling_type\":\"MEAN\",\"normalize\":true}; empty = as its files say", Input::Text).advanced());
         /// Longest sequence, prompt and output together (`4096`, `4k` = 4000, `4K` = 4096).
         MAX_MODEL_LEN = Setting::new(Kind::Count { least: 2, auto: AUTO_OR_MINUS_ONE }, Prose("auto: the model's, bounded by memory"))
             .also(&["CONTEXT_LENGTH"])

@@ -297,8 +297,15 @@ mod tests {
         let start = Instant::now();
         let at = |ms: u64| start + Duration::from_millis(ms);
         let params = SamplingParams { max_tokens: 9, choices: 3, ..Default::default() };
-        let request =
-            Request { id: "t".into(), prompt: vec![1; 7].into(), params, prompt_logprobs: None, deadline: None, constraint: None };
+        let request = Request {
+            id: "t".into(),
+            prompt: vec![1; 7].into(),
+            params,
+            prompt_logprobs: None,
+            deadline: None,
+            pooling: None,
+            constraint: None,
+        };
         let (mut metrics, mut moments) = (Metrics::default(), Moments::new(start, &request));
         metrics.started(&mut moments, at(100));
         metrics.tokens(&mut moments, 1, at(300));

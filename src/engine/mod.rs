@@ -23,7 +23,7 @@ mod scheduler;
 mod sequence;
 mod states;
 
-pub use crate::models::{SamplingParams, TokenMask};
+pub use crate::models::{Dimensions, PoolingSpec, PoolingTask, SamplingParams, TokenMask};
 pub use constraint::{Constraint, Next};
 pub use health::Health;
 pub use metrics::Metrics;
@@ -42,8 +42,17 @@ pub struct Request {
     pub prompt_logprobs: Option<LogprobsSpec>,
     /// After this moment the request fails with `Kind::Timeout`, wherever it stands.
     pub deadline: Option<Instant>,
+    /// The prompt is pooled instead of continued: [`Event::Pooled`].
+    pub pooling: Option<PoolingRequest>,
     /// What the output may be, where more than the model decides that. In the state before the first token.
     pub constraint: Option<Box<dyn Constraint>>,
+}
+
+/// A prompt that is to be pooled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PoolingRequest {
+    /// The first token of the second text of a pair, where the model tells the two apart by the types of tokens.
+    pub second_text: Option<usize>,
 }
 
 /// What the engine reports of one sequence, in this order. Nothing comes after `Finished` or `Failed`.
@@ -57,6 +66,8 @@ pub enum Event {
     /// How probable each prompt token but the first was, after those before it. Only when the request asks for it.
     Prompt(Vec<Logprobs>),
     Token(Token),
+    /// What the prompt becomes. Comes alone before `Finished`.
+    Pooled(Vec<f32>),
     Finished(Finish),
     Failed(Failure),
 }
@@ -113,6 +124,8 @@ pub struct Limits {
     pub max_waiting: usize,
     /// The number of KV blocks and the tokens in one, when the KV cache is what bounds `max_model_len`.
     pub memory_bound: Option<(usize, usize)>,
+    /// What sequences become; `None`: the model generates text.
+    pub pooling: Option<Arc<PoolingSpec>>,
 }
 
 impl Limits {
@@ -249,9 +262,14 @@ impl Handle {
         if request.prompt.is_empty() {
             return Err(Failure::bad_request("prompt", "the prompt has no tokens"));
         }
-        if request.prompt.len() >= limits.max_model_len {
+        if limits.pooling.is_some() != request.pooling.is_some() {
+            return Err(Failure::internal("the model cannot do what this sequence is for"));
+        }
+        let room = limits.max_model_len - usize::from(limits.pooling.is_none());
+        if request.prompt.len() > room {
             let (given, most, hint) = (request.prompt.len(), limits.max_model_len, limits.memory_hint());
-            let message = format!("The prompt has {given} tokens, and the context holds {most} with the answer.{hint}");
+            let answer = if limits.pooling.is_none() { " with the answer" } else { "" };
+            let message = format!("The prompt has {given} tokens, and the context holds {most}{answer}.{hint}");
             return Err(Failure::bad_request("prompt", message).code("context_length_exceeded"));
         }
         // A request that finds a free row does not wait.

@@ -113,6 +113,8 @@ mod tests {
             max_num_seqs: 2,
             max_num_batched_tokens: 16,
             memory_bound: false,
+            pooling: None,
+            whole_prompts: false,
         };
         let taken = Arc::new(AtomicUsize::new(0));
         (Slow { shape, left, taken: taken.clone(), lasts: Duration::from_millis(lasts) }, taken)
@@ -120,7 +122,15 @@ mod tests {
 
     fn request(max_tokens: usize) -> Request {
         let params = SamplingParams { max_tokens, ignore_eos: true, ..Default::default() };
-        Request { id: "test".into(), prompt: Arc::new(vec![5; 8]), params, prompt_logprobs: None, deadline: None, constraint: None }
+        Request {
+            id: "test".into(),
+            prompt: Arc::new(vec![5; 8]),
+            params,
+            prompt_logprobs: None,
+            deadline: None,
+            pooling: None,
+            constraint: None,
+        }
     }
 
     #[test]

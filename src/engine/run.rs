@@ -44,6 +44,7 @@ where
             max_num_seqs: shape.max_num_seqs,
             max_waiting: options.max_waiting,
             memory_bound: shape.memory_bound.then_some((shape.blocks, shape.block_size)),
+            pooling: shape.pooling.clone(),
         };
         let figures = Arc::new(Figures::default());
         let health = health::Reporter::default();
@@ -328,6 +329,11 @@ impl<R: Runner> Worker<R> {
                 self.clients.remove(&outcome.id);
             }
         }
+        for (id, result) in self.scheduler.pooled() {
+            let Some(client) = self.clients.remove(&id) else { continue };
+            let _ = client.events.send(Event::Pooled(result));
+            let _ = client.events.send(Event::Finished(Finish::Stop));
+        }
         let broken: Vec<(SequenceId, Broken)> = self.scheduler.broken().collect();
         for (id, cause) in broken {
             let failure = match cause {
@@ -337,6 +343,7 @@ impl<R: Runner> Worker<R> {
                     let message = format!("the model gave no finite logits for this request{more}");
                     Failure::internal(message).code("no_finite_logits")
                 }
+                Broken::NotFinite => Failure::internal("the model gave numbers that are not finite for this text").code("not_finite"),
             };
             self.fail(&[id], &failure, now);
         }
@@ -345,6 +352,11 @@ impl<R: Runner> Worker<R> {
     /// Counts the tokens of a step, and the sequences that ended with it.
     fn count_outcomes(&mut self, now: Instant) {
         let mut stats = self.figures.lock();
+        for id in self.scheduler.pooled_ids() {
+            let Some(client) = self.clients.get(&id) else { continue };
+            self.ended += 1;
+            stats.metrics.ended(&client.moments, Ended::Stop, now);
+        }
         stats.output_tokens += self.outcomes.len() as u64;
         for outcomes in self.outcomes.chunk_by(|one, next| one.id == next.id) {
             let Some(client) = self.clients.get_mut(&outcomes[0].id) else { continue };

@@ -18,6 +18,8 @@
 //! - **States** ([`StatePool`](super::states::StatePool)), where layers keep a state instead of keys: a row goes on from its sequence's slot. Draft
 //!   tokens each get a slot for the state after them, and the one after the last accepted token becomes the sequence's. The prefix cache takes a
 //!   hit only where a snapshot is ([`snapshots`]).
+//! - **Pooling.** Where every token of a prompt must be in one step, prompts are not cut: the oldest goes first, and others beside it as far as
+//!   they fit.
 //! - **Constraints** ([`Constraint`](super::Constraint)): rows whose samples may not be anything bring a [`MaskJob`], and the plan goes on
 //!   without waiting for it. Tokens that a constraint forces run with the token sampled before them, in one row.
 
@@ -71,6 +73,8 @@ pub enum Broken {
     },
     /// Its constraint failed.
     Constraint(Failure),
+    /// What it was pooled to holds numbers that are not finite.
+    NotFinite,
 }
 
 /// `field` of the request forbids every token that its grammar allows.
@@ -107,6 +111,8 @@ pub struct Scheduler {
     started: Vec<(SequenceId, usize)>,
     /// Sequences that the last step gave no token, each with the reason.
     broken: Vec<(SequenceId, Broken)>,
+    /// What the last step has pooled. They have left.
+    pooled: Vec<(SequenceId, Vec<f32>)>,
     /// What makes the masks of the plan in flight.
     mask_jobs: Vec<MaskJob>,
     totals: Totals,
@@ -128,6 +134,9 @@ pub struct Scheduler {
 impl Scheduler {
     /// `proposer`: whether and how to speculate.
     pub fn new(shape: Shape, prefix_caching: bool, proposer: Option<NgramProposer>) -> Self {
+        // What a whole prompt computes is of use to that prompt alone, and nothing follows what is pooled.
+        let prefix_caching = prefix_caching && !shape.whole_prompts;
+        let proposer = proposer.filter(|_| shape.pooling.is_none());
         Self {
             proposer,
             drafts: Vec::new(),
@@ -140,6 +149,7 @@ impl Scheduler {
             in_flight: Vec::with_capacity(shape.max_num_seqs),
             started: Vec::new(),
             broken: Vec::new(),
+            pooled: Vec::new(),
             mask_jobs: Vec::new(),
             totals: Totals::default(),
             path: Vec::new(),
@@ -178,6 +188,15 @@ impl Scheduler {
         self.broken.drain(..)
     }
 
+    /// Sequences that the last step has pooled, each with what it became.
+    pub fn pooled(&mut self) -> Drain<'_, (SequenceId, Vec<f32>)> {
+        self.pooled.drain(..)
+    }
+
+    pub fn pooled_ids(&self) -> impl Iterator<Item = SequenceId> {
+        self.pooled.iter().map(|(id, _)| *id)
+    }
+
     /// What makes the masks of the last plan, to be run on other threads while the device runs the plan.
     pub fn mask_jobs(&mut self) -> Drain<'_, MaskJob> {
         self.mask_jobs.drain(..)
@@ -212,6 +231,12 @@ impl Scheduler {
         self.drafts.clear();
         self.mask_jobs.clear();
         let mut budget = self.shape.max_num_batched_tokens;
+        if self.shape.whole_prompts {
+            self.admit();
+            self.plan_whole(plan, budget);
+            plan.states.copies.append(&mut self.copies);
+            return !plan.rows.is_empty();
+        }
         self.plan_decodes(plan, &mut budget);
         if !plan.rows.is_empty() {
             budget = budget.min(self.mixed_budget());
@@ -313,6 +338,17 @@ impl Scheduler {
         self.shares = shares;
     }
 
+    /// Plans whole prompts: the oldest, and of the others, in order, those that find room beside it.
+    fn plan_whole(&mut self, plan: &mut Plan, mut budget: usize) {
+        for index in 0..self.running.len() {
+            let len = self.running[index].pending();
+            if len <= budget {
+                self.plan_row(index, len, 0, plan);
+                budget -= len;
+            }
+        }
+    }
+
     /// Makes room for one more token of sequence `index`; false when there is no block.
     fn grow(&mut self, index: usize) -> bool {
         let sequence = &mut self.running[index];
@@ -405,7 +441,8 @@ impl Scheduler {
         let (from, known) = (sequence.computed, sequence.computed + len);
         let to = known + draft_len;
         let size = self.shape.block_size;
-        let mut sampling = (known == sequence.tokens.len()).then(|| sequence.sampling());
+        let is_last = known == sequence.tokens.len();
+        let mut sampling = (is_last && !sequence.is_pooled()).then(|| sequence.sampling());
         if let Some(sampling) = &mut sampling
             && let Some(job) = sequence.mask_job(&self.drafts[self.drafts.len() - draft_len..])
         {
@@ -419,8 +456,15 @@ impl Scheduler {
             blocks: sequence.blocks.clone(),
             sampling,
             draft_len,
+            pools: is_last && sequence.is_pooled(),
             score: sequence.score(from, known),
         });
+        if let Some(second) = sequence.second_text() {
+            plan.types.resize(plan.tokens.len(), 0);
+            plan.types.extend((from..to).map(|position| u32::from(position >= second)));
+        } else if !plan.types.is_empty() {
+            plan.types.resize(plan.tokens.len() + to - from, 0);
+        }
         plan.tokens.extend_from_slice(&sequence.tokens[from..known]);
         plan.tokens.extend_from_slice(&self.drafts[self.drafts.len() - draft_len..]);
         plan.positions.extend(from as u32..to as u32);
@@ -436,6 +480,8 @@ impl Scheduler {
     pub fn settle(&mut self, mut output: Output, outcomes: &mut Vec<Outcome>) -> Output {
         outcomes.clear();
         self.broken.clear();
+        self.pooled.clear();
+        let mut pooled = output.pooled.drain(..);
         let mut results = Results {
             samples: output.tokens.len(),
             targets: output.scores.len(),
@@ -458,6 +504,13 @@ impl Scheduler {
             next = index + 1;
             let before = self.running[index].computed;
             let sequence = &mut self.running[index];
+            if sequence.is_pooled() && sequence.computed + row.len == sequence.tokens.len() {
+                Self::settle_pooled(&mut self.pool, sequence, pooled.next(), self.shape.block_size, &mut self.pooled, &mut self.broken);
+                snapshots::settle(&mut self.pool, sequence, self.shape.block_size, &mut states, (before, row));
+                Self::free(&mut self.pool, &mut self.running.remove(index));
+                next = index;
+                continue;
+            }
             let Settled { broken, failure, accepted } = results.settle(sequence, row, outcomes);
             if let Some(accepted) = accepted {
                 sequence.acceptance.learn(row.draft_len, accepted);
@@ -481,9 +534,29 @@ impl Scheduler {
             }
         }
         self.in_flight = in_flight;
+        drop(pooled);
         drop(results);
         output.failed.clear();
         output
+    }
+
+    /// A sequence has been pooled.
+    fn settle_pooled(
+        pool: &mut BlockPool,
+        sequence: &mut Sequence,
+        result: Option<Vec<f32>>,
+        size: usize,
+        pooled: &mut Vec<(SequenceId, Vec<f32>)>,
+        broken: &mut Vec<(SequenceId, Broken)>,
+    ) {
+        match result.filter(|result| result.iter().all(|number| number.is_finite())) {
+            None => broken.push((sequence.id, Broken::NotFinite)),
+            Some(result) => {
+                sequence.computed = sequence.tokens.len();
+                Self::cache(pool, sequence, size);
+                pooled.push((sequence.id, result));
+            }
+        }
     }
 
     /// Caches the blocks of a sequence that have become full.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::constraint::{Constrained, MaskJob, Next};
 use super::ngram::Acceptance;
-use super::{Finish, Request};
+use super::{Finish, PoolingRequest, Request};
 use crate::error::Failure;
 use crate::models::{Allowed, Logprobs, LogprobsSpec, SamplingMetadata, SamplingParams, Score, TokenCounts};
 
@@ -41,6 +41,7 @@ pub struct Sequence {
     prompt_logprobs: Option<(LogprobsSpec, Vec<Logprobs>)>,
     max_len: usize,
     constraint: Option<Constrained>,
+    pooling: Option<PoolingRequest>,
     /// This many of the last tokens were forced by the constraint, and not sampled.
     forced: usize,
 }
@@ -72,6 +73,7 @@ impl Sequence {
             banned: Banned::new(&params),
             prompt_logprobs: request.prompt_logprobs.map(|spec| (spec, Vec::new())),
             constraint: request.constraint.clone().map(|constraint| Constrained::new(constraint, params.clone())),
+            pooling: request.pooling,
             forced: 0,
             params,
             counts: Arc::new(counts),
@@ -91,6 +93,16 @@ impl Sequence {
     /// Most tokens that may still be sampled.
     pub fn remaining(&self) -> usize {
         self.max_len - self.tokens.len()
+    }
+
+    /// It ends with its prompt, which is pooled.
+    pub fn is_pooled(&self) -> bool {
+        self.pooling.is_some()
+    }
+
+    /// The first token of the second text of a pair, where that is of another type.
+    pub fn second_text(&self) -> Option<usize> {
+        self.pooling?.second_text
     }
 
     /// How the next token is sampled.

@@ -3,12 +3,14 @@
 //!
 //! Activations are f32 on a CPU and bf16 on a GPU. Every operation allocates its result.
 
+use std::ops::Range;
+
 use candle_core::quantized::QTensor;
 use candle_core::{D, DType, Device, Error, Result, Tensor};
 
 use super::ops::{
     Activation, AttentionSpec, AttentionWeights, Batch, BatchRow, Columns, Epilogue, Experts, KvShape, Linear, Norm, NormExtent, NormKind,
-    Pairing, QkNorm, WeightFormat,
+    Pairing, QkNorm, TableRow, WeightFormat,
 };
 use super::{Backend, CausalConv, Footprint, GatedDelta, HeadColumns, LatentSpec, MatrixSource, RowVisitor, StepLimits, StepStates};
 
@@ -63,20 +65,24 @@ impl Buffer {
     }
 }
 
+/// What a token sees: [`AttentionSpec::causal`] and [`AttentionSpec::window`].
+type Mask = (bool, Option<usize>);
+
 /// Where the tokens of a step belong, on the device.
 #[derive(Debug, Clone)]
 pub struct Step {
     /// `[t]`, u32: rows of the embedding.
     tokens: Tensor,
     positions: Vec<u32>,
+    types: Vec<u32>,
     /// `[t]`, u32: KV slots.
     slots: Tensor,
     /// Of each rope table `[t, pairs]` in f32.
     angles: Vec<(Tensor, Tensor)>,
     rows: Vec<BatchRow>,
     states: StepStates,
-    /// How attention with a window (or without one) takes the rows, made at its first call in a step.
-    groups: Vec<(Option<usize>, Vec<Group>)>,
+    /// How attention, causal or not and with a window or without one, takes the rows, made at its first call in a step.
+    groups: Vec<(Mask, Vec<Group>)>,
 }
 
 /// A device driven by candle.
@@ -176,6 +182,7 @@ impl Backend for Candle {
         self.step = Some(Step {
             tokens: Tensor::from_slice(batch.tokens, t, device)?,
             positions: batch.positions.to_vec(),
+            types: batch.types.to_vec(),
             slots: Tensor::from_slice(batch.slots, t, device)?,
             angles: angles.collect::<Result<_>>()?,
             rows: batch.rows.to_vec(),
@@ -197,6 +204,29 @@ impl Backend for Candle {
             Matrix::Blocks(table) => table.embedding(tokens)?.to_dtype(self.dtype)?,
         };
         out.tensor = Some(scaled(x, scale)?);
+        Ok(())
+    }
+
+    fn embed_add(&mut self, table: &Matrix, row: TableRow, out: &mut Buffer) -> Result<()> {
+        let step = self.step()?;
+        let rows: Vec<u32> = match row {
+            TableRow::Position(first) => step.positions.iter().map(|position| position + first as u32).collect(),
+            TableRow::Type if step.types.is_empty() => vec![0; step.positions.len()],
+            TableRow::Type => step.types.clone(),
+        };
+        let height = match table {
+            Matrix::Tensor(table) => table.dim(0)?,
+            Matrix::Blocks(table) => table.shape().dims2()?.0,
+        };
+        if let Some(index) = rows.iter().find(|index| **index as usize >= height) {
+            return Err(Error::Msg(format!("{row:?} of a token is row {index} of a table of {height}")));
+        }
+        let rows = Tensor::from_slice(&rows, rows.len(), &self.device)?;
+        let added = match table {
+            Matrix::Tensor(table) => table.index_select(&rows, 0)?,
+            Matrix::Blocks(table) => table.embedding(&rows)?.to_dtype(self.dtype)?,
+        };
+        out.tensor = Some(out.tensor()?.add(&added)?);
         Ok(())
     }
 
@@ -252,12 +282,13 @@ impl Backend for Candle {
         let q = qkv.tensor()?;
         let Some(step) = &mut self.step else { return Err(Error::Msg("no step has begun".into())) };
         let (_, block_size, ..) = cache.k.dims4()?;
-        // Once per step: all layers with this window look at the same places.
-        if !step.groups.iter().any(|(window, _)| *window == attention.window) {
+        // Once per step: all layers with this mask look at the same places.
+        let mask = (attention.causal, attention.window);
+        if !step.groups.iter().any(|(of, _)| *of == mask) {
             let groups = attention::groups(&step.rows, block_size, attention, self.bounds, &self.device)?;
-            step.groups.push((attention.window, groups));
+            step.groups.push((mask, groups));
         }
-        let groups = step.groups.iter().find(|(window, _)| *window == attention.window).map_or(&[][..], |(_, groups)| groups);
+        let groups = step.groups.iter().find(|(of, _)| *of == mask).map_or(&[][..], |(_, groups)| groups);
         let parts = groups.iter().map(|group| group.attention(q, attention, weights.sinks.as_ref(), cache)).collect::<Result<Vec<_>>>()?;
         out.tensor = Some(Tensor::cat(&parts, 0)?);
         Ok(())
@@ -364,6 +395,13 @@ impl Backend for Candle {
         Ok(())
     }
 
+    fn mean(&mut self, x: &Buffer, spans: &[Range<usize>], out: &mut Buffer) -> Result<()> {
+        let x = x.tensor()?;
+        let mean = |span: &Range<usize>| x.narrow(0, span.start, span.len())?.to_dtype(DType::F32)?.mean_keepdim(0)?.to_dtype(x.dtype());
+        out.tensor = Some(Tensor::cat(&spans.iter().map(mean).collect::<Result<Vec<_>>>()?, 0)?);
+        Ok(())
+    }
+
     fn scale_and_cap(&mut self, x: &mut Buffer, scale: f32, cap: Option<f32>) -> Result<()> {
         let wide = x.tensor()?.to_dtype(DType::F32)?;
         x.tensor = Some(match cap {
@@ -453,6 +491,8 @@ fn activated(x: &Tensor, activation: Activation) -> Result<Tensor> {
             let gate = x.minimum(Activation::SWIGLU_LIMIT)?;
             gate.mul(&candle_nn::ops::sigmoid(&(&gate * f64::from(Activation::SWIGLU_ALPHA))?)?)
         }
+        Activation::Gelu => x.to_dtype(DType::F32)?.gelu_erf()?.to_dtype(x.dtype()),
+        Activation::Tanh => x.tanh(),
     }
 }
 

@@ -12,6 +12,8 @@
 // Kernels are generic for `dispatch!`, also where the compiler alone vectorises them.
 #![allow(clippy::extra_unused_type_parameters)]
 
+use std::ops::Range;
+
 use candle_core::Result;
 
 pub mod candle;
@@ -27,7 +29,8 @@ mod twin_tests;
 
 pub use ops::{
     Activation, AttentionSpec, AttentionWeights, Batch, BatchRow, Columns, ComputeDtype, Epilogue, Expert, ExpertGroups, Experts, KvShape,
-    Linear, Norm, NormExtent, NormKind, Normalize, Pairing, QkNorm, QueryGrowth, Rope, RopeTable, RouterScore, RoutingSpec, WeightFormat,
+    Linear, Norm, NormExtent, NormKind, Normalize, Pairing, QkNorm, QueryGrowth, Rope, RopeTable, RouterScore, RoutingSpec, TableRow,
+    WeightFormat,
 };
 
 pub use states::{CausalConv, ConvKind, ConvSpec, DeltaSpec, GatedDelta, HeadColumns, LatentSpec, StateSave, StepStates};
@@ -120,6 +123,9 @@ pub trait Backend {
 
     /// `out = table[tokens] · scale`, one row for each token of the step.
     fn embed(&mut self, table: &Self::Weight, scale: f32, out: &mut Self::Buffer) -> Result<()>;
+
+    /// `out += table[row of each token]`
+    fn embed_add(&mut self, table: &Self::Weight, row: TableRow, out: &mut Self::Buffer) -> Result<()>;
 
     /// `out = norm(x)`
     fn norm(&mut self, x: &Self::Buffer, norm: &Norm<Self::Vector>, out: &mut Self::Buffer) -> Result<()>;
@@ -219,6 +225,9 @@ pub trait Backend {
 
     /// `out[i] = x[rows[i]]`
     fn pick(&mut self, x: &Self::Buffer, rows: &[usize], out: &mut Self::Buffer) -> Result<()>;
+
+    /// `out[i]` = the mean of the rows of `x` in `spans[i]`, none of which is empty.
+    fn mean(&mut self, x: &Self::Buffer, spans: &[Range<usize>], out: &mut Self::Buffer) -> Result<()>;
 
     /// `x = cap · tanh(x · scale / cap)`, without the cap `x · scale`: what some models do to their logits.
     fn scale_and_cap(&mut self, x: &mut Self::Buffer, scale: f32, cap: Option<f32>) -> Result<()>;

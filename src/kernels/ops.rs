@@ -1,5 +1,6 @@
 //! What operations take besides buffers and weights: plain data, the same on every device.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::StepStates;
@@ -26,6 +27,8 @@ pub struct Batch<'a> {
     pub positions: &'a [u32],
     /// `[t]`: slots of the KV cache, `block · block_size + offset`.
     pub slots: &'a [u32],
+    /// `[t]`: which of several texts each token belongs to; empty where all belong to the first.
+    pub types: &'a [u32],
     pub rows: &'a [BatchRow],
     /// Every table that some layer rotates by; [`Rope::table`] is an index into it.
     pub ropes: &'a [RopeTable],
@@ -69,6 +72,9 @@ pub enum Activation {
     Relu2,
     /// gpt-oss's: `g · sigmoid(1.702 · g)` with `g = min(x, 7)`; what it gates is `u + 1`, with `u` kept between -7 and 7.
     ClampedSwiglu,
+    /// `x/2 · (1 + erf(x/√2))`
+    Gelu,
+    Tanh,
 }
 
 impl Activation {
@@ -76,6 +82,15 @@ impl Activation {
     pub const SWIGLU_LIMIT: f32 = 7.0;
     /// What stands before the sigmoid's argument in it.
     pub const SWIGLU_ALPHA: f32 = 1.702;
+}
+
+/// Which row of a table a token gets beside its own embedding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TableRow {
+    /// That of its position, counted from this row on.
+    Position(usize),
+    /// That of its type.
+    Type,
 }
 
 /// What becomes of the sums of a [`linear`](super::Backend::linear).
@@ -168,7 +183,7 @@ pub struct Linear<W, V> {
     pub bias: Option<V>,
 }
 
-/// One kind of causal attention over paged keys and values.
+/// One kind of attention over paged keys and values.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AttentionSpec {
     /// Of queries; a multiple of `kv_heads`.
@@ -178,11 +193,13 @@ pub struct AttentionSpec {
     pub head_dim: usize,
     /// Scores are multiplied by it.
     pub scale: f32,
-    /// A token sees itself and so many less one before it.
+    /// A token sees nothing after it. Without this the whole of a sequence must be in one step.
+    pub causal: bool,
+    /// A token sees itself and so many less one before it, and without `causal` as many after it.
     pub window: Option<usize>,
     /// Scores become `cap · tanh(score / cap)`.
     pub soft_cap: Option<f32>,
-    /// `None`: positions are told by the causal mask alone.
+    /// `None`: positions are told by the causal mask alone, or by what is added to the embeddings.
     pub rope: Option<Rope>,
     pub qk_norm: Option<QkNorm>,
     /// Values are normalized to a mean square of 1 with this epsilon.
@@ -192,6 +209,16 @@ pub struct AttentionSpec {
 }
 
 impl AttentionSpec {
+    /// The cached positions that a token at `position` of a sequence of `context` sees.
+    pub fn visible(&self, position: usize, context: usize) -> Range<usize> {
+        let end = match (self.causal, self.window) {
+            (true, _) => position + 1,
+            (false, None) => context,
+            (false, Some(window)) => context.min(position.saturating_add(window)),
+        };
+        self.window.map_or(0, |window| (position + 1).saturating_sub(window))..end
+    }
+
     /// Width of a token's queries.
     pub fn q_width(&self) -> usize {
         self.heads * self.head_dim

@@ -5,10 +5,13 @@
 
 use std::cell::Cell;
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use candle_core::{Error, Result};
 
-use super::ops::{AttentionSpec, AttentionWeights, Batch, BatchRow, Columns, Epilogue, Experts, KvShape, Linear, Norm, WeightFormat};
+use super::ops::{
+    AttentionSpec, AttentionWeights, Batch, BatchRow, Columns, Epilogue, Experts, KvShape, Linear, Norm, TableRow, WeightFormat,
+};
 use super::{Backend, CausalConv, Footprint, GatedDelta, HeadColumns, LatentSpec, MatrixSource, RowVisitor};
 
 /// A matrix that is not there.
@@ -112,6 +115,11 @@ impl<F: Footprint> Backend for Sizing<F> {
         Ok(())
     }
 
+    fn embed_add(&mut self, table: &Weight, _row: TableRow, _out: &mut Buffer) -> Result<()> {
+        self.count("embed_add", self.tokens * table.bytes / table.rows.max(1), 0);
+        Ok(())
+    }
+
     fn norm(&mut self, x: &Buffer, _norm: &Norm<usize>, out: &mut Buffer) -> Result<()> {
         *out = *x;
         self.count("norm", 0, 0);
@@ -155,9 +163,10 @@ impl<F: Footprint> Backend for Sizing<F> {
     ) -> Result<()> {
         *out = Buffer { rows: qkv.rows, width: attention.q_width() };
         let per_token = F::kv_block_bytes(*cache) / cache.block_size;
-        let seen = |context: usize| attention.window.map_or(context, |window| context.min(window));
-        let bytes = self.rows.iter().map(|row| seen(row.context) * per_token).sum();
-        let pairs: usize = self.rows.iter().flat_map(|row| (row.context - row.len + 1..=row.context).map(seen)).sum();
+        let seen = |position: usize, context: usize| attention.visible(position, context).len();
+        let bytes = self.rows.iter().map(|row| seen(row.context - 1, row.context) * per_token).sum();
+        let of_row = |row: &BatchRow| (row.context - row.len..row.context).map(|position| seen(position, row.context)).sum::<usize>();
+        let pairs: usize = self.rows.iter().map(of_row).sum();
         self.count("attend", bytes, 2 * pairs * attention.q_width());
         Ok(())
     }
@@ -246,6 +255,12 @@ impl<F: Footprint> Backend for Sizing<F> {
     fn pick(&mut self, x: &Buffer, rows: &[usize], out: &mut Buffer) -> Result<()> {
         *out = Buffer { rows: rows.len(), width: x.width };
         self.count("pick", 0, 0);
+        Ok(())
+    }
+
+    fn mean(&mut self, x: &Buffer, spans: &[Range<usize>], out: &mut Buffer) -> Result<()> {
+        *out = Buffer { rows: spans.len(), width: x.width };
+        self.count("mean", 0, 0);
         Ok(())
     }
 

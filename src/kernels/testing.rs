@@ -75,7 +75,15 @@ pub fn write<B: Backend>(backend: &mut B, rows: &[f32], width: usize) -> B::Buff
     let tokens: Vec<u32> = (0..t).collect();
     let row = super::BatchRow { start: 0, len: t as usize, context: t as usize, blocks: std::sync::Arc::new(vec![0]) };
     backend
-        .begin(&super::Batch { tokens: &tokens, positions: &tokens, slots: &tokens, rows: &[row], ropes: &[], states: &Default::default() })
+        .begin(&super::Batch {
+            tokens: &tokens,
+            positions: &tokens,
+            slots: &tokens,
+            types: &[],
+            rows: &[row],
+            ropes: &[],
+            states: &Default::default(),
+        })
         .unwrap();
     let table = TestMatrix::new(rows.to_vec(), width).load(backend, None, Columns::Plain);
     let mut out = backend.buffer(t as usize, width).unwrap();
@@ -90,6 +98,7 @@ pub fn plain_attention(heads: usize, kv_heads: usize, head_dim: usize) -> Attent
         kv_heads,
         head_dim,
         scale: 1.0 / (head_dim as f32).sqrt(),
+        causal: true,
         window: None,
         soft_cap: None,
         rope: None,

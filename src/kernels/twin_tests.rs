@@ -87,6 +87,7 @@ impl Case<'_> {
                 tokens: &everywhere,
                 positions: &everywhere,
                 slots: &everywhere,
+                types: &[],
                 rows: &rows,
                 ropes: self.ropes,
                 states: &Default::default(),
@@ -107,7 +108,9 @@ impl Case<'_> {
     ) -> (Vec<f32>, Vec<f32>) {
         let (weights, width) = (self.weights(backend), self.attention.qkv_width());
         let mut qkv = write(backend, x, width);
-        backend.begin(&Batch { tokens: positions, positions, slots, rows, ropes: self.ropes, states: &Default::default() }).unwrap();
+        backend
+            .begin(&Batch { tokens: positions, positions, slots, types: &[], rows, ropes: self.ropes, states: &Default::default() })
+            .unwrap();
         backend.rope_and_store(&mut qkv, &self.attention, &weights, cache).unwrap();
         let mut out = backend.buffer(positions.len(), self.attention.q_width()).unwrap();
         backend.attend(&qkv, &self.attention, &weights, cache, &mut out).unwrap();
@@ -135,7 +138,7 @@ proptest! {
         d in prop::sample::select(vec![4usize, 8, 10, 16, 32, 64, 72]), block_size in prop::sample::select(vec![1usize, 4, 16, 20, 32, 48]),
         half in any::<bool>(), bounds in (1usize..3000, 1usize..20_000), long in 0usize..900, threads in 1usize..4,
         window in prop::option::of(1usize..400), soft_cap in prop::option::of(0.5f32..5.0), norm in 0usize..5, part in 0usize..3,
-        has_sinks in any::<bool>(), value_norm in any::<bool>(), grows in any::<bool>(), mut seed in any::<u64>(),
+        has_sinks in any::<bool>(), causal in any::<bool>(), value_norm in any::<bool>(), grows in any::<bool>(), mut seed in any::<u64>(),
     ) {
         let mut rows: Vec<(usize, usize)> = contexts.into_iter().map(|(context, len)| (context, len.min(context))).collect();
         rows[0].0 += long;
@@ -145,6 +148,7 @@ proptest! {
         let pairing = if half { Pairing::Half } else { Pairing::Interleaved };
         let extent = if norm % 2 == 0 { NormExtent::Head } else { NormExtent::Token };
         let attention = AttentionSpec {
+            causal,
             window,
             soft_cap,
             rope: (pairs > 0).then_some(Rope { table: 1, pairing }),
@@ -195,7 +199,10 @@ proptest! {
         let (_, cut) = case.run(&mut theirs, &mut tensors, &step.rows, places, &x);
         assert_close(&attended, &cut, 5e-5, "cut finely");
 
-        // Token by token, alone: the same bits.
+        // Token by token, alone: the same bits, where no token sees a later one.
+        if !causal {
+            return Ok(());
+        }
         let mut alone = cpu(1, width, &[attention], block_size, 1);
         for row in &step.rows {
             for i in 0..row.len {
@@ -265,7 +272,15 @@ fn rows_on<B: Backend>(
     let tokens: Vec<u32> = (0..t as u32).map(|i| i * 7 % vocab as u32).collect();
     let row = BatchRow { start: 0, len: t, context: t, blocks: Arc::new(vec![0]) };
     backend
-        .begin(&Batch { tokens: &tokens, positions: &tokens, slots: &tokens, rows: &[row], ropes: &[], states: &Default::default() })
+        .begin(&Batch {
+            tokens: &tokens,
+            positions: &tokens,
+            slots: &tokens,
+            types: &[],
+            rows: &[row],
+            ropes: &[],
+            states: &Default::default(),
+        })
         .unwrap();
     let table = table.linear(backend, Columns::Plain, None);
     let mut out = backend.buffer(t, hidden).unwrap();
@@ -273,6 +288,19 @@ fn rows_on<B: Backend>(
     results.push(("embed", 0.0, read(backend, &mut out)));
     backend.embed(&table.weight, 3.5, &mut out).unwrap();
     results.push(("embed scaled", 1e-6, read(backend, &mut out)));
+    let positions: Vec<u32> = (0..t as u32).map(|i| i % 3).collect();
+    let types: Vec<u32> = (0..t as u32).map(|i| u32::from(i % 5 > 2)).collect();
+    let row = BatchRow { start: 0, len: t, context: t, blocks: Arc::new(vec![0]) };
+    let few = TestMatrix::new(numbers(6 * hidden), hidden).load(backend, None, Columns::Plain);
+    for (types, tables) in [(&types[..], [TableRow::Position(2), TableRow::Type]), (&[], [TableRow::Type, TableRow::Position(3)])] {
+        let (rows, states) = (std::slice::from_ref(&row), &Default::default());
+        backend.begin(&Batch { tokens: &tokens, positions: &positions, slots: &tokens, types, rows, ropes: &[], states }).unwrap();
+        for of in tables {
+            backend.embed_add(&few, of, &mut out).unwrap();
+            results.push(("embed added", 1e-6, read(backend, &mut out)));
+        }
+    }
+    assert!(backend.embed_add(&few, TableRow::Position(6), &mut out).is_err(), "a row that is not there");
 
     for (name, kind) in [("rms norm", NormKind::Rms), ("layer norm", NormKind::Layer)] {
         let bias = (kind == NormKind::Layer).then(|| backend.vector(bias.clone()).unwrap());
@@ -284,7 +312,9 @@ fn rows_on<B: Backend>(
     }
     let mut inner = backend.buffer(t, 2 * half).unwrap();
     for bias in [None, Some(gate_bias.as_slice())] {
-        for activation in [Activation::Silu, Activation::GeluTanh, Activation::Relu2, Activation::ClampedSwiglu] {
+        for activation in
+            [Activation::Silu, Activation::GeluTanh, Activation::Relu2, Activation::ClampedSwiglu, Activation::Gelu, Activation::Tanh]
+        {
             let gated = gate_up.linear(backend, Columns::Gated, bias);
             backend.linear(&x, &gated, Epilogue::Gated(activation), &mut inner).unwrap();
             results.push(("gated", 2e-5, read(backend, &mut inner)));
@@ -301,7 +331,10 @@ fn rows_on<B: Backend>(
         results.push(("down", 5e-5, read(backend, &mut x)));
     }
     let picked: Vec<usize> = (0..t).step_by(2).collect();
+    let mut means = backend.buffer(3, hidden).unwrap();
     let (mut some, mut logits) = (backend.buffer(t, hidden).unwrap(), backend.buffer(t, vocab).unwrap());
+    backend.mean(&x, &[0..1, 0..t, t / 2..t], &mut means).unwrap();
+    results.push(("means", 5e-5, read(backend, &mut means)));
     backend.pick(&x, &picked, &mut some).unwrap();
     backend.linear(&some, &table, Epilogue::Store, &mut logits).unwrap();
     results.push(("logits", 1e-4, read(backend, &mut logits)));
@@ -539,7 +572,8 @@ impl StateStep {
             write(backend, &values, *width)
         };
         let x = inputs.iter().map(cut).collect();
-        let batch = Batch { tokens: &positions, positions: &positions, slots: &positions, rows: &rows, ropes: &[], states: &self.states };
+        let states = &self.states;
+        let batch = Batch { tokens: &positions, positions: &positions, slots: &positions, types: &[], rows: &rows, ropes: &[], states };
         backend.begin(&batch).unwrap();
         (x, backend.buffer(positions.len(), out).unwrap())
     }

@@ -1,8 +1,11 @@
 //! One decoder for every family and every device: [`Decoder::forward`] is the whole of a forward pass.
 
+use std::ops::Range;
+
 use candle_core::Result;
 
-use crate::kernels::{Backend, Epilogue, Experts, Linear, Norm};
+use crate::kernels::{Backend, Epilogue, Experts, Linear, Norm, TableRow};
+use crate::models::pooling::Pooling;
 use crate::models::spec::ModelSpec;
 
 mod load;
@@ -23,10 +26,15 @@ pub struct Decoder<B: Backend> {
     pub spec: ModelSpec,
     /// `[vocab, hidden]`
     embedding: LinearOf<B>,
+    /// What is added to embeddings: rows of each table `[rows, hidden]`.
+    tables: Vec<(TableRow, B::Weight)>,
+    embedding_norm: Option<NormOf<B>>,
     layers: Vec<Layer<B>>,
-    norm: NormOf<B>,
+    norm: Option<NormOf<B>>,
     /// `[vocab, hidden]`; `None`: the embedding.
     head: Option<LinearOf<B>>,
+    /// Behind the pooling.
+    pooling_head: Vec<HeadLayer<B>>,
     buffers: Buffers<B::Buffer>,
 }
 
@@ -43,11 +51,27 @@ struct Layer<B: Backend> {
     scalar: Option<f32>,
 }
 
+/// A layer behind the pooling.
+struct HeadLayer<B: Backend> {
+    linear: LinearOf<B>,
+    epilogue: Epilogue,
+    norm: Option<NormOf<B>>,
+}
+
 /// The norms of one branch beside the residual stream.
 struct BranchNorms<B: Backend> {
     before: Before<B>,
-    /// Of what the branch adds.
-    after: Option<NormOf<B>>,
+    after: After<B>,
+}
+
+/// What becomes of what a branch gives.
+enum After<B: Backend> {
+    /// It is added to the residual stream.
+    Add,
+    /// It is normalized, and then added.
+    NormAdd(NormOf<B>),
+    /// It is added, and the sum is normalized.
+    AddNorm(NormOf<B>),
 }
 
 /// What a branch reads.
@@ -55,7 +79,7 @@ enum Before<B: Backend> {
     Norm(NormOf<B>),
     /// The residual stream as it is.
     Nothing,
-    /// The same as the branch before it, beside which it runs.
+    /// What `normed` holds already: the same as the branch beside it, or the residual stream that has just been normalized.
     Same,
 }
 
@@ -94,9 +118,9 @@ struct Buffers<T> {
     branch: T,
     /// `[t, experts]`
     router: T,
-    /// `[n, hidden]`: rows of `x` whose logits are wanted.
+    /// `[n, hidden]`: rows of `x` whose logits are wanted, or what sequences were pooled to.
     picked: T,
-    /// `[n, vocab]`
+    /// `[n, vocab]`, or as wide as the widest layer behind the pooling.
     logits: T,
 }
 
@@ -105,25 +129,39 @@ impl<B: Backend> Decoder<B> {
     pub fn forward(&mut self, backend: &mut B, caches: &mut [LayerCache<B>]) -> Result<()> {
         let Buffers { x, normed, mixer, hidden, branch, router, .. } = &mut self.buffers;
         backend.embed(&self.embedding.weight, self.spec.embedding_scale, x)?;
+        for (row, table) in &self.tables {
+            backend.embed_add(table, *row, x)?;
+        }
+        if let Some(norm) = &self.embedding_norm {
+            normalize(backend, norm, x, normed)?;
+        }
         for (layer, cache) in self.layers.iter().zip(caches) {
             let add = Epilogue::Add(layer.residual_scale);
 
             layer.mixer_norms.before(backend, x, normed)?;
             let mixed = layer.mixer.run(backend, normed, cache, mixer)?;
             match &layer.mixer_norms.after {
-                None => backend.linear(mixed, &layer.output, add, x)?,
-                Some(norm) => {
+                After::Add => backend.linear(mixed, &layer.output, add, x)?,
+                After::NormAdd(norm) => {
                     backend.linear(mixed, &layer.output, Epilogue::Store, branch)?;
                     backend.norm_add(branch, norm, layer.residual_scale, x)?;
+                }
+                After::AddNorm(norm) => {
+                    backend.linear(mixed, &layer.output, add, x)?;
+                    normalize(backend, norm, x, normed)?;
                 }
             }
 
             layer.feed_forward_norms.before(backend, x, normed)?;
             match &layer.feed_forward_norms.after {
-                None => layer.feed_forward.run(backend, normed, router, hidden, add, x)?,
-                Some(norm) => {
+                After::Add => layer.feed_forward.run(backend, normed, router, hidden, add, x)?,
+                After::NormAdd(norm) => {
                     layer.feed_forward.run(backend, normed, router, hidden, Epilogue::Store, branch)?;
                     backend.norm_add(branch, norm, layer.residual_scale, x)?;
+                }
+                After::AddNorm(norm) => {
+                    layer.feed_forward.run(backend, normed, router, hidden, add, x)?;
+                    normalize(backend, norm, x, normed)?;
                 }
             }
             if let Some(scalar) = layer.scalar {
@@ -137,7 +175,10 @@ impl<B: Backend> Decoder<B> {
     pub fn head(&mut self, backend: &mut B, positions: &[usize]) -> Result<()> {
         let Buffers { x, normed, picked, logits, .. } = &mut self.buffers;
         backend.pick(x, positions, picked)?;
-        backend.norm(picked, &self.norm, normed)?;
+        match &self.norm {
+            Some(norm) => backend.norm(picked, norm, normed)?,
+            None => backend.copy(picked, normed)?,
+        }
         backend.linear(normed, self.head.as_ref().unwrap_or(&self.embedding), Epilogue::Store, logits)?;
         if self.spec.logit_scale != 1.0 || self.spec.logit_cap.is_some() {
             backend.scale_and_cap(logits, self.spec.logit_scale, self.spec.logit_cap)?;
@@ -145,10 +186,42 @@ impl<B: Backend> Decoder<B> {
         Ok(())
     }
 
+    /// What the sequences become whose tokens are the rows `spans` of the step, in [`Decoder::pooled`]. To be called once in a step.
+    pub fn pool(&mut self, backend: &mut B, pooling: Pooling, spans: &[Range<usize>]) -> Result<()> {
+        let Buffers { x, normed, picked, logits, .. } = &mut self.buffers;
+        if let Some(norm) = &self.norm {
+            normalize(backend, norm, x, normed)?;
+        }
+        match pooling {
+            Pooling::Mean => backend.mean(x, spans, picked)?,
+            Pooling::Cls => backend.pick(x, &spans.iter().map(|span| span.start).collect::<Vec<_>>(), picked)?,
+            Pooling::Last => backend.pick(x, &spans.iter().map(|span| span.end - 1).collect::<Vec<_>>(), picked)?,
+        }
+        for layer in &self.pooling_head {
+            backend.linear(picked, &layer.linear, layer.epilogue, logits)?;
+            match &layer.norm {
+                Some(norm) => backend.norm(logits, norm, picked)?,
+                None => backend.copy(logits, picked)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// What [`Decoder::pool`] made, `[spans, width]`.
+    pub fn pooled(&mut self) -> &mut B::Buffer {
+        &mut self.buffers.picked
+    }
+
     /// What [`Decoder::head`] made, `[positions, vocab]`.
     pub fn logits(&mut self) -> &mut B::Buffer {
         &mut self.buffers.logits
     }
+}
+
+/// `x = norm(x)`. Leaves the same in `normed`, for a branch that reads the residual stream as it is.
+fn normalize<B: Backend>(backend: &mut B, norm: &NormOf<B>, x: &mut B::Buffer, normed: &mut B::Buffer) -> Result<()> {
+    backend.norm(x, norm, normed)?;
+    backend.copy(normed, x)
 }
 
 impl<B: Backend> BranchNorms<B> {

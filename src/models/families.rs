@@ -1,6 +1,6 @@
 //! The table of families: `config.json` → what the model computes ([`ModelSpec`]) and what its tensors are called ([`TensorNames`]).
 //!
-//! A family is a row of [`dense::FAMILIES`], [`routed::FAMILIES`] or [`mixers::FAMILIES`]: its defaults for keys that config.json may leave out, and a function that says in what it
+//! A family is a row of [`dense::FAMILIES`], [`routed::FAMILIES`], [`mixers::FAMILIES`] or [`encoders::FAMILIES`]: its defaults for keys that config.json may leave out, and a function that says in what it
 //! differs from Llama. What decoders can differ in is a field of the spec, so a row holds no arithmetic of a forward pass.
 
 use serde_json::Value;
@@ -9,12 +9,14 @@ use crate::checkpoint::files::ModelFiles;
 use crate::error::Failure;
 use crate::kernels::{Activation, AttentionSpec, NormExtent, NormKind, Pairing, QkNorm, Rope, RopeTable, RoutingSpec};
 use crate::models::config::Config;
+use crate::models::pooling::Classifier;
 use crate::models::rope;
 use crate::models::spec::{
-    AttentionLayer, DenseSpec, ExpertsSpec, FeedForward, LayerSpec, LongRopes, Mixer, ModelSpec, NormSpec, Residual,
+    AttentionLayer, DenseSpec, EmbeddingsSpec, ExpertsSpec, FeedForward, LayerSpec, LongRopes, Mixer, ModelSpec, NormSpec, Residual,
 };
 
 mod dense;
+mod encoders;
 mod mixers;
 mod names;
 mod routed;
@@ -26,6 +28,8 @@ pub use names::TensorNames;
 pub struct Model {
     pub spec: ModelSpec,
     pub names: TensorNames,
+    /// Behind the pooling, if it is a cross-encoder.
+    pub classifier: Classifier,
 }
 
 /// One `model_type`.
@@ -63,6 +67,8 @@ enum Sliding {
     AfterFirst,
     /// All but every n-th (Gemma), and how many positions they see, where no key says so.
     AllBut { nth: u64, window: usize },
+    /// All but the first of every n, and over how many positions their windows go, half of them on each side (ModernBERT).
+    Around { nth: u64, window: usize },
 }
 
 const LLAMA: Defaults = Defaults {
@@ -80,7 +86,7 @@ const LLAMA: Defaults = Defaults {
 
 /// Every family that is served.
 fn families() -> impl Iterator<Item = &'static Family> {
-    dense::FAMILIES.iter().chain(routed::FAMILIES).chain(mixers::FAMILIES)
+    dense::FAMILIES.iter().chain(routed::FAMILIES).chain(mixers::FAMILIES).chain(encoders::FAMILIES)
 }
 
 /// The `model_type`s that are served.
@@ -101,7 +107,8 @@ impl Model {
     }
 
     pub fn from_config(config: &Value) -> Result<Self, String> {
-        let config = Config(config);
+        let translated = encoders::in_common_words(config)?;
+        let config = Config(translated.as_ref().unwrap_or(config));
         let model_type = config.text("model_type")?.unwrap_or_default();
         let family = families().find(|family| family.model_type == model_type).ok_or_else(|| {
             let known: Vec<_> = model_types().collect();
@@ -109,6 +116,12 @@ impl Model {
         })?;
         let mut model = llama_like(config, family)?;
         (family.adapt)(config, &mut model)?;
+        if config.flag("is_causal")? == Some(false) {
+            if model.spec.layers.iter().any(|layer| layer.attention().is_none()) {
+                return Err(format!("\"is_causal\": false is not supported for {model_type}"));
+            }
+            model.attention(|spec| spec.causal = false);
+        }
         if config.has("gguf") {
             model.as_converted(config.object("gguf")?)?;
         }
@@ -141,7 +154,7 @@ impl Model {
         self.attention_layers().for_each(|layer| (layer.qkv_bias, layer.output_bias) = (qkv, output));
         for layer in &mut self.spec.layers {
             if let FeedForward::Dense(dense) = &mut layer.feed_forward {
-                dense.bias = feed_forward;
+                (dense.bias, dense.down_bias) = (feed_forward, feed_forward);
             }
         }
     }
@@ -285,7 +298,8 @@ fn llama_like<'a>(config: Config<'a>, family: &'a Family) -> Result<Model, Strin
     let kv_heads = config.size("num_key_value_heads", Some(heads as u64))?;
     let types = layer_types(config, defaults.sliding)?;
     let mut ropes = Ropes { config, defaults, types: Vec::new(), tables: Vec::new() };
-    let dense = DenseSpec { intermediate: dense_width(config)?, activation: activation(config, defaults)?, gated: true, bias: false };
+    let (intermediate, activation) = (dense_width(config)?, activation(config, defaults)?);
+    let dense = DenseSpec { intermediate, activation, gated: true, bias: false, down_bias: false };
     let mut layer = |(index, layer_type): (usize, &LayerType<'a>)| -> Result<LayerSpec, String> {
         let (kv_heads, head_dim) = heads_of_layer(config, index, layer_type, (kv_heads, head_dim))?;
         let spec = AttentionSpec {
@@ -293,6 +307,7 @@ fn llama_like<'a>(config: Config<'a>, family: &'a Family) -> Result<Model, Strin
             kv_heads,
             head_dim,
             scale: 1.0 / (head_dim as f32).sqrt(),
+            causal: true,
             window: layer_type.window,
             soft_cap: None,
             rope: Some(Rope { table: ropes.of(layer_type.name, head_dim)?, pairing: defaults.pairing }),
@@ -307,6 +322,7 @@ fn llama_like<'a>(config: Config<'a>, family: &'a Family) -> Result<Model, Strin
             mixer: Mixer::Attention(attention),
             feed_forward,
             residual: Residual::Sequential,
+            bare_attention: false,
             residual_scale: 1.0,
             scalar: false,
         })
@@ -318,6 +334,9 @@ fn llama_like<'a>(config: Config<'a>, family: &'a Family) -> Result<Model, Strin
         hidden_size,
         max_positions: config.size("max_position_embeddings", Some(defaults.max_positions))?,
         embedding_scale: 1.0,
+        embeddings: EmbeddingsSpec::default(),
+        final_norm: true,
+        pooling: None,
         layers,
         long_ropes: ropes.long()?,
         ropes: ropes.tables,
@@ -332,7 +351,7 @@ fn llama_like<'a>(config: Config<'a>, family: &'a Family) -> Result<Model, Strin
         logit_cap: None,
         quantized: quantized(config)?,
     };
-    Ok(Model { spec, names: TensorNames::LLAMA })
+    Ok(Model { spec, names: TensorNames::LLAMA, classifier: Classifier::of_decoder(hidden_size) })
 }
 
 /// The inner width of dense networks.
@@ -380,6 +399,7 @@ fn layer_types<'a>(config: Config<'a>, sliding: Option<Sliding>) -> Result<Vec<L
         Sliding::AfterFirst if !config.flag("use_sliding_window")?.unwrap_or(false) => None,
         Sliding::AfterFirst => config.count("sliding_window")?,
         Sliding::AllBut { window, .. } => Some(config.count("sliding_window")?.unwrap_or(window)),
+        Sliding::Around { window, .. } => Some(config.count("local_attention")?.unwrap_or(window) / 2 + 1),
     };
     let Some(window) = window.filter(|window| *window > 0) else { return Ok((0..layers).map(full).collect()) };
     let of = |name: &'a str| match name {
@@ -402,6 +422,10 @@ fn layer_types<'a>(config: Config<'a>, sliding: Option<Sliding>) -> Result<Vec<L
         Sliding::AllBut { nth, .. } => {
             let nth = config.size("sliding_window_pattern", Some(nth))?;
             Box::new(move |layer| (layer + 1) % nth != 0)
+        }
+        Sliding::Around { nth, .. } => {
+            let nth = config.size("global_attn_every_n_layers", Some(nth))?;
+            Box::new(move |layer| layer % nth != 0)
         }
     };
     (0..layers).map(|layer| of(if is_sliding(layer) { SLIDING } else { FULL })).collect()
@@ -481,6 +505,11 @@ impl<'a> Ropes<'a> {
             return rope::table(Config(&Value::Null), head_dim, theta);
         }
         let mut parameters = config.rope_parameters(layer_type)?;
+        // ModernBERT's older keys.
+        let older = if is_sliding { "local_rope_theta" } else { "global_rope_theta" };
+        if let Some(theta) = config.number(older)?.filter(|_| !parameters.has("rope_theta")) {
+            return rope::table(parameters, self.rotated(parameters, head_dim)?, theta);
+        }
         let theta = self.theta(parameters)?;
         // Olmo 3 stretches its layers without a window alone.
         if is_sliding && self.config.text("model_type")? == Some("olmo3") && !parameters.has("rope_theta") {
@@ -526,6 +555,7 @@ fn activation(config: Config<'_>, defaults: &Defaults) -> Result<Activation, Str
         "silu" | "swish" => Ok(Activation::Silu),
         "gelu_pytorch_tanh" | "gelu_new" => Ok(Activation::GeluTanh),
         // The first releases of Gemma wrote this and meant the other.
+        "gelu" if defaults.activation == "gelu" => Ok(Activation::Gelu),
         "gelu" if defaults.activation == "gelu_pytorch_tanh" => Ok(Activation::GeluTanh),
         "relu2" => Ok(Activation::Relu2),
         other => Err(format!("{key} \"{other}\" is not supported (silu, gelu_pytorch_tanh and relu2 are)")),

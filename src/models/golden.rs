@@ -163,6 +163,7 @@ pub(crate) fn chunk(ids: &[u32], from: usize, to: usize, block_size: usize) -> P
         tokens: ids[from..to].to_vec(),
         positions: (from as u32..to as u32).collect(),
         slots: (from..to).map(slot).collect(),
+        types: Vec::new(),
         rows: vec![Row {
             start: 0,
             len: to - from,
@@ -170,6 +171,7 @@ pub(crate) fn chunk(ids: &[u32], from: usize, to: usize, block_size: usize) -> P
             blocks: Arc::new(blocks),
             sampling: Some(greedy()),
             draft_len: 0,
+            pools: false,
             score: None,
         }],
         states: StepStates { slots: vec![0], saves: vec![StateSave { token: (to - from) as u32 - 1, slot: 0 }], ..Default::default() },
@@ -496,7 +498,15 @@ fn values_inside_the_layers<B: Backend>(mut backend: B, what: &str) {
     };
     let embedding = weights("embed_tokens").linear(&backend, Columns::Plain, None);
     backend
-        .begin(&Batch { tokens: &IDS, positions: &positions, slots: &positions, rows: &rows, ropes: &ropes, states: &Default::default() })
+        .begin(&Batch {
+            tokens: &IDS,
+            positions: &positions,
+            slots: &positions,
+            types: &[],
+            rows: &rows,
+            ropes: &ropes,
+            states: &Default::default(),
+        })
         .unwrap();
     backend.embed(&embedding.weight, 1.0, &mut x).unwrap();
     for n in 0..2 {

@@ -22,6 +22,9 @@ pub(crate) struct Golden {
     pub(super) config: Value,
     pub(super) tensors: Vec<Tensor>,
     pub(super) sequences: Vec<Sequence>,
+    /// Further files of the model, of those that pool.
+    #[serde(default)]
+    pub(super) files: serde_json::Map<String, Value>,
 }
 
 #[derive(Deserialize)]
@@ -48,7 +51,12 @@ pub(super) struct Tensor {
 pub(super) struct Sequence {
     pub(super) ids: Vec<u32>,
     /// `[ids, vocab]`, f32 little-endian in base64.
+    #[serde(default)]
     logits: String,
+    /// `[width]`, of models that pool.
+    #[serde(default)]
+    pub(super) result: String,
+    pub(super) second_text: Option<usize>,
 }
 
 impl Tensor {
@@ -84,11 +92,15 @@ impl Sequence {
 impl Golden {
     /// What is computed with a configuration, whose weights lie elsewhere.
     pub(super) fn of(config: Value, sequences: Vec<Sequence>) -> Self {
-        Self { generator: Generator { samples: Vec::new() }, config, tensors: Vec::new(), sequences }
+        Self { generator: Generator { samples: Vec::new() }, config, tensors: Vec::new(), sequences, files: Default::default() }
     }
 
     pub(crate) fn read(family: &str) -> Self {
-        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("handler-tests/fixtures/families");
+        Self::read_from("families", family)
+    }
+
+    pub(super) fn read_from(folder: &str, family: &str) -> Self {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("handler-tests/fixtures").join(folder);
         let golden: Self = serde_json::from_slice(&std::fs::read(folder.join(format!("{family}.json"))).unwrap()).unwrap();
         for Sample { name, index, bits } in &golden.generator.samples {
             let tensor = golden.tensors.iter().find(|tensor| tensor.name == *name).unwrap();
@@ -102,20 +114,33 @@ impl Golden {
     }
 
     /// With another config.json, and tensors under other names.
-    fn files_as(&self, config: &serde_json::Value, rename: impl Fn(&str) -> String) -> ModelFiles {
+    pub(super) fn files_as(&self, config: &serde_json::Value, rename: impl Fn(&str) -> String) -> ModelFiles {
+        let in_model = |name: &str| (!name.contains('/')).then(|| rename(name));
+        let config = serde_json::to_vec(config).unwrap();
+        let source = |bytes: Vec<u8>| Source::Embedded(bytes.leak());
+        let mut files = vec![("config.json".to_owned(), source(config)), ("model.safetensors".to_owned(), source(self.weights(in_model)))];
+        for (name, file) in &self.files {
+            files.push((name.clone(), source(serde_json::to_vec(file).unwrap())));
+            let folder = name.trim_end_matches("config.json");
+            if folder.ends_with("_Dense/") {
+                let weights = self.weights(|name| name.strip_prefix(folder).map(str::to_owned));
+                files.push((format!("{folder}model.safetensors"), source(weights)));
+            }
+        }
+        ModelFiles::new("golden", "test", files)
+    }
+
+    /// A file of the tensors that `rename` gives a name.
+    fn weights(&self, rename: impl Fn(&str) -> Option<String>) -> Vec<u8> {
         let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
-        for tensor in &self.tensors {
+        for (name, tensor) in self.tensors.iter().filter_map(|tensor| Some((rename(&tensor.name)?, tensor))) {
             let from = data.len();
             (0..tensor.shape.iter().product()).for_each(|index| data.extend(tensor.value(index).to_le_bytes()));
             let entry = serde_json::json!({"dtype": "F32", "shape": tensor.shape, "data_offsets": [from, data.len()]});
-            header.insert(rename(&tensor.name), entry);
+            header.insert(name, entry);
         }
         let header = serde_json::to_vec(&header).unwrap();
-        let bytes = [&(header.len() as u64).to_le_bytes()[..], &header, &data].concat();
-        let config = serde_json::to_vec(config).unwrap();
-        let source = |bytes: Vec<u8>| Source::Embedded(bytes.leak());
-        let files = vec![("config.json".to_owned(), source(config)), ("model.safetensors".to_owned(), source(bytes))];
-        ModelFiles::new("golden", "test", files)
+        [&(header.len() as u64).to_le_bytes()[..], &header, &data].concat()
     }
 
     pub(super) fn vocab(&self) -> usize {
@@ -144,7 +169,16 @@ fn add(plan: &mut Plan, ids: &[u32], from: usize, to: usize, place: usize) {
     let (len, draft_len) = (to - from, to - from - 1);
     plan.states.slots.push(place as u32);
     plan.states.saves.push(StateSave { token: (start + len - 1) as u32, slot: place as u32 });
-    plan.rows.push(Row { start, len, context: to, blocks: Arc::new(blocks), sampling: Some(greedy()), draft_len, score: None });
+    plan.rows.push(Row {
+        start,
+        len,
+        context: to,
+        blocks: Arc::new(blocks),
+        sampling: Some(greedy()),
+        draft_len,
+        pools: false,
+        score: None,
+    });
 }
 
 #[track_caller]
@@ -249,7 +283,7 @@ macro_rules! families {
             }
             let docs = std::fs::read_to_string(std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/models.md")).unwrap();
             for family in super::families::model_types() {
-                assert!(tested.contains(&family), "{family} has no golden");
+                assert!(tested.contains(&family) || super::golden_pooling::FAMILIES.contains(&family), "{family} has no golden");
                 assert!(docs.lines().any(|line| line.starts_with('|') && line.contains(&format!("`{family}`"))), "{family} is not in docs/models.md");
             }
         }

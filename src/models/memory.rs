@@ -1,5 +1,7 @@
 //! The memory plan: how much the machine has, and how much of it the model will take. It is made before anything is allocated.
 
+use std::sync::Arc;
+
 use crate::config::{EngineSettings, defaults};
 use crate::error::Failure;
 use crate::kernels::Footprint;
@@ -22,6 +24,10 @@ pub const LOGITS_ROWS: usize = 16;
 const SPARE_SLOTS: usize = 16;
 /// Slots that no sequence needs to run take at most this part of the free memory.
 const SPARE_SLOTS_SHARE: usize = 16;
+/// Rows of results computed at a time: of logits, or of everything that is pooled in one step.
+pub fn result_rows(model: &ModelSpec, max_num_seqs: usize) -> usize {
+    if model.pooling.is_some() { max_num_seqs } else { LOGITS_ROWS }
+}
 
 /// The kind of memory a plan is made for.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -65,6 +71,7 @@ impl MemoryPlan {
         share: Option<Share>,
     ) -> Result<Self, Failure> {
         let (limit, longest) = (model.max_positions, model.longest_context());
+        let whole = model.runs_whole();
         if let Some(asked) = settings.max_model_len.filter(|asked| *asked > longest) {
             return Err(Failure::internal(format!(
                 "MAX_MODEL_LEN={asked} is more than the {longest} positions this model has; lower it, or leave it unset for auto"
@@ -72,8 +79,18 @@ impl MemoryPlan {
         }
         let need = Need::new::<F>(model, weights_bytes, memory, settings, share)?;
         let Need { batch, block_size, block_bytes, .. } = need;
-        let wanted = settings.max_model_len.unwrap_or(limit);
-        let useful = need.useful_blocks(limit);
+        let mut wanted = settings.max_model_len.unwrap_or(limit);
+        if whole {
+            if let (Some(asked), Some(tokens)) = (settings.max_model_len, settings.max_num_batched_tokens.filter(|tokens| *tokens < wanted))
+            {
+                return Err(Failure::internal(format!(
+                    "MAX_NUM_BATCHED_TOKENS={tokens} is less than MAX_MODEL_LEN={asked}, and this model runs a text in one step; raise it or \
+                     leave it to auto"
+                )));
+            }
+            wanted = wanted.min(batch.tokens);
+        }
+        let useful = need.useful_blocks(wanted);
         // Slots are numbered in 32 bits.
         let most = u32::MAX as usize / block_size;
         let blocks = match settings.num_blocks {
@@ -102,6 +119,8 @@ impl MemoryPlan {
             max_num_seqs: batch.seqs,
             max_num_batched_tokens: batch.tokens,
             memory_bound: room < wanted,
+            pooling: model.pooling.clone().map(Arc::new),
+            whole_prompts: whole,
         };
         let step_bytes = if memory.gpu { 0 } else { need.step_bytes };
         let auto = if memory.gpu { "GPU_MEMORY_UTILIZATION, MAX_NUM_SEQS or MAX_MODEL_LEN" } else { "KV_CACHE_GB (now auto)" };
@@ -123,7 +142,8 @@ impl MemoryPlan {
         settings: &EngineSettings,
     ) -> Result<Demand, Failure> {
         let need = Need::new::<F>(model, weights_bytes, memory, settings, None)?;
-        let useful = need.useful_blocks(model.max_positions).saturating_mul(need.block_bytes);
+        let wanted = settings.max_model_len.unwrap_or(model.max_positions);
+        let useful = need.useful_blocks(wanted).saturating_mul(need.block_bytes);
         Ok(Demand { fixed: need.fixed(), block: need.block_bytes, useful })
     }
 
@@ -224,6 +244,8 @@ struct Need<'a> {
     block_size: usize,
     /// Bytes of one block of the KV cache, over all layers.
     block_bytes: usize,
+    /// Prompts are not cut.
+    whole: bool,
     /// Where there are other models in the process.
     share: Option<Share>,
     /// Bytes of one sequence's states, over all layers.
@@ -240,14 +262,20 @@ impl<'a> Need<'a> {
         share: Option<Share>,
     ) -> Result<Self, Failure> {
         let block_size = settings.block_size.unwrap_or(defaults::BLOCK_SIZE);
-        let batch = Batch::new(memory.gpu, settings)?;
+        let mut batch = Batch::new(memory.gpu, settings)?;
+        if model.runs_whole() && settings.max_num_batched_tokens.is_none() {
+            batch.tokens = batch.tokens.max(settings.max_model_len.unwrap_or(model.max_positions));
+        }
+        if model.pooling.is_some() && settings.max_num_seqs.is_none() {
+            batch.seqs = batch.seqs.max(defaults::POOLING_SEQS).min(batch.tokens);
+        }
         let usual = Batch::new(memory.gpu, &EngineSettings::default())?;
         let block_bytes = model.attentions().map(|attention| F::kv_block_bytes(attention.kv_shape(1, block_size))).sum();
         let slot_bytes = size_of::<f32>() * model.state_width();
         let threads = threads(settings);
         let step_bytes = |tokens: usize| {
-            let sampling = threads.checked_mul(sample::scratch_bytes(model.vocab_size))?;
-            let limits = model.step_limits(tokens, LOGITS_ROWS, block_size);
+            let sampling = threads.checked_mul(if model.pooling.is_some() { 0 } else { sample::scratch_bytes(model.vocab_size) })?;
+            let limits = model.step_limits(tokens, result_rows(model, batch.seqs), block_size);
             F::own_bytes(&limits, threads)?.checked_add(buffer_bytes::<F>(model, &limits)?)?.checked_add(sampling)
         };
         let bytes_or_all = |tokens| step_bytes(tokens).unwrap_or(usize::MAX);
@@ -261,6 +289,7 @@ impl<'a> Need<'a> {
             usual_step_bytes,
             block_size,
             block_bytes,
+            whole: model.runs_whole(),
             slot_bytes,
             state_slots: 0,
             share,
@@ -290,10 +319,11 @@ impl<'a> Need<'a> {
     }
 
     /// More blocks than this cannot all be in use at once. A size that was set is kept all the same: the prefix cache uses the rest.
-    fn useful_blocks(&self, longest: usize) -> usize {
-        let wanted = self.settings.max_model_len.unwrap_or(longest);
+    fn useful_blocks(&self, wanted: usize) -> usize {
         match self.settings.kv_cache_gb {
             Some(_) => usize::MAX,
+            // What runs and as much again that waits for the next step.
+            None if self.whole => (2 * self.batch.tokens.div_ceil(self.block_size)).saturating_add(self.batch.seqs),
             None => self.batch.seqs.saturating_mul(wanted.div_ceil(self.block_size)),
         }
     }

@@ -10,6 +10,7 @@ use crate::error::Failure;
 pub use crate::kernels::{StateSave, StepStates};
 
 pub use mask::{Allowed, PendingMasks, TokenMask};
+pub use pooling::{Dimensions, PoolingSpec, PoolingTask};
 pub use sample::{SamplingMetadata, SamplingParams, TokenCounts};
 pub use turns::Turns;
 
@@ -19,6 +20,7 @@ pub mod device;
 pub mod families;
 mod mask;
 pub mod memory;
+pub mod pooling;
 pub mod prepared;
 pub mod quality;
 mod rope;
@@ -39,6 +41,8 @@ pub struct Plan {
     pub positions: Vec<u32>,
     /// KV slot each token is written to, `block * block_size + offset`, `[tokens]`.
     pub slots: Vec<u32>,
+    /// Type of each token: 1 in the second text of a pair. Empty where all are 0; else `[tokens]`.
+    pub types: Vec<u32>,
     pub rows: Vec<Row>,
     /// Where layers that keep a state instead of keys go on from, and where they keep it; empty where a model has none.
     pub states: StepStates,
@@ -50,6 +54,7 @@ impl Plan {
         self.tokens.clear();
         self.positions.clear();
         self.slots.clear();
+        self.types.clear();
         self.rows.clear();
         self.states.clear();
     }
@@ -71,6 +76,8 @@ pub struct Row {
     /// How many of this row's tokens, counted from its end, are draft tokens (speculation). One token is sampled after the token before
     /// the drafts and one after each draft: `draft_len + 1` samples, with indices from `sampling.index` on. 0 when nothing is sampled.
     pub draft_len: usize,
+    /// The row ends a sequence that is pooled: [`Output::pooled`] gets what it becomes.
+    pub pools: bool,
     /// Asks how probable the prompt's tokens were: for each token of this row, the log probability of the one that follows it.
     pub score: Option<Score>,
 }
@@ -113,6 +120,8 @@ pub struct Output {
     pub logprobs: Vec<Option<Logprobs>>,
     /// The log probabilities of all targets of the rows with a [`Score`], in row order.
     pub scores: Vec<Logprobs>,
+    /// What the rows that pool become, in row order.
+    pub pooled: Vec<Vec<f32>>,
     /// Results without meaning, because their logits were not finite or every token was suppressed. An index below `tokens.len()` is one of
     /// `tokens`; from there on it is `tokens.len()` plus an index of `scores`.
     pub failed: Vec<usize>,
@@ -124,6 +133,7 @@ impl Output {
         self.tokens.clear();
         self.logprobs.clear();
         self.scores.clear();
+        self.pooled.clear();
         self.failed.clear();
     }
 }
@@ -163,6 +173,10 @@ pub struct Shape {
     pub max_num_batched_tokens: usize,
     /// `max_model_len` is bounded by the size of the KV cache, and not by the model or a setting.
     pub memory_bound: bool,
+    /// What sequences become; `None`: the model generates text.
+    pub pooling: Option<Arc<PoolingSpec>>,
+    /// A sequence runs in one step, as a whole.
+    pub whole_prompts: bool,
 }
 
 /// What a failed step says about the worker.
@@ -240,5 +254,7 @@ mod golden_files;
 mod golden_gguf;
 #[cfg(test)]
 mod golden_packed;
+#[cfg(test)]
+mod golden_pooling;
 #[cfg(test)]
 mod golden_quantized;

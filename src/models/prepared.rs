@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use crate::checkpoint::files::{ModelFiles, Source};
+use crate::checkpoint::files::{ModelFiles, Source, is_module_file};
 use crate::config::{EngineSettings, PreparedCache, PreparedWriting, Quantization};
 use crate::kernels::cpu;
 use crate::kernels::cpu::packed::{PackedBytes, PackedShape, PackedStore};
@@ -159,13 +159,14 @@ fn path(files: &ModelFiles, setting: &PreparedCache, quantization: Quantization)
     Some((folder.join(name), matches!(setting, PreparedCache::Beside)))
 }
 
-/// The weight files in their order; `None` when one is not on disk.
+/// The weight files in their order, those of the model's modules last; `None` when one is not on disk.
 pub fn weight_paths(files: &ModelFiles) -> Option<Vec<PathBuf>> {
-    let path = |name: &String| match files.get(name) {
+    let path = |name: &str| match files.get(name) {
         Some(Source::Path(path)) => Some(path.clone()),
         _ => None,
     };
-    files.weight_files().ok()?.iter().map(path).collect()
+    let of_modules = files.iter().map(|(name, _)| name.to_owned()).filter(|name| is_module_file(name) && name.ends_with(".safetensors"));
+    files.weight_files().ok()?.into_iter().chain(of_modules).map(|name| path(&name)).collect()
 }
 
 /// The copy's file, when it is there.

@@ -23,12 +23,20 @@ pub fn logits_of(runner: &mut ModelRunner, ids: &[u32]) -> Result<Vec<Vec<f32>>,
             blocks: blocks.clone(),
             sampling: Some(greedy.into()),
             draft_len: tokens.len() - 1,
+            pools: false,
             score: None,
         };
         let positions: Vec<u32> = (from as u32..to as u32).collect();
         let states =
             StepStates { slots: vec![0], saves: vec![StateSave { token: tokens.len() as u32 - 1, slot: 0 }], ..Default::default() };
-        logits.extend(runner.logits(&Plan { tokens: tokens.to_vec(), slots: positions.clone(), positions, rows: vec![row], states })?);
+        logits.extend(runner.logits(&Plan {
+            tokens: tokens.to_vec(),
+            slots: positions.clone(),
+            positions,
+            types: Vec::new(),
+            rows: vec![row],
+            states,
+        })?);
     }
     Ok(logits)
 }

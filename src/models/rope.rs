@@ -24,6 +24,7 @@ pub fn table(parameters: Config<'_>, width: usize, theta: f64) -> Result<RopeTab
         "proportional" => (proportional(parameters, width, theta)?, 1.0),
         // Within the context that the model was trained for; see `dynamic`.
         "dynamic" => (plain, 1.0),
+        "ntk_fixed" => (ntk(needed(parameters, "factor")?, width, theta), 1.0),
         // Multimodal rotation: the positions of a text are the same in all of its sections.
         "mrope" => (plain, 1.0),
         "factors" => (divided(parameters, plain)?, 1.0),
@@ -87,6 +88,12 @@ pub fn long(
 
 fn needed(parameters: Config<'_>, key: &str) -> Result<f64, String> {
     parameters.number(key)?.ok_or_else(|| format!("\"{key}\" is missing from the rope parameters"))
+}
+
+/// GTE's way: a larger base, and all waves a little longer (kexue.fm/archives/9706, equation 6).
+fn ntk(factor: f64, width: usize, theta: f64) -> Vec<f64> {
+    let longer = factor.powf(2.0 / width as f64);
+    (0..width / 2).map(|i| 1.0 / (theta * factor).powf(2.0 * i as f64 / width as f64) / longer).collect()
 }
 
 /// Llama 3.1: long waves are stretched, short ones are not, and those between are blended.
@@ -172,6 +179,9 @@ mod tests {
         assert!((yarn.factor - 1.138_629_4).abs() < 1e-6, "{}", yarn.factor);
         let divided = of(json!({"rope_type": "factors", "factors": [1, 1, 2.0, 4.0]})).unwrap();
         assert_eq!(divided.frequencies, [1.0, 0.1, 0.005, 0.00025]);
+        let ntk = of(json!({"type": "ntk_fixed", "factor": 16.0})).unwrap();
+        let expected = [0.5, 0.5 * 160_000f32.powf(-0.25), 0.5 * 160_000f32.powf(-0.5)];
+        assert!(ntk.frequencies.iter().zip(expected).all(|(got, want)| (got - want).abs() < 1e-7), "{ntk:?}");
         let part = of(json!({"rope_type": "proportional", "partial_rotary_factor": 0.5})).unwrap();
         assert_eq!(part.frequencies, [1.0, 0.1, 0.0, 0.0]);
     }

@@ -1,6 +1,7 @@
 //! The runner of real models: a plan becomes a forward pass and sampled tokens.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -65,7 +66,7 @@ impl Beside {
         let device = device_of(settings)?;
         let memory = device_memory(&device);
         let demand = |files: &ModelFiles| {
-            let model = Model::from_files(files)?;
+            let model = Model::from_files(files)?.for_task(files, settings)?;
             let checkpoint = Checkpoint::open(files, model.spec.quantized.as_deref())?;
             let tensors = Tensors::find(&checkpoint, &model)?;
             if device.is_cpu() {
@@ -122,7 +123,7 @@ impl ModelRunner {
         beside: Option<Beside>,
     ) -> Result<Self, Failure> {
         let threads = memory::threads(settings);
-        let model = Model::from_files(files)?;
+        let model = Model::from_files(files)?.for_task(files, settings)?;
         let checkpoint = Checkpoint::open(files, model.spec.quantized.as_deref())?;
         if checkpoint.is_quantized() && settings.quantization != Quantization::Unquantized {
             check_quantized(device, &format!("{}, a quantized checkpoint (QUANTIZATION=unquantized widens it)", files.name))?;
@@ -135,7 +136,9 @@ impl ModelRunner {
         let (share, turns) = beside.map_or((None, None), |beside| (Some(beside.share), beside.turns));
         let planned = Planned::on(device, &model, &tensors, model.spec.vocab_size, settings, share)?;
         planned.memory.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
-        let limits = model.spec.step_limits(planned.memory.shape.max_num_batched_tokens, LOGITS_ROWS, planned.memory.shape.block_size);
+        let shape = &planned.memory.shape;
+        let results = memory::result_rows(&model.spec, shape.max_num_seqs);
+        let limits = model.spec.step_limits(shape.max_num_batched_tokens, results, shape.block_size);
         let about = About {
             device: planned.device.clone(),
             threads: if device.is_cpu() { threads } else { 0 },
@@ -253,12 +256,16 @@ pub(super) fn sized<F: Footprint>(model: &Model, tensors: &Tensors<'_>, quantiza
     let mut decoder = Decoder::load(model.spec.clone(), tensors, &backend, quantization, &limits)?;
     let row = BatchRow { start: 0, len: 1, context: 1, blocks: Default::default() };
     let states = StepStates { slots: vec![0], ..Default::default() };
-    let batch = Batch { tokens: &[0], positions: &[0], slots: &[0], rows: &[row], ropes: &model.spec.ropes, states: &states };
+    let ropes = &model.spec.ropes;
+    let batch = Batch { tokens: &[0], positions: &[0], slots: &[0], types: &[], rows: &[row], ropes, states: &states };
     let mut run = || {
         let mut caches = decoder.caches(&backend, 1, 1, 1)?;
         backend.begin(&batch)?;
         decoder.forward(&mut backend, &mut caches)?;
-        decoder.head(&mut backend, &[0])
+        match &model.spec.pooling {
+            Some(pooling) => decoder.pool(&mut backend, pooling.pooling, &[Range { start: 0, end: 1 }]),
+            None => decoder.head(&mut backend, &[0]),
+        }
     };
     run().map_err(device_failure)?;
     let weights = |operation: &&Operation| matches!(operation.name, "linear" | "experts");
@@ -394,14 +401,33 @@ impl<B: Backend> DeviceRunner<B> {
         self.rows.clear();
         let row = |row: &crate::models::Row| BatchRow { start: row.start, len: row.len, context: row.context, blocks: row.blocks.clone() };
         self.rows.extend(plan.rows.iter().map(row));
-        let (tokens, positions, slots) = (&plan.tokens, &plan.positions, &plan.slots);
+        let Plan { tokens, positions, slots, types, states, .. } = plan;
+        // A tokenizer may tell types apart that the model does not know.
+        let types = if self.decoder.spec.embeddings.types > 1 { types.as_slice() } else { &[] };
         let ropes = &self.decoder.spec.ropes;
-        self.backend.begin(&Batch { tokens, positions, slots, rows: &self.rows, ropes, states: &plan.states })?;
+        self.backend.begin(&Batch { tokens, positions, slots, types, rows: &self.rows, ropes, states })?;
         let done = self.decoder.forward(&mut self.backend, &mut self.caches);
         // NOTE: lets go of the plan's block tables. As long as one is shared, a sequence that grows would have to copy it.
         self.rows.clear();
         self.backend.end();
         done
+    }
+
+    /// What the rows of the plan that pool become.
+    fn pool(&mut self, plan: &Plan, output: &mut Output) -> TensorResult<()> {
+        let spans: Vec<_> = plan.rows.iter().filter(|row| row.pools).map(|row| row.start..row.start + row.len).collect();
+        let Some(pooling) = self.decoder.spec.pooling.as_ref().map(|spec| spec.pooling).filter(|_| !spans.is_empty()) else {
+            return Ok(());
+        };
+        self.decoder.pool(&mut self.backend, pooling, &spans)?;
+        let results: Vec<Mutex<Vec<f32>>> = spans.iter().map(|_| Mutex::default()).collect();
+        self.backend.each_row(self.decoder.pooled(), &|row, numbers| {
+            if let Some(Ok(mut result)) = results.get(row).map(Mutex::lock) {
+                result.extend_from_slice(numbers);
+            }
+        })?;
+        output.pooled.extend(results.into_iter().map(|result| result.into_inner().unwrap_or_default()));
+        Ok(())
     }
 
     /// Samples and scores from the current logits: those of `count` wanted tokens, beginning with the `first`.
@@ -522,6 +548,7 @@ impl<B: Backend> Runner for DeviceRunner<B> {
         self.forward(plan).map_err(step_error)?;
         let mut output = std::mem::take(&mut self.spare);
         output.clear();
+        self.pool(plan, &mut output).map_err(step_error)?;
         let all = wanted(plan).count();
         for first in (0..all).step_by(LOGITS_ROWS) {
             let count = LOGITS_ROWS.min(all - first);

@@ -1,10 +1,11 @@
-//! What a decoder-only language model is, as plain data: no tensors, no control flow.
+//! What a language model is, as plain data: no tensors, no control flow.
 //!
 //! [`super::families`] makes a spec from a config.json, [`super::decoder`] computes with it.
 
 use crate::kernels::{
     Activation, AttentionSpec, ConvSpec, DeltaSpec, ExpertLimits, LatentSpec, NormKind, RopeTable, RoutingSpec, StepLimits,
 };
+use crate::models::pooling::{Pooling, PoolingSpec};
 
 /// One model.
 #[derive(Debug, Clone, PartialEq)]
@@ -24,8 +25,13 @@ pub struct ModelSpec {
     pub ropes: Vec<RopeTable>,
     /// What they rotate by instead where sequences may grow longer than the model was first trained for (LongRoPE, dynamic NTK).
     pub long_ropes: Option<LongRopes>,
+    pub embeddings: EmbeddingsSpec,
     /// Of every norm but those of queries and keys.
     pub norm: NormSpec,
+    /// The residual stream is normalized behind the last layer.
+    pub final_norm: bool,
+    /// What becomes of a sequence, of a model that generates no text.
+    pub pooling: Option<PoolingSpec>,
     /// The LM head is the embedding.
     pub tied: bool,
     /// Logits are multiplied by it.
@@ -34,6 +40,25 @@ pub struct ModelSpec {
     pub logit_cap: Option<f32>,
     /// The method that `quantization_config` names. Weights that are packed so cannot be read; plain ones are used as they are.
     pub quantized: Option<String>,
+}
+
+/// What encoders add to the embeddings of tokens.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct EmbeddingsSpec {
+    pub positions: Option<PositionsSpec>,
+    /// Rows of the table of types; 0: there is none.
+    pub types: usize,
+    /// The sum is normalized.
+    pub norm: bool,
+}
+
+/// A learned vector for each position.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PositionsSpec {
+    /// Of the table.
+    pub rows: usize,
+    /// The row of position 0.
+    pub first: usize,
 }
 
 /// See [`ModelSpec::long_ropes`].
@@ -52,6 +77,8 @@ pub struct LayerSpec {
     pub mixer: Mixer,
     pub feed_forward: FeedForward,
     pub residual: Residual,
+    /// The attention branch has no norm before it, whatever `residual` says.
+    pub bare_attention: bool,
     /// What a branch adds is multiplied by it.
     pub residual_scale: f32,
     /// The residual stream behind the layer is multiplied by a number that the checkpoint holds.
@@ -125,7 +152,10 @@ pub struct DenseSpec {
     pub activation: Activation,
     /// `down(activation(gate(x)) · up(x))` instead of `down(activation(up(x)))`.
     pub gated: bool,
+    /// On all but the last matrix.
     pub bias: bool,
+    /// On the last matrix.
+    pub down_bias: bool,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -155,6 +185,8 @@ pub enum Residual {
     Sandwich,
     /// `x += norm(attention(x))` and the same for the feed-forward network.
     Post,
+    /// `x = norm(x + attention(x))` and the same for the feed-forward network.
+    PostAdd,
     /// `x += attention(n) + feed_forward(n)` with `n = norm(x)`.
     Parallel,
 }
@@ -315,7 +347,27 @@ impl ModelSpec {
     /// Number of weights in matrices and norms, the LM head counted only when it is not the embedding.
     pub fn parameters(&self) -> usize {
         let embedding = self.vocab_size * self.hidden_size * if self.tied { 1 } else { 2 };
-        self.layers.iter().map(|layer| self.layer_parameters(layer)).sum::<usize>() + self.hidden_size + embedding
+        let added = self.embeddings.types + self.embeddings.positions.map_or(0, |positions| positions.rows);
+        let norms = usize::from(self.final_norm) + usize::from(self.embeddings.norm);
+        let layers: usize = self.layers.iter().map(|layer| self.layer_parameters(layer)).sum();
+        let head: usize = self.pooling.iter().flat_map(|pooling| &pooling.head).map(|layer| layer.input * layer.output).sum();
+        layers + (added + norms) * self.hidden_size + embedding + head
+    }
+
+    /// No token sees a later one.
+    pub fn is_causal(&self) -> bool {
+        self.attentions().all(|attention| attention.causal)
+    }
+
+    /// Every token of a sequence must be in one step: tokens see later ones, or a result is made of all of them.
+    pub fn runs_whole(&self) -> bool {
+        self.pooling.as_ref().is_some_and(|pooling| !self.is_causal() || pooling.pooling != Pooling::Last)
+    }
+
+    /// The greatest width of what is computed for a result: of a row of logits, or of a layer behind the pooling.
+    pub fn widest_result(&self) -> usize {
+        let Some(pooling) = &self.pooling else { return self.vocab_size };
+        pooling.head.iter().map(|layer| layer.output).chain([self.hidden_size]).max().unwrap_or(0)
     }
 
     fn layer_parameters(&self, layer: &LayerSpec) -> usize {
@@ -328,7 +380,7 @@ impl ModelSpec {
         let dense = layer.feed_forward.dense().map_or(0, |dense| network(dense.intermediate, dense.gated));
         let norms = match layer.residual {
             Residual::Parallel => 1,
-            Residual::Sequential | Residual::Post => 2,
+            Residual::Sequential | Residual::Post | Residual::PostAdd => 2,
             Residual::Sandwich => 4,
         };
         layer.mixer.parameters(hidden) + hidden * norms + dense + routed
@@ -396,6 +448,7 @@ impl ModelSpec {
             self.mixer_widths().head,
             self.query_ranks().max().unwrap_or(0),
             self.widest_intermediate(),
+            self.pooling.as_ref().map_or(0, |_| self.widest_result()),
             experts.map_or(0, |experts| experts.intermediate),
         ];
         StepLimits {

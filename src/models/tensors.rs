@@ -11,7 +11,10 @@ use crate::models::families::{Model, TensorNames};
 use crate::models::spec::{AttentionLayer, FeedForward, ModelSpec};
 
 /// What stands before `embed_tokens` and `layers`.
-const PREFIXES: [&str; 5] = ["model.", "ernie.", "", "language_model.model.", "model.language_model."];
+const PREFIXES: [&str; 9] = ["model.", "ernie.", "", "language_model.model.", "model.language_model.", "bert.", "roberta.", "new.", "gte."];
+
+/// What a pooling model was trained with beside what it is used for, and positions that some versions stored.
+const OTHER_HEADS: [&str; 8] = ["lm_head.", "cls.", "pooler.", "classifier.", "head.", "decoder.", "score.", "position_ids"];
 
 /// A part of a fused matrix: its name below the prefix, without `.weight`, and its output width.
 pub type Part<'a> = (&'a str, usize);
@@ -22,6 +25,8 @@ pub struct Tensors<'a> {
     pub names: TensorNames,
     prefix: &'static str,
     layers: usize,
+    /// No text is generated, so that heads are none of the model.
+    pools: bool,
     /// Linear weights are stored as `[in, out]`, as Paddle does.
     transposed: bool,
     /// The LM head is the embedding: the configuration says so, and no other head is stored.
@@ -34,22 +39,24 @@ impl<'a> Tensors<'a> {
     /// Finds out prefix and orientation, and whether a head of its own is stored.
     pub fn find(checkpoint: &'a Checkpoint, model: &Model) -> Result<Self, Failure> {
         let spec = &model.spec;
-        let has_embedding = |prefix: &&str| checkpoint.contains(&format!("{prefix}embed_tokens.weight"));
+        let name = format!("{}.weight", model.names.embedding);
+        let has_embedding = |prefix: &&str| checkpoint.contains(&format!("{prefix}{name}"));
         let prefix = PREFIXES.into_iter().find(has_embedding).ok_or_else(|| {
             let tried = format!("tried the prefixes {}", PREFIXES.map(|prefix| format!("{prefix:?}")).join(", "));
-            Failure::internal(format!("{}: no tensor embed_tokens.weight ({tried})", checkpoint.name()))
+            Failure::internal(format!("{}: no tensor {name} ({tried})", checkpoint.name()))
         })?;
         let mut tensors = Self {
             checkpoint,
             names: model.names,
             prefix,
             layers: spec.layers.len(),
+            pools: spec.pooling.is_some(),
             transposed: false,
             tied: spec.tied,
             warnings: Vec::new(),
         };
         tensors.transposed = tensors.is_transposed(spec);
-        if spec.tied && checkpoint.contains(&tensors.head_name()) {
+        if spec.tied && spec.pooling.is_none() && checkpoint.contains(&tensors.head_name()) {
             tensors.tied = tensors.head(spec)?.equals(&tensors.embedding(spec)?);
         }
         tensors.warnings = tensors.unusual(spec);
@@ -92,7 +99,7 @@ impl<'a> Tensors<'a> {
             shapes.extend(names.gate_up.iter().map(|name| (*name, 2 * dense.intermediate, hidden)));
         }
         shapes.into_iter().filter(|(_, out, input)| out != input).find_map(|(name, out, input)| {
-            let stored = self.checkpoint.shape(&self.full(&format!("layers.0.{name}.weight")))?;
+            let stored = self.checkpoint.shape(&self.full(&format!("{}.0.{name}.weight", names.layers)))?;
             if stored == [out, input] { Some(false) } else { (stored == [input, out]).then_some(true) }
         }) == Some(true)
     }
@@ -154,7 +161,12 @@ impl<'a> Tensors<'a> {
 
     /// The embedding, `[vocab, hidden]` in every layout.
     pub fn embedding(&self, spec: &ModelSpec) -> Result<StoredMatrix<'a>, Failure> {
-        self.checkpoint.matrix(&[Slice::whole(self.full("embed_tokens.weight"), spec.vocab_size, spec.hidden_size, false)])
+        self.checkpoint.matrix(&[Slice::whole(
+            self.full(&format!("{}.weight", self.names.embedding)),
+            spec.vocab_size,
+            spec.hidden_size,
+            false,
+        )])
     }
 
     /// The LM head when it is not the embedding. Paddle stores it as `[hidden, vocab]`.
@@ -162,6 +174,32 @@ impl<'a> Tensors<'a> {
         let (name, vocab, hidden) = (self.head_name(), spec.vocab_size, spec.hidden_size);
         let transposed = vocab != hidden && self.checkpoint.shape(&name) == Some(&[hidden, vocab]);
         self.checkpoint.matrix(&[Slice::whole(name, vocab, hidden, transposed)])
+    }
+
+    /// A table of rows under the prefix.
+    pub fn table(&self, name: &str, rows: usize, width: usize) -> Result<StoredMatrix<'a>, Failure> {
+        self.checkpoint.matrix(&[Slice::whole(self.full(&format!("{name}.weight")), rows, width, false)])
+    }
+
+    /// Gates and what they gate, of a tensor that has the gates last.
+    pub fn gates_first(&self, name: &str, inner: usize, input: usize) -> Result<StoredMatrix<'a>, Failure> {
+        let half = |rows| Slice { rows, ..Slice::whole(self.full(&format!("{name}.weight")), 2 * inner, input, self.transposed) };
+        self.checkpoint.matrix(&[half(inner..2 * inner), half(0..inner)])
+    }
+
+    /// The matrix `[out, input]` of a layer behind the pooling. Heads stand beside the model or in it, and modules of Sentence
+    /// Transformers in files of their own.
+    pub fn head_matrix(&self, name: &str, out: usize, input: usize) -> Result<StoredMatrix<'a>, Failure> {
+        self.checkpoint.matrix(&[Slice::whole(self.head_part(format!("{name}.weight")), out, input, false)])
+    }
+
+    pub fn head_vector(&self, name: &str, len: usize) -> Result<Vec<f32>, Failure> {
+        self.checkpoint.vector(&self.head_part(name.to_owned()), len)
+    }
+
+    fn head_part(&self, name: String) -> String {
+        let full = self.full(&name);
+        if self.checkpoint.contains(&full) { full } else { name }
     }
 
     /// A vector under the prefix.
@@ -231,15 +269,16 @@ impl<'a> Tensors<'a> {
     /// Tensors of the files that nothing asked for. Heads that predict several tokens are left out: some families call them so, others store
     /// them as layers after the last.
     pub fn unused(&self) -> Vec<String> {
-        let layers = format!("{}layers.", self.prefix);
+        let layers = format!("{}{}.", self.prefix, self.names.layers);
         let is_beyond = |name: &str| {
             let index = name.strip_prefix(&layers).and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
             index.is_some_and(|index| index >= self.layers)
         };
+        let is_head = |name: &str| self.pools && OTHER_HEADS.iter().any(|head| name.contains(head));
         self.checkpoint
             .unused()
             .into_iter()
-            .filter(|name| !name.contains("mtp_") && !name.starts_with("mtp.") && !is_beyond(name))
+            .filter(|name| !name.contains("mtp_") && !name.starts_with("mtp.") && !is_beyond(name) && !is_head(name))
             .collect()
     }
 

@@ -40,6 +40,16 @@ struct Part {
     token: Option<u32>,
 }
 
+/// What a post-processor puts around two texts.
+#[derive(Debug, Default, PartialEq)]
+pub struct AroundPair {
+    pub before: Vec<u32>,
+    pub between: Vec<u32>,
+    pub after: Vec<u32>,
+    /// The second text, with what comes after it, is of another type.
+    pub has_types: bool,
+}
+
 /// A model's vocabulary and merges.
 pub struct Tokenizer {
     encoder: Encoder,
@@ -196,6 +206,15 @@ impl Tokenizer {
         match &self.encoder {
             Encoder::SentencePiece(_) => (&[], &[]),
             Encoder::Json(json) => json.added_around(),
+        }
+    }
+
+    /// The same for two texts that are read together.
+    pub fn around_pair(&self) -> &AroundPair {
+        const NOTHING: &AroundPair = &AroundPair { before: Vec::new(), between: Vec::new(), after: Vec::new(), has_types: false };
+        match &self.encoder {
+            Encoder::SentencePiece(_) => NOTHING,
+            Encoder::Json(json) => json.around_pair(),
         }
     }
 

@@ -62,6 +62,7 @@ fn plan(from: usize, len: usize, draft_len: usize, sampling: &SamplingMetadata) 
             sampling: Some(SamplingMetadata { params: params.clone(), index: from as u64, ..sampling.clone() }),
             blocks: Arc::new(blocks),
             draft_len,
+            pools: false,
             score: None,
         });
         plan.tokens.extend(positions.clone().map(|position| (position * 7 % 300 + sequence) as u32));
@@ -195,6 +196,7 @@ fn measured_engine() {
                             params,
                             prompt_logprobs: None,
                             deadline: None,
+                            pooling: None,
                             constraint: None,
                         })
                         .unwrap()

@@ -1,8 +1,8 @@
 //! Fields of the routes that are translated into chats. A field that is in no such table is a chat's.
 
 use super::table::Neutral;
-use super::table::TakenBy::{Messages, Responses};
-use super::table::ValueSpec::{Bool, Object, Other, Text};
+use super::table::TakenBy::{Messages, Pooling, Responses};
+use super::table::ValueSpec::{Bool, Integer, Object, Other, Text};
 use super::table::{FieldSpec, row, unsupported};
 
 const ANSWER: &str = "the answer of this route has no place for it";
@@ -64,4 +64,43 @@ pub const MESSAGES: &[FieldSpec] = &[
     unsupported("top_logprobs", Neutral::Number(0.0), ANSWER),
     unsupported("prompt_logprobs", Neutral::Empty, ANSWER),
     unsupported("return_token_ids", Neutral::Empty, ANSWER),
+];
+
+const ORDER: &str = "requests are served in the order they come";
+const FORM: &str = "vectors are 32-bit numbers, little-endian in base64";
+const TEXTS: &str = "texts are taken as they are";
+
+/// Fields of `/v1/embeddings`, `/v1/rerank` and `/v1/score`.
+#[rustfmt::skip]
+pub const POOLING: &[FieldSpec] = &[
+    row("model", Text, Pooling, "As everywhere."),
+    row("user", Text, Pooling, "Accepted."),
+    row("input", Other("a string, a list of strings, token ids, or lists of token ids"), Pooling, "What is embedded, at most 2,048 texts. Token ids are the model's own."),
+    row("encoding_format", Other("`float` or `base64`"), Pooling, "Of vectors: a list of numbers, or little-endian 32-bit numbers in base64."),
+    row("dimensions", Integer { min: 1, default: None }, Pooling, "Vectors are cut to so many numbers, where the model was made for it (`is_matryoshka`)."),
+    row("normalize", Bool(None), Pooling, "Vectors are made to have length 1. Without it: as the model's files say."),
+    row("prompt_name", Text, Pooling, "One of the prompts in `config_sentence_transformers.json` stands before each text. Without it: the one that the file names as default."),
+    row("query", Text, Pooling, "What documents are ranked for."),
+    row("documents", Other("a list of strings, or of objects with a `text`"), Pooling, "What is ranked or scored, at most 2,048."),
+    row("docs", Other("as `documents`"), Pooling, "Another name of `documents`."),
+    row("top_n", Integer { min: 0, default: Some(0) }, Pooling, "So many of the best are given; 0: all."),
+    row("return_documents", Bool(Some(true)), Pooling, "Results hold their documents."),
+    row("return_docs", Bool(Some(true)), Pooling, "Another name of `return_documents`."),
+    row("max_tokens_per_doc", Integer { min: 1, default: None }, Pooling, "A reranker reads so many tokens of a document at most."),
+    row("text_1", Other("a string or a list of strings"), Pooling, "What is scored against `text_2`: one against all, or each against the other of its place. Other names: `queries`, `data_1`."),
+    row("text_2", Other("a string or a list of strings"), Pooling, "Other names: `documents`, `data_2`."),
+    row("queries", Other("as `text_1`"), Pooling, "Another name of `text_1`."),
+    row("data_1", Other("as `text_1`"), Pooling, "Another name of `text_1`."),
+    row("data_2", Other("as `text_2`"), Pooling, "Another name of `text_2`."),
+    row("use_activation", Bool(None), Pooling, "Scores become their sigmoid, or of an embedding model: what `normalize` is. Without it: as the model's files say."),
+    row("raw_scores", Bool(None), Pooling, "The opposite of `use_activation`."),
+    row("add_special_tokens", Bool(Some(true)), Pooling, "The tokenizer adds what it wants around a text."),
+    row("truncate_prompt_tokens", Integer { min: -1, default: None }, Pooling, "A longer text is cut to its first tokens, so many, those that the tokenizer adds among them; of a pair the longer text is cut. -1: as many as the model takes. Without it a text that is too long is a 400."),
+    row("truncate", Other("true, false, `NONE` or `END`"), Pooling, "`true` or `END`: as `truncate_prompt_tokens: -1`."),
+    unsupported("messages", Neutral::Empty, TEXTS),
+    unsupported("input_type", Neutral::Empty, "`prompt_name` says which prompt stands before a text"),
+    unsupported("mm_processor_kwargs", Neutral::Empty, TEXTS),
+    unsupported("priority", Neutral::Number(0.0), ORDER),
+    unsupported("embed_dtype", Neutral::Words(&["float32"]), FORM),
+    unsupported("endianness", Neutral::Words(&["native", "little"]), FORM),
 ];

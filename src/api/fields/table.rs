@@ -61,6 +61,8 @@ pub enum TakenBy {
     Messages,
     /// `/infill` alone.
     Infill,
+    /// `/v1/embeddings`, `/v1/rerank` and `/v1/score` alone.
+    Pooling,
     /// Calls that generate nothing: `/tokenize`, `/detokenize`, `/api/v1/token_check`, `/v1/abort_requests`.
     Calls,
 }
@@ -270,7 +272,7 @@ mod tests {
     use std::fmt::Write;
 
     use super::*;
-    use crate::api::fields::dialect_tables::{MESSAGES, RESPONSES};
+    use crate::api::fields::dialect_tables::{MESSAGES, POOLING, RESPONSES};
 
     #[test]
     fn names_are_told_apart() {
@@ -319,7 +321,7 @@ mod tests {
                 Completions => "completions",
                 Jobs => "a job's own input",
                 Infill => "`/infill`",
-                TakenBy::Responses | TakenBy::Messages => unreachable!("{} is in a table of its own", field.name),
+                TakenBy::Responses | TakenBy::Messages | TakenBy::Pooling => unreachable!("{} is in a table of its own", field.name),
                 Calls => "calls that generate nothing",
             };
             let aliases: String = field.aliases.iter().map(|alias| format!(", `{alias}`")).collect();
@@ -337,17 +339,16 @@ mod tests {
                 writeln!(text, "| `{}` | {} | {group} |", field.name, passes(neutral)).unwrap();
             }
         }
+        let others = "Fields of this route's own. All others are those of chats, under the same names.";
         for (route, table) in [("/v1/responses", RESPONSES), ("/v1/messages", MESSAGES)] {
-            text += &of_route(route, table);
+            text += &of_route(&format!("`{route}`"), others, table);
         }
+        text += &of_route("`/v1/embeddings`, `/v1/rerank`, `/v1/score`", "These routes take no others.", POOLING);
         text
     }
 
-    fn of_route(route: &str, table: &[FieldSpec]) -> String {
-        let mut text = format!(
-            "\n## `{route}`\n\nFields of this route's own. All others are those of chats, under the same names.\n\n| Field | Value | What \
-             |\n|---|---|---|\n"
-        );
+    fn of_route(route: &str, others: &str, table: &[FieldSpec]) -> String {
+        let mut text = format!("\n## {route}\n\n{others}\n\n| Field | Value | What |\n|---|---|---|\n");
         for field in table {
             let (words, doc) = match (field.neutral, field.value) {
                 (Some(neutral), Unsupported) => (passes(neutral), format!("Refused otherwise: {}.", field.doc)),

@@ -207,7 +207,6 @@ fn responses(operation: &Operation) -> Map<String, Value> {
             };
             responses.insert("200".to_owned(), ok(json!({kind: {"schema": {"type": "string"}}}), words));
         }
-        AnswerShape::Never => {}
     }
     let form = match operation.errors {
         ErrorForm::Anthropic => "AnthropicFailure",
@@ -257,6 +256,8 @@ mod tests {
             Route::Models => "/v1/models",
             Route::Model(_) => "/v1/models/{model}",
             Route::Embeddings => "/v1/embeddings",
+            Route::Rerank => "/v1/rerank",
+            Route::Score => "/v1/score",
             Route::Responses => "/v1/responses",
             Route::Response(_) => "/v1/responses/{id}",
             Route::CancelResponse(_) => "/v1/responses/{id}/cancel",
@@ -280,7 +281,16 @@ mod tests {
         let id = || "i".to_owned();
         let with_ids =
             [Route::Model(id()), Route::Response(id()), Route::CancelResponse(id()), Route::InputItems { id: id(), query: String::new() }];
-        let openai = [Route::Chat, Route::Completions, Route::Models, Route::Embeddings, Route::Responses, Route::Document];
+        let openai = [
+            Route::Chat,
+            Route::Completions,
+            Route::Models,
+            Route::Embeddings,
+            Route::Rerank,
+            Route::Score,
+            Route::Responses,
+            Route::Document,
+        ];
         let of_others = [
             Route::Infill,
             Route::Messages,

@@ -34,6 +34,8 @@ pub enum Body {
     Message,
     /// Rows of the table of fields by their names, the first so many of which are required.
     Fields(usize, &'static [&'static str]),
+    /// The same of the table of models that embed or score.
+    Pooling(usize, &'static [&'static str]),
 }
 
 /// What a good answer is.
@@ -44,8 +46,6 @@ pub enum AnswerShape {
     /// The same; with `stream` events whose data are the second.
     Streamed(&'static str, &'static str),
     Text(&'static str),
-    /// None: the model cannot do it.
-    Never,
 }
 
 pub struct Example {
@@ -108,8 +108,34 @@ const RENDERED: &[&str] = &[
     "add_special_tokens",
 ];
 
-use AnswerShape::{Json, Never, Streamed, Text};
-use Body::{Chat, Completion, Fields, Message, Response};
+use AnswerShape::{Json, Streamed, Text};
+use Body::{Chat, Completion, Fields, Message, Pooling, Response};
+
+const EMBEDDED: &[&str] = &[
+    "input",
+    "model",
+    "encoding_format",
+    "dimensions",
+    "normalize",
+    "prompt_name",
+    "truncate_prompt_tokens",
+    "truncate",
+    "add_special_tokens",
+    "user",
+];
+const RANKED: &[&str] = &[
+    "query",
+    "documents",
+    "model",
+    "top_n",
+    "return_documents",
+    "max_tokens_per_doc",
+    "use_activation",
+    "raw_scores",
+    "truncate_prompt_tokens",
+    "truncate",
+];
+const SCORED: &[&str] = &["text_1", "text_2", "model", "use_activation", "raw_scores", "truncate_prompt_tokens", "truncate"];
 
 const ASK: &str = r#"{"model": "default", "messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 16, "temperature": 0}"#;
 
@@ -134,9 +160,15 @@ pub const OPERATIONS: &[Operation] = &[
         ]),
     get("/v1/models", OPENAI, Json("ModelList"), "The names under which clients may ask for the model.").also(&["/models"]),
     get("/v1/models/{model}", OPENAI, Json("Model"), "One of them."),
-    post("/v1/embeddings", OPENAI, Fields(1, &["model", "input"]), Never, "Refused: the models served here generate text.")
+    post("/v1/embeddings", OPENAI, Pooling(1, EMBEDDED), Json("Embeddings"), "[Vectors of texts](#embeddings-and-rerankers), of an embedding model. Others refuse it.")
         .also(&["/embeddings"])
         .examples(&[example("refused", 400, r#"{"model": "default", "input": "Hello"}"#)]),
+    post("/v1/rerank", OTHERS, Pooling(2, RANKED), Json("Ranking"), "Documents by how well they answer a query (Jina's and Cohere's form), of a reranker or an embedding model.")
+        .also(&["/rerank", "/v2/rerank"])
+        .examples(&[example("refused", 400, r#"{"query": "Hello", "documents": ["Hi", "Bye"]}"#)]),
+    post("/v1/score", OTHERS, Pooling(2, SCORED), Json("Scores"), "Scores of pairs of texts (vLLM's form), of the same models.")
+        .also(&["/score"])
+        .examples(&[example("refused", 400, r#"{"text_1": "Hello", "text_2": ["Hi", "Bye"]}"#)]),
     post("/v1/responses", RESPONSES, Response, Streamed("Response", "ResponseEvent"), "Answers in OpenAI's newer form, [kept for a while](#responses).")
         .also(&["/responses"])
         .errors(ErrorForm::Responses)
@@ -182,7 +214,7 @@ pub const OPERATIONS: &[Operation] = &[
         .examples(&[example("chat", 200, r#"{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}"#)]),
     post("/v1/engines/{model}/completions", OTHERS, Completion, Streamed("Completion", "Completion"), "A completion; the path names the model.")
         .examples(&[example("text", 200, r#"{"prompt": "Hello", "max_tokens": 8}"#)]),
-    post("/v1/engines/{model}/embeddings", OTHERS, Fields(0, &["input"]), Never, "Refused, as `/v1/embeddings`.")
+    post("/v1/engines/{model}/embeddings", OTHERS, Pooling(1, EMBEDDED), Json("Embeddings"), "Vectors; the path names the model.")
         .examples(&[example("refused", 400, r#"{"input": "Hello"}"#)]),
     post("/infill", OTHERS, Fields(2, &["input_prefix", "input_suffix", "input_extra", "prompt", "model", "n_predict", "max_tokens", "temperature", "top_k", "top_p", "stop", "seed", "n", "n_probs", "stream", "return_token_ids"]), Streamed("Infilled", "Infilled"), "llama.cpp's: [fills in the middle](#filling-in-the-middle), with all fields of completions.")
         .also(&["/v1/infill"])

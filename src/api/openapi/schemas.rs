@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::operations::Body;
-use crate::api::fields::dialect_tables::{MESSAGES, RESPONSES};
+use crate::api::fields::dialect_tables::{MESSAGES, POOLING, RESPONSES};
 use crate::api::fields::table::{FIELDS, FieldSpec, Neutral, TakenBy, ValueSpec, find};
 
 /// Schemas of the values that the tables have words for, by the field's name, with `responses.` or `messages.` before those of these routes'
@@ -57,14 +57,22 @@ pub fn of_body(body: Body) -> Value {
         Body::Message => json!({"$ref": "#/components/schemas/MessageRequest"}),
         Body::Fields(required, names) => {
             let rows: Vec<&FieldSpec> = names.iter().filter_map(|name| find(name)).collect();
-            let mut schema = object(&Shapes::read(), &rows);
-            let required = &names[..required];
-            if !required.is_empty() {
-                schema["required"] = json!(required);
-            }
-            schema
+            requiring(object(&Shapes::read(), &rows), &names[..required])
+        }
+        Body::Pooling(required, names) => {
+            let shapes = Shapes::read();
+            let rows = names.iter().filter_map(|name| POOLING.iter().find(|row| row.name == *name));
+            let properties: Map<String, Value> = rows.map(|row| (row.name.to_owned(), shapes.of_dialect("pooling.", row))).collect();
+            requiring(json!({"type": "object", "properties": properties}), &names[..required])
         }
     }
+}
+
+fn requiring(mut schema: Value, required: &[&str]) -> Value {
+    if !required.is_empty() {
+        schema["required"] = json!(required);
+    }
+    schema
 }
 
 /// Has a row of its own on a route that is translated.
@@ -176,8 +184,7 @@ mod tests {
         let mut rows = in_words("", FIELDS);
         rows.extend(in_words("responses.", RESPONSES));
         rows.extend(in_words("messages.", MESSAGES));
-        // Embeddings, which are refused, take it.
-        rows.push("input".to_owned());
+        rows.extend(in_words("pooling.", POOLING));
         assert_eq!(shapes, rows.into_iter().collect());
     }
 

@@ -100,7 +100,7 @@ pub fn tokens<'a>(served: &'a ServedModel, param: &str) -> Result<&'a InfillToke
 pub fn prompt(tokens: &InfillTokens, fit: &Fit<'_>, prefix: GivenPrompt, hole: &Hole<'_>) -> Result<(Prompt, bool), Failure> {
     let served = fit.served;
     let special = text::special(served);
-    let before = if fit.options.add_special_tokens.unwrap_or(true) { text::added_before(served) } else { &[] };
+    let before = if fit.options.add_special_tokens.unwrap_or(true) { text::around(served).0 } else { &[] };
     let mut cut = false;
     let (echo, prefix) = match prefix {
         GivenPrompt::Text(whole) => {

@@ -59,6 +59,11 @@ pub enum GivenPrompt {
 
 /// A string, a list of strings, token ids, or lists of token ids.
 pub fn read(field: &Field<'_>, vocab_size: usize) -> Result<Vec<GivenPrompt>, Failure> {
+    read_up_to(field, vocab_size, MAX_PROMPTS)
+}
+
+/// The same, at most so many.
+pub fn read_up_to(field: &Field<'_>, vocab_size: usize, most: usize) -> Result<Vec<GivenPrompt>, Failure> {
     let list = match field.value {
         Value::String(text) => return Ok(vec![GivenPrompt::Text(text.clone())]),
         Value::Array(list) => list,
@@ -69,8 +74,8 @@ pub fn read(field: &Field<'_>, vocab_size: usize) -> Result<Vec<GivenPrompt>, Fa
         Some(Value::Number(_)) => vec![GivenPrompt::Tokens(token_ids(field, vocab_size)?)],
         Some(first) => list.iter().enumerate().map(|(i, value)| element(field, first, i, value, vocab_size)).collect::<Result<_, _>>()?,
     };
-    if prompts.len() > MAX_PROMPTS {
-        return Err(invalid(field, format!("'{}' holds {} prompts, more than the maximum of {MAX_PROMPTS}.", field.name, prompts.len())));
+    if prompts.len() > most {
+        return Err(invalid(field, format!("'{}' holds {} prompts, more than the maximum of {most}.", field.name, prompts.len())));
     }
     Ok(prompts)
 }
@@ -108,7 +113,7 @@ pub fn ids(served: &ServedModel, text: &str, special: Special, around: bool) -> 
 /// Adds what the tokenizer wants around a text: what its post-processor says, else the beginning-of-sequence token where its configuration
 /// asks for it. Never twice.
 fn add_around(served: &ServedModel, ids: &mut Vec<u32>) {
-    let (before, (_, after)) = (added_before(served), served.tokenizer.added_around());
+    let (before, after) = around(served);
     if !ids.starts_with(before) {
         ids.splice(0..0, before.iter().copied());
     }
@@ -117,11 +122,11 @@ fn add_around(served: &ServedModel, ids: &mut Vec<u32>) {
     }
 }
 
-/// What the tokenizer wants before a text.
-pub fn added_before(served: &ServedModel) -> &[u32] {
-    let (before, _) = served.tokenizer.added_around();
-    let of_config = served.bos_token_id.as_ref().filter(|_| served.model.add_bos_token && before.is_empty());
-    of_config.map_or(before, std::slice::from_ref)
+/// What the tokenizer wants before and after a text.
+pub fn around(served: &ServedModel) -> (&[u32], &[u32]) {
+    let (before, after) = served.tokenizer.added_around();
+    let of_config = served.bos_token_id.as_slice();
+    (if served.model.add_bos_token && before.is_empty() { of_config } else { before }, after)
 }
 
 #[cfg(test)]

@@ -20,6 +20,7 @@ mod fastdeploy;
 mod infill;
 mod logprobs;
 mod native;
+mod pooling;
 mod prompts;
 mod streams;
 mod tools;
@@ -147,6 +148,8 @@ pub async fn world_with(says: &[Vec<Say>], settings: ApiSettings, files: ModelFi
         max_num_seqs: 8,
         max_num_batched_tokens: 64,
         memory_bound: false,
+        pooling: None,
+        whole_prompts: false,
     };
     let engine =
         engine::start(move || Ok(Scripted { shape, scripts, pace }), engine::EngineOptions { max_waiting: 32, ..Default::default() })

@@ -15,7 +15,7 @@ use indicatif::ProgressBar;
 
 use super::folder::{self, Need, Target};
 use super::unavailable;
-use crate::checkpoint::files::{INDEX, ModelFiles, Source, weight_files};
+use crate::checkpoint::files::{INDEX, ModelFiles, Source, is_module_file, weight_files};
 use crate::checkpoint::gguf;
 use crate::config::{ExposeSecret, HubSettings, defaults};
 use crate::error::Failure;
@@ -126,7 +126,7 @@ impl<'a> Download<'a> {
     }
 
     async fn plain_files(&self, repo: &ApiRepo, snapshot: &Path, names: &[&str], need: Need) -> Result<(), Failure> {
-        for name in names.iter().filter(|name| !name.ends_with(".safetensors")) {
+        for name in names.iter().filter(|name| !name.ends_with(".safetensors") || is_module_file(name)) {
             self.file(repo, snapshot, name).await?;
         }
         if need != Need::Tokenizer {

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::unavailable;
-use crate::checkpoint::files::{INDEX, ModelFiles, SENTENCEPIECE_FILES, Source, weight_files};
+use crate::checkpoint::files::{INDEX, ModelFiles, SENTENCEPIECE_FILES, Source, is_module_file, weight_files};
 use crate::checkpoint::gguf;
 use crate::error::Failure;
 
@@ -49,8 +49,12 @@ impl<'a> Target<'a> {
 /// Files that a model is made of. Weights in other formats, images and texts are left where they are.
 pub fn wanted(name: &str, need: Need) -> bool {
     let weights = name.ends_with(".safetensors") || name == INDEX;
-    let configuration = matches!(name, "config.json" | "generation_config.json");
-    !name.contains(['/', '\\'])
+    let configuration = matches!(
+        name,
+        "config.json" | "generation_config.json" | "modules.json" | "sentence_bert_config.json" | "config_sentence_transformers.json"
+    );
+    let weights = weights || is_module_file(name);
+    (!name.contains(['/', '\\']) || is_module_file(name))
         && match need {
             Need::Model => weights || configuration || of_tokenizer(name),
             Need::Weights => weights || configuration,
@@ -132,13 +136,14 @@ fn plain_files(folder: &Path, name: &str, origin: &str) -> Result<ModelFiles, Fa
     for entry in std::fs::read_dir(folder).map_err(broken)? {
         let entry = entry.map_err(broken)?;
         let Ok(file) = entry.file_name().into_string() else { continue };
-        if !wanted(&file, Need::Model) {
-            continue;
-        }
-        if let Ok(path) = entry.path().canonicalize()
-            && path.is_file()
-        {
-            files.push((file, Source::Path(path)));
+        // Modules of Sentence Transformers have folders of their own.
+        let of_module = ["config.json", "model.safetensors"].map(|inner| format!("{file}/{inner}"));
+        for name in of_module.into_iter().chain([file]).filter(|name| wanted(name, Need::Model)) {
+            if let Ok(path) = folder.join(&name).canonicalize()
+                && path.is_file()
+            {
+                files.push((name, Source::Path(path)));
+            }
         }
     }
     Ok(ModelFiles::new(name, origin, files))
@@ -149,7 +154,8 @@ fn without_doubles(files: ModelFiles) -> ModelFiles {
     let names: Vec<&str> = files.iter().map(|(name, _)| name).collect();
     let index = files.read_json(INDEX).ok().flatten();
     let Ok(weights) = weight_files(&names, index.as_ref()) else { return files };
-    let kept = files.iter().filter(|(name, _)| !name.ends_with(".safetensors") || weights.iter().any(|weight| weight == name));
+    let is_kept = |name: &str| !name.ends_with(".safetensors") || is_module_file(name) || weights.iter().any(|weight| weight == name);
+    let kept = files.iter().filter(|(name, _)| is_kept(name));
     let kept = kept.map(|(name, source)| (name.to_owned(), source.clone())).collect();
     ModelFiles::new(files.name.clone(), files.origin.clone(), kept)
 }

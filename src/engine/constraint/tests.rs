@@ -115,6 +115,8 @@ fn shape(blocks: usize, block_size: usize, seqs: usize, batched: usize) -> Shape
         max_num_seqs: seqs,
         max_num_batched_tokens: batched,
         memory_bound: true,
+        pooling: None,
+        whole_prompts: false,
     }
 }
 
@@ -127,6 +129,7 @@ fn request(prompt: &[u32], max_tokens: usize, constraint: Automaton) -> Request 
         params,
         prompt_logprobs: None,
         deadline: None,
+        pooling: None,
         constraint: Some(constraint),
     }
 }

@@ -50,6 +50,8 @@ fn shape() -> Shape {
         max_num_seqs: 2,
         max_num_batched_tokens: 16,
         memory_bound: true,
+        pooling: None,
+        whole_prompts: false,
     }
 }
 
@@ -59,7 +61,15 @@ async fn engine(gate: Option<std::sync::mpsc::Receiver<()>>, max_waiting: usize)
 
 fn request(prompt: &[u32], max_tokens: usize) -> Request {
     let params = SamplingParams { max_tokens, ..Default::default() };
-    Request { id: "test".into(), prompt: Arc::new(prompt.to_vec()), params, prompt_logprobs: None, deadline: None, constraint: None }
+    Request {
+        id: "test".into(),
+        prompt: Arc::new(prompt.to_vec()),
+        params,
+        prompt_logprobs: None,
+        deadline: None,
+        pooling: None,
+        constraint: None,
+    }
 }
 
 async fn collect(mut generation: Generation) -> (Vec<u32>, Result<Finish, Failure>) {
@@ -68,7 +78,7 @@ async fn collect(mut generation: Generation) -> (Vec<u32>, Result<Finish, Failur
         match generation.next().await {
             Event::Started { .. } => {}
             Event::Token(token) => tokens.push(token.id),
-            Event::Prompt(_) => {}
+            Event::Prompt(_) | Event::Pooled(_) => {}
             Event::Finished(finish) => return (tokens, Ok(finish)),
             Event::Failed(failure) => return (tokens, Err(failure)),
         }

@@ -43,7 +43,15 @@ fn sequence(id: SequenceId, prompt: Vec<u32>, max_tokens: usize, temperature: f3
     let params = SamplingParams { temperature, max_tokens, seed: id, ..Default::default() };
     Sequence::new(
         id,
-        &Request { id: "t".into(), prompt: Arc::new(prompt), params, prompt_logprobs: None, deadline: None, constraint: None },
+        &Request {
+            id: "t".into(),
+            prompt: Arc::new(prompt),
+            params,
+            prompt_logprobs: None,
+            deadline: None,
+            pooling: None,
+            constraint: None,
+        },
         1024,
     )
 }
@@ -183,6 +191,7 @@ fn what_is_put_back_draws_the_same_again() {
                 params,
                 prompt_logprobs: None,
                 deadline: None,
+                pooling: None,
                 constraint: None,
             }
         };
@@ -234,6 +243,7 @@ fn ids_without_a_token_are_never_sampled_nor_told_of() {
                     params,
                     prompt_logprobs: None,
                     deadline: None,
+                    pooling: None,
                     constraint: None,
                 };
                 scheduler.add(Sequence::new(id, &request, 1024));

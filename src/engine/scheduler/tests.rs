@@ -31,12 +31,14 @@ fn shape(blocks: usize, block_size: usize, seqs: usize, batched: usize) -> Shape
         max_num_seqs: seqs,
         max_num_batched_tokens: batched,
         memory_bound: true,
+        pooling: None,
+        whole_prompts: false,
     }
 }
 
 fn request(prompt: Vec<u32>, max_tokens: usize) -> Request {
     let params = SamplingParams { temperature: 0.0, max_tokens, ..Default::default() };
-    Request { id: "t".into(), prompt: Arc::new(prompt), params, prompt_logprobs: None, deadline: None, constraint: None }
+    Request { id: "t".into(), prompt: Arc::new(prompt), params, prompt_logprobs: None, deadline: None, pooling: None, constraint: None }
 }
 
 /// A model whose KV cache is a table of tokens by slot: a row's context is read back through its block table. Where there are slots for states, a
@@ -529,4 +531,97 @@ fn penalties_see_prompt_and_output() {
     }
     let counts = sequence.sampling().counts;
     assert_eq!((&counts.prompt[..], &counts.output[..]), (&[3, 5][..], &[(8, 2), (9, 1)][..]));
+}
+
+/// What a whole prompt becomes: its tokens.
+fn pooled(plan: &Plan) -> Output {
+    let of = |row: &Row| plan.tokens[row.start..row.start + row.len].iter().map(|token| *token as f32).collect();
+    Output { pooled: plan.rows.iter().filter(|row| row.pools).map(of).collect(), ..Output::default() }
+}
+
+fn pooling_request(prompt: Vec<u32>, second_text: Option<usize>) -> Request {
+    Request { pooling: Some(crate::engine::PoolingRequest { second_text }), ..request(prompt, 0) }
+}
+
+proptest! {
+    /// Prompts that must not be cut run whole, each once, within the budget, the oldest of them in the very next step; and nothing stays behind.
+    #[test]
+    fn whole_prompts_are_not_cut(
+        lens in prop::collection::vec(1usize..17, 1..40), blocks in 5usize..40, seqs in 1usize..9, has_states in any::<bool>(),
+    ) {
+        let state_slots = if has_states { seqs + 2 } else { 0 };
+        let shape = Shape { max_model_len: 16, whole_prompts: true, state_slots, ..shape(blocks, 4, seqs, 16) };
+        let mut scheduler = Scheduler::new(shape, true, None);
+        let prompt = |id: usize, len: usize| (0..len).map(|at| (id * 100 + at) as u32).collect::<Vec<_>>();
+        for (id, len) in lens.iter().enumerate() {
+            let second = id.is_multiple_of(3).then_some(len / 2);
+            scheduler.add(Sequence::new(id as u64, &pooling_request(prompt(id, *len), second), 16));
+        }
+        let (mut plan, mut outcomes, mut done) = (Plan::default(), Vec::new(), Vec::new());
+        while scheduler.plan(&mut plan) {
+            prop_assert!(plan.tokens.len() <= 16 && plan.rows.len() <= seqs);
+            prop_assert!(plan.types.is_empty() || plan.types.len() == plan.tokens.len());
+            let oldest = (0..lens.len() as u64).find(|id| !done.contains(id)).unwrap();
+            prop_assert_eq!(&plan.tokens[..lens[oldest as usize]], &prompt(oldest as usize, lens[oldest as usize])[..]);
+            for row in &plan.rows {
+                let id = plan.tokens[row.start] as usize / 100;
+                prop_assert!(row.pools && row.sampling.is_none() && (row.len, row.context) == (lens[id], lens[id]));
+                for at in 0..row.len {
+                    let second = u32::from(id.is_multiple_of(3) && at >= lens[id] / 2);
+                    prop_assert_eq!(plan.types.get(row.start + at).copied().unwrap_or(0), second);
+                }
+            }
+            let output = pooled(&plan);
+            plan.clear();
+            scheduler.settle(output, &mut outcomes);
+            prop_assert!(outcomes.is_empty());
+            for (id, result) in scheduler.pooled() {
+                prop_assert_eq!(result, prompt(id as usize, lens[id as usize]).into_iter().map(|token| token as f32).collect::<Vec<_>>());
+                done.push(id);
+            }
+            scheduler.check_invariants();
+        }
+        done.sort_unstable();
+        prop_assert_eq!(done, (0..lens.len() as u64).collect::<Vec<_>>());
+        prop_assert_eq!((scheduler.pool().available(), scheduler.pool().states.available()), (blocks, state_slots));
+    }
+}
+
+#[test]
+fn what_is_not_finite_fails_alone() {
+    let mut scheduler = Scheduler::new(Shape { whole_prompts: true, ..shape(8, 4, 4, 16) }, true, None);
+    (0..2).for_each(|id| scheduler.add(Sequence::new(id, &pooling_request(vec![1; 3], None), 16)));
+    let (mut plan, mut outcomes) = (Plan::default(), Vec::new());
+    assert!(scheduler.plan(&mut plan));
+    let mut output = pooled(&plan);
+    output.pooled[0][1] = f32::NAN;
+    plan.clear();
+    scheduler.settle(output, &mut outcomes);
+    assert_eq!(scheduler.pooled().map(|(id, _)| id).collect::<Vec<_>>(), [1]);
+    assert!(matches!(scheduler.broken().collect::<Vec<_>>()[..], [(0, Broken::NotFinite)]));
+    assert_eq!((scheduler.running(), scheduler.waiting()), (0, 0));
+}
+
+/// Decoders whose last token is pooled run prompts in chunks, and share what begins alike.
+#[test]
+fn prompts_that_may_be_cut_are() {
+    for state_slots in [0, 16] {
+        let mut scheduler = Scheduler::new(Shape { state_slots, ..shape(16, 4, 4, 6) }, true, None);
+        let prompt: Vec<u32> = (0..13).collect();
+        let (mut plan, mut outcomes) = (Plan::default(), Vec::new());
+        for (round, lens) in [&[6, 6, 1][..], &[1]].into_iter().enumerate() {
+            scheduler.add(Sequence::new(round as u64, &pooling_request(prompt.clone(), None), 64));
+            for (step, len) in lens.iter().enumerate() {
+                assert!(scheduler.plan(&mut plan));
+                assert_eq!((plan.rows.len(), plan.rows[0].len, plan.rows[0].pools), (1, *len, step + 1 == lens.len()));
+                let output = pooled(&plan);
+                plan.clear();
+                scheduler.settle(output, &mut outcomes);
+            }
+            assert_eq!(scheduler.pooled().map(|(id, result)| (id, result.len())).collect::<Vec<_>>(), [(round as u64, 1)]);
+            assert!(!scheduler.plan(&mut plan));
+        }
+        scheduler.check_invariants();
+        assert_eq!(scheduler.pool().states.available(), state_slots);
+    }
 }

@@ -1,5 +1,7 @@
 //! Attention over paged keys and values as matrix products over gathered blocks.
 
+use std::ops::Range;
+
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::KvCache;
@@ -39,33 +41,30 @@ pub struct Group {
 
 impl Group {
     /// `rows` have one length each; of their queries those in `queries` belong to the group.
-    fn new(rows: &[BatchRow], queries: std::ops::Range<usize>, block_size: usize, window: Option<usize>, device: &Device) -> Result<Self> {
+    fn new(rows: &[BatchRow], queries: Range<usize>, block_size: usize, spec: &AttentionSpec, device: &Device) -> Result<Self> {
         let len = queries.len();
-        // How many keys each query sees: all up to its own.
+        // The keys that each query sees.
         let seen = |row: &BatchRow| {
-            let before = row.context - row.len;
-            queries.clone().map(move |i| before + i + 1).collect::<Vec<_>>()
+            let (before, context) = (row.context - row.len, row.context);
+            queries.clone().map(move |i| spec.visible(before + i, context)).collect::<Vec<_>>()
         };
-        let visible: Vec<usize> = rows.iter().flat_map(seen).collect();
-        let context = visible.iter().copied().max().unwrap_or(0);
+        let visible: Vec<Range<usize>> = rows.iter().flat_map(seen).collect();
+        let context = visible.iter().map(|seen| seen.end).max().unwrap_or(0);
         let per_row = context.div_ceil(block_size);
         // Shorter rows are filled up with a block of their own: what it holds is hidden.
         let table = |row: &BatchRow| (0..per_row).map(|i| *row.blocks.get(i).unwrap_or(&row.blocks[0])).collect::<Vec<_>>();
         let blocks: Vec<u32> = rows.iter().flat_map(table).collect();
-        let beyond_window = visible.iter().any(|seen| window.is_some_and(|window| *seen > window));
-        let hidden = if visible.iter().all(|seen| *seen == context) && !beyond_window {
+        let hidden = if visible.iter().all(|seen| *seen == (0..context)) {
             None
         } else {
             // f32 counts exactly up to 2^24. The mask itself is made on the device.
-            let visible: Vec<f32> = visible.iter().map(|seen| *seen as f32).collect();
-            let keys: Vec<f32> = (0..context).map(|key| key as f32).collect();
-            let keys = Tensor::from_vec(keys, (1, 1, 1, context), device)?;
-            let visible = Tensor::from_vec(visible, (rows.len(), 1, len, 1), device)?;
-            let after = keys.broadcast_ge(&visible)?;
-            Some(match window {
-                Some(window) => (after + keys.broadcast_lt(&(visible - window as f64)?)?)?,
-                None => after,
-            })
+            let of = |end: fn(&Range<usize>) -> usize| {
+                Tensor::from_vec(visible.iter().map(|seen| end(seen) as f32).collect(), (rows.len(), 1, len, 1), device)
+            };
+            let keys = Tensor::from_vec((0..context).map(|key| key as f32).collect(), (1, 1, 1, context), device)?;
+            let after = keys.broadcast_ge(&of(|seen| seen.end)?)?;
+            let has_window = visible.iter().any(|seen| seen.start > 0);
+            Some(if has_window { (after + keys.broadcast_lt(&of(|seen| seen.start)?)?)? } else { after })
         };
         let start = rows.first().map_or(0, |row| row.start + queries.start);
         Ok(Self { start, rows: rows.len(), len, context, blocks: Tensor::from_vec(blocks, rows.len() * per_row, device)?, hidden })
@@ -117,7 +116,7 @@ pub fn groups(rows: &[BatchRow], block_size: usize, spec: &AttentionSpec, bounds
         if row.len > 1 {
             let per = (bounds.scores / (spec.heads * row.context)).max(1);
             for from in (0..row.len).step_by(per) {
-                groups.push(Group::new(&rows[next..next + 1], from..row.len.min(from + per), block_size, spec.window, device)?);
+                groups.push(Group::new(&rows[next..next + 1], from..row.len.min(from + per), block_size, spec, device)?);
             }
             next += 1;
             continue;
@@ -131,7 +130,7 @@ pub fn groups(rows: &[BatchRow], block_size: usize, spec: &AttentionSpec, bounds
             }
             end += 1;
         }
-        groups.push(Group::new(&rows[next..end], 0..1, block_size, spec.window, device)?);
+        groups.push(Group::new(&rows[next..end], 0..1, block_size, spec, device)?);
         next = end;
     }
     Ok(groups)

@@ -1,4 +1,4 @@
-//! Causal attention over paged keys and values.
+//! Attention over paged keys and values.
 //!
 //! A task is some tokens of one sequence with the query heads that share one key/value head. It walks the context in segments that begin at
 //! fixed positions, keeping the greatest score, the sum of exponentials and of weighted values as it goes, and every sum runs in one lane
@@ -225,8 +225,8 @@ unsafe fn attend<S: Simd>(job: AttentionJob<'_>, tile: Tile, head: usize, number
     let count = tile.tokens * group;
     let before = row.context - row.len + tile.first;
     // Query row `r` sees the positions from `lowest(r)` up to, but not with, `limit(r)`.
-    let limit = |r: usize| before + r / group + 1;
-    let lowest = |r: usize| job.spec.window.map_or(0, |window| limit(r).saturating_sub(window));
+    let limit = |r: usize| job.spec.visible(before + r / group, row.context).end;
+    let lowest = |r: usize| job.spec.visible(before + r / group, row.context).start;
     let stride = job.layout.stride();
     // SAFETY: `paged` has checked that every block lies in the cache and every row in q and out. `numbers` holds what `Layout::numbers` counts:
     // queries, sums, scores, maxima and totals, one after another, for at most `layout.rows` rows, and `count` is no more than that.

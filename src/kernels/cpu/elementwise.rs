@@ -95,6 +95,15 @@ pub fn tanh(x: f32) -> f32 {
     if square < 0.0625 { near } else { far }
 }
 
+/// The error function to about 3e-7 (Abramowitz and Stegun, 7.1.26).
+#[inline(always)]
+pub fn erf(x: f32) -> f32 {
+    let size = x.abs();
+    let t = 1.0 / (1.0 + 0.327_591_1 * size);
+    let p = t * (0.254_829_6 + t * (-0.284_496_72 + t * (1.421_413_8 + t * (-1.453_152 + t * 1.061_405_4))));
+    (1.0 - p * exp(-size * size)).copysign(x)
+}
+
 /// Replaces numbers by their activation.
 #[inline(always)]
 pub fn activate(activation: Activation, x: &mut [f32]) {
@@ -104,6 +113,8 @@ pub fn activate(activation: Activation, x: &mut [f32]) {
             let inner = 0.797_884_6 * (*x + 0.044_715 * *x * *x * *x);
             *x = 0.5 * *x * (1.0 + tanh(inner));
         }),
+        Activation::Gelu => x.iter_mut().for_each(|x| *x = 0.5 * *x * (1.0 + erf(*x * std::f32::consts::FRAC_1_SQRT_2))),
+        Activation::Tanh => x.iter_mut().for_each(|x| *x = tanh(*x)),
         Activation::Relu2 => x.iter_mut().for_each(|x| *x = if *x > 0.0 { *x * *x } else { 0.0 }),
         Activation::ClampedSwiglu => x.iter_mut().for_each(|x| {
             // NOTE: not `min`, which would make a number of NaN.
@@ -249,6 +260,15 @@ mod tests {
         assert_eq!(exp(0.0), 1.0);
     }
 
+    /// The error function by its integral, with Simpson's rule.
+    fn of_erf(x: f64) -> f64 {
+        const STEPS: usize = 200;
+        let (end, width) = (x.clamp(-6.0, 6.0), x.clamp(-6.0, 6.0) / STEPS as f64);
+        let density = |i: usize| (-(width * i as f64).powi(2)).exp();
+        let inner: f64 = (1..STEPS).map(|i| density(i) * if i % 2 == 1 { 4.0 } else { 2.0 }).sum();
+        (1.0 + inner + (-end * end).exp()) * width / 3.0 * std::f64::consts::FRAC_2_SQRT_PI
+    }
+
     #[test]
     fn activations_are_close_everywhere() {
         for i in -1_200..1_200 {
@@ -262,6 +282,9 @@ mod tests {
             assert!((f64::from(tanh(x)) - wide.tanh()).abs() < 4e-7, "tanh({x}) = {}", tanh(x));
             let gelu = 0.5 * wide * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (wide + 0.044715 * wide.powi(3))).tanh());
             assert!((of(Activation::GeluTanh) - gelu).abs() < 1e-6 * (1.0 + gelu.abs()), "gelu({x})");
+            let erf = of_erf(wide * std::f64::consts::FRAC_1_SQRT_2);
+            assert!((of(Activation::Gelu) - 0.5 * wide * (1.0 + erf)).abs() < 5e-7 * (1.0 + wide.abs()), "gelu by erf({x})");
+            assert!((of(Activation::Tanh) - wide.tanh()).abs() < 4e-7, "tanh as activation({x})");
             let silu = wide / (1.0 + (-wide).exp());
             assert!((of(Activation::Silu) - silu).abs() < 1e-6 * (1.0 + silu.abs()), "silu({x})");
         }

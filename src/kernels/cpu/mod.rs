@@ -4,13 +4,14 @@
 //! step, nor on the number of threads.
 
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{Error, Result};
 
 use super::ops::{
     AttentionSpec, AttentionWeights, Batch, BatchRow, Columns, ComputeDtype, Epilogue, Experts, KvShape, Linear, Norm, NormExtent,
-    NormKind, QkNorm, QueryGrowth, WeightFormat,
+    NormKind, QkNorm, QueryGrowth, TableRow, WeightFormat,
 };
 use super::{
     Backend, CausalConv, DeltaSpec, Footprint, GatedDelta, HeadColumns, LatentSpec, MatrixSource, RowVisitor, StepLimits, StepStates,
@@ -116,6 +117,7 @@ pub struct Cpu {
     tokens: Vec<u32>,
     positions: Vec<u32>,
     slots: Vec<u32>,
+    types: Vec<u32>,
     rows: Vec<BatchRow>,
     states: StepStates,
     angles: Angles,
@@ -137,6 +139,7 @@ impl Cpu {
             tokens: Vec::with_capacity(t),
             positions: Vec::with_capacity(t),
             slots: Vec::with_capacity(t),
+            types: Vec::with_capacity(t),
             rows: Vec::with_capacity(t),
             states: StepStates::default(),
             angles: Angles::with_capacity(t, limits.frequencies),
@@ -170,8 +173,8 @@ impl Footprint for Cpu {
     }
 
     fn own_bytes(limits: &StepLimits, threads: usize) -> Option<usize> {
-        // Of a token: id, position and slot, row of the batch, angles.
-        let per_token = 3 * 4 + size_of::<BatchRow>() + 2 * 4 * limits.frequencies;
+        // Of a token: id, position, slot and type, row of the batch, angles.
+        let per_token = 4 * 4 + size_of::<BatchRow>() + 2 * 4 * limits.frequencies;
         let parts = [
             limits.max_tokens.checked_mul(per_token)?,
             matmul::Scratch::bytes(matmul::scratch_values(limits.max_tokens, limits.widest)?)?,
@@ -221,6 +224,7 @@ impl Backend for Cpu {
         refill(&mut self.tokens, batch.tokens);
         refill(&mut self.positions, batch.positions);
         refill(&mut self.slots, batch.slots);
+        refill(&mut self.types, batch.types);
         refill(&mut self.rows, batch.rows);
         self.states.assign(batch.states);
         self.angles.fill(batch);
@@ -243,6 +247,31 @@ impl Backend for Cpu {
                 x.iter_mut().for_each(|x| *x *= scale);
             }
         }
+        Ok(())
+    }
+
+    fn embed_add(&mut self, table: &Packed, row: TableRow, out: &mut Buffer) -> Result<()> {
+        if (out.rows, out.width) != (self.tokens.len(), table.k) {
+            return Err(Error::Msg(format!("rows of {table:?} cannot be added to [{}, {}]", out.rows, out.width)));
+        }
+        let Self { pool, positions, types, scratch, .. } = self;
+        let index = |at: usize| match row {
+            TableRow::Position(first) => first + positions[at] as usize,
+            TableRow::Type => types.get(at).map_or(0, |of| *of as usize),
+        };
+        if let Some(index) = (0..out.rows).map(index).find(|index| *index >= table.n) {
+            return Err(Error::Msg(format!("{row:?} of a token is row {index} of a table of {}", table.n)));
+        }
+        let (width, added, target) = (table.k, scratch.rows(out.rows * table.k), PtrMut(out.values.as_mut_ptr()));
+        by_rows(pool, out.rows, width, &|at| {
+            // SAFETY: a row of both, of this task alone.
+            let (added, x) = unsafe {
+                let row = at * width;
+                (std::slice::from_raw_parts_mut(added.ptr().add(row), width), std::slice::from_raw_parts_mut(target.ptr().add(row), width))
+            };
+            table.row(index(at), added);
+            x.iter_mut().zip(added).for_each(|(x, added)| *x += *added);
+        });
         Ok(())
     }
 
@@ -451,6 +480,22 @@ impl Backend for Cpu {
         Ok(())
     }
 
+    fn mean(&mut self, x: &Buffer, spans: &[Range<usize>], out: &mut Buffer) -> Result<()> {
+        out.resize(spans.len(), x.width)?;
+        for (span, out) in spans.iter().zip(out.values.chunks_exact_mut(x.width)) {
+            if span.is_empty() || span.end > x.rows {
+                return Err(Error::Msg(format!("the mean of rows {span:?} of {}", x.rows)));
+            }
+            out.fill(0.0);
+            for row in x.values[span.start * x.width..span.end * x.width].chunks_exact(x.width) {
+                out.iter_mut().zip(row).for_each(|(out, x)| *out += x);
+            }
+            let share = 1.0 / span.len() as f32;
+            out.iter_mut().for_each(|out| *out *= share);
+        }
+        Ok(())
+    }
+
     fn scale_and_cap(&mut self, x: &mut Buffer, scale: f32, cap: Option<f32>) -> Result<()> {
         let (rows, width, values) = (x.rows, x.width, PtrMut(x.values.as_mut_ptr()));
         self.pool.run(rows, &|row, _| {
@@ -646,7 +691,7 @@ mod tests {
         {
             let limits = limits(max_tokens, block_size, experts);
             let mut cpu = Cpu::new(&limits, threads, ComputeDtype::F32).unwrap();
-            let ids = 4 * (cpu.tokens.capacity() + cpu.positions.capacity() + cpu.slots.capacity());
+            let ids = 4 * (cpu.tokens.capacity() + cpu.positions.capacity() + cpu.slots.capacity() + cpu.types.capacity());
             let angles = 4 * (cpu.angles.cos.capacity() + cpu.angles.sin.capacity());
             let rows = cpu.rows.capacity() * size_of::<BatchRow>();
             let tiles = attention::Scratch::bytes(max_tokens, 0, &limits.attention, block_size).unwrap();

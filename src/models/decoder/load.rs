@@ -2,13 +2,16 @@
 
 use std::collections::BTreeSet;
 
-use super::{Before, BranchNorms, Buffers, Decoder, Dense, FeedForward, Layer, LayerCache, LinearOf, MixerBuffers, NormOf};
+use super::{
+    After, Before, BranchNorms, Buffers, Decoder, Dense, FeedForward, HeadLayer, Layer, LayerCache, LinearOf, MixerBuffers, NormOf,
+};
 use crate::checkpoint::StoredMatrix;
 use crate::config::Quantization;
 use crate::error::Failure;
 use crate::kernels::sizing::{self, Sizing};
-use crate::kernels::{Backend, Columns, Epilogue, Expert, Experts, Footprint, Linear, Norm, StepLimits, WeightFormat};
+use crate::kernels::{Backend, Columns, Epilogue, Expert, Experts, Footprint, Linear, Norm, StepLimits, TableRow, WeightFormat};
 use crate::models::device::without_backtrace;
+use crate::models::pooling;
 use crate::models::spec::{DenseSpec, ExpertsSpec, FeedForward as FeedForwardSpec, LayerSpec, ModelSpec, Residual};
 use crate::models::tensors::{Part, Tensors};
 
@@ -21,7 +24,7 @@ pub enum Place {
     Layer,
     /// Embedding or LM head, one row for each id: their errors reach every logit, so they never go below 8 bits.
     Vocabulary,
-    /// A small matrix whose errors would send tokens to other experts.
+    /// A small matrix whose errors would cost more than its bytes: they would send tokens to other experts, or reach every result.
     Router,
 }
 
@@ -62,9 +65,13 @@ impl<B: Backend> Decoder<B> {
             false => Some(loader.linear(&tensors.head(&spec)?, Columns::Plain, Place::Vocabulary, None)?),
         };
         let layers = spec.layers.iter().enumerate().map(|(index, layer)| loader.layer(index, layer)).collect::<Result<Vec<_>, _>>()?;
-        let norm = loader.norm(tensors.names.final_norm)?;
+        let names = &tensors.names;
+        let embedding_norm = spec.embeddings.norm.then(|| loader.norm(names.embedding_norm)).transpose()?;
+        let norm = spec.final_norm.then(|| loader.norm(names.final_norm)).transpose()?;
+        let pooling_head = spec.pooling.iter().flat_map(|pooling| &pooling.head).map(|layer| loader.head_layer(layer));
+        let (tables, pooling_head) = (loader.tables()?, pooling_head.collect::<Result<_, _>>()?);
         let buffers = Buffers::new(&spec, limits, |rows, width| backend.buffer(rows, width).map_err(failure))?;
-        Ok(Self { embedding, layers, norm, head, buffers, spec })
+        Ok(Self { embedding, tables, embedding_norm, layers, norm, head, pooling_head, buffers, spec })
     }
 
     /// Makes what each layer keeps: blocks of keys and values, or slots of states.
@@ -145,8 +152,8 @@ impl<T> Buffers<T> {
             hidden: make(t, spec.widest_intermediate())?,
             branch: make(is_used(has_end_norms), width)?,
             router: make(is_used(limits.experts.is_some()), limits.experts.map_or(0, |experts| experts.experts))?,
-            picked: make(n, width)?,
-            logits: make(n, spec.vocab_size)?,
+            picked: make(n, if spec.pooling.is_some() { spec.widest_result() } else { width })?,
+            logits: make(n, spec.widest_result())?,
         })
     }
 
@@ -198,28 +205,72 @@ struct Projection<'a> {
 }
 
 impl<B: Backend> Loader<'_, '_, B> {
+    /// What is added to embeddings.
+    fn tables(&self) -> Result<Vec<(TableRow, B::Weight)>, Failure> {
+        let (spec, names) = (&self.spec.embeddings, &self.tensors.names);
+        let positions = spec.positions.map(|positions| (TableRow::Position(positions.first), names.positions, positions.rows));
+        let types = (spec.types > 0).then_some((TableRow::Type, names.types, spec.types));
+        let load = |(row, name, rows): (TableRow, &str, usize)| {
+            let table = self.tensors.table(name, rows, self.spec.hidden_size)?;
+            Ok((row, self.linear(&table, Columns::Plain, Place::Router, None)?.weight))
+        };
+        positions.into_iter().chain(types).map(load).collect()
+    }
+
+    fn head_layer(&self, layer: &pooling::HeadLayer) -> Result<HeadLayer<B>, Failure> {
+        let bias = layer.bias.then(|| self.tensors.head_vector(&format!("{}.bias", layer.name), layer.output)).transpose()?;
+        let weight = self.tensors.head_matrix(&layer.name, layer.output, layer.input)?;
+        let norm = |name: &String| -> Result<NormOf<B>, Failure> {
+            let vector = |part: &str| {
+                let values = self.tensors.head_vector(&format!("{name}.{part}"), layer.output)?;
+                self.backend.vector(values).map_err(failure)
+            };
+            let bias = self.spec.norm.bias.then(|| vector("bias")).transpose()?;
+            Ok(Norm { kind: self.spec.norm.kind, weight: vector("weight")?, bias, eps: self.spec.norm.eps })
+        };
+        Ok(HeadLayer {
+            linear: self.linear(&weight, Columns::Plain, Place::Router, bias)?,
+            epilogue: layer.activation.map_or(Epilogue::Store, Epilogue::Activate),
+            norm: layer.norm.as_ref().map(norm).transpose()?,
+        })
+    }
+
+    /// A name below the model's prefix, of one below a layer.
+    fn in_layer(&self, index: usize, name: &str) -> String {
+        format!("{}.{index}.{name}", self.tensors.names.layers)
+    }
+
     fn layer(&self, index: usize, layer: &LayerSpec) -> Result<Layer<B>, Failure> {
         let names = &self.tensors.names;
         let (mixer, output) = self.mixer(index, &layer.mixer)?;
-        let in_layer = |name: &str| format!("layers.{index}.{name}");
+        let in_layer = |name: &str| self.in_layer(index, name);
         let norm = |name: &str| self.norm(&in_layer(name));
-        let (before, after) = match layer.residual {
-            Residual::Sequential | Residual::Parallel => (true, false),
-            Residual::Sandwich => (true, true),
-            Residual::Post => (false, true),
-        };
         let norms = |first: &str, last: &str| -> Result<BranchNorms<B>, Failure> {
-            let before = if before { Before::Norm(norm(first)?) } else { Before::Nothing };
-            Ok(BranchNorms { before, after: after.then(|| norm(last)).transpose()? })
+            let before = match layer.residual {
+                Residual::Sequential | Residual::Parallel | Residual::Sandwich => Before::Norm(norm(first)?),
+                Residual::Post => Before::Nothing,
+                // What is before it has been normalized.
+                Residual::PostAdd => Before::Same,
+            };
+            let after = match layer.residual {
+                Residual::Sequential | Residual::Parallel => After::Add,
+                Residual::Sandwich | Residual::Post => After::NormAdd(norm(last)?),
+                Residual::PostAdd => After::AddNorm(norm(last)?),
+            };
+            Ok(BranchNorms { before, after })
         };
         let feed_forward_norms = match layer.residual {
-            Residual::Parallel => BranchNorms { before: Before::Same, after: None },
+            Residual::Parallel => BranchNorms { before: Before::Same, after: After::Add },
             _ => norms(names.feed_forward_norm, names.feed_forward_end_norm)?,
+        };
+        let mixer_norms = match layer.bare_attention {
+            true => BranchNorms { before: Before::Nothing, after: After::Add },
+            false => norms(names.attention_norm, names.attention_end_norm)?,
         };
         Ok(Layer {
             mixer,
             output,
-            mixer_norms: norms(names.attention_norm, names.attention_end_norm)?,
+            mixer_norms,
             feed_forward: self.feed_forward(index, layer)?,
             feed_forward_norms,
             residual_scale: layer.residual_scale,
@@ -236,15 +287,14 @@ impl<B: Backend> Loader<'_, '_, B> {
             }
             FeedForwardSpec::Experts(experts) => experts,
         };
-        let router_name = format!("layers.{index}.{}", names.router);
+        let router_name = self.in_layer(index, names.router);
         let router_parts = [(router_name.as_str(), experts.routing.experts)];
         let router = self.tensors.matrix(&[], &router_parts, self.spec.hidden_size)?;
         let router_bias = experts.router_bias.then(|| self.tensors.bias(&[], &router_parts)).transpose()?;
         let shared =
             experts.shared.as_ref().map(|dense| self.dense(index, dense, &[], names.expert.map(|part| format!("{}.{part}", names.shared))));
-        let gate = experts
-            .shared_gate
-            .then(|| self.tensors.matrix(&[], &[(&format!("layers.{index}.{}", names.shared_gate), 1)], self.spec.hidden_size));
+        let gate =
+            experts.shared_gate.then(|| self.tensors.matrix(&[], &[(&self.in_layer(index, names.shared_gate), 1)], self.spec.hidden_size));
         let gate = gate.transpose()?.map(|gate| self.linear(&gate, Columns::Plain, Place::Router, None));
         Ok(FeedForward::Experts {
             router: self.linear(&router, Columns::Plain, Place::Router, router_bias)?,
@@ -256,6 +306,12 @@ impl<B: Backend> Loader<'_, '_, B> {
 
     fn dense(&self, index: usize, dense: &DenseSpec, fused: &[&'static str], [gate, up, down]: [String; 3]) -> Result<Dense<B>, Failure> {
         let (hidden, inner, bias) = (self.spec.hidden_size, dense.intermediate, dense.bias);
+        let down = Projection { fused: &[], parts: &[(&down, hidden)], input: inner, columns: Columns::Plain, bias: dense.down_bias };
+        if let Some(name) = self.tensors.names.up_gate.filter(|_| dense.gated) {
+            let up = self.tensors.gates_first(&self.in_layer(index, name), inner, hidden)?;
+            let up = self.linear(&up, Columns::Gated, Place::Layer, None)?;
+            return Ok(Dense { up, epilogue: Epilogue::Gated(dense.activation), down: self.projection(index, &down)? });
+        }
         let parts = [(gate.as_str(), inner), (up.as_str(), inner)];
         let (fused, parts, columns, epilogue) = match dense.gated {
             true => (fused, &parts[..], Columns::Gated, Epilogue::Gated(dense.activation)),
@@ -264,14 +320,13 @@ impl<B: Backend> Loader<'_, '_, B> {
         Ok(Dense {
             up: self.projection(index, &Projection { fused, parts, input: hidden, columns, bias })?,
             epilogue,
-            down: self
-                .projection(index, &Projection { fused: &[], parts: &[(&down, hidden)], input: inner, columns: Columns::Plain, bias })?,
+            down: self.projection(index, &down)?,
         })
     }
 
     fn experts(&self, index: usize, spec: &ExpertsSpec) -> Result<Experts<B::Weight, B::Vector>, Failure> {
         let names = &self.tensors.names;
-        let stacked = names.stacked.map(|name| format!("layers.{index}.{name}"));
+        let stacked = names.stacked.map(|name| self.in_layer(index, name));
         let is_stacked = self.tensors.is_stacked(&stacked[0]);
         let expert = |number: usize| -> Result<Expert<B::Weight, B::Vector>, Failure> {
             if is_stacked {
@@ -288,11 +343,12 @@ impl<B: Backend> Loader<'_, '_, B> {
                 });
             }
             let parts = names.expert.map(|part| format!("{}.{number}.{part}", names.experts));
-            let dense = DenseSpec { intermediate: spec.intermediate, activation: spec.activation, gated: true, bias: spec.bias };
+            let (intermediate, activation, bias) = (spec.intermediate, spec.activation, spec.bias);
+            let dense = DenseSpec { intermediate, activation, gated: true, bias, down_bias: bias };
             let Dense { up, down, .. } = self.dense(index, &dense, &[], parts)?;
             Ok(Expert { gate_up: up, down })
         };
-        let choice_bias = spec.choice_bias.then(|| self.vector(&format!("layers.{index}.{}", names.choice_bias), spec.routing.experts));
+        let choice_bias = spec.choice_bias.then(|| self.vector(&self.in_layer(index, names.choice_bias), spec.routing.experts));
         Ok(Experts {
             routing: spec.routing,
             choice_bias: choice_bias.transpose()?,
@@ -302,7 +358,7 @@ impl<B: Backend> Loader<'_, '_, B> {
     }
 
     fn projection(&self, index: usize, projection: &Projection<'_>) -> Result<LinearOf<B>, Failure> {
-        let full = |name: &str| format!("layers.{index}.{name}");
+        let full = |name: &str| self.in_layer(index, name);
         let fused: Vec<String> = projection.fused.iter().map(|name| full(name)).collect();
         let parts: Vec<(String, usize)> = projection.parts.iter().map(|(part, out)| (full(part), *out)).collect();
         let parts: Vec<Part<'_>> = parts.iter().map(|(part, out)| (part.as_str(), *out)).collect();

@@ -90,6 +90,9 @@ pub(super) const FAMILIES: &[Family] = &[
             model.head_norms();
             model.residual(Residual::Sandwich, TensorNames::SANDWICH);
             model.like_gemma();
+            if config.flag("use_bidirectional_attention")?.unwrap_or(false) {
+                model.attention(|spec| (spec.causal, spec.window) = (false, spec.window.map(|window| window / 2 + 1)));
+            }
             model.gemma_scores(config, None, None)
         },
     },

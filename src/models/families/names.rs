@@ -1,8 +1,19 @@
 //! What the tensors of a layer are called in files.
 
-/// Names below `layers.{index}.`, without `.weight` or `.bias`. An entry that a model's layers do not have is not looked for.
+/// Names without `.weight` or `.bias`: of the first group below the model's prefix, of the others below `{layers}.{index}.`. An entry that
+/// a model does not have is not looked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TensorNames {
+    pub embedding: &'static str,
+    /// A row for each position.
+    pub positions: &'static str,
+    /// A row for each type of token.
+    pub types: &'static str,
+    pub embedding_norm: &'static str,
+    pub layers: &'static str,
+    /// After the last layer.
+    pub final_norm: &'static str,
+
     pub attention_norm: &'static str,
     /// After the attention branch.
     pub attention_end_norm: &'static str,
@@ -25,6 +36,8 @@ pub struct TensorNames {
     pub sinks: &'static str,
     /// Gates and what they gate in one, gates first; any of these.
     pub gate_up: &'static [&'static str],
+    /// The same with gates last.
+    pub up_gate: Option<&'static str>,
     pub gate: &'static str,
     pub up: &'static str,
     pub down: &'static str,
@@ -46,13 +59,17 @@ pub struct TensorNames {
     pub shared_gate: &'static str,
     /// A number without a suffix that the residual stream is multiplied by behind the layer.
     pub scalar: &'static str,
-    /// Beside the layers: the norm after the last one.
-    pub final_norm: &'static str,
 }
 
 impl TensorNames {
     /// Llama's names, which most families use.
     pub const LLAMA: Self = Self {
+        embedding: "embed_tokens",
+        positions: "",
+        types: "",
+        embedding_norm: "",
+        layers: "layers",
+        final_norm: "norm",
         attention_norm: "input_layernorm",
         attention_end_norm: "post_attention_layernorm",
         feed_forward_norm: "post_attention_layernorm",
@@ -68,6 +85,7 @@ impl TensorNames {
         k_norm: "self_attn.k_norm",
         sinks: "self_attn.sinks",
         gate_up: &["mlp.up_gate_proj", "mlp.gate_up_proj"],
+        up_gate: None,
         gate: "mlp.gate_proj",
         up: "mlp.up_proj",
         down: "mlp.down_proj",
@@ -80,7 +98,6 @@ impl TensorNames {
         shared: "mlp.shared_experts",
         shared_gate: "mlp.shared_expert_gate",
         scalar: "layer_scalar",
-        final_norm: "norm",
     };
 
     /// With norms before and after each branch, as Gemma calls them.

@@ -11,16 +11,17 @@ use tokenizers::{
 
 use crate::error::Failure;
 use crate::text::sentencepiece::byte_piece;
-use crate::text::tokenizer::Part;
 use crate::text::tokenizer::added::Added;
 use crate::text::tokenizer::least::Spelling;
 use crate::text::tokenizer::token_bytes::TokenBytes;
+use crate::text::tokenizer::{AroundPair, Part};
 
 pub struct Json {
     inner: tokenizers::Tokenizer,
     added: HashMap<u32, AddedToken>,
     /// What the post-processor puts before and after a text.
     around: (Vec<u32>, Vec<u32>),
+    around_pair: AroundPair,
     /// `None`: tokens may stand for any amount of text.
     pub spelling: Option<Spelling>,
 }
@@ -40,7 +41,7 @@ pub fn of(mut inner: tokenizers::Tokenizer) -> Result<(Json, TokenBytes, Added),
     inner.with_truncation(None).map_err(|error| error.to_string())?;
     inner.with_padding(None);
     let added: HashMap<u32, AddedToken> = inner.get_added_tokens_decoder().into_iter().collect();
-    let around = around(&inner)?;
+    let (around, around_pair) = (around(&inner)?, around_pair(&inner));
     let steps = decoder_steps(&inner)?;
     let mut bytes = TokenBytes::default();
     let alphabet = byte_level_alphabet();
@@ -52,7 +53,7 @@ pub fn of(mut inner: tokenizers::Tokenizer) -> Result<(Json, TokenBytes, Added),
     }
     let names = Added::new(added.iter().map(|(id, token)| (token.content.clone(), *id, token.special)));
     let spelling = spelling(&inner);
-    Ok((Json { inner, added, around, spelling }, bytes, names))
+    Ok((Json { inner, added, around, around_pair, spelling }, bytes, names))
 }
 
 /// What the post-processor puts around a single text, told by one that stands for any.
@@ -65,6 +66,26 @@ fn around(inner: &tokenizers::Tokenizer) -> Result<(Vec<u32>, Vec<u32>), String>
     match (parts.next(), parts.next(), parts.next()) {
         (Some(before), Some(after), None) => Ok((before.to_vec(), after.to_vec())),
         _ => Err("its post-processor does not keep the text as one".to_owned()),
+    }
+}
+
+/// The same of two texts; nothing where the post-processor is not made for two.
+fn around_pair(inner: &tokenizers::Tokenizer) -> AroundPair {
+    const FIRST: u32 = u32::MAX;
+    const SECOND: u32 = u32::MAX - 1;
+    let text = |id: u32| Encoding::from_tokens(vec![Token::new(id, "a".to_owned(), (0, 1))], 0);
+    let processed = inner.get_post_processor().and_then(|processor| processor.process(text(FIRST), Some(text(SECOND)), true).ok());
+    let Some(processed) = processed else { return AroundPair::default() };
+    let ids = processed.get_ids();
+    let place = |wanted: u32| ids.iter().position(|id| *id == wanted);
+    match (place(FIRST), place(SECOND)) {
+        (Some(first), Some(second)) if first < second => AroundPair {
+            before: ids[..first].to_vec(),
+            between: ids[first + 1..second].to_vec(),
+            after: ids[second + 1..].to_vec(),
+            has_types: processed.get_type_ids().get(second) == Some(&1),
+        },
+        _ => AroundPair::default(),
     }
 }
 
@@ -130,6 +151,10 @@ impl Json {
 
     pub fn added_around(&self) -> (&[u32], &[u32]) {
         (&self.around.0, &self.around.1)
+    }
+
+    pub fn around_pair(&self) -> &AroundPair {
+        &self.around_pair
     }
 
     pub fn id(&self, token: &str) -> Option<u32> {

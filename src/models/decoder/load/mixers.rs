@@ -33,7 +33,7 @@ impl<B: Backend> Loader<'_, '_, B> {
 
     /// A matrix of rows of several tensors.
     fn rows(&self, index: usize, rows: &[Rows<'_>], place: Place) -> Result<LinearOf<B>, Failure> {
-        let rows: Vec<_> = rows.iter().map(|(name, out, rows)| (format!("layers.{index}.{name}"), *out, rows.clone())).collect();
+        let rows: Vec<_> = rows.iter().map(|(name, out, rows)| (self.in_layer(index, name), *out, rows.clone())).collect();
         self.linear(&self.tensors.rows(&rows, self.spec.hidden_size)?, Columns::Plain, place, None)
     }
 
@@ -63,9 +63,9 @@ impl<B: Backend> Loader<'_, '_, B> {
         let head_norm = |name: &str, heads: usize| -> Result<Option<B::Vector>, Failure> {
             let Some(norm) = spec.qk_norm else { return Ok(None) };
             let len = if norm.extent == NormExtent::Head { spec.head_dim } else { heads * spec.head_dim };
-            self.norm_weight(&format!("layers.{index}.{name}.weight"), len).map(Some)
+            self.norm_weight(&format!("{}.weight", self.in_layer(index, name)), len).map(Some)
         };
-        let sinks = layer.sinks.then(|| self.vector(&format!("layers.{index}.{}", names.sinks), spec.heads));
+        let sinks = layer.sinks.then(|| self.vector(&self.in_layer(index, names.sinks), spec.heads));
         Ok(AttentionWeights {
             q_norm: head_norm(names.q_norm, spec.heads)?,
             k_norm: head_norm(names.k_norm, spec.kv_heads)?,
@@ -85,14 +85,14 @@ impl<B: Backend> Loader<'_, '_, B> {
     fn short_conv(&self, index: usize, layer: &ShortConv) -> Result<Mixed<B>, Failure> {
         let ([first, taps, last], hidden, spec) = (self.tensors.names.short_conv, self.spec.hidden_size, layer.conv);
         let input = self.plain(index, first, spec.input_width(), hidden, layer.bias)?;
-        let conv = self.conv(&format!("layers.{index}.{taps}"), spec, layer.bias)?;
+        let conv = self.conv(&self.in_layer(index, taps), spec, layer.bias)?;
         Ok((Mixer::ShortConv { input, conv }, self.plain(index, last, hidden, spec.channels, layer.bias)?))
     }
 
     fn gated_delta(&self, index: usize, layer: &DeltaLayer) -> Result<Mixed<B>, Failure> {
         let (prefix, spec) = (self.tensors.names.linear_attention, layer.delta);
         let name = |part: &str| format!("{prefix}.{part}");
-        let in_layer = |part: &str| format!("layers.{index}.{prefix}.{part}");
+        let in_layer = |part: &str| self.in_layer(index, &name(part));
         let (keys, values, heads) = (spec.key_width(), spec.value_width(), spec.value_heads);
         let [qkv, z, gates] = if layer.by_head {
             let (one, two) = (name("in_proj_qkvz"), name("in_proj_ba"));
@@ -123,7 +123,7 @@ impl<B: Backend> Loader<'_, '_, B> {
     fn latent(&self, index: usize, layer: &LatentLayer) -> Result<Mixed<B>, Failure> {
         let (hidden, spec) = (self.spec.hidden_size, layer.latent);
         let LatentSpec { heads, nope_dim, rope_dim, rank, eps } = spec;
-        let vector = |name: &str, len: usize| self.vector(&format!("layers.{index}.self_attn.{name}.weight"), len);
+        let vector = |name: &str, len: usize| self.vector(&self.in_layer(index, &format!("self_attn.{name}.weight")), len);
         let queries = heads * (nope_dim + rope_dim);
         let (query_down, query) = match layer.query_rank {
             None => (None, self.plain(index, "self_attn.q_proj", queries, hidden, false)?),
@@ -134,7 +134,7 @@ impl<B: Backend> Loader<'_, '_, B> {
             }
         };
         // Each head's rows make its key, then its value.
-        let name = format!("layers.{index}.self_attn.kv_b_proj");
+        let name = self.in_layer(index, "self_attn.kv_b_proj");
         let (each, value) = (nope_dim + layer.value_dim, layer.value_dim);
         let plain = |source| self.linear(&source, Columns::Plain, Place::Layer, None);
         let keys = (0..heads).map(|head| {
