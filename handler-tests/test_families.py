@@ -103,7 +103,7 @@ def test_a_family_answers_as_transformers_does(http, tmp_path, family):
 def test_a_model_that_keeps_states_shares_beginnings_and_drafts(http, tmp_path, family, repeats):
     golden = make_model(family, tmp_path)
     prompt = golden["sequences"][0]["ids"] * 2
-    asked = {"max_tokens": 40, "temperature": 0, "return_token_ids": True, "stream": False}
+    asked = {"max_tokens": 200, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
     model = ("serve", "--model", str(tmp_path), "--kv-cache-gb", "0.02", "--block-size", "16")
     drafts = json.dumps({"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 1})
 
