@@ -40,7 +40,9 @@ def given(message) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_calls_in_a_format(format, http):
-    with Server("serve", "--model", "demo", env={"TOOL_CALL_PARSER": format}) as server:
+    # Channels hold thoughts as well as calls.
+    thoughts = {"REASONING_PARSER": "openai_gptoss"} if format == "openai" else {}
+    with Server("serve", "--model", "demo", env={"TOOL_CALL_PARSER": format, **thoughts}) as server:
         with openai.OpenAI(base_url=f"{server.base}/v1", api_key="any", max_retries=0, timeout=120) as client:
             def ask(**more):
                 return client.chat.completions.create(**{"model": "default", "messages": PARIS, "tools": TOOLS, "max_tokens": 400, **more})
@@ -71,31 +73,3 @@ def test_calls_in_a_format(format, http):
             assert refused.value.param == "tools[0].function.parameters" and "not" in refused.value.message
             loose = ask(tools=[tool], tool_choice="required", temperature=0, max_tokens=60).choices[0]
             assert given(loose.message)[0][0] == "odd" if loose.message.tool_calls else loose.finish_reason == "length"
-
-
-def test_budgets_of_gpt_oss(http):
-    """Thoughts of the analysis channel end at their budget, and an answer of the final channel follows."""
-    template = "{% for m in messages %}{{ m.content }}{% endfor %}<|start|>assistant<|channel|>analysis<|message|>"
-    env = {"REASONING_PARSER": "openai_gptoss", "TOOL_CALL_PARSER": "openai", "TRUST_REQUEST_CHAT_TEMPLATE": "true"}
-    with Server("serve", "--model", "demo", env=env) as server:
-        def ask(**more):
-            body = {"messages": PARIS, "chat_template": template, "temperature": 2, "seed": 3, "max_tokens": 200, **more}
-            answer = http.post(f"{server.base}/v1/chat/completions", json=body)
-            assert answer.status_code == 200, answer.text
-            return answer.json()["choices"][0], answer.json()["usage"]["completion_tokens_details"]["reasoning_tokens"]
-
-        _, free = ask()
-        for field in ("reasoning_max_tokens", "thinking_budget"):
-            choice, thought = ask(**{field: 5})
-            assert thought < free and "<|" not in (choice["message"]["content"] or "")
-            assert choice["message"]["reasoning_content"]
-        choice, _ = ask(reasoning_max_tokens=5, tools=TOOLS, tool_choice="required")
-        if choice["finish_reason"] != "length":
-            call = choice["message"]["tool_calls"][0]["function"]
-            assert fits(call["name"], call["arguments"]) and choice["message"]["reasoning_content"]
-        schema = {"type": "object", "properties": {"capital": {"enum": ["Paris", "Rome"]}}, "required": ["capital"], "additionalProperties": False}
-        form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
-        for tools in ({}, {"tools": TOOLS}):
-            choice, _ = ask(reasoning_max_tokens=5, response_format=form, **tools)
-            if choice["message"]["content"] and choice["finish_reason"] == "stop":
-                assert json.loads(choice["message"]["content"])["capital"] in ["Paris", "Rome"]
