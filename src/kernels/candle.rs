@@ -53,6 +53,9 @@ impl Buffer {
     }
 }
 
+/// What a token sees: [`AttentionSpec::causal`] and [`AttentionSpec::window`].
+type Mask = (bool, Option<usize>);
+
 /// Where the tokens of a step belong, on the device.
 #[derive(Debug, Clone)]
 pub struct Step {
@@ -66,7 +69,7 @@ pub struct Step {
     angles: Vec<(Tensor, Tensor)>,
     rows: Vec<BatchRow>,
     /// How attention, causal or not and with a window or without one, takes the rows, made at its first call in a step.
-    groups: Vec<((bool, Option<usize>), Vec<Group>)>,
+    groups: Vec<(Mask, Vec<Group>)>,
 }
 
 /// A device driven by candle.

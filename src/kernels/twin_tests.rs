@@ -271,7 +271,9 @@ fn rows_on<B: Backend>(
     let row = BatchRow { start: 0, len: t, context: t, blocks: Arc::new(vec![0]) };
     let few = TestMatrix::new(numbers(6 * hidden), hidden).load(backend, None, Columns::Plain);
     for (types, tables) in [(&types[..], [TableRow::Position(2), TableRow::Type]), (&[], [TableRow::Type, TableRow::Position(3)])] {
-        backend.begin(&Batch { tokens: &tokens, positions: &positions, slots: &tokens, types, rows: &[row.clone()], ropes: &[] }).unwrap();
+        backend
+            .begin(&Batch { tokens: &tokens, positions: &positions, slots: &tokens, types, rows: std::slice::from_ref(&row), ropes: &[] })
+            .unwrap();
         for of in tables {
             backend.embed_add(&few, of, &mut out).unwrap();
             results.push(("embed added", 1e-6, read(backend, &mut out)));

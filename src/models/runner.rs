@@ -1,6 +1,7 @@
 //! The runner of real models: a plan becomes a forward pass and sampled tokens.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::sync::Mutex;
 use std::time::Instant;
 
@@ -192,7 +193,7 @@ pub(super) fn sized<F: Footprint>(model: &Model, tensors: &Tensors<'_>, quantiza
         backend.begin(&batch)?;
         decoder.forward(&mut backend, &mut caches)?;
         match &model.spec.pooling {
-            Some(pooling) => decoder.pool(&mut backend, pooling.pooling, &[0..1]),
+            Some(pooling) => decoder.pool(&mut backend, pooling.pooling, &[Range { start: 0, end: 1 }]),
             None => decoder.head(&mut backend, &[0]),
         }
     };

@@ -478,7 +478,7 @@ proptest! {
         let mut scheduler = Scheduler::new(shape, true, None);
         let prompt = |id: usize, len: usize| (0..len).map(|at| (id * 100 + at) as u32).collect::<Vec<_>>();
         for (id, len) in lens.iter().enumerate() {
-            let second = (id % 3 == 0).then_some(len / 2);
+            let second = id.is_multiple_of(3).then_some(len / 2);
             scheduler.add(Sequence::new(id as u64, &pooling_request(prompt(id, *len), second), 16));
         }
         let (mut plan, mut outcomes, mut done) = (Plan::default(), Vec::new(), Vec::new());
@@ -491,7 +491,7 @@ proptest! {
                 let id = plan.tokens[row.start] as usize / 100;
                 prop_assert!(row.pools && row.sampling.is_none() && (row.len, row.context) == (lens[id], lens[id]));
                 for at in 0..row.len {
-                    let second = u32::from(id % 3 == 0 && at >= lens[id] / 2);
+                    let second = u32::from(id.is_multiple_of(3) && at >= lens[id] / 2);
                     prop_assert_eq!(plan.types.get(row.start + at).copied().unwrap_or(0), second);
                 }
             }
