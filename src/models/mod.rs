@@ -24,6 +24,7 @@ mod rope;
 pub mod runner;
 pub mod sample;
 pub mod spec;
+mod task;
 pub mod tensors;
 
 /// One step for the device: which tokens to run, where their keys and values go, and which rows to sample.
