@@ -27,6 +27,7 @@ mod rope;
 pub mod runner;
 pub mod sample;
 pub mod spec;
+mod task;
 pub mod tensors;
 mod turns;
 

@@ -207,6 +207,7 @@ fn responses(operation: &Operation) -> Map<String, Value> {
             };
             responses.insert("200".to_owned(), ok(json!({kind: {"schema": {"type": "string"}}}), words));
         }
+        AnswerShape::Never => {}
     }
     let form = match operation.errors {
         ErrorForm::Anthropic => "AnthropicFailure",

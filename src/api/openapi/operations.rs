@@ -46,6 +46,8 @@ pub enum AnswerShape {
     /// The same; with `stream` events whose data are the second.
     Streamed(&'static str, &'static str),
     Text(&'static str),
+    /// None: the model cannot do it.
+    Never,
 }
 
 pub struct Example {
@@ -108,7 +110,7 @@ const RENDERED: &[&str] = &[
     "add_special_tokens",
 ];
 
-use AnswerShape::{Json, Streamed, Text};
+use AnswerShape::{Json, Never, Streamed, Text};
 use Body::{Chat, Completion, Fields, Message, Pooling, Response};
 
 const EMBEDDED: &[&str] = &[

@@ -48,6 +48,7 @@ async fn pooling_world(spec: PoolingSpec, extra: &[(&str, &str)]) -> World {
         max_model_len: 32,
         vocab_size: tokenizer.vocab_size(),
         block_size: 16,
+        state_slots: 0,
         blocks: 16,
         max_num_seqs: 2,
         max_num_batched_tokens: 32,
@@ -98,7 +99,7 @@ async fn every_form_of_input() {
         vectors(&answer).iter().map(|vector| vector[0]).collect::<Vec<_>>(),
         (1..60).map(|len| f64::from(len % 30 + 1)).collect::<Vec<_>>()
     );
-    assert_eq!(world.service.engine.load(), 0);
+    assert_eq!(world.service.engine().load(), 0);
 }
 
 #[tokio::test]
