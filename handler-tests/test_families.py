@@ -98,9 +98,8 @@ def test_a_family_answers_as_transformers_does(http, tmp_path, family):
         assert whole and native["output"]["choices"][0]["message"]["content"] == whole
 
 
-# The tiny LFM2 repeats itself, so that drafts are accepted; the tiny Qwen 3.5 does not, so that all are taken back.
-@pytest.mark.parametrize(("family", "repeats"), [("lfm2", True), ("qwen3_5_text", False)])
-def test_a_model_that_keeps_states_shares_beginnings_and_drafts(http, tmp_path, family, repeats):
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_5_text"])
+def test_a_model_that_keeps_states_shares_beginnings_and_drafts(http, tmp_path, family):
     golden = make_model(family, tmp_path)
     prompt = golden["sequences"][0]["ids"] * 2
     asked = {"max_tokens": 200, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
@@ -131,7 +130,7 @@ def test_a_model_that_keeps_states_shares_beginnings_and_drafts(http, tmp_path, 
         assert cached == (len(prompt) + len(plain[0]) - 1) // 16 * 16, "up to the answer's last full block"
         counts = scrape(http, server)
         drafted, accepted = (counts[f"worker_candle_spec_decode_num_{what}_tokens_total"] for what in ("draft", "accepted"))
-        assert drafted > 0 and (accepted > 0) == repeats
+        assert 0 < accepted < drafted, "some are taken back"
     states = run("check", "--model", str(tmp_path)).stdout
     assert "states: " in states and "slots of " in states, states
 
