@@ -11,7 +11,7 @@ use super::testing::{TestMatrix, plain_attention, read, write};
 use super::*;
 
 /// Numbers in `[-1, 1)`.
-fn random(n: usize, seed: &mut u64) -> Vec<f32> {
+pub(crate) fn random(n: usize, seed: &mut u64) -> Vec<f32> {
     let mut next = || {
         *seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (*seed >> 40) as f32 / (1u32 << 24) as f32 * 2.0 - 1.0
@@ -20,7 +20,7 @@ fn random(n: usize, seed: &mut u64) -> Vec<f32> {
 }
 
 #[track_caller]
-fn assert_close(ours: &[f32], theirs: &[f32], tolerance: f32, what: &str) {
+pub(crate) fn assert_close(ours: &[f32], theirs: &[f32], tolerance: f32, what: &str) {
     assert_eq!(ours.len(), theirs.len(), "{what}");
     for (i, (a, b)) in ours.iter().zip(theirs).enumerate() {
         assert!((a - b).abs() <= tolerance * (1.0 + b.abs()), "{what}, value {i}: {a} {b}");
@@ -28,14 +28,14 @@ fn assert_close(ours: &[f32], theirs: &[f32], tolerance: f32, what: &str) {
 }
 
 /// A step: rows of the given (context, len), each with its own blocks.
-struct Step {
-    positions: Vec<u32>,
-    slots: Vec<u32>,
-    rows: Vec<BatchRow>,
-    blocks: usize,
+pub(crate) struct Step {
+    pub positions: Vec<u32>,
+    pub slots: Vec<u32>,
+    pub rows: Vec<BatchRow>,
+    pub blocks: usize,
 }
 
-fn step(rows: &[(usize, usize)], block_size: usize) -> Step {
+pub(crate) fn step(rows: &[(usize, usize)], block_size: usize) -> Step {
     let (mut start, mut next) = (0, 0u32);
     let mut step = Step { positions: vec![], slots: vec![], rows: vec![], blocks: 0 };
     for (context, len) in rows {
@@ -53,15 +53,15 @@ fn step(rows: &[(usize, usize)], block_size: usize) -> Step {
 }
 
 /// What attention is tried on.
-struct Case<'a> {
-    attention: AttentionSpec,
-    ropes: &'a [RopeTable],
-    q_norm: Vec<f32>,
-    k_norm: Vec<f32>,
-    sinks: Option<Vec<f32>>,
-    block_size: usize,
+pub(crate) struct Case<'a> {
+    pub attention: AttentionSpec,
+    pub ropes: &'a [RopeTable],
+    pub q_norm: Vec<f32>,
+    pub k_norm: Vec<f32>,
+    pub sinks: Option<Vec<f32>>,
+    pub block_size: usize,
     /// Of every slot of the cache, as earlier steps left it.
-    earlier: Vec<f32>,
+    pub earlier: Vec<f32>,
 }
 
 impl Case<'_> {
@@ -76,7 +76,7 @@ impl Case<'_> {
     }
 
     /// Stores keys and values of every slot, each as if it was computed at the position of its number.
-    fn filled_cache<B: Backend>(&self, backend: &mut B, blocks: usize) -> B::KvCache {
+    pub fn filled_cache<B: Backend>(&self, backend: &mut B, blocks: usize) -> B::KvCache {
         let (all, weights) = (blocks * self.block_size, self.weights(backend));
         let mut cache = backend.kv_cache(self.attention.kv_shape(blocks, self.block_size)).unwrap();
         let everywhere: Vec<u32> = (0..all as u32).collect();
@@ -88,7 +88,7 @@ impl Case<'_> {
     }
 
     /// Queries after rope, and what attention gives, of a step.
-    fn run<B: Backend>(
+    pub fn run<B: Backend>(
         &self,
         backend: &mut B,
         cache: &mut B::KvCache,
@@ -110,7 +110,7 @@ impl Case<'_> {
     }
 }
 
-fn cpu(max_tokens: usize, widest: usize, attention: &[AttentionSpec], block_size: usize, threads: usize) -> Cpu {
+pub(crate) fn cpu(max_tokens: usize, widest: usize, attention: &[AttentionSpec], block_size: usize, threads: usize) -> Cpu {
     let limits =
         StepLimits { max_tokens, max_logits: 1, widest, block_size, attention: attention.to_vec(), frequencies: 64, experts: None };
     Cpu::new(&limits, threads, ComputeDtype::F32).unwrap()
@@ -228,13 +228,13 @@ proptest! {
     }
 }
 
-fn limits_of(max_tokens: usize, widest: usize) -> StepLimits {
+pub(crate) fn limits_of(max_tokens: usize, widest: usize) -> StepLimits {
     let attention = vec![plain_attention(1, 1, 2)];
     StepLimits { max_tokens, max_logits: 1, widest, block_size: 16, attention, frequencies: 1, experts: None }
 }
 
 /// The operations on rows, each with its tolerance and its result.
-fn rows_on<B: Backend>(
+pub(crate) fn rows_on<B: Backend>(
     backend: &mut B,
     t: usize,
     hidden: usize,
@@ -310,7 +310,7 @@ fn rows_on<B: Backend>(
 
 /// The routed experts of every row, or of one of them alone; and the router's logits.
 #[allow(clippy::too_many_arguments)]
-fn experts_on<B: Backend>(
+pub(crate) fn experts_on<B: Backend>(
     backend: &mut B,
     routing: RoutingSpec,
     biased: bool,
