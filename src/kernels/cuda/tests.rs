@@ -204,7 +204,8 @@ fn attention_on_tensor_cores() {
 #[test]
 fn routed_experts() {
     in_every_order(0..6, |emulator, dice| {
-        let (t, hidden, inner, count) = (dice.between(1, 20), dice.one_of(&[8, 13, 40]), dice.one_of(&[7, 16, 24]), dice.between(2, 9));
+        let (t, hidden, inner, count) =
+            (dice.one_of(&[1, 9, 20, 150]), dice.one_of(&[8, 13, 40]), dice.one_of(&[7, 16, 24]), dice.between(2, 9));
         let (score, biased) = (dice.one_of(&[RouterScore::Softmax, RouterScore::TopKSoftmax, RouterScore::Sigmoid]), dice.flip());
         let normalize = biased.then_some(Normalize { epsilon: 1e-20, least: 0.0 });
         let top_k = dice.between(1, 3).min(count);
