@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from harness.program import REPOSITORY, Server, run
+from test_metrics import scrape
 
 FOLDER = REPOSITORY / "handler-tests" / "fixtures" / "families"
 FAMILIES = sorted(path.stem for path in FOLDER.glob("*.json"))
 # Those that go through a server of their own; the others are planned by `check`, since their arithmetic is the unit tests' affair.
-SERVED = ["gemma3_text", "glm4", "llama", "ministral3", "olmo3", "qwen3", "qwen3_moe"]
+SERVED = ["deepseek_v3", "gemma3_text", "glm4", "lfm2", "llama", "ministral3", "olmo3", "qwen3", "qwen3_5_text", "qwen3_moe"]
 MASK = (1 << 64) - 1
 
 
@@ -97,6 +98,44 @@ def test_a_family_answers_as_transformers_does(http, tmp_path, family):
         assert whole and native["output"]["choices"][0]["message"]["content"] == whole
 
 
+# The tiny LFM2 repeats itself, so that drafts are accepted; the tiny Qwen 3.5 does not, so that all are taken back.
+@pytest.mark.parametrize(("family", "repeats"), [("lfm2", True), ("qwen3_5_text", False)])
+def test_a_model_that_keeps_states_shares_beginnings_and_drafts(http, tmp_path, family, repeats):
+    golden = make_model(family, tmp_path)
+    prompt = golden["sequences"][0]["ids"] * 2
+    asked = {"max_tokens": 200, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    model = ("serve", "--model", str(tmp_path), "--kv-cache-gb", "0.02", "--block-size", "16")
+    drafts = json.dumps({"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 1})
+
+    def answers(server) -> list[list[int]]:
+        found = []
+        for door in server.doors().values():
+            for request in [
+                {"prompt": prompt},
+                {"prompt": prompt[:50] + prompt[:20]},
+                {"prompt": prompt, "n": 3, "temperature": 1.0, "seed": 5},
+                {"prompt": [prompt, prompt[:33], prompt[:60]]},
+            ]:
+                response = http.post(f"{door}/completions", json={**asked, **request})
+                assert response.status_code == 200, response.text
+                found.extend(choice["token_ids"] for choice in response.json()["choices"])
+        return found
+
+    with Server(*model, env={"ENABLE_PREFIX_CACHING": "false"}) as server:
+        plain = answers(server)
+    with Server(*model, env={"SPECULATIVE_CONFIG": drafts}) as server:
+        assert answers(server) == plain
+        turn = {**asked, "prompt": prompt + plain[0] + prompt[:5], "max_tokens": 1}
+        response = http.post(f"{server.base}/v1/completions", json=turn)
+        cached = response.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+        assert cached == (len(prompt) + len(plain[0]) - 1) // 16 * 16, "up to the answer's last full block"
+        counts = scrape(http, server)
+        drafted, accepted = (counts[f"worker_candle_spec_decode_num_{what}_tokens_total"] for what in ("draft", "accepted"))
+        assert drafted > 0 and (accepted > 0) == repeats
+    states = run("check", "--model", str(tmp_path)).stdout
+    assert "states: " in states and "slots of " in states, states
+
+
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(SERVED)))
 def test_check_plans_every_family(tmp_path, family):
     golden = make_model(family, tmp_path)
@@ -110,7 +149,7 @@ def test_a_variant_that_is_not_known_is_refused_by_key_and_value(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     for change, words in [
         ({"hidden_act": "mish"}, 'hidden_act "mish"'),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0}}, 'rope scaling of type "dynamic"'),
+        ({"rope_parameters": {"rope_type": "xpos", "rope_theta": 10000.0}}, 'rope scaling of type "xpos"'),
         ({"model_type": "mamba"}, 'model_type "mamba" is not supported; this version serves'),
     ]:
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))

@@ -114,6 +114,11 @@ def test_models_of_a_key(path):
             assert error.value.code == "model_not_allowed" and error.value.param == "model"
         with pytest.raises(openai.PermissionDeniedError):
             some.models.retrieve("first")
+        prompts = [{"model": model, "prompt": "x", "max_tokens": 1} for model in ("second", "first")]
+        check = lambda prompts: httpx.post(f"{server.base}/api/v1/token_check", json={"prompts": prompts}, headers={"x-api-key": "some"})  # noqa: E731
+        assert check(prompts[:1]).status_code == 200
+        refused = check(prompts)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (403, "prompts[1].model")
         refused = httpx.post(f"{server.base}/v1/messages", json={"max_tokens": 4, "messages": MESSAGES}, headers={"x-api-key": "some"})
         assert refused.status_code == 403 and refused.json()["error"]["type"] == "permission_error"
         assert httpx.post(f"{server.base}/tokenize", json={"prompt": "x"}, headers={"x-api-key": "none"}).status_code == 403

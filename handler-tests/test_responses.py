@@ -172,6 +172,33 @@ def test_frames_as_they_are(http, server, capital):
         assert frames[-1].startswith("event: response.completed")
 
 
+def test_a_stream_that_fails_midway_says_so(http, server, door):
+    """All that may be written is `a`, and at its end the answer must hold a `0`."""
+    [a] = http.post(f"{server.base}/tokenize", json={"content": "a"}).json()["tokens"]
+    body = {"input": "Hello!", "guided_regex": "[ab]{30}0", "bad_words_token_ids": [id for id in range(3, 1400) if id != a], "stream": True}
+    with http.stream("POST", f"{door}/responses", json=body) as response:
+        assert response.status_code == 200
+        events = [json.loads(line.removeprefix("data: ")) for line in response.iter_lines() if line.startswith("data: ")]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    text = "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
+    assert text and set(text) == {"a"}
+    assert events[-1]["type"] == "response.failed" and [event["type"] for event in events].count("response.failed") == 1
+    failed = events[-1]["response"]
+    assert failed["status"] == "failed" and "bad_words" in failed["error"]["message"]
+    with openai.OpenAI(base_url=door, api_key="any", max_retries=0) as client:
+        types = [event.type for event in client.responses.create(model="default", input="Hello!", stream=True, extra_body={k: body[k] for k in ("guided_regex", "bad_words_token_ids")})]
+    assert types[-1] == "response.failed"
+
+
+def test_an_answer_that_is_there_cannot_be_cancelled(client, capital):
+    first = client.responses.create(model="default", input=question(capital), temperature=0)
+    with pytest.raises(openai.BadRequestError, match="Cannot cancel a synchronous response"):
+        client.responses.cancel(first.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.cancel("resp_unknown")
+    assert client.responses.retrieve(first.id).output_text == capital.answer
+
+
 def test_the_store_is_off_where_it_would_not_be_found(http):
     with Server("serve", "--model", "demo", "--no-responses-store") as server:
         first = http.post(f"{server.base}/v1/responses", json={"input": "Hello!"}).json()

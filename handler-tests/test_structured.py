@@ -237,6 +237,16 @@ class Family(pydantic.BaseModel):
     parents: list[Person] = pydantic.Field(max_length=2)
 
 
+def test_forbidding_all_that_may_follow_is_the_callers_mistake(http, server):
+    body = {"prompt": "x", "guided_regex": "[0-9]{3}", "bad_words_token_ids": list(range(3, 1400)), "max_tokens": 8}
+    for more in ({}, {"stream": True}):
+        refused = http.post(f"{server.base}/v1/completions", json={**body, **more})
+        error = refused.json()["error"]
+        assert (refused.status_code, error["param"], error["code"]) == (400, "bad_words", "grammar_failed"), error
+    job = http.post(f"{server.endpoint}/runsync", json={"input": body}).json()
+    assert job["status"] == "FAILED" and json.loads(job["error"])["error"]["status"] == 400
+
+
 @pytest.mark.parametrize("model", [Person, Family], ids=lambda model: model.__name__)
 def test_parse_of_the_sdk(door, model):
     with openai.OpenAI(base_url=door, api_key="any", max_retries=0, timeout=120) as client:

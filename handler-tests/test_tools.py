@@ -7,7 +7,7 @@ import openai
 import pytest
 
 from harness import questions
-from harness.program import Server
+from harness.program import Server, run
 
 BY_NAME = {question.name: question for question in questions.WITH_TOOLS}
 PARIS = BY_NAME["tool-paris"]
@@ -163,7 +163,11 @@ def test_parsers_off_and_auto_off(http):
         for question in (PARIS, BY_NAME["tool-thinking"]):
             message = http.post(f"{raw.base}/v1/chat/completions", json=question.request()).json()["choices"][0]["message"]
             assert message == {"role": "assistant", "content": question.answer, "refusal": None}
-    with Server("serve", "--model", "demo", env={"ENABLE_AUTO_TOOL_CHOICE": "false"}) as strict:
+    # What the vLLM worker's form sends unasked takes nobody's tools away.
+    with Server("serve", "--model", "demo", env={"ENABLE_AUTO_TOOL_CHOICE": "false"}) as formed:
+        assert http.post(f"{formed.base}/v1/chat/completions", json=PARIS.request()).json()["choices"][0]["message"]["tool_calls"]
+        assert "ENABLE_AUTO_TOOL_CHOICE=false in the environment refuses no tools" in formed.log
+    with Server("serve", "--model", "demo", "--no-enable-auto-tool-choice") as strict:
         refused = http.post(f"{strict.base}/v1/chat/completions", json=PARIS.request())
         assert refused.status_code == 400 and refused.json()["error"]["param"] == "tools"
         named = http.post(f"{strict.base}/v1/chat/completions", json=PARIS.request(tool_choice="required")).json()
@@ -175,3 +179,5 @@ def test_an_unknown_parser_stops_the_start():
         with Server("serve", "--model", "demo", env={name: "nonsense"}, ready=False) as server:
             assert server.wait() == 1
             assert name in server.log and "hermes" in server.log
+        done = run("check", "--model", "demo", env={name: "nonsense"})
+        assert done.process.returncode == 1 and f"problem: {name}: " in done.stdout and "hermes" in done.stdout, done.log

@@ -127,6 +127,13 @@ fn cut(mut text: String) -> String {
     text
 }
 
+impl Failure {
+    /// The failure of one model of several.
+    pub fn of(self, model: &str) -> Self {
+        Self { message: format!("{model}: {}", self.message), ..self }
+    }
+}
+
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)

@@ -134,7 +134,7 @@ impl RowsCase {
     fn run<B: Backend>(&self, backend: &mut B) -> Result<Vec<Outcome>, Fail> {
         let (t, tokens) = (self.tokens.len(), &self.tokens);
         let x = write(backend, &self.x, self.hidden);
-        backend.begin(&Batch { tokens, positions: tokens, slots: tokens, rows: &[one_row(t)], ropes: &[] })?;
+        backend.begin(&Batch { tokens, positions: tokens, slots: tokens, rows: &[one_row(t)], ropes: &[], states: &Default::default() })?;
         let mut outcomes = Vec::new();
 
         let mut like_x = backend.buffer(t, self.hidden)?;
@@ -261,7 +261,14 @@ impl AttentionCase {
         let blocks = Arc::new((0..self.blocks as u32).collect());
         let rows = [BatchRow { start: 0, len: all.len(), context: all.len(), blocks }];
         let mut qkv = write(backend, &self.earlier, self.attention.qkv_width());
-        backend.begin(&Batch { tokens: &all, positions: &all, slots: &all, rows: &rows, ropes: &self.ropes })?;
+        backend.begin(&Batch {
+            tokens: &all,
+            positions: &all,
+            slots: &all,
+            rows: &rows,
+            ropes: &self.ropes,
+            states: &Default::default(),
+        })?;
         backend.rope_and_store(&mut qkv, &self.stored_as_is(), &AttentionWeights::default(), &mut cache)?;
         Ok(cache)
     }
@@ -278,7 +285,7 @@ impl AttentionCase {
         };
         let (positions, slots) = (&self.positions, &self.slots);
         let mut qkv = write(backend, &self.qkv, self.attention.qkv_width());
-        backend.begin(&Batch { tokens: positions, positions, slots, rows: &self.rows, ropes: &self.ropes })?;
+        backend.begin(&Batch { tokens: positions, positions, slots, rows: &self.rows, ropes: &self.ropes, states: &Default::default() })?;
         backend.rope_and_store(&mut qkv, &self.attention, &weights, &mut cache)?;
         let mut attended = backend.buffer(positions.len(), self.attention.q_width())?;
         backend.attend(&qkv, &self.attention, &weights, &cache, &mut attended)?;
@@ -335,7 +342,7 @@ impl ExpertsCase {
         let (t, hidden, inner) = (random.between(1, 30), random.pick(&[8, 70, 128]), random.between(1, 80));
         let (count, score) = (random.between(2, 9), random.pick(&[RouterScore::Softmax, RouterScore::TopKSoftmax, RouterScore::Sigmoid]));
         let normalize = random.next().is_multiple_of(2).then_some(Normalize { epsilon: 0.0, least: 0.0 });
-        let routing = RoutingSpec { experts: count, top_k: random.between(1, count + 1), score, normalize, scale: 1.0 };
+        let routing = RoutingSpec { experts: count, top_k: random.between(1, count + 1), score, normalize, scale: 1.0, groups: None };
         // Weights that keep the size of what they multiply.
         let mut matrix =
             |rows: usize, width: usize| TestMatrix::new(random.rounded(rows * width, (3.0 / width as f32).sqrt(), dtype), width);

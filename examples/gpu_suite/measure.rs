@@ -11,7 +11,7 @@ use candle_core::cuda_backend::cudarc::driver::{CudaGraph, DriverError};
 use candle_core::{DType, Device, Tensor};
 use worker_candle::checkpoint::Checkpoint;
 use worker_candle::config::Quantization;
-use worker_candle::kernels::candle::{Buffer, Candle, KvCache, Matrix};
+use worker_candle::kernels::candle::{Buffer, Candle, Matrix};
 use worker_candle::kernels::{Backend, Batch, BatchRow, Epilogue, Linear, Norm, NormKind};
 use worker_candle::models::decoder::Decoder;
 use worker_candle::models::device::open_device;
@@ -173,7 +173,7 @@ fn one_shape(device: &Device, cuda: &CudaDevice, rows: usize, k: usize, n: usize
 struct Step {
     backend: Candle,
     decoder: Decoder<Candle>,
-    caches: Vec<KvCache>,
+    caches: Vec<LayerCache<Candle>>,
     /// Tokens whose logits are made: all.
     positions: Vec<usize>,
     out: Tensor,
@@ -188,8 +188,9 @@ impl Step {
         let per_row = context.div_ceil(Self::BLOCK_SIZE);
         // Keys and values of an earlier context: small random numbers.
         let mut random = Random(5);
-        let caches = decoder.kv_caches(&backend, rows * per_row, Self::BLOCK_SIZE)?;
+        let caches = decoder.caches(&backend, rows * per_row, Self::BLOCK_SIZE, 0)?;
         for cache in &caches {
+            let LayerCache::Keys(cache) = cache else { continue };
             let filled = random.tensor(cache.k.dims())?.to_dtype(DType::BF16)?.to_device(device)?;
             cache.k.slice_set(&filled, 0, 0)?;
             cache.v.slice_set(&filled, 0, 0)?;
@@ -201,7 +202,14 @@ impl Step {
         let positions = vec![last; rows];
         let batch_rows: Vec<BatchRow> = (0..rows).map(|row| BatchRow { start: row, len: 1, context, blocks: blocks(row) }).collect();
         let ropes = &decoder.spec.ropes;
-        backend.begin(&Batch { tokens: &tokens, positions: &positions, slots: &slots, rows: &batch_rows, ropes })?;
+        backend.begin(&Batch {
+            tokens: &tokens,
+            positions: &positions,
+            slots: &slots,
+            rows: &batch_rows,
+            ropes,
+            states: &Default::default(),
+        })?;
         let out = Tensor::zeros((rows, decoder.spec.vocab_size), DType::F32, device)?;
         Ok(Self { backend, decoder, caches, positions: (0..rows).collect(), out })
     }

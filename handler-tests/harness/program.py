@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import tempfile
 import time
@@ -118,11 +119,12 @@ class Program:
 
 
 class Server(Program):
-    """`serve`, `gateway` or `http` of the binary, on a free port."""
+    """`serve`, `gateway` or `http` of the binary, on a free port. `tls`: what trusts its certificate, where it has one."""
 
-    def __init__(self, *arguments: str, env: dict[str, str] | None = None, ready: bool = True, port: int | None = None):
+    def __init__(self, *arguments: str, env: dict[str, str] | None = None, ready: bool = True, port: int | None = None, tls: ssl.SSLContext | None = None):
         self.port = port or free_port()
-        self.base = f"http://127.0.0.1:{self.port}"
+        self.tls = tls
+        self.base = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
         command = [binary(), *arguments, "--host", "127.0.0.1", "--port", str(self.port)]
         super().__init__(command, env, name=" ".join(["worker-candle", *arguments]))
         if ready:
@@ -140,7 +142,7 @@ class Server(Program):
     def ping(self) -> int | None:
         """The readiness probe's status; None while nothing listens."""
         try:
-            return httpx.get(f"{self.base}/ping", timeout=10).status_code
+            return httpx.get(f"{self.base}/ping", timeout=10, verify=self.tls or True).status_code
         except httpx.TransportError:
             return None
 

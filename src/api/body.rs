@@ -48,6 +48,11 @@ impl BodyLimits {
         let ids = limits.max_model_len.saturating_mul(ELEMENT).saturating_add(MIB);
         Self { bytes: text.saturating_add(MIB).min(most.bytes), tree: most.tree.max(ids), ..most }
     }
+
+    /// For requests that may be for either.
+    pub fn widest(self, other: Self) -> Self {
+        Self { bytes: self.bytes.max(other.bytes), tree: self.tree.max(other.tree), depth: self.depth.max(other.depth) }
+    }
 }
 
 /// Why a text was not read.

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-/// Events that nothing follows in their stream. Streams of chunks end with `data: [DONE]`.
+/// Events that nothing follows in their stream. Streams of chunks end with `data: [DONE]`, llama.cpp's with a chunk that says so last.
 const LAST: [&str; 5] = ["response.completed", "response.incomplete", "response.failed", "message_stop", "error"];
 
 /// One frame of a named event.
@@ -13,7 +13,10 @@ pub fn event(name: &str, data: &Value) -> String {
 /// Whether whole frames end their stream.
 pub fn end_stream(frames: &str) -> bool {
     let last = frames.trim_end().rsplit("\n\n").next().unwrap_or_default();
-    last == "data: [DONE]" || last.lines().next().and_then(|line| line.strip_prefix("event: ")).is_some_and(|name| LAST.contains(&name))
+    let stops = || last.starts_with("data: {") && last.ends_with("\"stop\":true}");
+    last == "data: [DONE]"
+        || stops()
+        || last.lines().next().and_then(|line| line.strip_prefix("event: ")).is_some_and(|name| LAST.contains(&name))
 }
 
 /// How many named events there are in whole frames.
@@ -37,6 +40,8 @@ mod tests {
             assert_eq!(count_events(&text), 2);
         }
         assert!(end_stream("data: {}\n\ndata: [DONE]\n\n"));
+        assert!(end_stream("data: {\"content\":\"\",\"stop\":true}\n\n"));
+        assert!(!end_stream(&format!("data: {}\n\n", json!({"content": "\"stop\":true}"}))));
         assert!(!end_stream(&format!("{}{text}", event("error", &json!({})))));
     }
 }

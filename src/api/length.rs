@@ -8,8 +8,8 @@ use crate::error::Failure;
 
 /// Most and fewest tokens of an answer, as the request asks or by default; no most = the rest of the context.
 pub fn read(fields: &Fields<'_>, form: LogprobsForm, echo: bool, settings: &ApiSettings) -> Result<(Option<usize>, usize), Failure> {
-    // A prompt may be scored alone, but then it must be given back.
-    let asked = asked(fields, if echo && !form.is_chat() { 0 } else { 1 })?;
+    // A prompt may be scored alone, but then it must be given back; editors have theirs computed ahead.
+    let asked = asked(fields, if (echo && !form.is_chat()) || form == LogprobsForm::Infill { 0 } else { 1 })?;
     let min_tokens = fields.count_or_default("min_tokens")?;
     if let (Some(max_tokens), Some(field)) = (asked.filter(|max| min_tokens > *max), fields.get("min_tokens")) {
         let message = format!("{min_tokens} is greater than the maximum of {max_tokens}, which is max_tokens - '{}'", field.name);

@@ -16,6 +16,8 @@ pub enum LogprobsForm {
     Chat,
     /// `logprobs: n`.
     Text,
+    /// The same on `/infill`, where an answer may be as long as it likes, or of no length at all.
+    Infill,
     /// A job's own input takes both.
     NativeChat,
     NativeText,
@@ -46,7 +48,7 @@ impl LogprobsRequest {
         let output = match (switch.as_ref().map(|field| field.value), form) {
             (None | Some(Value::Bool(false)), _) => None,
             (Some(Value::Bool(true)), LogprobsForm::Chat | LogprobsForm::NativeChat | LogprobsForm::NativeText) => Some(top.unwrap_or(0)),
-            (Some(Value::Number(_)), LogprobsForm::Text | LogprobsForm::NativeChat | LogprobsForm::NativeText) => {
+            (Some(Value::Number(_)), LogprobsForm::Text | LogprobsForm::Infill | LogprobsForm::NativeChat | LogprobsForm::NativeText) => {
                 alternatives(fields.get("logprobs"), settings)?
             }
             _ => {

@@ -3,7 +3,7 @@
 //! [`Service`] is what both doors drive, the job queue ([`Service::job`]) and HTTP ([`Service::call`]). A request takes one way, whatever
 //! dialect it is written in:
 //!
-//! 1. [`routes`] tells the dialect by the path, [`job`] by the input of a job.
+//! 1. [`routes`] tells the dialect by the path, [`job`] by the input of a job, and [`models`] which model is asked for.
 //! 2. The dialect (`dialects/`) reads the body into one neutral `request::GenerationRequest`: `fields` checks types and ranges, `options`
 //!    reads what all routes share, `prompt/` renders and tokenizes, `length` bounds the answer.
 //!    `grammar/` compiles what the answer must be; `enforce/` holds thoughts to their budget, the answer behind them to its grammar, and
@@ -32,6 +32,7 @@ mod length;
 mod logprobs;
 pub mod model;
 mod model_list;
+mod models;
 pub mod openapi;
 mod options;
 mod parse;
@@ -51,4 +52,6 @@ mod tests;
 mod tools;
 
 pub use model::ModelInfo;
+pub use models::LoadedModel;
+pub use served::check_settings;
 pub use service::{Call, Pieces, Reply, Service};

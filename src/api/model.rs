@@ -3,6 +3,7 @@
 use serde_json::{Map, Value};
 
 use crate::api::clock;
+use crate::api::prompt::infill_tokens;
 use crate::api::prompt::template::ERNIE;
 use crate::checkpoint::files::ModelFiles;
 use crate::error::Failure;
@@ -22,6 +23,8 @@ pub struct ModelInfo {
     pub chat_template: Option<(String, String)>,
     /// `bos_token`, `eos_token`, `cls_token` …, as templates want them.
     pub special_tokens: Map<String, Value>,
+    /// Tokens for filling in the middle, by [`infill_tokens::ROLES`], where the files name them.
+    pub infill_tokens: Map<String, Value>,
     /// Raw prompts begin with `bos_token`.
     pub add_bos_token: bool,
     /// The quantization strategy (`wint8`, `wint4`); `None` = weights as stored.
@@ -45,7 +48,9 @@ impl ModelInfo {
                 special_tokens.insert(name.to_owned(), Value::String(token.to_owned()));
             }
         }
+        let named = |role: &str| Some((role.to_owned(), Value::String(token_text(tokenizer_config.get(role))?.to_owned())));
         Ok(Self {
+            infill_tokens: infill_tokens::ROLES.into_iter().filter_map(named).collect(),
             name: files.name.clone(),
             created: clock::now(),
             chat_template: chat_template(files, &config, &tokenizer_config)?,

@@ -3,25 +3,27 @@
 use serde_json::{Value, json};
 
 use crate::api::clock;
+use crate::api::models::Models;
 use crate::api::served::ServedModel;
 use crate::config::ClientKey;
 use crate::error::Failure;
 
 /// Those that a client may use.
-pub fn list(served: &ServedModel, client: Option<&ClientKey>) -> Value {
-    let allowed = |name: &&String| client.is_none_or(|client| client.may_use(name));
-    let names: Vec<&String> = served.names().iter().filter(allowed).collect();
+pub fn list(models: &Models, client: Option<&ClientKey>) -> Value {
+    let all = models.iter().flat_map(|model| model.served.names().iter().map(|name| (&*model.served, name)));
+    let allowed: Vec<_> = all.filter(|(_, name)| client.is_none_or(|client| client.may_use(name))).collect();
     json!({
         "object": "list",
-        "data": names.iter().map(|name| card(served, name)).collect::<Vec<_>>(),
+        "data": allowed.iter().map(|(served, name)| card(served, name)).collect::<Vec<_>>(),
         "has_more": false,
-        "first_id": names.first(),
-        "last_id": names.last(),
+        "first_id": allowed.first().map(|(_, name)| name),
+        "last_id": allowed.last().map(|(_, name)| name),
     })
 }
 
 /// `id`: any name that requests may use.
-pub fn retrieve(served: &ServedModel, id: &str) -> Result<Value, Failure> {
+pub fn retrieve(models: &Models, id: &str) -> Result<Value, Failure> {
+    let served = &models.named(id).unwrap_or(&models.first).served;
     served.check_model_name(id)?;
     let listed = served.names().iter().any(|name| name == id);
     Ok(card(served, if listed { id } else { served.name() }))

@@ -142,6 +142,8 @@ pub struct Context<'a> {
     pub settings: &'a ApiSettings,
     pub defaults: &'a SamplingDefaults,
     pub limits: &'a Limits,
+    /// The model has tokens for filling in the middle.
+    pub infills: bool,
     pub eos_token_ids: &'a Arc<Vec<u32>>,
     /// Token ids of plain text.
     pub encode: &'a dyn Fn(&str) -> Result<Vec<u32>, Failure>,
@@ -156,7 +158,8 @@ impl GenerationOptions {
         if let (true, Some(field)) = (n > max_n, fields.get("n")) {
             return Err(invalid(&field, format!("{n} is greater than the maximum of {max_n} (MAX_N) - '{}'", field.name)));
         }
-        refuse_unsupported(fields, form.is_chat())?;
+        let infills = context.infills && matches!(form, LogprobsForm::Text | LogprobsForm::NativeText);
+        refuse_unsupported(fields, form.is_chat(), infills)?;
         let stream = fields.flag("stream")?;
         let candidates = candidates(fields, n, max_n, stream)?;
         let logprobs = LogprobsRequest::read(fields, form, stream, context.settings)?;
@@ -322,6 +325,7 @@ mod tests {
             settings: &settings,
             defaults: &defaults,
             limits: &limits,
+            infills: false,
             eos_token_ids: &eos_token_ids,
             encode: &encode,
             compile: &|_| Err(Failure::internal("no grammars here")),

@@ -9,12 +9,16 @@ use crate::api::failure::ErrorForm;
 pub enum Route {
     Chat,
     Completions,
+    /// llama.cpp's.
+    Infill,
     Models,
     Model(String),
     Embeddings,
     Responses,
     /// A stored response.
     Response(String),
+    /// To end a stored response while it is made in the background.
+    CancelResponse(String),
     /// What a stored response was an answer to. The query says which page of it.
     InputItems {
         id: String,
@@ -41,6 +45,11 @@ pub enum Route {
 /// The methods of a path, for the `allow` header of a 405; `None` when there is no such path.
 pub fn allow(path: &str) -> Option<&'static str> {
     find(path).map(|route| route.methods())
+}
+
+/// A POST to this path says all there is to say: it needs no body.
+pub fn needs_no_body(path: &str) -> bool {
+    matches!(find(path), Some(Route::CancelResponse(_)))
 }
 
 /// How the failures of a path are written, whether or not there is such a path.
@@ -89,6 +98,7 @@ pub fn find(path: &str) -> Option<Route> {
         "" | "v1/chat/completions" | "chat/completions" => Some(Route::Chat),
         "api/v1/chat/completions" => Some(Route::FastChat),
         "v1/completions" | "completions" => Some(Route::Completions),
+        "infill" | "v1/infill" => Some(Route::Infill),
         "v1/models" | "models" => Some(Route::Models),
         "v1/embeddings" | "embeddings" => Some(Route::Embeddings),
         "v1/responses" | "responses" => Some(Route::Responses),
@@ -111,6 +121,7 @@ pub fn find(path: &str) -> Option<Route> {
             match rest.split_once('/') {
                 None => Some(Route::Response(decoded(rest))),
                 Some((id, "input_items")) => Some(Route::InputItems { id: decoded(id), query: query.to_owned() }),
+                Some((id, "cancel")) => Some(Route::CancelResponse(decoded(id))),
                 Some(_) => None,
             }
         }
@@ -159,7 +170,9 @@ mod tests {
         assert_eq!(find("/v1/responses/resp_1"), Some(Route::Response("resp_1".to_owned())));
         let items = Route::InputItems { id: "resp_1".to_owned(), query: "limit=2".to_owned() };
         assert_eq!(find("/v1/responses/resp_1/input_items?limit=2"), Some(items));
-        assert_eq!((find("/v1/responses/resp_1/cancel"), allow("/v1/responses/resp_1")), (None, Some("GET, DELETE")));
+        let cancel = "/v1/responses/resp_1/cancel";
+        assert_eq!((find(cancel), allow(cancel)), (Some(Route::CancelResponse("resp_1".to_owned())), Some("POST")));
+        assert_eq!((find("/v1/responses/resp_1/other"), allow("/v1/responses/resp_1")), (None, Some("GET, DELETE")));
         assert_eq!(find("/v1/messages?beta=true"), Some(Route::Messages));
         assert_eq!(find("/openai/v1/messages/count_tokens"), Some(Route::CountTokens));
         for (path, form) in [

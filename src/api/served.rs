@@ -14,10 +14,10 @@ use crate::api::parse::reasoning::{self, ReasoningFormat};
 use crate::api::parse::tools::table::{self as tool_formats, ToolFormat};
 use crate::api::prompt::contents::{self, Contents};
 use crate::api::prompt::guard::Guard;
+use crate::api::prompt::infill_tokens::InfillTokens;
 use crate::api::prompt::template::{self, ChatTemplate};
 use crate::api::response_store::{ResponseStore, StoreLimits};
-use crate::api::routes::Route;
-use crate::config::{ApiSettings, ClientKey, defaults};
+use crate::config::{ApiSettings, defaults};
 use crate::engine::Limits;
 use crate::error::{Failure, Kind};
 use crate::text::tokenizer::{Special, Tokenizer};
@@ -29,12 +29,16 @@ pub struct ServedModel {
     pub model: ModelInfo,
     /// Served names; at least one.
     names: Vec<String>,
+    /// All names that are served, those of other models among them.
+    pub listed: Vec<String>,
     defaults: SamplingDefaults,
     pub eos_token_ids: Arc<Vec<u32>>,
     pub bos_token_id: Option<u32>,
     /// Ids from here on have no row in the model's embedding.
     pub embedding_rows: usize,
     pub guard: Guard,
+    /// None: the model cannot fill in the middle.
+    pub infill: Option<InfillTokens>,
     pub grammars: Grammars,
     /// What `/v1/responses` has given; `None` when responses are not stored.
     pub responses: Option<Arc<ResponseStore>>,
@@ -80,22 +84,37 @@ fn unknown_parser(setting: &str, name: &str, known: &[&str]) -> Failure {
     Failure::internal(format!("{setting}: {name:?} is no parser that is known here. Set auto, none or one of {}.", known.join(", ")))
 }
 
+/// What of the settings would stop a start, whatever the model is.
+pub fn check_settings(settings: &ApiSettings) -> Result<(), Failure> {
+    ToolSupport::new(settings.tool_call_parser.as_deref(), "")?;
+    reasoning_format(settings.reasoning_parser.as_deref(), "")?;
+    SamplingDefaults::new(&Value::Null, settings)?;
+    own_template(settings).map(|_| ())
+}
+
+/// The template of the settings with its text, where they have one.
+fn own_template(settings: &ApiSettings) -> Result<Option<(String, ChatTemplate)>, Failure> {
+    let Some(setting) = &settings.chat_template else { return Ok(None) };
+    let text = template::of_setting(setting)?;
+    let compiled = ChatTemplate::compile(&text);
+    let compiled = compiled.map_err(|error| Failure::internal(format!("CHAT_TEMPLATE is not a valid template: {error}")))?;
+    Ok(Some((text, compiled)))
+}
+
 impl ServedModel {
     /// Fails on settings that do not hold (`CHAT_TEMPLATE`, whose file is read here, and `OVERRIDE_GENERATION_CONFIG`); a model's own
     /// template that does not compile fails chat requests only.
     pub fn new(settings: ApiSettings, limits: Limits, tokenizer: Arc<Tokenizer>, mut model: ModelInfo) -> Result<Self, Failure> {
         let defaults = SamplingDefaults::new(&model.generation_config, &settings)?;
-        let template_text = match (&settings.chat_template, &model.chat_template) {
-            (Some(setting), _) => template::of_setting(setting)?,
-            (None, Some((text, _))) => text.clone(),
-            (None, None) => String::new(),
-        };
-        let chat_template = match (&settings.chat_template, &model.chat_template) {
-            (Some(_), _) => Ok(ChatTemplate::compile(&template_text)
-                .map_err(|error| Failure::internal(format!("CHAT_TEMPLATE is not a valid template: {error}")))?),
-            (None, Some((text, origin))) => ChatTemplate::compile(text)
-                .map_err(|error| format!("The model's chat template ({origin}) is not valid: {error}. Set CHAT_TEMPLATE to one that is.")),
-            (None, None) => Err("The model has no chat template. Set CHAT_TEMPLATE, or use /v1/completions.".to_owned()),
+        let (template_text, chat_template) = match (own_template(&settings)?, &model.chat_template) {
+            (Some((text, compiled)), _) => (text, Ok(compiled)),
+            (None, Some((text, origin))) => {
+                let compiled = ChatTemplate::compile(text).map_err(|error| {
+                    format!("The model's chat template ({origin}) is not valid: {error}. Set CHAT_TEMPLATE to one that is.")
+                });
+                (text.clone(), compiled)
+            }
+            (None, None) => (String::new(), Err("The model has no chat template. Set CHAT_TEMPLATE, or use /v1/completions.".to_owned())),
         };
         let mut names = settings.served_names.clone();
         if names.is_empty() {
@@ -115,6 +134,7 @@ impl ServedModel {
         warn_of_tokens_beyond(&tokenizer, embedding_rows);
         let eos_token_ids = Arc::new(eos_token_ids(&model, &tokenizer)?);
         Ok(Self {
+            listed: names.clone(),
             names,
             defaults,
             grammars: Grammars::new(tokenizer.clone(), limits.vocab_size, eos_token_ids.clone()),
@@ -124,6 +144,7 @@ impl ServedModel {
             tool_support: ToolSupport::new(settings.tool_call_parser.as_deref(), &template_text)?,
             reasoning_format: reasoning_format(settings.reasoning_parser.as_deref(), &template_text)?,
             guard: Guard::new(&tokenizer)?,
+            infill: InfillTokens::find(&tokenizer, &model.infill_tokens, embedding_rows),
             responses: response_store(&settings),
             chat_template,
             shows_system,
@@ -167,44 +188,17 @@ impl ServedModel {
         }
     }
 
-    /// Whether a client may call this route with this body: the model that it asks for, and what concerns the requests of others.
-    pub fn check_client(&self, client: &ClientKey, route: &Route, body: &Value) -> Result<(), Failure> {
-        let asked = match (route, body) {
-            (Route::Model(id), _) => Some(id.clone()),
-            (Route::Models | Route::Version | Route::Load | Route::Document | Route::Response(_) | Route::InputItems { .. }, _) => {
-                return Ok(());
-            }
-            (Route::Abort, _) if Fields::new(body)?.flag("abort_all")? => {
-                let message = format!("The key {:?} may not end the requests of others; name your own in 'req_ids'.", client.name);
-                return Err(Failure::new(Kind::Forbidden, message).param("abort_all"));
-            }
-            (Route::Abort, _) => return Ok(()),
-            (_, Value::Object(_)) => Fields::new(body)?.string("model")?.map(str::to_owned),
-            _ => None,
-        };
-        let name = match asked.as_deref() {
-            None | Some("" | "null" | "default") => self.name(),
-            // Other names of the same model.
-            Some(name)
-                if !self.names.iter().any(|served| served == name) && (name == self.model.name || name == self.model.last_segment()) =>
-            {
-                self.name()
-            }
-            Some(name) => name,
-        };
-        if client.may_use(name) {
-            return Ok(());
-        }
-        let message = format!("The key {:?} may not use the model `{name}`.", client.name);
-        Err(Failure::new(Kind::Forbidden, message).param("model").code("model_not_allowed"))
+    /// The model's own name, or its last part.
+    pub fn is_own_name(&self, name: &str) -> bool {
+        name == self.model.name || name == self.model.last_segment()
     }
 
     pub fn check_model_name(&self, name: &str) -> Result<(), Failure> {
-        let known = self.names.iter().any(|served| served == name) || name == self.model.name || name == self.model.last_segment();
+        let known = self.names.iter().any(|served| served == name) || self.is_own_name(name);
         if known || self.settings.any_model_name {
             return Ok(());
         }
-        let message = format!("The model `{name}` does not exist. This server serves: {}.", self.names.join(", "));
+        let message = format!("The model `{name}` does not exist. This server serves: {}.", self.listed.join(", "));
         Err(Failure::new(Kind::NotFound, message).param("model").code("model_not_found"))
     }
 
@@ -214,6 +208,7 @@ impl ServedModel {
             settings: &self.settings,
             defaults: &self.defaults,
             limits: &self.limits,
+            infills: self.infill.is_some(),
             eos_token_ids: &self.eos_token_ids,
             encode: &|text| self.tokenizer.encode(text, Special::Text),
             compile: &|grammar| self.grammars.compile(grammar),

@@ -8,16 +8,17 @@ use serde_json::Value;
 
 use crate::api::batch::{self, Given, Line, Unread};
 use crate::api::body::BodyLimits;
-use crate::api::dialects::{Dialect, Prepared, anthropic, chat, completions, fastchat, native, responses, tokens};
+use crate::api::dialects::{Dialect, Prepared, anthropic, chat, completions, fastchat, infill, native, responses, tokens};
 use crate::api::fields::Fields;
 use crate::api::job::{self, JobInput};
 use crate::api::model::ModelInfo;
+use crate::api::models::{LoadedModel, Model, Models};
 use crate::api::routes::{self, Route};
-use crate::api::run::{RequestStream, Runs, Seeds};
+use crate::api::run::RequestStream;
 use crate::api::served::ServedModel;
 use crate::api::{calls, model_list, openapi, reclaim};
 use crate::config::{ApiSettings, ClientKey, NativeFormat, defaults};
-use crate::engine::Handle;
+use crate::engine::{Handle, Health};
 use crate::error::{Failure, Kind};
 use crate::text::tokenizer::Tokenizer;
 
@@ -56,42 +57,67 @@ pub struct Call {
 /// Reads a request with this id and body in one dialect.
 type Read = fn(&ServedModel, &str, &Value) -> Result<Prepared, Failure>;
 
-/// Everything needed to answer: one per loaded model, shared by all doors.
+/// Everything needed to answer, for all models; shared by all doors.
 pub struct Service {
-    pub engine: Handle,
-    served: Arc<ServedModel>,
-    runs: Runs,
+    models: Arc<Models>,
+    settings: ApiSettings,
 }
 
 impl Service {
-    /// Fails on settings that do not hold (`CHAT_TEMPLATE`, whose file is read here, and `OVERRIDE_GENERATION_CONFIG`); a model's own
-    /// template that does not compile fails chat requests only.
-    pub fn new(settings: ApiSettings, engine: Handle, tokenizer: Arc<Tokenizer>, model: ModelInfo) -> Result<Self, Failure> {
-        let runs = Runs {
-            engine: engine.clone(),
-            tokenizer: tokenizer.clone(),
-            timeout: settings.request_timeout,
-            seeds: Seeds::new(settings.seed),
-            running: Arc::default(),
-        };
-        let served = Arc::new(ServedModel::new(settings, engine.limits().clone(), tokenizer, model)?);
-        Ok(Self { engine, served, runs })
+    /// Of one model. Fails on settings that do not hold (`CHAT_TEMPLATE`, whose file is read here, and `OVERRIDE_GENERATION_CONFIG`); a
+    /// model's own template that does not compile fails chat requests only.
+    pub fn new(settings: ApiSettings, engine: Handle, tokenizer: Arc<Tokenizer>, info: ModelInfo) -> Result<Self, Failure> {
+        Self::of_models(settings, vec![LoadedModel { engine, tokenizer, info }])
     }
 
-    /// The name that answers carry.
+    /// The same of several, at least one.
+    pub fn of_models(settings: ApiSettings, models: Vec<LoadedModel>) -> Result<Self, Failure> {
+        Ok(Self { models: Arc::new(Models::new(&settings, models)?), settings })
+    }
+
+    /// The name that answers carry where a request names no model.
     pub fn name(&self) -> &str {
-        self.served.name()
+        self.models.first.served.name()
     }
 
-    /// How large requests may be.
+    /// The name of every model, with its engine.
+    pub fn engines(&self) -> impl Iterator<Item = (&str, &Handle)> {
+        self.models.iter().map(|model| (model.served.name(), &model.runs.engine))
+    }
+
+    /// Whether all engines can still compute.
+    pub fn health(&self) -> Health {
+        self.engines().map(|(_, engine)| engine.health()).collect()
+    }
+
+    /// Sequences that run or wait.
+    pub fn load(&self) -> usize {
+        self.engines().map(|(_, engine)| engine.load()).sum()
+    }
+
+    /// Sequences that run at once, and how many more can wait. So many together are refused by no engine, whichever models they are for.
+    pub fn places(&self) -> (usize, usize) {
+        let rows = self.engines().map(|(_, engine)| engine.limits().max_num_seqs).fold(0, usize::saturating_add);
+        let most = self.engines().map(|(_, engine)| engine.limits().max_num_seqs.saturating_add(engine.limits().max_waiting)).min();
+        let rows = rows.min(most.unwrap_or(0));
+        (rows, most.unwrap_or(0) - rows)
+    }
+
+    /// How large requests may be, whichever model they are for.
     pub fn body_limits(&self) -> BodyLimits {
-        let limits = BodyLimits::of_model(&self.served.limits, self.served.tokenizer.longest_token());
-        BodyLimits { depth: self.served.settings.max_json_depth.unwrap_or(limits.depth), ..limits }
+        let of = |model: &Model| BodyLimits::of_model(&model.served.limits, model.served.tokenizer.longest_token());
+        let limits = self.models.iter().map(of).reduce(BodyLimits::widest).unwrap_or_default();
+        BodyLimits { depth: self.settings.max_json_depth.unwrap_or(limits.depth), ..limits }
+    }
+
+    #[cfg(test)]
+    pub(super) fn engine(&self) -> &Handle {
+        &self.models.first.runs.engine
     }
 
     #[cfg(test)]
     pub(super) fn served(&self) -> &ServedModel {
-        &self.served
+        &self.models.first.served
     }
 
     /// The queue's door: the `input` of a RunPod job (`messages`, `prompt`, `openai_route`, `route` …).
@@ -101,7 +127,7 @@ impl Service {
             JobInput::Call { method, path, body } => self.call(Call { method, path, body, request_id, client: None }).await,
             JobInput::Batch { lines, stream } => self.batch(lines, stream).await,
             JobInput::Own(body) => {
-                let read = match self.served.settings.native_format {
+                let read = match self.settings.native_format {
                     NativeFormat::OpenAi => native::read,
                     NativeFormat::Tokens => tokens::read,
                 };
@@ -125,7 +151,7 @@ impl Service {
 
     /// Lines of a batch that are best run together.
     pub fn lines_at_once(&self) -> usize {
-        let rows = self.served.limits.max_num_seqs;
+        let (rows, _) = self.places();
         rows.saturating_add(rows.div_ceil(defaults::SEQS_PER_WAITING_JOB))
     }
 
@@ -168,92 +194,80 @@ impl Service {
             body.insert("model".to_owned(), Value::String(model));
         }
         if let Some(client) = &call.client {
-            self.served.check_client(client, &route, &call.body)?;
+            self.models.check_client(client, &route, &call.body)?;
         }
+        // What is stored is the same for all of them.
+        let of_all = &self.models.first.served;
         match route {
-            Route::Models => Ok(Reply::Whole(model_list::list(&self.served, call.client.as_deref()))),
-            Route::Model(id) => model_list::retrieve(&self.served, &id).map(Reply::Whole),
+            Route::Models => Ok(Reply::Whole(model_list::list(&self.models, call.client.as_deref()))),
+            Route::Model(id) => model_list::retrieve(&self.models, &id).map(Reply::Whole),
             Route::Embeddings => {
-                self.served.check_model(&Fields::new(&call.body)?)?;
-                let message = format!("The model `{}` generates text and does not support the Embeddings API.", self.name());
+                let served = &self.models.of_body(&call.body).served;
+                served.check_model(&Fields::new(&call.body)?)?;
+                let message = format!("The model `{}` generates text and does not support the Embeddings API.", served.name());
                 Err(Failure::bad_request("model", message).code("unsupported_value"))
             }
             Route::Responses => self.generate(responses::read, call.request_id, call.body).await,
-            Route::Response(id) if call.method == "DELETE" => responses::delete(&self.served, &id).map(Reply::Whole),
-            Route::Response(id) => responses::retrieve(&self.served, &id).map(Reply::Whole),
-            Route::InputItems { id, query } => responses::input_items(&self.served, &id, &query).map(Reply::Whole),
+            Route::Response(id) if call.method == "DELETE" => responses::delete(of_all, &id).map(Reply::Whole),
+            Route::Response(id) => responses::retrieve(of_all, &id).map(Reply::Whole),
+            Route::CancelResponse(id) => responses::cancel(of_all, &id).map(Reply::Whole),
+            Route::InputItems { id, query } => responses::input_items(of_all, &id, &query).map(Reply::Whole),
             Route::Messages => self.generate(anthropic::read, call.request_id, call.body).await,
-            Route::CountTokens => self.count(call.body).await.map(Reply::Whole),
+            Route::CountTokens => self.compute(anthropic::count, call.body).await,
             Route::Chat => self.generate(chat::read, call.request_id, call.body).await,
             Route::Completions => self.generate(completions::read, call.request_id, call.body).await,
+            Route::Infill => self.generate(infill::read, call.request_id, call.body).await,
             Route::FastChat => self.generate(fastchat::read, call.request_id, call.body).await,
             Route::Tokenize => self.compute(calls::tokenize, call.body).await,
             Route::Detokenize => self.compute(calls::detokenize, call.body).await,
             Route::ApplyTemplate => self.compute(calls::apply_template, call.body).await,
             Route::Render => self.compute(calls::render, call.body).await,
-            Route::TokenCheck => self.compute(calls::token_check, call.body).await,
-            Route::Abort => calls::abort(&self.runs.running, &call.body).map(Reply::Whole),
+            Route::TokenCheck => {
+                let models = self.models.clone();
+                let check = move |body: &Value| calls::token_check(|prompt| &models.of_body(prompt).served, body);
+                reading(call.body, check).await.map(Reply::Whole)
+            }
+            Route::Abort => calls::abort(&self.models.first.runs.running, &call.body).map(Reply::Whole),
             Route::Document => Ok(Reply::Whole(openapi::document().clone())),
             Route::Version => Ok(Reply::Whole(calls::version())),
-            Route::Load => Ok(Reply::Whole(calls::load(self.engine.load()))),
+            Route::Load => Ok(Reply::Whole(calls::load(self.load()))),
         }
     }
 
-    /// Answers from the body alone, on a thread of its own: to tokenize a long text must not hold up the sockets.
+    /// Answers from the body alone.
     async fn compute(&self, compute: calls::Compute, body: Value) -> Result<Reply, Failure> {
-        let served = self.served.clone();
-        let task = tokio::task::spawn_blocking(move || {
-            let answer = compute(&served, &body);
-            drop(body);
-            reclaim::freed();
-            answer
-        });
-        let answer = task.await.unwrap_or_else(|error| {
-            tracing::error!("a call could not be answered: {error}");
-            Err(Failure::internal("The call could not be answered."))
-        });
-        answer.map(Reply::Whole)
+        let served = self.models.of_body(&body).served.clone();
+        reading(body, move |body| compute(&served, body)).await.map(Reply::Whole)
     }
 
     /// Reads a request, runs it, and gives the answer: as a stream, if the request says so.
     async fn generate(&self, read: Read, id: String, body: Value) -> Result<Reply, Failure> {
         let id = request_id(&body)?.unwrap_or(id);
-        let (Prepared { request, mut dialect }, id) = self.prepare(read, id, body).await?;
-        let mut run = RequestStream::start(&self.runs, &id, &request)?;
+        let model = self.models.of_body(&body);
+        let served = model.served.clone();
+        let read = move |body: &Value| read(&served, &id, body).map(|prepared| (prepared, id));
+        let (Prepared { request, mut dialect }, id) = reading(body, read).await?;
+        let mut run = RequestStream::start(&model.runs, &id, &request)?;
         if request.options.stream {
             return Ok(Reply::Stream(stream(run, dialect)));
         }
         let choices = run.collect().await?;
         Ok(Reply::Whole(dialect.whole(choices, run.usage())))
     }
+}
 
-    /// Tokens of the prompt that a body of Anthropic's comes to.
-    async fn count(&self, body: Value) -> Result<Value, Failure> {
-        self.reading(body, anthropic::count).await
-    }
-
-    async fn prepare(&self, read: Read, id: String, body: Value) -> Result<(Prepared, String), Failure> {
-        self.reading(body, move |served, body| read(served, &id, body).map(|prepared| (prepared, id))).await
-    }
-
-    /// Reads on a thread of its own: the checks, template and tokenization of long prompts must not hold up the sockets.
-    async fn reading<T: Send + 'static>(
-        &self,
-        body: Value,
-        read: impl FnOnce(&ServedModel, &Value) -> Result<T, Failure> + Send + 'static,
-    ) -> Result<T, Failure> {
-        let served = self.served.clone();
-        let task = tokio::task::spawn_blocking(move || {
-            let read = read(&served, &body);
-            drop(body);
-            reclaim::freed();
-            read
-        });
-        task.await.unwrap_or_else(|error| {
-            tracing::error!("a request could not be read: {error}");
-            Err(Failure::internal("The request could not be read."))
-        })
-    }
+/// Reads a body on a thread of its own: the checks, template and tokenization of long prompts must not hold up the sockets.
+async fn reading<T: Send + 'static>(body: Value, read: impl FnOnce(&Value) -> Result<T, Failure> + Send + 'static) -> Result<T, Failure> {
+    let task = tokio::task::spawn_blocking(move || {
+        let read = read(&body);
+        drop(body);
+        reclaim::freed();
+        read
+    });
+    task.await.unwrap_or_else(|error| {
+        tracing::error!("a request could not be read: {error}");
+        Err(Failure::internal("The request could not be read."))
+    })
 }
 
 /// The id that the request gives itself (`request_id`, FastDeploy's `req_id`): answers carry it, and `/v1/abort_requests` knows it.

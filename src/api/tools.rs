@@ -57,11 +57,11 @@ pub fn read(served: &ServedModel, fields: &Fields<'_>) -> Result<Option<ToolRequ
     let single = field.name.ends_with("functions") || matches!(choice, ToolChoice::Named(_));
     let request = ToolRequest { tools, format: format(served, &field, &choice)?, choice, parallel: parallel && !single };
     let demands = matches!(request.choice, ToolChoice::Required | ToolChoice::Named(_));
-    match choice_field.filter(|_| demands && !request.can_demand()) {
+    match choice_field.filter(|_| demands && request.format.is_none()) {
         None => Ok(Some(request)),
         Some(field) => {
             let message = format!(
-                "'{}' demands a call of a tool, which this server cannot make sure of with this model's format of tool calls. Use 'auto'.",
+                "'{}' demands a call of a tool, and no format of tool calls is known here (TOOL_CALL_PARSER=none). Use 'auto', or set one.",
                 field.name
             );
             Err(Failure::bad_request(field.name, message).code("unsupported_value"))
@@ -72,7 +72,7 @@ pub fn read(served: &ServedModel, fields: &Fields<'_>) -> Result<Option<ToolRequ
 /// The format of the calls, if the model has one and requests may have tools.
 fn format(served: &ServedModel, field: &Field<'_>, choice: &ToolChoice) -> Result<Option<&'static ToolFormat>, Failure> {
     if *choice == ToolChoice::Auto && served.settings.refuse_auto_tools {
-        let message = "Tools with the tool choice 'auto' are switched off here. Remove the tools, or start the server with ENABLE_AUTO_TOOL_CHOICE=true.";
+        let message = "Tools with the tool choice 'auto' are switched off here. Remove the tools, or start the server without --no-enable-auto-tool-choice.";
         return Err(Failure::bad_request(&field.name, message).code("unsupported_value"));
     }
     match served.tool_support {

@@ -67,8 +67,9 @@ impl Target {
             let salt = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64 >> 10);
             return Ok(Self::Server { client, url, key, salt, structured: bench.structured });
         }
-        let files = hub::fetch(&settings.model, &settings.hub).await?;
-        let (engine, about) = model::start_engine(settings, &files, || Ok(usize::MAX.into())).await?;
+        let only = settings.only_model("bench").map_err(|error| Failure::internal(error.to_string()))?;
+        let files = hub::fetch(only, &settings.hub).await?;
+        let (engine, about) = model::start_engine(settings, &files, None, || Ok(usize::MAX.into())).await?;
         let needed = bench.prompt_tokens + bench.output_tokens;
         if needed > engine.limits().max_model_len {
             let limit = engine.limits().max_model_len;

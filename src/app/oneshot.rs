@@ -16,8 +16,8 @@ pub async fn run(settings: Settings, job: &str) -> Result<ExitCode, Failure> {
     let input = job.get("input").filter(|input| !input.is_null()).cloned();
     let input = input.ok_or_else(|| Failure::internal("the test job has no \"input\"; it is written {\"input\": {…}}"))?;
     let id = job["id"].as_str().unwrap_or("local_test").to_string();
-    let loaded = model::load(&settings).await?;
-    match print_answer(loaded.service.job(input, &id).await).await {
+    let service = model::load(&settings).await?;
+    match print_answer(service.job(input, &id).await).await {
         Ok(()) => Ok(ExitCode::SUCCESS),
         Err(failed) => {
             say(&failure::job_error(&failed));

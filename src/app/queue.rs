@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use futures::FutureExt;
 
-use super::model::{self, Loaded};
+use super::model;
 use super::signals::Shutdown;
+use crate::api::Service;
 use crate::config::{RunpodSettings, Settings, defaults};
 use crate::error::Failure;
 use crate::runpod::{self, Ended, Handler, RetryPolicy, Worker};
@@ -25,16 +26,18 @@ pub async fn run(mut settings: Settings) -> Result<ExitCode, Failure> {
         loaded = loading => loaded,
         () = shutdown.clone().asked() => return Ok(ExitCode::SUCCESS),
     };
-    let loaded = match loaded {
-        Ok(loaded) => loaded,
+    let service = match loaded {
+        Ok(service) => service,
         Err(failure) => {
             // One line and one report, then out: a restart loop that says nothing would go on billing.
-            tracing::error!("the model {} cannot be loaded: {failure}", settings.model);
+            let several = if settings.more_models.is_empty() { "" } else { "s" };
+            let models = settings.models().collect::<Vec<_>>().join(", ");
+            tracing::error!("the model{several} {models} cannot be loaded: {failure}");
             runpod::report_unhealthy(&settings.runpod, "model_load", &failure.message).await;
             return Ok(ExitCode::FAILURE);
         }
     };
-    match worker(&settings.runpod, &loaded).run(shutdown.asked()).await.map_err(Failure::internal)? {
+    match worker(&settings.runpod, &service).run(shutdown.asked()).await.map_err(Failure::internal)? {
         Ended::Drained => Ok(ExitCode::SUCCESS),
         Ended::Unhealthy => Ok(ExitCode::FAILURE),
     }
@@ -59,17 +62,17 @@ fn concurrency(wanted: Option<usize>, rows: usize, waiting: usize) -> usize {
     wanted.unwrap_or(rows.saturating_add(rows.div_ceil(defaults::SEQS_PER_WAITING_JOB))).min(most)
 }
 
-/// A worker that answers jobs with this model.
-pub fn worker(settings: &RunpodSettings, loaded: &Loaded) -> Worker {
-    let limits = loaded.engine.limits();
-    let concurrency = concurrency(settings.max_concurrency, limits.max_num_seqs, limits.max_waiting);
-    let (service, engine) = (loaded.service.clone(), loaded.engine.clone());
+/// A worker that answers jobs with these models.
+pub fn worker(settings: &RunpodSettings, service: &Arc<Service>) -> Worker {
+    let (rows, waiting) = service.places();
+    let concurrency = concurrency(settings.max_concurrency, rows, waiting);
+    let policy = RetryPolicy { job_limits: service.body_limits(), ..RetryPolicy::default() };
+    let (service, health) = (service.clone(), service.health());
     let handler: Handler = Arc::new(move |job| {
         let service = service.clone();
         async move { service.job(job.input, &job.id).await }.boxed()
     });
-    let policy = RetryPolicy { job_limits: loaded.service.body_limits(), ..RetryPolicy::default() };
-    Worker::new(settings, concurrency, handler).retry_policy(policy).health(engine.health())
+    Worker::new(settings, concurrency, handler).retry_policy(policy).health(health)
 }
 
 #[cfg(test)]

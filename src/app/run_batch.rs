@@ -11,9 +11,10 @@ use futures::StreamExt;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
 
-use super::model::{self, Loaded};
+use super::model;
 use super::say;
 use super::signals::Shutdown;
+use crate::api::Service;
 use crate::api::batch::{self, Line, Unread};
 use crate::config::{RunBatchArgs, Settings};
 use crate::error::Failure;
@@ -30,15 +31,15 @@ pub async fn run(settings: Settings, args: RunBatchArgs) -> Result<ExitCode, Fai
     }
     let total = count(input)?;
     let (mut file, done) = open_output(output)?;
-    let loaded = tokio::select! {
+    let service = tokio::select! {
         loaded = model::load(&settings) => loaded?,
         () = shutdown.clone().asked() => return Ok(ExitCode::FAILURE),
     };
-    let at_once = settings.runpod.max_concurrency.unwrap_or(loaded.service.lines_at_once());
-    let service = &loaded.service;
+    let at_once = settings.runpod.max_concurrency.unwrap_or(service.lines_at_once());
+    let (service, health) = (&service, service.health());
     let mut progress = Progress::new(total);
     let (mut answered, mut failures, mut stopped) = (0, 0, false);
-    let calls = Calls { lines: lines(input)?, loaded: &loaded, seen: HashSet::new(), done: &done };
+    let calls = Calls { lines: lines(input)?, service, seen: HashSet::new(), done: &done };
     let mut answers = std::pin::pin!(
         futures::stream::iter(calls)
             .map(|call: Result<Call, Failure>| async move {
@@ -63,7 +64,7 @@ pub async fn run(settings: Settings, args: RunBatchArgs) -> Result<ExitCode, Fai
         };
         if let Some(answer) = answer? {
             // What a broken engine says of a line is no answer to it.
-            if let Some(failure) = loaded.engine.failure() {
+            if let Some(failure) = health.failure() {
                 return Err(failure);
             }
             write(&mut file, output, &answer)?;
@@ -173,7 +174,7 @@ impl Done {
 /// The lines of the input, in order, read when there is room for them.
 struct Calls<'a, I> {
     lines: I,
-    loaded: &'a Loaded,
+    service: &'a Service,
     seen: HashSet<String>,
     done: &'a Done,
 }
@@ -192,7 +193,7 @@ impl<I: Iterator<Item = RawLine>> Iterator for Calls<'_, I> {
             Ok(line) => line,
             Err(failure) => return Some(Err(failure)),
         };
-        let read = batch::read_text(&text, number, &self.loaded.service.body_limits());
+        let read = batch::read_text(&text, number, &self.service.body_limits());
         Some(Ok(once(read, number, &mut self.seen, self.done)))
     }
 }

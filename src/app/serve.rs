@@ -1,26 +1,29 @@
 //! `serve`, `gateway` and `http`: the listener is up before the model is loaded, and says so on its health routes.
 
+use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use futures::future::join_all;
 use futures::{FutureExt, StreamExt};
 use serde_json::Value;
 use tokio::net::TcpListener;
 
-use super::model::{self, Loaded};
-use super::say;
 use super::signals::Shutdown;
+use super::{model, say};
 use super::{open_files, queue};
 use crate::api::body::BodyLimits;
 use crate::api::frames;
 use crate::api::tally::{End, Tally};
 use crate::api::{Call, Reply, Service};
 use crate::config::{RunpodSettings, SecretString, ServerSettings, Settings, defaults};
-use crate::engine::Handle;
 use crate::error::{Failure, Kind};
 use crate::runpod::Ended;
-use crate::server::{self, ConnectionLimits, Door, Endpoints, Metrics, Phase, Readiness, ServerOptions, connections, endpoint};
+use crate::server::{
+    self, ConnectionLimits, Door, Endpoints, Listener, Metrics, Phase, Readiness, ServerOptions, Tls, connections, endpoint,
+};
+use crate::telemetry::metrics::Exposition;
 
 /// The endpoint that `serve` attaches its worker to.
 const LOCAL_ENDPOINT: &str = "local";
@@ -44,16 +47,26 @@ pub async fn serve(mut settings: Settings) -> Result<ExitCode, Failure> {
     let direct = Direct::new();
     let options = direct.options(&settings);
     let router = server::direct(direct.door(), direct.readiness.clone(), Some(&endpoints), &options);
-    let (closing, server) = spawn_server(listener, router, connection_limits(&settings.server, &options));
+    let limits = connection_limits(&settings.server, &options);
+    let (own_base, own_server) = match &settings.server.tls {
+        // A certificate names the public address, and its root may be unknown here: our own worker comes in plain HTTP, on loopback.
+        Some(_) => {
+            let listener = listen(defaults::LAPTOP_HOST, 0, "PORT").await?;
+            let own_base = format!("http://{}", address(&listener)?);
+            (own_base, Some(spawn_server(listener, server::workers(&endpoints, &options), limits.clone())))
+        }
+        None => (base.clone(), None),
+    };
+    let public_server = spawn_server(listener, router, limits);
     let loaded = tokio::select! {
         loaded = model::load(&settings) => loaded,
         () = shutdown.clone().asked() => return Ok(ExitCode::SUCCESS),
     };
-    let loaded = loaded.inspect_err(|_| direct.readiness.set(Phase::Failed))?;
-    direct.ready(&loaded.service);
-    welcome(&base, &loaded);
-    let runpod = attached(&settings, &base);
-    let (readiness, closing_endpoints, engine) = (direct.readiness.clone(), endpoints.clone(), loaded.engine.clone());
+    let service = loaded.inspect_err(|_| direct.readiness.set(Phase::Failed))?;
+    direct.ready(&service);
+    welcome(&base, &service);
+    let runpod = attached(&settings, &own_base);
+    let (readiness, closing_endpoints, health) = (direct.readiness.clone(), endpoints.clone(), service.health());
     let asked = {
         let shutdown = shutdown.clone();
         async move {
@@ -63,7 +76,7 @@ pub async fn serve(mut settings: Settings) -> Result<ExitCode, Failure> {
                     readiness.set(Phase::Draining);
                     closing_endpoints.close();
                 }
-                _ = engine.failed() => {
+                _ = health.failed() => {
                     closing_endpoints.close();
                     // The worker hears of it by itself.
                     std::future::pending().await
@@ -71,11 +84,10 @@ pub async fn serve(mut settings: Settings) -> Result<ExitCode, Failure> {
             }
         }
     };
-    let ended = queue::worker(&runpod, &loaded).run(asked).await.map_err(Failure::internal)?;
-    // Direct requests are in the engine, not in the worker.
-    let ended = drained(&loaded.engine, ended, &settings).await;
-    let _ = closing.send(());
-    let _ = server.await;
+    let ended = queue::worker(&runpod, &service).run(asked).await.map_err(Failure::internal)?;
+    // Direct requests are in the engines, not in the worker.
+    let ended = drained(&service, ended, &settings).await;
+    close([Some(public_server), own_server]).await;
     Ok(exit_code(ended))
 }
 
@@ -90,15 +102,14 @@ pub async fn gateway(settings: Settings) -> Result<ExitCode, Failure> {
     let endpoints = Endpoints::new(endpoint_options(&settings));
     let options = ServerOptions::from(&settings.server);
     let router = server::gateway(&endpoints, Readiness::new(Phase::Ready), &options);
-    let (closing, server) = spawn_server(listener, router, connection_limits(&settings.server, &options));
+    let server = spawn_server(listener, router, connection_limits(&settings.server, &options));
     tracing::info!("local endpoint at {base}/v2/{LOCAL_ENDPOINT} (any id is an endpoint); workers attach with the variables on stdout");
     for (name, value) in endpoint::worker_variables(&base, LOCAL_ENDPOINT, "worker-1", settings.server.api_keys.first()) {
         say(&format!("export {name}='{value}'"));
     }
     shutdown.asked().await;
     endpoints.close();
-    let _ = closing.send(());
-    let _ = server.await;
+    close([Some(server)]).await;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -110,7 +121,7 @@ pub async fn http(settings: Settings) -> Result<ExitCode, Failure> {
     let options = direct.options(&settings);
     let limits = connection_limits(&settings.server, &options);
     let router = server::direct(direct.door(), direct.readiness.clone(), None, &options);
-    let (closing, server) = spawn_server(listener, router, limits.clone());
+    let server = spawn_server(listener, router, limits.clone());
     let health = match settings.server.health_port.filter(|port| Some(*port) != settings.server.port) {
         Some(port) => {
             let listener = listen(settings.server.host.as_deref().unwrap_or(defaults::PLATFORM_HOST), port, "PORT_HEALTH").await?;
@@ -123,23 +134,21 @@ pub async fn http(settings: Settings) -> Result<ExitCode, Failure> {
         loaded = model::load(&settings) => loaded,
         () = shutdown.clone().asked() => return Ok(ExitCode::SUCCESS),
     };
-    let loaded = loaded.inspect_err(|_| direct.readiness.set(Phase::Failed))?;
-    direct.ready(&loaded.service);
+    let service = loaded.inspect_err(|_| direct.readiness.set(Phase::Failed))?;
+    direct.ready(&service);
     tracing::info!("OpenAI API at {base}/v1");
-    let ended = direct.end(&loaded.engine, shutdown.asked(), &settings).await;
-    for (closing, server) in [Some((closing, server)), health].into_iter().flatten() {
-        let _ = closing.send(());
-        let _ = server.await;
-    }
+    let ended = direct.end(&service, shutdown.asked(), &settings).await;
+    close([Some(server), health]).await;
     Ok(exit_code(ended))
 }
 
-/// Waits until the engine has answered what it holds, and tells how it ended after all.
-async fn drained(engine: &Handle, ended: Ended, settings: &Settings) -> Ended {
+/// Waits until the engines have answered what they hold, and tells how it ended after all.
+async fn drained(service: &Service, ended: Ended, settings: &Settings) -> Ended {
     let limit = settings.runpod.drain_timeout.unwrap_or(defaults::DRAIN_TIMEOUT);
     // A broken engine has nothing more to compute: its failures only have to be written.
-    engine.idle(if ended == Ended::Unhealthy { limit.min(RESPONSES_END) } else { limit }).await;
-    if engine.failure().is_some() { Ended::Unhealthy } else { ended }
+    let idle = service.engines().map(|(_, engine)| engine.idle(if engine.failure().is_some() { limit.min(RESPONSES_END) } else { limit }));
+    join_all(idle).await;
+    if service.health().failure().is_some() { Ended::Unhealthy } else { ended }
 }
 
 fn exit_code(ended: Ended) -> ExitCode {
@@ -178,35 +187,42 @@ impl Direct {
     fn options(&self, settings: &Settings) -> ServerOptions {
         let service = self.service.clone();
         let prefix = settings.server.metrics_prefix.clone().unwrap_or_else(|| defaults::METRICS_PREFIX.to_owned());
-        let text = move || service.get().map_or(String::new(), |service| service.engine.stats().exposition(&prefix, service.name()));
+        let text = move || service.get().map_or(String::new(), |service| exposition(service, &prefix));
         let service = self.service.clone();
-        let load = move || service.get().map_or(0, |service| service.engine.load());
+        let load = move || service.get().map_or(0, |service| service.load());
         let metrics = Metrics { text: Arc::new(text), load: Arc::new(load) };
         let service = self.service.clone();
         let model_limits = move || service.get().map_or_else(BodyLimits::default, |service| service.body_limits());
         ServerOptions { metrics: Some(metrics), model_limits: Some(Arc::new(model_limits)), ..ServerOptions::from(&settings.server) }
     }
 
-    /// Opens the door, for as long as the engine is sound.
+    /// Opens the door, for as long as the engines are sound.
     fn ready(&self, service: &Arc<Service>) {
         let _ = self.service.set(service.clone());
-        self.readiness.ready(service.engine.health());
+        self.readiness.ready(service.health());
     }
 
-    /// Serves until it is told to stop or the engine breaks, and then until what the engine holds is answered.
-    async fn end(&self, engine: &Handle, asked: impl Future<Output = ()>, settings: &Settings) -> Ended {
+    /// Serves until it is told to stop or an engine breaks, and then until what the engines hold is answered.
+    async fn end(&self, service: &Service, asked: impl Future<Output = ()>, settings: &Settings) -> Ended {
+        let health = service.health();
         let ended = tokio::select! {
             () = asked => {
                 self.readiness.set(Phase::Draining);
                 Ended::Drained
             }
-            failure = engine.failed() => {
+            failure = health.failed() => {
                 tracing::error!("no more requests are taken: {failure}");
                 Ended::Unhealthy
             }
         };
-        drained(engine, ended, settings).await
+        drained(service, ended, settings).await
     }
+}
+
+/// The figures of all engines, each under its model's name.
+fn exposition(service: &Service, prefix: &str) -> String {
+    let texts: Vec<String> = service.engines().map(|(name, engine)| engine.stats().exposition(prefix, name)).collect();
+    Exposition::joined(&texts)
 }
 
 /// Answers a call, and tells its end in the log. (Of a GET only a scraper's rhythm would be seen.)
@@ -278,7 +294,8 @@ fn connection_limits(settings: &ServerSettings, options: &ServerOptions) -> Conn
 type Server = (tokio::sync::oneshot::Sender<()>, tokio::task::JoinHandle<()>);
 
 /// Serves in the background until the sender speaks (or is dropped).
-fn spawn_server(listener: TcpListener, router: axum::Router, limits: ConnectionLimits) -> Server {
+fn spawn_server(listener: impl Into<Listener>, router: axum::Router, limits: ConnectionLimits) -> Server {
+    let listener = listener.into();
     let (closing, closed) = tokio::sync::oneshot::channel();
     let server = tokio::spawn(async move {
         let shutdown = async {
@@ -291,18 +308,32 @@ fn spawn_server(listener: TcpListener, router: axum::Router, limits: ConnectionL
     (closing, server)
 }
 
+/// Ends servers, one after the other.
+async fn close(servers: impl IntoIterator<Item = Option<Server>>) {
+    for (closing, server) in servers.into_iter().flatten() {
+        let _ = closing.send(());
+        let _ = server.await;
+    }
+}
+
 /// The listener of the settings, and the URL under which this machine reaches it.
-async fn bind(settings: &Settings, default_host: &str, default_port: u16) -> Result<(TcpListener, String), Failure> {
+async fn bind(settings: &Settings, default_host: &str, default_port: u16) -> Result<(Listener, String), Failure> {
     let host = settings.server.host.as_deref().unwrap_or(default_host);
-    let listener = listen(host, settings.server.port.unwrap_or(default_port), "PORT").await?;
-    let port = listener.local_addr().map_err(|error| Failure::internal(format!("listener: {error}")))?.port();
+    let socket = listen(host, settings.server.port.unwrap_or(default_port), "PORT").await?;
+    let port = address(&socket)?.port();
     let host = match host {
         "0.0.0.0" => "127.0.0.1".to_string(),
         "::" => "[::1]".to_string(),
         ipv6 if ipv6.contains(':') => format!("[{ipv6}]"),
         other => other.to_string(),
     };
-    Ok((listener, format!("http://{host}:{port}")))
+    let tls = settings.server.tls.as_ref().map(|files| Arc::new(Tls::new(files)));
+    let scheme = if tls.is_some() { "https" } else { "http" };
+    Ok((Listener { socket, tls }, format!("{scheme}://{host}:{port}")))
+}
+
+fn address(socket: &TcpListener) -> Result<SocketAddr, Failure> {
+    socket.local_addr().map_err(|error| Failure::internal(format!("listener: {error}")))
 }
 
 async fn listen(host: &str, port: u16, setting: &str) -> Result<TcpListener, Failure> {
@@ -333,8 +364,8 @@ fn attached(settings: &Settings, base: &str) -> RunpodSettings {
     runpod
 }
 
-fn welcome(base: &str, loaded: &Loaded) {
-    let name = loaded.service.name();
+fn welcome(base: &str, service: &Service) {
+    let name = service.name();
     tracing::info!("OpenAI API         {base}/v1");
     tracing::info!("the same as a job  {base}/v2/{LOCAL_ENDPOINT}/openai/v1");
     tracing::info!("RunPod endpoint    {base}/v2/{LOCAL_ENDPOINT}/runsync");
@@ -346,7 +377,7 @@ fn welcome(base: &str, loaded: &Loaded) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::ModelInfo;
+    use crate::api::{LoadedModel, ModelInfo};
     use crate::checkpoint::demo;
     use crate::config::ApiSettings;
     use crate::engine;
@@ -373,6 +404,10 @@ mod tests {
     }
 
     async fn service() -> Arc<Service> {
+        service_of(&["demo"]).await
+    }
+
+    async fn service_of(names: &[&str]) -> Arc<Service> {
         let files = demo::files();
         let tokenizer = Arc::new(Tokenizer::load(&files).unwrap());
         let shape = Shape {
@@ -380,12 +415,43 @@ mod tests {
             vocab_size: tokenizer.vocab_size(),
             block_size: 16,
             blocks: 16,
+            state_slots: 0,
             max_num_seqs: 4,
             max_num_batched_tokens: 64,
             memory_bound: false,
         };
-        let engine = engine::start(|| Ok(Fragile(shape)), engine::EngineOptions::default()).await.unwrap();
-        Arc::new(Service::new(ApiSettings::default(), engine, tokenizer, ModelInfo::from_files(&files).unwrap()).unwrap())
+        let mut models = Vec::new();
+        for name in names {
+            let shape = shape.clone();
+            let engine = engine::start(|| Ok(Fragile(shape)), engine::EngineOptions::default()).await.unwrap();
+            let info = ModelInfo { name: (*name).to_owned(), ..ModelInfo::from_files(&files).unwrap() };
+            models.push(LoadedModel { engine, tokenizer: tokenizer.clone(), info });
+        }
+        Arc::new(Service::of_models(ApiSettings::default(), models).unwrap())
+    }
+
+    #[tokio::test]
+    async fn one_broken_model_of_several_ends_all_and_says_which() {
+        let service = service_of(&["demo", "other"]).await;
+        // Either takes 4 that run and 512 that wait.
+        assert_eq!((service.places(), service_of(&["demo"]).await.places()), ((8, 508), (4, 512)));
+        let direct = Direct::new();
+        let settings = Settings::default();
+        let metrics = direct.options(&settings).metrics.unwrap();
+        direct.ready(&service);
+        let complete = |model: &str, prompt: Value| {
+            let body = json!({"model": model, "prompt": prompt, "max_tokens": 2});
+            service.call(Call { method: "POST".into(), path: "/v1/completions".into(), body, request_id: "r".into(), client: None })
+        };
+        assert!(complete("other", json!("Hi")).await.is_ok() && complete("demo", json!("Hi")).await.is_ok());
+        assert_eq!(direct.readiness.phase(), Phase::Ready);
+        let (ended, failed) = tokio::join!(direct.end(&service, std::future::pending(), &settings), complete("other", json!([400])));
+        assert_eq!((ended, failed.err().map(|failure| failure.status())), (Ended::Unhealthy, Some(500)));
+        assert_eq!(direct.readiness.phase(), Phase::Failed);
+        let text = (metrics.text)();
+        for line in ["worker_candle_healthy{model_name=\"demo\"} 1", "worker_candle_healthy{model_name=\"other\"} 0"] {
+            assert!(text.lines().any(|present| present == line), "{line} in {text}");
+        }
     }
 
     #[tokio::test]
@@ -445,7 +511,7 @@ mod tests {
             let body = json!({"prompt": [400], "max_tokens": 3});
             client.post(format!("{base}/v1/completions")).json(&body).send().await.unwrap()
         };
-        let (ended, failed) = tokio::join!(direct.end(&service.engine, std::future::pending(), &settings), ask);
+        let (ended, failed) = tokio::join!(direct.end(&service, std::future::pending(), &settings), ask);
         assert_eq!((ended, failed.status().as_u16()), (Ended::Unhealthy, 500));
         let error = failed.json::<Value>().await.unwrap();
         assert!(error["error"]["message"].as_str().unwrap().contains("CUDA_ERROR_ILLEGAL_ADDRESS"), "{error}");
@@ -466,8 +532,7 @@ mod tests {
         };
         let jobs = json!([{"id": "lost", "input": {"input_ids": [400], "max_tokens": 3}}, {"id": "other", "input": {"prompt": "Hi", "max_tokens": 1}}]);
         queue.script(Route::Take, [ScriptedReply::Json(jobs)]);
-        let loaded = Loaded { engine: service.engine.clone(), service };
-        let running = queue::worker(&settings, &loaded).run(std::future::pending());
+        let running = queue::worker(&settings, &service).run(std::future::pending());
         let platform = async {
             queue.wait(Route::Done, 2).await;
             // The poll that was open comes back empty, as the platform's do in the end.

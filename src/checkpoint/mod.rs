@@ -14,6 +14,7 @@ pub mod demo;
 pub mod files;
 pub mod gguf;
 pub mod hub;
+mod packed;
 mod stored;
 
 use files::{ModelFiles, Source};
@@ -56,6 +57,8 @@ struct Entry {
     stored: StoredType,
     shape: Vec<usize>,
     range: std::ops::Range<usize>,
+    /// It stands for several tensors, which together are this matrix.
+    packed: Option<Box<packed::Packed>>,
 }
 
 /// A tensor's type, with the name that the file gives it; `None`: it is not one that weights are read from.
@@ -69,11 +72,14 @@ struct StoredType {
 pub struct Checkpoint {
     name: String,
     files: Vec<Bytes>,
+    file_names: Vec<String>,
     entries: BTreeMap<String, Entry>,
     /// What tensors are called in GGUF files, if these are some.
     gguf: Option<gguf::Naming>,
     /// The configuration says that the weights are quantized, and by which method.
     quantized: Option<String>,
+    /// The matrices that lie in several tensors each, if there are some.
+    packed: Option<packed::Found>,
     used: Mutex<BTreeSet<String>>,
 }
 
@@ -88,14 +94,19 @@ pub struct Slice {
     pub inputs: usize,
     pub rows: Range<usize>,
     pub columns: Range<usize>,
+    /// Of those rows every one, or every second.
+    pub step: usize,
     /// Stored as `[inputs, outputs]`.
     pub transposed: bool,
+    /// One of several such matrices in a tensor, by its number, and how many there are. Where they are not transposed they are rows of one.
+    pub stack: Option<(usize, usize)>,
 }
 
 impl Slice {
     /// All of a tensor.
     pub fn whole(name: impl Into<String>, outputs: usize, inputs: usize, transposed: bool) -> Self {
-        Self { name: name.into(), outputs, inputs, rows: 0..outputs, columns: 0..inputs, transposed }
+        let (rows, columns) = (0..outputs, 0..inputs);
+        Self { name: name.into(), outputs, inputs, rows, columns, step: 1, transposed, stack: None }
     }
 
     fn stored_shape(&self) -> [usize; 2] {
@@ -109,9 +120,11 @@ impl Checkpoint {
         let mut checkpoint = Self {
             name: files.name.clone(),
             files: Vec::new(),
+            file_names: Vec::new(),
             entries: BTreeMap::new(),
             gguf: None,
             quantized: quantized.map(str::to_owned),
+            packed: None,
             used: Mutex::default(),
         };
         for file in files.weight_files()? {
@@ -121,6 +134,13 @@ impl Checkpoint {
                 true => checkpoint.add_gguf(&file, bytes)?,
                 false => checkpoint.add_file(&file, bytes)?,
             }
+            checkpoint.file_names.push(file);
+        }
+        if quantized.is_some()
+            && let Some(config) = files.model_config()?
+        {
+            let Self { name, files, file_names, entries, packed, .. } = &mut checkpoint;
+            *packed = packed::gather(entries, files, file_names, name, &config)?;
         }
         Ok(checkpoint)
     }
@@ -137,7 +157,7 @@ impl Checkpoint {
                 return Err(broken(format!("tensor {name}: the file is cut short or its header is wrong")));
             }
             let stored = StoredType { name: format!("{:?}", info.dtype).into(), stored: Stored::of(info.dtype) };
-            let entry = Entry { file: self.files.len(), stored, shape: info.shape.clone(), range: from..to };
+            let entry = Entry { file: self.files.len(), stored, shape: info.shape.clone(), range: from..to, packed: None };
             self.entries.insert(name.clone(), entry);
         }
         self.files.push(bytes);
@@ -156,7 +176,8 @@ impl Checkpoint {
         for tensor in &header.tensors {
             let stored = StoredType { name: tensor.kind.name().into(), stored: Stored::of_gguf(tensor.kind) };
             for part in naming.parts(tensor).map_err(broken)? {
-                entries.push((part.name, Entry { file: self.files.len(), stored: stored.clone(), shape: part.shape, range: part.range }));
+                let (file, stored) = (self.files.len(), stored.clone());
+                entries.push((part.name, Entry { file, stored, shape: part.shape, range: part.range, packed: None }));
             }
         }
         for (name, entry) in entries {
@@ -169,9 +190,9 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Some tensors are stored in blocks of few bits.
+    /// Some matrices are stored at few bits.
     pub fn is_quantized(&self) -> bool {
-        self.entries.values().any(|entry| matches!(entry.stored.stored, Some(Stored::Blocks(_))))
+        self.entries.values().any(|entry| matches!(entry.stored.stored, Some(Stored::Blocks(_) | Stored::Packed)))
     }
 
     /// The types of a GGUF file's matrices, by how many numbers they hold; `None`: it is no such file.
@@ -184,6 +205,18 @@ impl Checkpoint {
         let mut types: Vec<_> = types.into_iter().collect();
         types.sort_by_key(|(_, numbers)| std::cmp::Reverse(*numbers));
         Some(types.into_iter().map(|(name, _)| name).collect::<Vec<_>>().join(", "))
+    }
+
+    /// The method and the forms of matrices that are quantized, in Safetensors, for messages; `None`: there are none.
+    pub fn packed_forms(&self) -> Option<String> {
+        let found = self.packed.as_ref()?;
+        let forms: Vec<String> = found.forms.iter().map(|(form, count)| format!("{count} matrices of {form}")).collect();
+        Some(format!("quantized by {}: {}", found.method, forms.join(", ")))
+    }
+
+    /// A tensor that is quantized, in Safetensors. Such a matrix is `[out, in]`, whatever the model's layout.
+    pub fn is_packed(&self, name: &str) -> bool {
+        self.entries.get(name).is_some_and(|entry| entry.packed.is_some())
     }
 
     /// The model's name, for messages.
@@ -208,6 +241,9 @@ impl Checkpoint {
     }
 
     fn part(&self, slice: &Slice, width: usize) -> Result<StoredPart<'_>, Failure> {
+        if let Some(stack) = slice.stack.filter(|_| slice.transposed) {
+            return self.part_of_stack(slice, stack);
+        }
         let expected = slice.stored_shape();
         let (entry, stored) = self.entry(&slice.name, &expected)?;
         // Several matrices in one tensor lie one below the other.
@@ -218,7 +254,7 @@ impl Checkpoint {
             let layout = if slice.transposed { "[in, out]" } else { "[out, in]" };
             return Err(self.wrong_shape(&slice.name, entry, &format!("{expected:?} ({layout})")));
         }
-        if slice.transposed && matches!(stored, Stored::Blocks(_)) {
+        if slice.transposed && matches!(stored, Stored::Blocks(_) | Stored::Packed) {
             return Err(self.wrong_shape(
                 &slice.name,
                 entry,
@@ -228,16 +264,34 @@ impl Checkpoint {
         if slice.rows.end > slice.outputs || slice.columns.end > slice.inputs || slice.columns.len() != width {
             return Err(Failure::internal(format!("{}: {slice:?} does not lie inside its tensor", self.name)));
         }
-        let (shape, rows, first_column) = ((slice.outputs, slice.inputs), slice.rows.clone(), slice.columns.start);
-        Ok(StoredPart {
+        Ok(self.stored_part(slice, entry, stored, self.bytes(entry)))
+    }
+
+    /// One of a tensor's matrices `[inputs, outputs]`.
+    fn part_of_stack(&self, slice: &Slice, (number, count): (usize, usize)) -> Result<StoredPart<'_>, Failure> {
+        let expected = [count, slice.inputs, slice.outputs];
+        let (entry, stored) = self.entry(&slice.name, &expected)?;
+        if entry.shape != expected || matches!(stored, Stored::Blocks(_) | Stored::Packed) {
+            return Err(self.wrong_shape(&slice.name, entry, &format!("{expected:?} ([experts, in, out])")));
+        }
+        let bytes = self.bytes(entry);
+        let size = bytes.len() / count.max(1);
+        let one = bytes.get(number * size..(number + 1) * size).unwrap_or_default();
+        Ok(self.stored_part(slice, entry, stored, one))
+    }
+
+    fn stored_part<'s>(&'s self, slice: &Slice, entry: &'s Entry, stored: Stored, bytes: &'s [u8]) -> StoredPart<'s> {
+        StoredPart {
             name: slice.name.clone(),
-            bytes: self.bytes(entry),
+            bytes,
             stored,
-            shape,
-            rows,
-            first_column,
+            packed: entry.packed.as_ref().map(|packed| packed::View::new(packed, &self.files)),
+            shape: (slice.outputs, slice.inputs),
+            rows: slice.rows.clone(),
+            step: slice.step.max(1),
+            first_column: slice.columns.start,
             transposed: slice.transposed,
-        })
+        }
     }
 
     /// A vector in f32; dimensions of 1 around it do not count.
@@ -251,8 +305,10 @@ impl Checkpoint {
             name: name.to_owned(),
             bytes: self.bytes(entry),
             stored,
+            packed: None,
             shape: (1, len),
             rows: 0..1,
+            step: 1,
             first_column: 0,
             transposed: false,
         };
@@ -288,7 +344,8 @@ impl Checkpoint {
     fn quantization_hint(&self) -> String {
         match &self.quantized {
             Some(method) => format!(
-                ". Its config.json names quantization_config ({method}): weights packed so are not supported, use the model's unquantized weights"
+                ". Its config.json names quantization_config ({method}), and it is not packed as {} are: use the model's unquantized weights",
+                packed::READABLE
             ),
             None => String::new(),
         }

@@ -5,6 +5,7 @@ use std::ops::Range;
 use half::{bf16, f16};
 
 use super::gguf::{Blocks, TensorType};
+use super::packed::View;
 
 /// The type of a stored tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,6 +16,8 @@ pub(super) enum Stored {
     Bf16,
     /// Quantized, in a GGUF file.
     Blocks(Blocks),
+    /// Quantized, in several tensors.
+    Packed,
 }
 
 impl Stored {
@@ -52,10 +55,13 @@ pub(super) struct StoredPart<'a> {
     /// Of the whole tensor.
     pub bytes: &'a [u8],
     pub stored: Stored,
+    /// Of [`Stored::Packed`].
+    pub packed: Option<View<'a>>,
     /// The tensor's `(outputs, inputs)`.
     pub shape: (usize, usize),
-    /// Of these outputs,
+    /// Of these outputs, each so many behind the last,
     pub rows: Range<usize>,
+    pub step: usize,
     /// and of each its inputs from here on.
     pub first_column: usize,
     /// Stored as `[inputs, outputs]`.
@@ -64,6 +70,9 @@ pub(super) struct StoredPart<'a> {
 
 /// Rows that are read together: of a transposed tensor their numbers are neighbours.
 const TILE: usize = 32;
+
+/// Columns of such a tile that are turned round together.
+const SQUARE: usize = 16;
 
 /// What a thread keeps between the rows it reads: the rows beside them, of two places, since gates and what they gate are read in turn.
 #[derive(Default)]
@@ -74,25 +83,27 @@ pub struct Tiles<T> {
 
 impl StoredMatrix<'_> {
     pub fn rows(&self) -> usize {
-        self.parts.iter().map(|part| part.rows.len()).sum()
+        self.parts.iter().map(StoredPart::row_count).sum()
     }
 
     /// All of it is bf16.
     pub fn is_bf16(&self) -> bool {
-        self.parts.iter().all(|part| part.stored == Stored::Bf16)
+        let is_bf16 = |part: &StoredPart<'_>| part.packed.map_or(part.stored == Stored::Bf16, View::is_bf16);
+        self.parts.iter().all(is_bf16)
     }
 
     /// Some of it is quantized.
     pub fn is_quantized(&self) -> bool {
-        self.parts.iter().any(|part| matches!(part.stored, Stored::Blocks(_)))
+        self.parts.iter().any(|part| matches!(part.stored, Stored::Blocks(_) | Stored::Packed))
     }
 
     /// The same numbers, however they are stored.
     pub fn equals(&self, other: &Self) -> bool {
         if let ([one], [two]) = (self.parts.as_slice(), other.parts.as_slice())
+            && one.packed.is_none()
             && (one.stored, one.transposed, one.shape) == (two.stored, two.transposed, two.shape)
             && (&one.rows, one.first_column) == (&two.rows, two.first_column)
-            && one.rows.len() == one.shape.0
+            && one.row_count() == one.shape.0
             && self.width == one.shape.1
         {
             return one.bytes == two.bytes;
@@ -118,7 +129,7 @@ impl StoredMatrix<'_> {
             let within = row - first;
             // NOTE: counted from the part's start, so that a tile ends where its tensor ends.
             let start = if part.transposed { within / TILE * TILE } else { within };
-            let count = if part.transposed { TILE.min(part.rows.len() - start) } else { 1 };
+            let count = if part.transposed { TILE.min(part.row_count() - start) } else { 1 };
             let (rows, values) = &mut tiles.tiles[at];
             *rows = first + start..first + start + count;
             values.resize(count * self.width, T::default());
@@ -129,20 +140,35 @@ impl StoredMatrix<'_> {
         &values[(row - rows.start) * self.width..][..self.width]
     }
 
+    /// Row `row` in the form of 8 bits, where that loses nothing: see [`View::row_int8`].
+    pub fn row_int8(&self, row: usize, values: &mut Vec<i8>, scales: &mut Vec<f16>) -> bool {
+        let (part, first) = self.part(row);
+        part.packed.is_some_and(|view| view.row_int8(part.row_of(row - first), part.first_column, self.width, values, scales))
+    }
+
     /// The part that holds a row, and that part's first row.
     fn part(&self, row: usize) -> (&StoredPart<'_>, usize) {
         let (mut first, mut last) = (0, &self.parts[0]);
         for part in &self.parts[1..] {
-            if row < first + last.rows.len() {
+            if row < first + last.row_count() {
                 break;
             }
-            (first, last) = (first + last.rows.len(), part);
+            (first, last) = (first + last.row_count(), part);
         }
         (last, first)
     }
 }
 
 impl StoredPart<'_> {
+    pub fn row_count(&self) -> usize {
+        self.rows.len().div_ceil(self.step)
+    }
+
+    /// Of the part's row, the one of the tensor.
+    fn row_of(&self, row: usize) -> usize {
+        self.rows.start + row * self.step
+    }
+
     /// Reads the part's rows from its `first` on into `target [rows, width]`.
     pub fn copy<T: Number>(&self, first: usize, target: &mut [T], width: usize) {
         match self.stored {
@@ -150,6 +176,11 @@ impl StoredPart<'_> {
             Stored::F16 => self.copy_as(first, target, width, |b: [u8; 2]| T::from_f32(f16::from_le_bytes(b).to_f32())),
             Stored::Bf16 => self.copy_as(first, target, width, |b: [u8; 2]| T::from_bf16(bf16::from_le_bytes(b))),
             Stored::Blocks(blocks) => self.copy_blocks(blocks, first, target, width),
+            Stored::Packed => {
+                for (row, target) in target.chunks_exact_mut(width).enumerate() {
+                    self.packed.iter().for_each(|view| view.row(self.row_of(first + row), self.first_column, target));
+                }
+            }
         }
     }
 
@@ -160,7 +191,7 @@ impl StoredPart<'_> {
         let columns = self.first_column / size..(self.first_column + width).div_ceil(size);
         let mut decoded = Vec::new();
         for (row, target) in target.chunks_exact_mut(width).enumerate() {
-            let row = &self.bytes[(self.rows.start + first + row) * row_bytes..][..row_bytes];
+            let row = &self.bytes[self.row_of(first + row) * row_bytes..][..row_bytes];
             blocks.decode(&row[columns.start * bytes..columns.end * bytes], &mut decoded);
             let source = &decoded[self.first_column - columns.start * size..];
             target.iter_mut().zip(source).for_each(|(target, value)| *target = T::from_f32(*value));
@@ -169,18 +200,26 @@ impl StoredPart<'_> {
 
     fn copy_as<T: Number, const N: usize>(&self, first: usize, target: &mut [T], width: usize, read: impl Fn([u8; N]) -> T) {
         let (values, _) = self.bytes.as_chunks::<N>();
-        let ((outputs, inputs), first) = (self.shape, self.rows.start + first);
+        let (outputs, inputs) = self.shape;
         if self.transposed {
-            let count = target.len() / width;
-            for i in 0..width {
-                let column = &values[(self.first_column + i) * outputs + first..][..count];
-                for (row, value) in column.iter().enumerate() {
-                    target[row * width + i] = read(*value);
+            // By way of a small square: writing one column at a time would touch a cache line of every row for each number.
+            let (count, mut square) = (target.len() / width, [[T::default(); TILE]; SQUARE]);
+            for start in (0..width).step_by(SQUARE) {
+                let columns = SQUARE.min(width - start);
+                for (i, line) in square[..columns].iter_mut().enumerate() {
+                    let column = &values[(self.first_column + start + i) * outputs + self.row_of(first)..];
+                    match self.step {
+                        1 => line[..count].iter_mut().zip(column).for_each(|(to, value)| *to = read(*value)),
+                        step => line[..count].iter_mut().zip(column.iter().step_by(step)).for_each(|(to, value)| *to = read(*value)),
+                    }
+                }
+                for (row, target) in target.chunks_exact_mut(width).enumerate() {
+                    target[start..start + columns].iter_mut().zip(&square).for_each(|(to, line)| *to = line[row]);
                 }
             }
         } else {
             for (row, target) in target.chunks_exact_mut(width).enumerate() {
-                let source = &values[(first + row) * inputs + self.first_column..][..width];
+                let source = &values[self.row_of(first + row) * inputs + self.first_column..][..width];
                 target.iter_mut().zip(source).for_each(|(target, value)| *target = read(*value));
             }
         }
@@ -228,7 +267,7 @@ mod tests {
             Stored::F32 => at(n).to_le_bytes().to_vec(),
             Stored::F16 => f16::from_f32(at(n)).to_le_bytes().to_vec(),
             Stored::Bf16 => bf16::from_f32(at(n)).to_le_bytes().to_vec(),
-            Stored::Blocks(_) => unreachable!("blocks have tests of their own"),
+            Stored::Blocks(_) | Stored::Packed => unreachable!("blocks have tests of their own"),
         };
         (0..rows * width).flat_map(number).collect()
     }
@@ -246,7 +285,7 @@ mod tests {
                 parts.iter().enumerate().map(|(n, (rows, kind, transposed))| bytes(n, *rows, width, kinds[*kind], *transposed)).collect();
             let part = |(n, (rows, kind, transposed)): (usize, &(usize, usize, bool))| StoredPart {
                 name: "w".into(), bytes: &data[n], stored: kinds[*kind], shape: (*rows, width), rows: 0..*rows, first_column: 0,
-                transposed: *transposed,
+                packed: None, step: 1, transposed: *transposed,
             };
             let matrix = StoredMatrix { model: "test", width, parts: parts.iter().enumerate().map(part).collect() };
             let expected: Vec<Vec<f32>> = parts.iter().enumerate()

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use clap::{Arg, ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use super::policy::{self, Verdict};
-use super::setting::{Section, Setting};
+use super::setting::{Kind, Section, Setting};
 use super::{parse, table};
 
 /// A RunPod serverless worker that serves open language models (docs/models.md names the families), with an OpenAI-compatible API.
@@ -102,12 +102,12 @@ pub enum Command {
     Check(ModelArgument),
 }
 
-/// The model as a plain argument.
+/// The model, or several, as plain arguments.
 #[derive(Debug, Clone, Default, PartialEq, clap::Args)]
 pub struct ModelArgument {
-    /// The model, as `--model` takes it.
+    /// The model, as `--model` takes it; several where a server serves them all.
     #[arg(id = "model_argument", value_name = "MODEL")]
-    pub model: Option<String>,
+    pub models: Vec<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, clap::Args)]
@@ -190,18 +190,17 @@ impl Args {
             Some(Command::RunBatch(batch)) => &batch.model,
             Some(Command::Gateway | Command::Pull(_)) | None => return Ok(()),
         };
-        match (&given.model, self.flags.get(&table::MODEL)) {
-            (Some(model), Some(flag)) if model != flag => {
-                let message = format!("the model is given twice, as {model} and as --model {flag}");
-                Err(Self::command().error(clap::error::ErrorKind::ArgumentConflict, message))
-            }
-            (Some(model), _) => {
-                self.flags.0.retain(|(name, _)| *name != table::MODEL.name);
-                self.flags.0.insert(0, (table::MODEL.name, model.clone()));
-                Ok(())
-            }
-            (None, _) => Ok(()),
+        if given.models.is_empty() {
+            return Ok(());
         }
+        let model = joined(&table::MODEL, given.models.clone());
+        if let Some(flag) = self.flags.get(&table::MODEL).filter(|flag| parse::models(flag) != parse::models(&model)) {
+            let message = format!("the model is given twice, as {model} and as --model {flag}");
+            return Err(Self::command().error(clap::error::ErrorKind::ArgumentConflict, message));
+        }
+        self.flags.0.retain(|(name, _)| *name != table::MODEL.name);
+        self.flags.0.insert(0, (table::MODEL.name, model));
+        Ok(())
     }
 
     /// Whether a command line that cannot be read names a command or a test job, so that it is not a queue worker's.
@@ -221,13 +220,13 @@ fn is_command(word: &str) -> bool {
 }
 
 /// Values of a list as one. What cannot be read stays as it is, so that the setting is named as the mistake.
-fn joined(mut values: Vec<String>) -> String {
+fn joined(setting: &Setting, mut values: Vec<String>) -> String {
     if values.len() == 1 {
         return values.remove(0);
     }
     let mut all = Vec::new();
     for value in values {
-        match parse::list(&value) {
+        match if setting.kind == Kind::Models { parse::models(&value) } else { parse::list(&value) } {
             Some(words) => all.extend(words),
             None => return value,
         }
@@ -264,7 +263,7 @@ type Words<I> = std::iter::Peekable<I>;
 fn sort_out(argv: impl Iterator<Item = OsString>) -> Result<(Vec<OsString>, Foreign), clap::Error> {
     let mut own: Vec<OsString> = Vec::new();
     let mut foreign = Vec::new();
-    let mut lists: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+    let mut lists: BTreeMap<&str, (&Setting, Vec<String>)> = BTreeMap::new();
     let mut words = argv.peekable();
     own.extend(words.next());
     while let Some(word) = words.next() {
@@ -284,7 +283,7 @@ fn sort_out(argv: impl Iterator<Item = OsString>) -> Result<(Vec<OsString>, Fore
             }
             Some(Verdict::Works(setting) | Verdict::Alias(setting)) if setting.is_list() => {
                 let command_seen = own.iter().skip(1).any(|word| word.to_str().is_some_and(is_command));
-                let values = lists.entry(setting.name).or_default();
+                let (_, values) = lists.entry(setting.name).or_insert((setting, Vec::new()));
                 values.extend(list_values(setting, value, command_seen, &mut words));
                 if values.is_empty() {
                     return Err(missing_value(setting.name));
@@ -297,7 +296,7 @@ fn sort_out(argv: impl Iterator<Item = OsString>) -> Result<(Vec<OsString>, Fore
         let value = value.map(|value| format!("={value}")).unwrap_or_default();
         own.push(format!("{}{value}", policy::flag(&name)).into());
     }
-    own.extend(lists.into_iter().map(|(name, values)| format!("{}={}", policy::flag(name), joined(values)).into()));
+    own.extend(lists.into_iter().map(|(name, (setting, values))| format!("{}={}", policy::flag(name), joined(setting, values)).into()));
     Ok((own, foreign))
 }
 
@@ -370,7 +369,7 @@ pub fn pairs(words: &[String]) -> Result<Vec<(String, String)>, String> {
         let values: Vec<String> = pairs.iter().filter(|(name, _)| name == list.name).map(|(_, value)| value.clone()).collect();
         if values.len() > 1 {
             pairs.retain(|(name, _)| name != list.name);
-            pairs.push((list.name.to_owned(), joined(values)));
+            pairs.push((list.name.to_owned(), joined(list, values)));
         }
     }
     Ok(pairs)
@@ -421,9 +420,25 @@ mod tests {
         ] {
             assert_eq!(parse(line).flags.get(&table::MODEL), Some("demo"), "{line:?}");
         }
-        for line in [&["serve", "a/b", "--model", "demo"][..], &["serve", "a/b", "c/d"], &["gateway", "demo"], &["demo"]] {
+        for line in [&["serve", "a/b", "--model", "demo"][..], &["pull", "a/b", "c/d"], &["gateway", "demo"], &["demo"]] {
             assert!(Args::parse_argv(std::iter::once("x").chain(line.iter().copied())).is_err(), "{line:?}");
         }
+    }
+
+    #[test]
+    fn several_models() {
+        for line in [
+            &["serve", "--model", "demo", "--model", "/my models/x"][..],
+            &["--model=demo", "http", "--model_name=/my models/x"],
+            &["serve", "demo", "/my models/x", "--port", "1"],
+            &["check", "demo", "/my models/x", "--model", "demo,/my models/x,demo"],
+            &["run-batch", "-i", "in", "-o", "out", "demo", "/my models/x"],
+        ] {
+            let models = parse(line).flags.get(&table::MODEL).map(str::to_owned);
+            assert_eq!(parse::models(&models.unwrap()).unwrap(), ["demo", "/my models/x"], "{line:?}");
+        }
+        assert_eq!(parse(&["serve", "--model", "demo,b"]).flags.get(&table::MODEL), Some("demo,b"), "one value stays as it is");
+        assert!(Args::parse_argv(["x", "serve", "a", "b", "--model", "b"]).is_err());
     }
 
     #[test]

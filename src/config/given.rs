@@ -133,6 +133,14 @@ impl Kind {
             Self::List => {
                 Value::List(parse::list(typed).ok_or("begins like a JSON list and is not one of strings; write [\"a\", \"b\"], or a,b")?)
             }
+            Self::Models => {
+                let models =
+                    parse::models(typed).ok_or("begins like a JSON list and is not one of strings; write [\"a\", \"b\"], or a,b")?;
+                if models.is_empty() {
+                    return Err(format!("{typed:?} names no model"));
+                }
+                Value::List(models)
+            }
             Self::Keys => Value::List(parse::list(typed).ok_or("begins like a JSON list and is not one of strings")?),
             _ => {
                 self.check(typed)?;
@@ -219,6 +227,7 @@ impl fmt::Display for Kind {
             Self::Number { range, auto } => write!(f, "number {range}{}", or(auto)),
             Self::OneOf(words) => write!(f, "`{}`", words.join("`, `")),
             Self::List | Self::Keys => f.write_str("list"),
+            Self::Models => f.write_str("text, or a list"),
             Self::Object | Self::Speculative => f.write_str("JSON object"),
             Self::Port => f.write_str("port"),
             Self::Url => f.write_str("URL"),

@@ -19,6 +19,7 @@ mod resolve;
 pub mod setting;
 mod sources;
 pub mod table;
+pub mod tls;
 
 pub use cli::{Args, BenchArgs, Command, Flags, ModelArgument, PullArgs, RunBatchArgs};
 pub use keys_file::{ClientKey, KeysFile};
@@ -27,6 +28,7 @@ pub use report::report;
 /// Keys and tokens: never shown, and wiped when dropped.
 pub use secrecy::{ExposeSecret, SecretString};
 pub use sources::{ConfigSources, Origin, flags};
+pub use tls::TlsFiles;
 
 /// One thing wrong with the settings.
 #[derive(Debug, Clone, PartialEq)]
@@ -52,8 +54,10 @@ impl fmt::Display for ConfigError {
 /// Everything the program was told, resolved and checked.
 #[derive(Debug, Clone, Default)]
 pub struct Settings {
-    /// A hub id, a folder, or `demo`.
+    /// A hub id, a folder, or `demo`: the model that answers requests which name none.
     pub model: String,
+    /// Models that are served besides.
+    pub more_models: Vec<String>,
     pub hub: HubSettings,
     pub engine: EngineSettings,
     pub api: ApiSettings,
@@ -64,6 +68,25 @@ pub struct Settings {
     pub given: Vec<(String, String, Origin)>,
     /// Said once in the log at start: names that have no effect here, deprecated spellings.
     pub warnings: Vec<String>,
+}
+
+impl Settings {
+    /// All models, in order; at least one.
+    pub fn models(&self) -> impl Iterator<Item = &str> {
+        std::iter::once(self.model.as_str()).chain(self.more_models.iter().map(String::as_str))
+    }
+
+    /// For what takes one model alone.
+    ///
+    /// # Errors
+    /// When there are several.
+    pub fn only_model(&self, what: &str) -> Result<&str, ConfigError> {
+        if self.more_models.is_empty() {
+            return Ok(&self.model);
+        }
+        let models = self.models().collect::<Vec<_>>().join(", ");
+        Err(ConfigError::new(table::MODEL.name, format!("{what} takes one model; name one of {models}")))
+    }
 }
 
 /// Where models come from.
@@ -94,9 +117,11 @@ pub enum DeviceChoice {
 /// How many bits a weight is held at (`QUANTIZATION`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Quantization {
-    /// As the checkpoint has it.
+    /// As the checkpoint has it; what it has at few bits is held at 8.
     #[default]
     AsStored,
+    /// As numbers of 16 or 32 bits, whatever the checkpoint has.
+    Unquantized,
     /// Every matrix at 8 bits.
     Wint8,
     /// The layers' matrices at 4 bits, embedding and LM head at 8.
@@ -104,14 +129,35 @@ pub enum Quantization {
 }
 
 impl Quantization {
-    /// The strategy's name; `None` = as stored.
+    /// The strategy's name; `None`: not quantized here.
     pub fn name(self) -> Option<&'static str> {
         match self {
-            Self::AsStored => None,
+            Self::AsStored | Self::Unquantized => None,
             Self::Wint8 => Some("wint8"),
             Self::Wint4 => Some("wint4"),
         }
     }
+}
+
+/// Where the weights are kept in the form that our kernels read (`PREPARED_CACHE`).
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum PreparedCache {
+    /// Beside the model's files.
+    #[default]
+    Beside,
+    Off,
+    Folder(PathBuf),
+}
+
+/// When a prepared copy that is missing is written; each command decides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum PreparedWriting {
+    /// Slowly, beside the requests.
+    #[default]
+    Background,
+    /// Before the model is said to be loaded.
+    Now,
+    Never,
 }
 
 /// `None` = auto.
@@ -122,6 +168,8 @@ pub struct EngineSettings {
     pub gpu_required: bool,
     pub threads: Option<usize>,
     pub quantization: Quantization,
+    pub prepared_cache: PreparedCache,
+    pub prepared_writing: PreparedWriting,
     /// Activations may be rounded to bf16 (`DTYPE`).
     pub bf16_activations: bool,
     pub max_model_len: Option<usize>,
@@ -222,7 +270,7 @@ pub struct ApiSettings {
     pub exclude_unused_tools: bool,
     /// `TOOL_CALL_PARSER`: a format's name, `none`, or unset for what the template shows.
     pub tool_call_parser: Option<String>,
-    /// `ENABLE_AUTO_TOOL_CHOICE=false`: tools are refused unless a call is demanded or forbidden.
+    /// `--no-enable-auto-tool-choice`: tools are refused unless a call is demanded or forbidden.
     pub refuse_auto_tools: bool,
     /// `REASONING_PARSER`, as `TOOL_CALL_PARSER`.
     pub reasoning_parser: Option<String>,
@@ -323,6 +371,8 @@ pub struct ServerSettings {
     pub api_keys: Vec<SecretString>,
     /// Keys of clients with their limits; none of them opens what `api_keys` do not.
     pub keys_file: Option<KeysFile>,
+    /// The server's certificate; `None` = plain HTTP.
+    pub tls: Option<TlsFiles>,
     /// CORS; empty = `*`.
     pub allowed_origins: Vec<String>,
     /// How long the head of a request may take; default [`defaults::HEADER_TIMEOUT`], zero = for ever.

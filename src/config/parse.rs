@@ -1,8 +1,10 @@
 //! Pure readers of values as typed.
 
+use std::path::Path;
+
 use serde_json::Value;
 
-use super::{DeviceChoice, Quantization, Speculative};
+use super::{DeviceChoice, PreparedCache, Quantization, Speculative};
 
 /// Not given, as platforms write it: empty, blanks, or `None`.
 pub fn unset(value: &str) -> bool {
@@ -45,13 +47,29 @@ pub fn list(value: &str) -> Option<Vec<String>> {
     } else {
         value.split(|c: char| c == ',' || c.is_whitespace()).map(str::to_owned).collect()
     };
+    Some(each_once(words.iter().map(String::as_str)))
+}
+
+/// Models: a JSON list of strings, or separated by commas; what is there as a file or folder is one model, whatever its name.
+pub fn models(value: &str) -> Option<Vec<String>> {
+    let value = value.trim();
+    if Path::new(value).exists() {
+        return Some(vec![value.to_owned()]);
+    }
+    let words: Vec<String> =
+        if value.starts_with('[') { serde_json::from_str(value).ok()? } else { value.split(',').map(str::to_owned).collect() };
+    Some(each_once(words.iter().map(String::as_str)))
+}
+
+/// Words without white space around them, empty ones and doubles left out.
+fn each_once<'a>(words: impl Iterator<Item = &'a str>) -> Vec<String> {
     let mut list: Vec<String> = Vec::new();
-    for word in words.iter().map(|word| word.trim()).filter(|word| !word.is_empty()) {
+    for word in words.map(str::trim).filter(|word| !word.is_empty()) {
         if !list.iter().any(|known| known == word) {
             list.push(word.to_owned());
         }
     }
-    Some(list)
+    list
 }
 
 /// FastDeploy's other strategies, and what they need that is not here.
@@ -70,6 +88,15 @@ const STRATEGIES: &[(&str, &str)] = &[
     ("compressed_tensors", "a checkpoint made for it"),
 ];
 
+/// Where weights are kept prepared: `auto`, `off`, or a folder.
+pub fn prepared_cache(value: &str) -> PreparedCache {
+    match value.trim() {
+        "auto" | "" => PreparedCache::Beside,
+        word if ["off", "false", "none", "0"].contains(&word.to_ascii_lowercase().as_str()) => PreparedCache::Off,
+        folder => PreparedCache::Folder(folder.into()),
+    }
+}
+
 /// A strategy by FastDeploy's name, plain or as `{"quantization": …}`, in any case; what is wrong with it otherwise.
 pub fn quantization(value: &str) -> Result<Quantization, String> {
     let object = value.trim_start().starts_with('{').then(|| serde_json::from_str::<Value>(value));
@@ -84,7 +111,8 @@ pub fn quantization(value: &str) -> Result<Quantization, String> {
         Some(_) => return Err("it begins like a JSON object and is not one".to_owned()),
     };
     match name.to_ascii_lowercase().as_str() {
-        "bf16" | "bfloat16" | "none" | "unquantized" | "" => Ok(Quantization::AsStored),
+        "bf16" | "bfloat16" | "none" | "" => Ok(Quantization::AsStored),
+        "unquantized" => Ok(Quantization::Unquantized),
         "wint8" => Ok(Quantization::Wint8),
         "wint4" => Ok(Quantization::Wint4),
         lower => Err(match STRATEGIES.iter().find(|(known, _)| *known == lower) {
@@ -180,6 +208,18 @@ mod tests {
         assert_eq!(list(r#"["my model", "b", "b"]"#).unwrap(), ["my model", "b"]);
         assert_eq!(list("[a, b]"), None);
         assert_eq!(list(" , ").unwrap(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn models_are_separated_by_commas_alone() {
+        assert_eq!(models("demo").unwrap(), ["demo"]);
+        assert_eq!(models(" a/b:Q4_K_M, /my models/x ,a/b:Q4_K_M,").unwrap(), ["a/b:Q4_K_M", "/my models/x"]);
+        assert_eq!(models(r#"["a,b", "c"]"#).unwrap(), ["a,b", "c"]);
+        assert_eq!((models("[a"), models(",").unwrap()), (None, Vec::new()));
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("one, with a comma");
+        std::fs::create_dir(&path).unwrap();
+        assert_eq!(models(path.to_str().unwrap()).unwrap(), [path.to_str().unwrap()]);
     }
 
     #[test]

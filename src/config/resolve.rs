@@ -7,8 +7,8 @@ use super::given::Given;
 use super::sources::Merged;
 use super::{
     ApiSettings, Args, BatchGrowth, ConfigError, ConfigSources, ContentFormat, EngineSettings, HubSettings, KeysFile, LogLevel,
-    LogSettings, LogprobsMode, NativeFormat, ReasoningField, RunpodSettings, SecretString, ServerSettings, Settings, defaults, parse,
-    report, table,
+    LogSettings, LogprobsMode, NativeFormat, PreparedWriting, ReasoningField, RunpodSettings, SecretString, ServerSettings, Settings,
+    TlsFiles, defaults, parse, policy, report, table,
 };
 
 impl Settings {
@@ -44,17 +44,62 @@ impl Settings {
                 format!("{depth} is deeper than is read here; use at most {}", defaults::MAX_JSON_DEPTH),
             );
         }
+        let models = given.list(&table::MODEL);
+        if models.len() > 1 {
+            of_several_models(given, models.len(), merged);
+        }
+        let mut models = models.into_iter();
         Self {
             hub: hub(given),
-            api: ApiSettings { seed: engine.seed, request_timeout: engine.request_timeout, ..api(given) },
+            api: ApiSettings { seed: engine.seed, request_timeout: engine.request_timeout, ..api(given, merged) },
             runpod: runpod(given),
-            server: ServerSettings { api_keys: api_keys(given, merged), keys_file: keys_file(given, merged), ..server(given) },
+            server: ServerSettings {
+                api_keys: api_keys(given, merged),
+                keys_file: keys_file(given, merged),
+                tls: tls(given, merged),
+                ..server(given)
+            },
             log: LogSettings { level: log_level(given) },
             engine,
-            model: given.text(&table::MODEL).unwrap_or_else(|| defaults::MODEL.to_owned()),
+            model: models.next().unwrap_or_else(|| defaults::MODEL.to_owned()),
+            more_models: models.collect(),
             given: Vec::new(),
             warnings: Vec::new(),
         }
+    }
+}
+
+/// `ENABLE_AUTO_TOOL_CHOICE=false`, unless it comes from the environment: there the vLLM worker's form puts it unasked, and who moves over from
+/// that worker would lose the tools.
+fn refuses_auto_tools(given: &Given, merged: &mut Merged) -> bool {
+    let setting = &table::ENABLE_AUTO_TOOL_CHOICE;
+    if given.switch(setting) != Some(false) {
+        return false;
+    }
+    let in_environment = merged.is_variable(setting.name);
+    if in_environment {
+        merged.warnings.push(format!(
+            "{}=false in the environment refuses no tools: forms send it unasked; --no-{} does (also in VLLM_EXTRA_ARGS)",
+            setting.name,
+            policy::flag(setting.name).trim_start_matches("--")
+        ));
+    }
+    !in_environment
+}
+
+/// Refuses what can only be meant for one model.
+fn of_several_models(given: &Given, models: usize, merged: &mut Merged) {
+    let names = given.list(&table::SERVED_MODEL_NAME).len();
+    if names != 0 && names != models {
+        let message = format!("{names} for {models} models; give each model of MODEL one name, in the same order, or leave it unset");
+        merged.refuse(table::SERVED_MODEL_NAME.name, message);
+    }
+    if given.text(&table::TOKENIZER).is_some() {
+        merged.refuse(table::TOKENIZER.name, "MODEL names several models, which have tokenizers of their own; unset it");
+    }
+    if given.text(&table::REVISION).is_some_and(|revision| revision != defaults::REVISION) {
+        let message = format!("MODEL names several models, and a revision is one model's; unset it, or set {}", defaults::REVISION);
+        merged.refuse(table::REVISION.name, message);
     }
 }
 
@@ -98,6 +143,8 @@ fn engine(given: &Given) -> EngineSettings {
         gpu_required: false,
         threads: given.count(&table::THREADS),
         quantization: text(&table::QUANTIZATION).and_then(|name| parse::quantization(&name).ok()).unwrap_or_default(),
+        prepared_cache: text(&table::PREPARED_CACHE).map(|value| parse::prepared_cache(&value)).unwrap_or_default(),
+        prepared_writing: PreparedWriting::default(),
         bf16_activations: text(&table::DTYPE).is_some_and(|dtype| dtype != "auto"),
         max_model_len: given.count(&table::MAX_MODEL_LEN),
         max_num_seqs: given.count(&table::MAX_NUM_SEQS),
@@ -118,7 +165,7 @@ fn engine(given: &Given) -> EngineSettings {
     }
 }
 
-fn api(given: &Given) -> ApiSettings {
+fn api(given: &Given, merged: &mut Merged) -> ApiSettings {
     let switch = |setting| given.switch(setting).unwrap_or(false);
     let text = |setting| given.text(setting);
     ApiSettings {
@@ -140,7 +187,7 @@ fn api(given: &Given) -> ApiSettings {
         },
         exclude_unused_tools: switch(&table::EXCLUDE_TOOLS_WHEN_TOOL_CHOICE_NONE),
         tool_call_parser: text(&table::TOOL_CALL_PARSER),
-        refuse_auto_tools: given.switch(&table::ENABLE_AUTO_TOOL_CHOICE) == Some(false),
+        refuse_auto_tools: refuses_auto_tools(given, merged),
         reasoning_parser: text(&table::REASONING_PARSER),
         reasoning_field: match text(&table::REASONING_FIELD).as_deref() {
             Some("reasoning_content") => ReasoningField::ReasoningContent,
@@ -225,6 +272,7 @@ fn server(given: &Given) -> ServerSettings {
         health_path: given.text(&table::HEALTH_CHECK_PATH),
         api_keys: Vec::new(),
         keys_file: None,
+        tls: None,
         allowed_origins: given.list(&table::ALLOWED_ORIGINS).into_iter().filter(|origin| origin != "*").collect(),
         header_timeout: seconds(&table::HEADER_TIMEOUT),
         keep_alive_timeout: seconds(&table::KEEP_ALIVE_TIMEOUT),
@@ -255,6 +303,19 @@ fn api_keys(given: &Given, merged: &mut Merged) -> Vec<SecretString> {
 fn keys_file(given: &Given, merged: &mut Merged) -> Option<KeysFile> {
     let path = given.text(&table::API_KEYS_FILE)?;
     KeysFile::read(Path::new(&path)).map_err(|error| merged.refuse(table::API_KEYS_FILE.name, format!("{path}: {error}"))).ok()
+}
+
+/// The server's certificate and its key.
+fn tls(given: &Given, merged: &mut Merged) -> Option<TlsFiles> {
+    let key = given.text(&table::SSL_KEYFILE).map(PathBuf::from);
+    let Some(certificate) = given.text(&table::SSL_CERTFILE).map(PathBuf::from) else {
+        if key.is_some() {
+            merged.refuse(table::SSL_KEYFILE.name, "a key without its certificate; set SSL_CERTFILE too");
+        }
+        return None;
+    };
+    let refresh = given.switch(&table::ENABLE_SSL_REFRESH).unwrap_or(false);
+    TlsFiles::read(certificate, key, refresh).map_err(|error| merged.refuse(error.setting, error.message)).ok()
 }
 
 fn log_level(given: &Given) -> LogLevel {

@@ -79,6 +79,8 @@ pub enum Kind {
     /// One of these words, in any case.
     OneOf(Words),
     List,
+    /// Models, in a list that leaves their names and paths whole.
+    Models,
     /// A list of secrets.
     Keys,
     /// A JSON object.
@@ -248,7 +250,7 @@ impl Setting {
 
     /// As a flag it may be repeated, each time with more values.
     pub fn is_list(&self) -> bool {
-        matches!(self.kind, Kind::List | Kind::Keys)
+        matches!(self.kind, Kind::List | Kind::Models | Kind::Keys)
     }
 }
 

@@ -123,6 +123,11 @@ impl Merged {
         }
     }
 
+    /// Whether a setting's value comes from the environment.
+    pub fn is_variable(&self, name: &str) -> bool {
+        matches!(self.values.get(name), Some((_, Origin::Environment(_))))
+    }
+
     /// The sources, weakest first.
     fn layers(&mut self, args: &Args, sources: &ConfigSources) -> Vec<Layer> {
         let flags = flags(args);

@@ -30,7 +30,8 @@ macro_rules! settings {
 settings! {
     Model {
         /// The model: a hub id (`owner/repository:Q4_K_M` for a GGUF file in it), a folder, a GGUF file, or `demo` (the demo model inside this binary).
-        MODEL = Setting::new(Kind::Text, Text(defaults::MODEL))
+        /// Several are served together: by commas, as a JSON list, or by repeating the flag. Requests name one; without a name the first answers.
+        MODEL = Setting::new(Kind::Models, Text(defaults::MODEL))
             .also(&["MODEL_NAME", "MODEL_REPO"])
             .form(Form::new("Model",
                 "Hub id of a text model of a family that is served (ERNIE 4.5, Llama, Qwen, Gemma, Mistral and more: docs/models.md), a folder or GGUF file on the network volume, or demo",
@@ -69,13 +70,18 @@ settings! {
             Prose("auto: the first GPU in a CUDA build, else the CPU; a queue worker of a CUDA build does not start without a GPU"));
         /// CPU threads that compute.
         THREADS = Setting::new(Kind::Count { least: 1, auto: AUTO_OR_ZERO }, Prose("auto: all cores")).also(&["RAYON_NUM_THREADS"]);
-        /// Bits a weight: `BF16` keeps the weights as stored, `wint8` holds every matrix at 8 bits, `wint4` the layers at 4 bits,
-        /// embedding and output at 8. On a GPU only on the architecture that the build was made for (`CUDA_COMPUTE_CAP`).
+        /// Bits a weight: `BF16` keeps the weights as stored (those of a quantized checkpoint at 8 bits), `unquantized` widens a quantized
+        /// checkpoint to 16 or 32 bits, `wint8` holds every matrix at 8 bits, `wint4` the layers at 4 bits, embedding and output at
+        /// 8. 8 and 4 bits on a GPU only on the architecture that the build was made for (`CUDA_COMPUTE_CAP`).
         QUANTIZATION = Setting::new(Kind::Quantization, Prose("BF16: as stored"))
             .form(Form::new("Quantization",
                 "Bits a weight is held at; quantized while it is read. 8 and 4 bits run on Ampere and Ada GPUs (not on Hopper)",
                 Input::Options(&[("As stored", "BF16"), ("8 bits (wint8)", "wint8"), ("4 bits (wint4), embedding and output at 8", "wint4")]))
                 .filled("BF16"));
+        /// Where a CPU worker keeps the weights in the form in which it computes with them, so that the next start maps them instead of
+        /// converting the model again: `auto` beside the model's files, a folder, or `off`. Written once in the background after the first
+        /// start (models below 32 MB are not); about as large as the weights in memory.
+        PREPARED_CACHE = Setting::new(Kind::Text, Text("auto"));
         /// What activations are: `auto`, or `bfloat16`, which rounds them to bf16 where they meet unquantized bf16 weights, on a CPU that
         /// multiplies bf16 faster (AMD's AVX512-BF16, AMX). Prompts are computed faster then, a little less exactly.
         DTYPE = Setting::new(Kind::OneOf(&["auto", "bfloat16", "bf16"]), Prose("auto: f32 on the CPU, bf16 on a GPU"));
@@ -102,9 +108,10 @@ settings! {
             .form(Form::new("Block size",
                 "Tokens per block of the KV cache",
                 Input::Options(&[("16", "16"), ("32", "32"), ("48", "48"), ("64", "64")])).advanced());
-        /// Blocks in the KV cache, instead of what memory allows.
+        /// Blocks in the KV cache, instead of what memory allows. Of several models each has so many.
         NUM_GPU_BLOCKS_OVERRIDE = Setting::new(COUNT, Prose("what memory allows"));
-        /// Memory for the KV cache, in GiB. `auto` takes no more than `MAX_NUM_SEQS` sequences can use.
+        /// Memory for the KV cache, in GiB; of several models for all of them together. `auto` takes no more than `MAX_NUM_SEQS` sequences
+        /// can use.
         KV_CACHE_GB = Setting::new(Kind::Number { range: Range::Positive, auto: AUTO },
             Computed(|| {
                 let percent = defaults::CPU_KV_SHARE * 100.0;
@@ -145,7 +152,7 @@ settings! {
     }
     Api {
         /// Names under which clients may ask for the model; several by spaces, commas, as a JSON list, or by repeating the flag. Answers
-        /// carry the first.
+        /// carry the first. Of several models each has one, in the order of `MODEL`.
         SERVED_MODEL_NAME = Setting::new(Kind::List, Prose("the model's id"))
             .also(&["OPENAI_SERVED_MODEL_NAME_OVERRIDE"])
             .form(Form::new("Served model name", "Name under which clients ask for the model; several by commas", Input::Text));
@@ -169,7 +176,8 @@ settings! {
         /// `none` to leave them in the text, or `auto`, what the chat template shows.
         TOOL_CALL_PARSER = Setting::new(Kind::Text, Text("auto"))
             .form(Form::new("Tool call parser", "How the model writes tool calls; empty = what its chat template shows", Input::Text).filled("").advanced());
-        /// Take requests with tools that the model may call or not; `false`: refuse them, as vLLM does without this.
+        /// Take requests with tools that the model may call or not. `--no-enable-auto-tool-choice`, also in a file or in VLLM_EXTRA_ARGS:
+        /// refuse them, as vLLM does without this. `false` as a variable refuses nothing: the vLLM worker's form sends it unasked.
         ENABLE_AUTO_TOOL_CHOICE = Setting::switch(true);
         /// How the model marks its thoughts: a parser's name as in vLLM (`qwen3`, `deepseek_r1`, `granite`: docs/tools-and-reasoning.md),
         /// `none` to leave them in the text, or `auto`, what the chat template shows.
@@ -315,6 +323,13 @@ settings! {
         /// A YAML or JSON file of clients' keys, each with a name and limits; read again when it changes (docs/api.md). For `http` and
         /// `serve`.
         API_KEYS_FILE = Setting::text();
+        /// A PEM file with the server's certificate and those between it and its root: with it `http`, `serve` and `gateway` speak TLS on
+        /// PORT, and nothing else. PORT_HEALTH stays plain HTTP.
+        SSL_CERTFILE = Setting::text();
+        /// A PEM file with the private key of that certificate, without a password.
+        SSL_KEYFILE = Setting::new(Kind::Text, Prose("SSL_CERTFILE, which then holds the key too"));
+        /// Read both files again when they change, for the connections that come then.
+        ENABLE_SSL_REFRESH = Setting::switch(false);
         /// Origins that browsers may call from; several by commas or as a JSON list.
         ALLOWED_ORIGINS = Setting::new(Kind::List, Text("*"));
         /// Seconds that the head of a request may take; then its connection is closed. 0 = no limit.

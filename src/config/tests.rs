@@ -174,6 +174,10 @@ fn refused_unless_it_asks_for_what_happens_anyway() {
         ("GUIDED_DECODING_DISABLE_ANY_WHITESPACE", "true"),
         ("KV_CACHE_DTYPE", "fp8"),
         ("SSL_KEYFILE", "/key.pem"),
+        ("SSL_CERTFILE", "/no/such/certificate.pem"),
+        ("SSL_KEYFILE_PASSWORD", "secret"),
+        ("SSL_CA_CERTS", "/ca.pem"),
+        ("SSL_CERT_REQS", "2"),
     ] {
         let found = mistakes(&[(name, value)]);
         assert!(found.len() == 1 && found[0].starts_with(&format!("{name}: ")), "{found:?}");
@@ -201,6 +205,15 @@ fn their_forms_start_here() {
         let pairs: Vec<_> = form.split_whitespace().filter_map(|pair| pair.split_once('=')).collect();
         assert!(!env(&pairs).warnings.is_empty());
     }
+}
+
+#[test]
+fn a_form_does_not_switch_tools_off() {
+    let formed = env(&[("ENABLE_AUTO_TOOL_CHOICE", "false")]);
+    assert!(!formed.api.refuse_auto_tools && formed.warnings[0].contains("--no-enable-auto-tool-choice"), "{:?}", formed.warnings);
+    let extra = env(&[("ENABLE_AUTO_TOOL_CHOICE", "false"), ("VLLM_EXTRA_ARGS", "--no-enable-auto-tool-choice")]);
+    assert!(extra.api.refuse_auto_tools && extra.warnings.is_empty(), "{:?}", extra.warnings);
+    assert!(!env(&[]).api.refuse_auto_tools);
 }
 
 #[test]

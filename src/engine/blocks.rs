@@ -9,6 +9,8 @@ use std::hash::{BuildHasher, RandomState};
 
 use std::collections::HashMap;
 
+use super::states::StatePool;
+
 /// The parent of a sequence's first block.
 const ROOT: u32 = u32::MAX;
 /// The end of the list of idle blocks.
@@ -28,6 +30,8 @@ pub struct BlockPool {
     free: Vec<u32>,
     /// Cached blocks that nobody holds. The first is evicted first.
     idle: List,
+    /// Slots of states; the snapshots among them belong to cached blocks.
+    pub states: StatePool,
     hasher: RandomState,
     /// Which bits of the hash are used: all of them, but in tests that want collisions.
     hash_mask: u64,
@@ -66,9 +70,15 @@ impl BlockPool {
             index: HashMap::with_capacity(cached),
             free: (0..total as u32).rev().collect(),
             idle: List { first: NONE, last: NONE, len: 0 },
+            states: StatePool::default(),
             hasher: RandomState::new(),
             hash_mask: u64::MAX,
         }
+    }
+
+    /// With so many slots for states.
+    pub fn with_states(self, slots: usize) -> Self {
+        Self { states: StatePool::new(slots), ..self }
     }
 
     pub fn total(&self) -> usize {
@@ -166,6 +176,15 @@ impl BlockPool {
         }
     }
 
+    /// Keeps a slot as the snapshot of a block, or gives it back when the block is not cached.
+    pub fn keep_state(&mut self, block: u32, slot: u32) {
+        if self.blocks[block as usize].key.is_some() {
+            self.states.keep(block, slot);
+        } else {
+            self.states.give_back(slot);
+        }
+    }
+
     /// Takes a holder from each block of a sequence's table, or of the end of one.
     pub fn release(&mut self, table: &[u32]) {
         for &block in table.iter().rev() {
@@ -199,6 +218,7 @@ impl BlockPool {
         if let Some(key) = self.blocks[block as usize].key.take() {
             self.index.remove(&key);
         }
+        self.states.forget(block);
         block
     }
 
@@ -246,6 +266,7 @@ impl BlockPool {
                 assert!(parent.key.is_some() && parent.holders >= state.holders, "block {block} has lost the one before it");
             }
         }
+        assert!(self.states.blocks().all(|block| self.blocks[block as usize].key.is_some()), "a snapshot of a block that is not cached");
         assert_eq!((idle, self.index.len()), (self.idle.len, self.blocks.iter().filter(|block| block.key.is_some()).count()));
     }
 }

@@ -109,6 +109,13 @@ impl Constrained {
         Some(MaskJob { state: self.state.clone(), params: self.params.clone(), drafts: drafts.to_vec(), masks })
     }
 
+    /// What may follow now, made at once: for when a step has come to nothing.
+    pub fn allowed(&self) -> Option<Allowed> {
+        let job = self.job(&[])?;
+        let allowed = job.samples(&mut *lock(&self.state).constraint);
+        allowed.ok()?.into_iter().next()
+    }
+
     /// Why the last masks could not be made, if they could not.
     pub fn take_failure(&self) -> Option<Failure> {
         lock(&self.state).failure.take()

@@ -21,6 +21,7 @@ mod prefault;
 mod run;
 mod scheduler;
 mod sequence;
+mod states;
 
 pub use crate::models::{SamplingParams, TokenMask};
 pub use constraint::{Constraint, Next};
@@ -91,11 +92,13 @@ pub struct EngineOptions {
     pub proposer: Option<NgramProposer>,
     /// Log a line of figures for every ten seconds of work.
     pub log_stats: bool,
+    /// Whose the lines in the log are, where there are several engines.
+    pub name: Option<String>,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { max_waiting: defaults::MAX_WAITING, prefix_caching: true, proposer: None, log_stats: true }
+        Self { max_waiting: defaults::MAX_WAITING, prefix_caching: true, proposer: None, log_stats: true, name: None }
     }
 }
 

@@ -88,6 +88,8 @@ struct Worker<R> {
     outcomes: Vec<Outcome>,
     mask_threads: MaskThreads,
     log: Log,
+    /// Begins the lines in the log, where there are several engines.
+    label: String,
     /// Prompt tokens computed so far.
     computed_prompt: u64,
     prefault: Prefault,
@@ -123,6 +125,7 @@ impl<R: Runner> Worker<R> {
             outcomes: Vec::new(),
             mask_threads: MaskThreads::default(),
             log: Log::new(options.log_stats),
+            label: options.name.as_ref().map_or(String::new(), |name| format!("{name}: ")),
             computed_prompt: 0,
             prefault: Prefault::default(),
             failing: 0,
@@ -147,7 +150,7 @@ impl<R: Runner> Worker<R> {
             self.publish();
             let line = self.log.line(&self.figures.lock(), self.computed_prompt, Instant::now());
             if let Some(line) = line {
-                tracing::info!("{line}");
+                tracing::info!("{}{line}", self.label);
             }
         }
     }
@@ -265,7 +268,7 @@ impl<R: Runner> Worker<R> {
                 }
             }
             Err(panic) => {
-                tracing::error!("a step panicked: {}", panic_text(&*panic));
+                tracing::error!("{}a step panicked: {}", self.label, panic_text(&*panic));
                 let reason = beyond_repair("a step panicked");
                 self.announce(reason.clone());
                 let ids = self.scheduler.abandon();
@@ -291,7 +294,7 @@ impl<R: Runner> Worker<R> {
     /// Reports that the engine is broken: from here on nothing is computed. Called before any request is failed, so that whoever sees the failure
     /// can already see that.
     fn announce(&mut self, reason: Failure) {
-        tracing::error!("{reason}");
+        tracing::error!("{}{reason}", self.label);
         if let Some(shared) = self.shared.upgrade() {
             shared.health.fail(reason);
         }

@@ -15,6 +15,9 @@
 //! - **Speculation** ([`NgramProposer`]): while few sequences decode, their rows carry draft tokens, as far as budget and blocks are free. A
 //!   draft token is accepted when it is the very token that is sampled, so the output is that of plain decoding. Draft tokens never take
 //!   from the share of prompts that wait.
+//! - **States** ([`StatePool`](super::states::StatePool)), where layers keep a state instead of keys: a row goes on from its sequence's slot. Draft
+//!   tokens each get a slot for the state after them, and the one after the last accepted token becomes the sequence's. The prefix cache takes a
+//!   hit only where a snapshot is ([`snapshots`]).
 //! - **Constraints** ([`Constraint`](super::Constraint)): rows whose samples may not be anything bring a [`MaskJob`], and the plan goes on
 //!   without waiting for it. Tokens that a constraint forces run with the token sampled before them, in one row.
 
@@ -29,6 +32,9 @@ use super::sequence::{Sequence, SequenceId};
 use super::{Finish, Token};
 use crate::error::Failure;
 use crate::models::{Logprobs, Output, Plan, Row, Shape};
+use snapshots::Saved;
+
+mod snapshots;
 
 /// Admission keeps room for so many output tokens per running sequence. More would waste memory on requests that ask for 4,096 tokens and use 100.
 const RESERVED_OUTPUT: usize = 256;
@@ -67,6 +73,13 @@ pub enum Broken {
     Constraint(Failure),
 }
 
+/// `field` of the request forbids every token that its grammar allows.
+fn nothing_left(field: &'static str) -> Failure {
+    let fields = if field == "bad_words" { "'bad_words' (or 'bad_words_token_ids', 'suppress_tokens')" } else { "'min_tokens'" };
+    let message = format!("the answer cannot go on under its grammar: {fields} of this request forbids every token that may follow");
+    Failure::bad_request(field, message).code("grammar_failed")
+}
+
 /// Running totals since the start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Totals {
@@ -100,6 +113,12 @@ pub struct Scheduler {
     proposer: Option<NgramProposer>,
     /// The draft tokens of the plan in flight, one row after another.
     drafts: Vec<u32>,
+    /// Where the model keeps states: the slot of the state after each of these.
+    draft_slots: Vec<u32>,
+    /// The snapshots that the plan in flight makes, one row after another.
+    saved: Vec<Saved>,
+    /// Slots to be copied in this plan, `(from, to)`.
+    copies: Vec<(u32, u32)>,
     /// The cached blocks of the sequence being admitted; kept between steps for its memory.
     path: Vec<u32>,
     /// Prompts by index with the tokens each gets in this step; kept for its memory too.
@@ -112,7 +131,10 @@ impl Scheduler {
         Self {
             proposer,
             drafts: Vec::new(),
-            pool: BlockPool::new(shape.blocks, shape.block_size, prefix_caching),
+            draft_slots: Vec::new(),
+            saved: Vec::new(),
+            copies: Vec::new(),
+            pool: BlockPool::new(shape.blocks, shape.block_size, prefix_caching).with_states(shape.state_slots),
             waiting: VecDeque::new(),
             running: Vec::with_capacity(shape.max_num_seqs),
             in_flight: Vec::with_capacity(shape.max_num_seqs),
@@ -173,8 +195,14 @@ impl Scheduler {
 
     fn release(&mut self, index: usize) -> Sequence {
         let mut sequence = self.running.remove(index);
-        self.pool.release(&std::mem::take(&mut sequence.blocks));
+        Self::free(&mut self.pool, &mut sequence);
         sequence
+    }
+
+    /// Gives back all that a sequence holds.
+    fn free(pool: &mut BlockPool, sequence: &mut Sequence) {
+        pool.release(&std::mem::take(&mut sequence.blocks));
+        sequence.state.take().into_iter().for_each(|slot| pool.states.give_back(slot));
     }
 
     /// Fills `plan` with the next step; false when there is nothing to do. `plan` must be empty of rows by the time of [`Self::settle`].
@@ -193,6 +221,7 @@ impl Scheduler {
             self.admit();
             self.plan_prompts(plan, budget, before);
         }
+        plan.states.copies.append(&mut self.copies);
         !plan.rows.is_empty()
     }
 
@@ -255,6 +284,7 @@ impl Scheduler {
             let room = sequence.blocks.len() * self.shape.block_size - sequence.tokens.len();
             self.drafts.truncate(first + room);
         }
+        self.take_draft_slots(first);
         self.drafts.len() - first
     }
 
@@ -306,17 +336,21 @@ impl Scheduler {
             // The last token is always computed, because its logits are wanted.
             let known = if sequence.may_use_cache() { sequence.tokens.len() - 1 } else { 0 };
             self.pool.lookup(&sequence.tokens[..known], &mut path);
-            if self.soon_cached(sequence, path.len()) {
+            let matching = path.len();
+            path.truncate(self.with_snapshot(&path));
+            if self.soon_cached(at, path.len()) {
                 at += 1;
                 continue;
             }
+            let sequence = &self.waiting[at];
             let missing = sequence.tokens.len().div_ceil(self.shape.block_size) - path.len();
             // A sequence that runs alone needs no reserve, because no other can take its blocks.
             let reserved = match self.running.as_slice() {
                 [] => 0,
                 running => running.iter().chain([sequence]).map(|sequence| self.reserve(sequence)).sum(),
             };
-            if self.pool.available() < self.pool.idle_among(&path) + missing + reserved {
+            let has_state = self.pool.states.is_empty() || self.pool.states.available() > 0;
+            if !has_state || self.pool.available() < self.pool.idle_among(&path) + missing + reserved {
                 break;
             }
             let Some(mut sequence) = self.waiting.remove(at) else { break };
@@ -327,6 +361,7 @@ impl Scheduler {
             sequence.blocks = Arc::new(blocks);
             sequence.cached = path.len();
             sequence.computed = path.len() * self.shape.block_size;
+            self.give_state(&mut sequence, matching, path.last().copied());
             if !std::mem::replace(&mut sequence.started, true) {
                 self.started.push((sequence.id, sequence.computed));
                 if self.pool.caching() && sequence.may_use_cache() {
@@ -339,12 +374,16 @@ impl Scheduler {
         self.path = path;
     }
 
-    /// Whether the block after the first `hits` ones of a waiting sequence is being computed for a running one.
-    fn soon_cached(&self, sequence: &Sequence, hits: usize) -> bool {
-        let (from, to) = (hits * self.shape.block_size, (hits + 1) * self.shape.block_size);
+    /// Whether the block after the first `hits` ones of the waiting sequence `at` is being computed for a running one.
+    fn soon_cached(&mut self, at: usize, hits: usize) -> bool {
+        let (sequence, size) = (&self.waiting[at], self.shape.block_size);
+        let (from, to) = (hits * size, (hits + 1) * size);
         // The last token is left out, as in the lookup.
         if !self.pool.caching() || !sequence.may_use_cache() || to >= sequence.tokens.len() {
             return false;
+        }
+        if !self.pool.states.is_empty() {
+            return self.soon_snapshot(at, hits);
         }
         self.running.iter().any(|other| {
             let ahead = other.computed < to && to <= other.tokens.len();
@@ -387,6 +426,7 @@ impl Scheduler {
         plan.positions.extend(from as u32..to as u32);
         plan.slots.extend((from..to).map(|position| sequence.blocks[position / size] * size as u32 + (position % size) as u32));
         self.in_flight.push(InFlight { id: sequence.id, len, draft_len });
+        self.plan_states(index, len, draft_len, plan);
     }
 
     /// Takes in the results of the last plan and writes what they mean for each sequence into `outcomes`. Sequences that have finished leave;
@@ -406,6 +446,7 @@ impl Scheduler {
             drafts: &self.drafts,
         };
         let mut in_flight = std::mem::take(&mut self.in_flight);
+        let mut states = snapshots::InFlightStates { slots: self.draft_slots.drain(..), saved: self.saved.drain(..).peekable() };
         // Most rows are in the order of the running sequences.
         let mut next = 0;
         for row in in_flight.drain(..) {
@@ -415,6 +456,7 @@ impl Scheduler {
             };
             let Some(index) = index else { continue };
             next = index + 1;
+            let before = self.running[index].computed;
             let sequence = &mut self.running[index];
             let Settled { broken, failure, accepted } = results.settle(sequence, row, outcomes);
             if let Some(accepted) = accepted {
@@ -426,14 +468,15 @@ impl Scheduler {
             if broken {
                 let suppressed = sequence.is_constrained() || !sequence.sampling().suppressed.is_empty();
                 let no_token = || Broken::NoToken { suppressed };
-                let failure = failure.or_else(|| sequence.constraint_failure());
+                let exhausted = || sequence.exhausted_by().map(nothing_left);
+                let failure = failure.or_else(|| sequence.constraint_failure()).or_else(exhausted);
                 self.broken.push((row.id, failure.map_or_else(no_token, Broken::Constraint)));
             } else {
                 Self::cache(&mut self.pool, sequence, self.shape.block_size);
             }
+            snapshots::settle(&mut self.pool, sequence, self.shape.block_size, &mut states, (before, row));
             if broken || finished {
-                let sequence = self.running.remove(index);
-                self.pool.release(&sequence.blocks);
+                Self::free(&mut self.pool, &mut self.running.remove(index));
                 next = index;
             }
         }
@@ -462,6 +505,8 @@ impl Scheduler {
     /// Removes the sequences of the last plan, which has failed. Returns their ids.
     pub fn abandon(&mut self) -> Vec<SequenceId> {
         let ids: Vec<_> = self.in_flight.drain(..).map(|row| row.id).collect();
+        let slots = self.draft_slots.drain(..).chain(self.saved.drain(..).map(|saved| saved.slot));
+        slots.for_each(|slot| self.pool.states.give_back(slot));
         ids.iter().for_each(|id| self.remove(*id));
         ids
     }
@@ -470,6 +515,7 @@ impl Scheduler {
     /// and every running sequence has room for its tokens.
     pub fn check_invariants(&self) {
         self.pool.check_invariants(self.running.iter().map(|sequence| sequence.blocks.as_slice()));
+        self.pool.states.check_invariants(self.running.iter().filter_map(|sequence| sequence.state));
         assert!(self.running.len() <= self.shape.max_num_seqs, "too many sequences");
         assert!(
             self.waiting.iter().all(|sequence| sequence.blocks.is_empty() && sequence.computed == 0),

@@ -6,7 +6,7 @@ use super::constraint::{Constrained, MaskJob, Next};
 use super::ngram::Acceptance;
 use super::{Finish, Request};
 use crate::error::Failure;
-use crate::models::{Logprobs, LogprobsSpec, SamplingMetadata, SamplingParams, Score, TokenCounts};
+use crate::models::{Allowed, Logprobs, LogprobsSpec, SamplingMetadata, SamplingParams, Score, TokenCounts};
 
 /// The engine's own number for a sequence.
 pub type SequenceId = u64;
@@ -24,6 +24,12 @@ pub struct Sequence {
     pub blocks: Arc<Vec<u32>>,
     /// This many blocks, from the first on, are full, computed, and known to the prefix cache.
     pub cached: usize,
+    /// The slot of its state after the computed tokens, where the model keeps one.
+    pub state: Option<u32>,
+    /// The ends of blocks, counted in blocks, at which its state is to be kept for others.
+    pub snapshots: Vec<usize>,
+    /// The block of its answer that has the latest snapshot.
+    pub answer_snapshot: Option<u32>,
     /// It has been admitted before.
     pub started: bool,
     pub acceptance: Acceptance,
@@ -58,6 +64,9 @@ impl Sequence {
             computed: 0,
             blocks: Arc::default(),
             cached: 0,
+            state: None,
+            snapshots: Vec::new(),
+            answer_snapshot: None,
             started: false,
             acceptance: Acceptance::default(),
             banned: Banned::new(&params),
@@ -103,6 +112,22 @@ impl Sequence {
     /// Why the constraint's masks of the last step could not be made, if they could not.
     pub fn constraint_failure(&self) -> Option<Failure> {
         self.constraint.as_ref()?.take_failure()
+    }
+
+    /// The field of the request that forbids every token which the constraint allows now; none where some are left.
+    pub fn exhausted_by(&self) -> Option<&'static str> {
+        let Allowed::Only(allowed) = self.constraint.as_ref()?.allowed()? else { return None };
+        let output = &self.tokens[self.prompt_len..];
+        let is_left = |suppressed: &[u32]| {
+            let mut left = allowed.clone();
+            suppressed.iter().for_each(|id| left.forbid(*id));
+            !left.is_empty()
+        };
+        if is_left(&self.banned.after(output, &self.params)) {
+            return None;
+        }
+        // Before `min_tokens` the ends are forbidden, too.
+        Some(if is_left(&self.banned.words(output, &self.params)) { "min_tokens" } else { "bad_words" })
     }
 
     /// A constraint has a say in what is sampled.
@@ -152,6 +177,8 @@ impl Sequence {
     pub fn restart(&mut self) {
         self.computed = 0;
         self.cached = 0;
+        self.snapshots.clear();
+        self.answer_snapshot = None;
         if let Some((_, known)) = &mut self.prompt_logprobs {
             known.clear();
         }
@@ -247,7 +274,16 @@ impl Banned {
 
     /// The ids that must not come after `output`.
     fn after(&self, output: &[u32], params: &SamplingParams) -> Arc<Vec<u32>> {
-        let list = if output.len() < params.min_tokens { &self.early } else { &self.always };
+        Self::with_words(if output.len() < params.min_tokens { &self.early } else { &self.always }, output, params)
+    }
+
+    /// Those of them that bad words forbid.
+    fn words(&self, output: &[u32], params: &SamplingParams) -> Arc<Vec<u32>> {
+        Self::with_words(&self.always, output, params)
+    }
+
+    /// `list`, and what would end a bad word of several tokens.
+    fn with_words(list: &Arc<Vec<u32>>, output: &[u32], params: &SamplingParams) -> Arc<Vec<u32>> {
         let last = |word: &Vec<u32>| match word.split_last() {
             Some((last, rest)) if !rest.is_empty() && output.ends_with(rest) => Some(*last),
             _ => None,

@@ -10,9 +10,11 @@ use super::ops::{
     Activation, AttentionSpec, AttentionWeights, Batch, BatchRow, Columns, Epilogue, Experts, KvShape, Linear, Norm, NormExtent, NormKind,
     Pairing, QkNorm, WeightFormat,
 };
-use super::{Backend, Footprint, MatrixSource, RowVisitor, StepLimits};
+use super::{Backend, CausalConv, Footprint, GatedDelta, HeadColumns, LatentSpec, MatrixSource, RowVisitor, StepLimits, StepStates};
 
 mod attention;
+mod conv;
+mod delta;
 mod load;
 
 pub use attention::{Bounds, Group};
@@ -32,6 +34,16 @@ pub enum Matrix {
     Tensor(Tensor),
     /// Q8_0 or Q4_K.
     Blocks(QTensor),
+}
+
+impl Matrix {
+    /// k
+    fn width(&self) -> Result<usize> {
+        match self {
+            Self::Tensor(tensor) => tensor.dim(1),
+            Self::Blocks(blocks) => blocks.shape().dims2().map(|(_, width)| width),
+        }
+    }
 }
 
 /// The rows of the operation that wrote it last.
@@ -62,6 +74,7 @@ pub struct Step {
     /// Of each rope table `[t, pairs]` in f32.
     angles: Vec<(Tensor, Tensor)>,
     rows: Vec<BatchRow>,
+    states: StepStates,
     /// How attention with a window (or without one) takes the rows, made at its first call in a step.
     groups: Vec<(Option<usize>, Vec<Group>)>,
 }
@@ -118,6 +131,8 @@ impl Backend for Candle {
     type Weight = Matrix;
     type Vector = Tensor;
     type KvCache = KvCache;
+    /// `[slots, width]`, f32
+    type State = Tensor;
 
     fn buffer(&self, _rows: usize, _width: usize) -> Result<Buffer> {
         Ok(Buffer::default())
@@ -146,6 +161,10 @@ impl Backend for Candle {
         Ok(KvCache { k: zeros()?, v: zeros()? })
     }
 
+    fn state(&self, slots: usize, width: usize) -> Result<Tensor> {
+        Tensor::zeros((slots, width), DType::F32, &self.device)
+    }
+
     fn begin(&mut self, batch: &Batch<'_>) -> Result<()> {
         let (t, device) = (batch.tokens.len(), &self.device);
         let angles = batch.ropes.iter().map(|table| {
@@ -160,6 +179,7 @@ impl Backend for Candle {
             slots: Tensor::from_slice(batch.slots, t, device)?,
             angles: angles.collect::<Result<_>>()?,
             rows: batch.rows.to_vec(),
+            states: batch.states.clone(),
             groups: Vec::new(),
         });
         Ok(())
@@ -243,6 +263,73 @@ impl Backend for Candle {
         Ok(())
     }
 
+    fn copy_states(&mut self, state: &mut Tensor) -> Result<()> {
+        let step = self.step()?;
+        step.states.check(step.rows.len(), state.dim(0)?)?;
+        for (from, to) in &step.states.copies {
+            state.slice_set(&state.narrow(0, *from as usize, 1)?.force_contiguous()?, 0, *to as usize)?;
+        }
+        Ok(())
+    }
+
+    fn causal_conv(&mut self, x: &Buffer, conv: &CausalConv<Tensor>, state: &mut Tensor, out: &mut Buffer) -> Result<()> {
+        let step = self.step()?;
+        out.tensor = Some(conv::causal_conv(x.tensor()?, conv, &step.rows, &step.states, state)?);
+        Ok(())
+    }
+
+    fn gated_delta(
+        &mut self,
+        qkv: &mut Buffer,
+        gates: &mut Buffer,
+        z: &Buffer,
+        delta: &GatedDelta<Tensor>,
+        state: &mut Tensor,
+        out: &mut Buffer,
+    ) -> Result<()> {
+        let (step, inputs) = (self.step()?, [qkv.tensor()?, gates.tensor()?, z.tensor()?]);
+        out.tensor = Some(delta::gated_delta(inputs, delta, &step.rows, &step.states, state)?);
+        Ok(())
+    }
+
+    fn linear_heads(
+        &mut self,
+        x: &Buffer,
+        columns: HeadColumns,
+        weights: &[Linear<Matrix, Tensor>],
+        _scratch: &mut [Buffer; 2],
+        out: &mut Buffer,
+    ) -> Result<()> {
+        let x = x.tensor()?;
+        let head = |(head, linear): (usize, &Linear<Matrix, Tensor>)| {
+            let input = x.narrow(1, columns.first + head * columns.stride, linear.weight.width()?)?.contiguous()?;
+            multiply(&input, &linear.weight, linear.bias.as_ref())
+        };
+        out.tensor = Some(Tensor::cat(&weights.iter().enumerate().map(head).collect::<Result<Vec<_>>>()?, 1)?);
+        Ok(())
+    }
+
+    fn latent_rows(
+        &mut self,
+        q: &Buffer,
+        absorbed: &Buffer,
+        latent: &Buffer,
+        spec: &LatentSpec,
+        norm: &Tensor,
+        out: &mut Buffer,
+    ) -> Result<()> {
+        let LatentSpec { heads, nope_dim, rope_dim, rank, eps } = *spec;
+        let (q, latent) = (q.tensor()?, latent.tensor()?);
+        let t = q.dim(0)?;
+        let rotated = q.reshape((t, heads, nope_dim + rope_dim))?.narrow(2, nope_dim, rope_dim)?;
+        let queries =
+            Tensor::cat(&[&rotated, &absorbed.tensor()?.reshape((t, heads, rank))?], 2)?.reshape((t, heads * (rope_dim + rank)))?;
+        let vector = candle_nn::ops::rms_norm(&latent.narrow(1, 0, rank)?.contiguous()?, norm, eps)?;
+        let key = Tensor::cat(&[&latent.narrow(1, rank, rope_dim)?, &vector], 1)?;
+        out.tensor = Some(Tensor::cat(&[&queries, &key, &key], 1)?);
+        Ok(())
+    }
+
     fn experts(
         &mut self,
         x: &Buffer,
@@ -292,7 +379,10 @@ impl Backend for Candle {
     }
 
     fn gate_rows(&mut self, gates: &Buffer, x: &mut Buffer) -> Result<()> {
-        x.tensor = Some(x.tensor()?.broadcast_mul(&candle_nn::ops::sigmoid(gates.tensor()?)?)?);
+        let (gates, values) = (gates.tensor()?, x.tensor()?);
+        let ((rows, width), parts) = (values.dims2()?, gates.dim(1)?);
+        let factors = candle_nn::ops::sigmoid(gates)?.reshape((rows, parts, 1))?;
+        x.tensor = Some(values.reshape((rows, parts, width / parts))?.broadcast_mul(&factors)?.reshape((rows, width))?);
         Ok(())
     }
 
@@ -359,6 +449,10 @@ fn activated(x: &Tensor, activation: Activation) -> Result<Tensor> {
         // candle's `gelu` is the approximation by tanh. In bf16 it rounds every step of it, and `1 + tanh` loses most of its bits.
         Activation::GeluTanh => x.to_dtype(DType::F32)?.gelu()?.to_dtype(x.dtype()),
         Activation::Relu2 => x.relu()?.sqr(),
+        Activation::ClampedSwiglu => {
+            let gate = x.minimum(Activation::SWIGLU_LIMIT)?;
+            gate.mul(&candle_nn::ops::sigmoid(&(&gate * f64::from(Activation::SWIGLU_ALPHA))?)?)
+        }
     }
 }
 
@@ -366,7 +460,11 @@ fn activated(x: &Tensor, activation: Activation) -> Result<Tensor> {
 fn gated(gate_up: &Tensor, activation: Activation) -> Result<Tensor> {
     let n = gate_up.dim(D::Minus1)? / 2;
     let half = |from: usize| gate_up.narrow(D::Minus1, from, n)?.contiguous();
-    activated(&half(0)?, activation)?.mul(&half(n)?)
+    let up = match activation {
+        Activation::ClampedSwiglu => (half(n)?.clamp(-Activation::SWIGLU_LIMIT, Activation::SWIGLU_LIMIT)? + 1.0)?,
+        _ => half(n)?,
+    };
+    activated(&half(0)?, activation)?.mul(&up)
 }
 
 /// The weighted sum of each token's experts.

@@ -21,15 +21,18 @@ mod cuda;
 pub mod ops;
 pub mod quantize;
 pub mod sizing;
+pub mod states;
 #[doc(hidden)]
 pub mod testing;
 #[cfg(test)]
 mod twin_tests;
 
 pub use ops::{
-    Activation, AttentionSpec, AttentionWeights, Batch, BatchRow, Columns, ComputeDtype, Epilogue, Expert, Experts, KvShape, Linear, Norm,
-    NormExtent, NormKind, Normalize, Pairing, QkNorm, QueryGrowth, Rope, RopeTable, RouterScore, RoutingSpec, WeightFormat,
+    Activation, AttentionSpec, AttentionWeights, Batch, BatchRow, Columns, ComputeDtype, Epilogue, Expert, ExpertGroups, Experts, KvShape,
+    Linear, Norm, NormExtent, NormKind, Normalize, Pairing, QkNorm, QueryGrowth, Rope, RopeTable, RouterScore, RoutingSpec, WeightFormat,
 };
+
+pub use states::{CausalConv, ConvKind, ConvSpec, DeltaSpec, GatedDelta, HeadColumns, LatentSpec, StateSave, StepStates};
 
 /// A matrix `[rows, width]` to be loaded: read row by row, by any thread.
 pub trait MatrixSource: Sync {
@@ -44,6 +47,11 @@ pub trait MatrixSource: Sync {
     fn describe(&self, row: usize) -> String;
     fn row_f32<'r>(&'r self, row: usize, reader: &'r mut Self::Reader) -> &'r [f32];
     fn row_bf16<'r>(&'r self, row: usize, reader: &'r mut Self::Reader) -> &'r [half::bf16];
+    /// The row as [`quantize::Row8`] has it, where it is stored so that this loses nothing: whole numbers with scales. `false`: it is not, and
+    /// what the buffers hold means nothing.
+    fn row_int8(&self, _row: usize, _values: &mut Vec<i8>, _scales: &mut Vec<half::f16>) -> bool {
+        false
+    }
 }
 
 /// How large a step can be: what a backend makes its own buffers for.
@@ -89,6 +97,8 @@ pub trait Backend {
     type Vector;
     /// Keys and values of one layer, in blocks.
     type KvCache;
+    /// States of one layer `[slots, width]`, in f32.
+    type State;
 
     /// A buffer for up to `rows` rows.
     fn buffer(&self, rows: usize, width: usize) -> Result<Self::Buffer>;
@@ -100,6 +110,9 @@ pub trait Backend {
 
     /// An empty cache.
     fn kv_cache(&self, shape: KvShape) -> Result<Self::KvCache>;
+
+    /// Zeros.
+    fn state(&self, slots: usize, width: usize) -> Result<Self::State>;
 
     /// Takes the inputs of a step.
     fn begin(&mut self, batch: &Batch<'_>) -> Result<()>;
@@ -145,6 +158,54 @@ pub trait Backend {
         out: &mut Self::Buffer,
     ) -> Result<()>;
 
+    /// Copies states from slot to slot as the step says ([`StepStates::copies`]). Comes before the operation that goes on from them.
+    fn copy_states(&mut self, state: &mut Self::State) -> Result<()>;
+
+    /// `out [t, channels]`: the convolution of `x [t, input width]`, each row after its state; keeps states as the step says.
+    fn causal_conv(
+        &mut self,
+        x: &Self::Buffer,
+        conv: &CausalConv<Self::Vector>,
+        state: &mut Self::State,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// `out [t, value width]`: the gated delta rule over `qkv [t, queries, keys and values]`, each row after its state; keeps states as the step says.
+    /// `gates [t, 2 · value heads]` hold what decides of corrections, then what decides of shrinking, both before their sigmoid and softplus. Each
+    /// head's result is normalized and multiplied by `z [t, value width]`. `qkv` and `gates` are used up.
+    fn gated_delta(
+        &mut self,
+        qkv: &mut Self::Buffer,
+        gates: &mut Self::Buffer,
+        z: &Self::Buffer,
+        delta: &GatedDelta<Self::Vector>,
+        state: &mut Self::State,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// `out [t, heads · w]`: a product for each head with a matrix `[w, …]` of its own. `scratch`: room for one head's inputs and its results.
+    fn linear_heads(
+        &mut self,
+        x: &Self::Buffer,
+        columns: HeadColumns,
+        weights: &[Linear<Self::Weight, Self::Vector>],
+        scratch: &mut [Self::Buffer; 2],
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// `out [t, (heads + 2) · head dim]`: the queries, the key and the value of latent attention as [`Backend::rope_and_store`] wants them.
+    /// `q [t, heads · (nope + rope)]`; `absorbed [t, heads · rank]` are its first parts times the matrices of keys; `latent [t, rank + rope]` is what
+    /// the token's key is made of, whose first part is normalized.
+    fn latent_rows(
+        &mut self,
+        q: &Self::Buffer,
+        absorbed: &Self::Buffer,
+        latent: &Self::Buffer,
+        spec: &LatentSpec,
+        norm: &Self::Vector,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+
     /// `out = Σ weight · expert(x)` over the experts that the router's logits `router [t, experts]` pick for each token; [`Epilogue::Add`] adds that.
     fn experts(
         &mut self,
@@ -169,7 +230,7 @@ pub trait Backend {
         self.scale_and_cap(x, factor, None)
     }
 
-    /// `x[i] = x[i] · sigmoid(gates[i])`, with one gate for each row.
+    /// `x = x · sigmoid(gates)`: each of a row's `n` gates is for an nth part of the row, which lie side by side.
     fn gate_rows(&mut self, gates: &Self::Buffer, x: &mut Self::Buffer) -> Result<()>;
 
     /// The index of the greatest number of each row, the lowest on ties; `None` for a row that holds something that is not finite. Columns from `width` on and
@@ -188,6 +249,10 @@ pub trait Backend {
 
     fn cache_memory(_cache: &mut Self::KvCache) -> [&mut [u8]; 2] {
         [&mut [], &mut []]
+    }
+
+    fn state_memory(_state: &mut Self::State) -> &mut [u8] {
+        &mut []
     }
 
     fn own_memory(&mut self) -> Vec<&mut [u8]> {

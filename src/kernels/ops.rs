@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use crate::StepStates;
+
 /// One sequence's part of a step.
 #[derive(Debug, Clone)]
 pub struct BatchRow {
@@ -27,6 +29,7 @@ pub struct Batch<'a> {
     pub rows: &'a [BatchRow],
     /// Every table that some layer rotates by; [`Rope::table`] is an index into it.
     pub ropes: &'a [RopeTable],
+    pub states: &'a StepStates,
 }
 
 /// The angles of one kind of rotary embedding: position · frequency.
@@ -64,6 +67,15 @@ pub enum Activation {
     GeluTanh,
     /// `max(x, 0)²`
     Relu2,
+    /// gpt-oss's: `g · sigmoid(1.702 · g)` with `g = min(x, 7)`; what it gates is `u + 1`, with `u` kept between -7 and 7.
+    ClampedSwiglu,
+}
+
+impl Activation {
+    /// Beyond it [`Activation::ClampedSwiglu`] lets nothing grow.
+    pub const SWIGLU_LIMIT: f32 = 7.0;
+    /// What stands before the sigmoid's argument in it.
+    pub const SWIGLU_ALPHA: f32 = 1.702;
 }
 
 /// What becomes of the sums of a [`linear`](super::Backend::linear).
@@ -271,6 +283,19 @@ pub struct RoutingSpec {
     pub normalize: Option<Normalize>,
     /// Weights are multiplied by it in the end.
     pub scale: f32,
+    /// Only the experts of the best groups can be picked.
+    pub groups: Option<ExpertGroups>,
+}
+
+/// Experts in groups of neighbours (DeepSeek).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExpertGroups {
+    /// The number of experts is a multiple of it.
+    pub count: usize,
+    /// Groups whose experts can be picked.
+    pub keep: usize,
+    /// A group is as good as its so many best experts together.
+    pub best: usize,
 }
 
 /// What becomes of a router's logits.
@@ -302,8 +327,9 @@ impl RoutingSpec {
             RouterScore::Sigmoid => 1.0 / (1.0 + (-logits[expert]).exp()),
         };
         let choice = |expert: usize| score(expert) + bias.map_or(0.0, |bias| bias[expert]);
+        let is_open = |expert: usize| self.groups.is_none_or(|groups| self.is_kept(groups, expert * groups.count / self.experts, &choice));
         picked.clear();
-        for expert in 0..self.experts {
+        for expert in (0..self.experts).filter(|expert| is_open(*expert)) {
             let value = choice(expert);
             let at = picked.iter().position(|(_, other)| value > *other).unwrap_or(picked.len());
             if at < self.top_k {
@@ -323,6 +349,22 @@ impl RoutingSpec {
             picked.iter_mut().for_each(|(_, weight)| *weight /= total);
         }
         picked.iter_mut().for_each(|(_, weight)| *weight *= self.scale);
+    }
+}
+
+impl RoutingSpec {
+    /// Whether fewer than so many groups as are kept are better than this one; ties go to the lower index.
+    fn is_kept(&self, groups: ExpertGroups, group: usize, choice: &impl Fn(usize) -> f32) -> bool {
+        let size = self.experts / groups.count;
+        let worth = |group: usize| {
+            let values = || (group * size..(group + 1) * size).map(choice);
+            // The nth best of a few: those that fewer than `best` others are ahead of.
+            let ahead =
+                |at: usize, value: f32| values().enumerate().filter(|(other, v)| *v > value || (*v == value && *other < at)).count();
+            values().enumerate().filter(|(at, value)| ahead(*at, *value) < groups.best).map(|(_, value)| value).sum::<f32>()
+        };
+        let own = worth(group);
+        (0..groups.count).filter(|other| (*other < group && worth(*other) >= own) || worth(*other) > own).count() < groups.keep
     }
 }
 
@@ -357,7 +399,7 @@ mod tests {
 
     #[test]
     fn routers_pick_and_weigh() {
-        let spec = RoutingSpec { experts: 4, top_k: 2, score: RouterScore::Softmax, normalize: None, scale: 1.0 };
+        let spec = RoutingSpec { experts: 4, top_k: 2, score: RouterScore::Softmax, normalize: None, scale: 1.0, groups: None };
         let logits = [1.0, 3.0, 2.0, 3.0];
         let total: f32 = logits.iter().map(|logit: &f32| logit.exp()).sum();
         // Ties go to the lower index.
@@ -368,6 +410,9 @@ mod tests {
         let top = RoutingSpec { score: RouterScore::TopKSoftmax, scale: 2.0, ..spec };
         assert!(route(top, &logits, None).iter().all(|(_, weight)| (weight - 1.0).abs() < 1e-6));
         let sigmoid = RoutingSpec { score: RouterScore::Sigmoid, top_k: 1, ..spec };
+        let grouped = RoutingSpec { groups: Some(ExpertGroups { count: 2, keep: 1, best: 2 }), ..spec };
+        let experts = |logits: &[f32]| route(grouped, logits, None).iter().map(|(expert, _)| *expert).collect::<Vec<_>>();
+        assert_eq!((experts(&[9.0, 0.0, 8.9, 8.8]), experts(&[3.0, 3.0, 3.0, 3.0])), (vec![2, 3], vec![0, 1]));
         // The bias moves the choice and not the weight.
         let picked = route(sigmoid, &logits, Some(&[9.0, 0.0, 0.0, 0.0]));
         assert_eq!(picked[0].0, 0);

@@ -9,7 +9,7 @@ use std::marker::PhantomData;
 use candle_core::{Error, Result};
 
 use super::ops::{AttentionSpec, AttentionWeights, Batch, BatchRow, Columns, Epilogue, Experts, KvShape, Linear, Norm, WeightFormat};
-use super::{Backend, Footprint, MatrixSource, RowVisitor};
+use super::{Backend, CausalConv, Footprint, GatedDelta, HeadColumns, LatentSpec, MatrixSource, RowVisitor};
 
 /// A matrix that is not there.
 #[derive(Debug, Clone, Copy)]
@@ -70,6 +70,7 @@ impl<F: Footprint> Backend for Sizing<F> {
     type Weight = Weight;
     type Vector = usize;
     type KvCache = KvShape;
+    type State = Buffer;
 
     fn buffer(&self, _rows: usize, width: usize) -> Result<Buffer> {
         Ok(Buffer { rows: 0, width })
@@ -88,6 +89,10 @@ impl<F: Footprint> Backend for Sizing<F> {
 
     fn kv_cache(&self, shape: KvShape) -> Result<KvShape> {
         Ok(shape)
+    }
+
+    fn state(&self, slots: usize, width: usize) -> Result<Buffer> {
+        Ok(Buffer { rows: slots, width })
     }
 
     fn begin(&mut self, batch: &Batch<'_>) -> Result<()> {
@@ -154,6 +159,60 @@ impl<F: Footprint> Backend for Sizing<F> {
         let bytes = self.rows.iter().map(|row| seen(row.context) * per_token).sum();
         let pairs: usize = self.rows.iter().flat_map(|row| (row.context - row.len + 1..=row.context).map(seen)).sum();
         self.count("attend", bytes, 2 * pairs * attention.q_width());
+        Ok(())
+    }
+
+    fn copy_states(&mut self, _state: &mut Buffer) -> Result<()> {
+        self.count("copy_states", 0, 0);
+        Ok(())
+    }
+
+    fn causal_conv(&mut self, x: &Buffer, conv: &CausalConv<usize>, state: &mut Buffer, out: &mut Buffer) -> Result<()> {
+        *out = Buffer { rows: x.rows, width: conv.spec.channels };
+        self.count("causal_conv", 4 * self.rows.len() * state.width, x.rows * conv.spec.channels * conv.spec.kernel);
+        Ok(())
+    }
+
+    fn gated_delta(
+        &mut self,
+        qkv: &mut Buffer,
+        _gates: &mut Buffer,
+        _z: &Buffer,
+        delta: &GatedDelta<usize>,
+        state: &mut Buffer,
+        out: &mut Buffer,
+    ) -> Result<()> {
+        *out = Buffer { rows: qkv.rows, width: delta.spec.value_width() };
+        // Every number of the state is shrunk, read, corrected and read again.
+        self.count("gated_delta", 4 * self.rows.len() * state.width, 4 * qkv.rows * state.width);
+        Ok(())
+    }
+
+    fn linear_heads(
+        &mut self,
+        x: &Buffer,
+        _columns: HeadColumns,
+        weights: &[Linear<Weight, usize>],
+        _scratch: &mut [Buffer; 2],
+        out: &mut Buffer,
+    ) -> Result<()> {
+        let sum = |of: fn(&Weight) -> usize| weights.iter().map(|linear| of(&linear.weight)).sum::<usize>();
+        *out = Buffer { rows: x.rows, width: sum(|weight| weight.rows) };
+        self.count("linear", sum(|weight| weight.bytes), x.rows * sum(|weight| weight.rows * weight.width));
+        Ok(())
+    }
+
+    fn latent_rows(
+        &mut self,
+        q: &Buffer,
+        _absorbed: &Buffer,
+        _latent: &Buffer,
+        spec: &LatentSpec,
+        _norm: &usize,
+        out: &mut Buffer,
+    ) -> Result<()> {
+        *out = Buffer { rows: q.rows, width: (spec.heads + 2) * spec.head_dim() };
+        self.count("latent_rows", 0, 0);
         Ok(())
     }
 

@@ -74,7 +74,9 @@ pub fn write<B: Backend>(backend: &mut B, rows: &[f32], width: usize) -> B::Buff
     let t = (rows.len() / width) as u32;
     let tokens: Vec<u32> = (0..t).collect();
     let row = super::BatchRow { start: 0, len: t as usize, context: t as usize, blocks: std::sync::Arc::new(vec![0]) };
-    backend.begin(&super::Batch { tokens: &tokens, positions: &tokens, slots: &tokens, rows: &[row], ropes: &[] }).unwrap();
+    backend
+        .begin(&super::Batch { tokens: &tokens, positions: &tokens, slots: &tokens, rows: &[row], ropes: &[], states: &Default::default() })
+        .unwrap();
     let table = TestMatrix::new(rows.to_vec(), width).load(backend, None, Columns::Plain);
     let mut out = backend.buffer(t as usize, width).unwrap();
     backend.embed(&table, 1.0, &mut out).unwrap();

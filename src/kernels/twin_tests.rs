@@ -82,7 +82,16 @@ impl Case<'_> {
         let everywhere: Vec<u32> = (0..all as u32).collect();
         let rows = [BatchRow { start: 0, len: all, context: all, blocks: Arc::new((0..blocks as u32).collect()) }];
         let mut qkv = write(backend, &self.earlier, self.attention.qkv_width());
-        backend.begin(&Batch { tokens: &everywhere, positions: &everywhere, slots: &everywhere, rows: &rows, ropes: self.ropes }).unwrap();
+        backend
+            .begin(&Batch {
+                tokens: &everywhere,
+                positions: &everywhere,
+                slots: &everywhere,
+                rows: &rows,
+                ropes: self.ropes,
+                states: &Default::default(),
+            })
+            .unwrap();
         backend.rope_and_store(&mut qkv, &self.attention, &weights, &mut cache).unwrap();
         cache
     }
@@ -98,7 +107,7 @@ impl Case<'_> {
     ) -> (Vec<f32>, Vec<f32>) {
         let (weights, width) = (self.weights(backend), self.attention.qkv_width());
         let mut qkv = write(backend, x, width);
-        backend.begin(&Batch { tokens: positions, positions, slots, rows, ropes: self.ropes }).unwrap();
+        backend.begin(&Batch { tokens: positions, positions, slots, rows, ropes: self.ropes, states: &Default::default() }).unwrap();
         backend.rope_and_store(&mut qkv, &self.attention, &weights, cache).unwrap();
         let mut out = backend.buffer(positions.len(), self.attention.q_width()).unwrap();
         backend.attend(&qkv, &self.attention, &weights, cache, &mut out).unwrap();
@@ -210,11 +219,13 @@ proptest! {
 
     #[test]
     fn experts(t in 1usize..24, hidden in 1usize..40, inner in 1usize..30, count in 2usize..9, top_k in 1usize..4, fn_of in 0usize..3,
-        biased in any::<bool>(), seed in any::<u64>(),
+        biased in any::<bool>(), grouped in any::<bool>(), seed in any::<u64>(),
     ) {
+        let groups = (grouped && count % 2 == 0).then_some(ExpertGroups { count: 2, keep: 1, best: 1 });
+        let top_k = if groups.is_some() { top_k.min(count / 2) } else { top_k };
         let score = [RouterScore::Softmax, RouterScore::TopKSoftmax, RouterScore::Sigmoid][fn_of];
         let normalize = biased.then_some(Normalize { epsilon: 1e-20, least: 0.0 });
-        let routing = RoutingSpec { experts: count, top_k: top_k.min(count), score, normalize, scale: 1.5 };
+        let routing = RoutingSpec { experts: count, top_k: top_k.min(count), score, normalize, scale: 1.5, groups };
         let limits = ExpertLimits { hidden, intermediate: inner, experts: count, top_k };
         let limits = StepLimits { experts: Some(limits), ..limits_of(t, hidden.max(inner).max(count)) };
         let mut ours = Cpu::new(&limits, 2, ComputeDtype::F32).unwrap();
@@ -253,7 +264,9 @@ pub(crate) fn rows_on<B: Backend>(
     let mut x = write(backend, &x_values, hidden);
     let tokens: Vec<u32> = (0..t as u32).map(|i| i * 7 % vocab as u32).collect();
     let row = BatchRow { start: 0, len: t, context: t, blocks: Arc::new(vec![0]) };
-    backend.begin(&Batch { tokens: &tokens, positions: &tokens, slots: &tokens, rows: &[row], ropes: &[] }).unwrap();
+    backend
+        .begin(&Batch { tokens: &tokens, positions: &tokens, slots: &tokens, rows: &[row], ropes: &[], states: &Default::default() })
+        .unwrap();
     let table = table.linear(backend, Columns::Plain, None);
     let mut out = backend.buffer(t, hidden).unwrap();
     backend.embed(&table.weight, 1.0, &mut out).unwrap();
@@ -271,7 +284,7 @@ pub(crate) fn rows_on<B: Backend>(
     }
     let mut inner = backend.buffer(t, 2 * half).unwrap();
     for bias in [None, Some(gate_bias.as_slice())] {
-        for activation in [Activation::Silu, Activation::GeluTanh, Activation::Relu2] {
+        for activation in [Activation::Silu, Activation::GeluTanh, Activation::Relu2, Activation::ClampedSwiglu] {
             let gated = gate_up.linear(backend, Columns::Gated, bias);
             backend.linear(&x, &gated, Epilogue::Gated(activation), &mut inner).unwrap();
             results.push(("gated", 2e-5, read(backend, &mut inner)));
@@ -303,6 +316,9 @@ pub(crate) fn rows_on<B: Backend>(
     backend.linear(&x, &gate, Epilogue::Store, &mut gates).unwrap();
     backend.gate_rows(&gates, &mut out).unwrap();
     results.push(("gated rows", 5e-5, read(backend, &mut out)));
+    let whole_row = write(backend, &x_values, hidden);
+    backend.gate_rows(&whole_row, &mut out).unwrap();
+    results.push(("gated numbers", 5e-5, read(backend, &mut out)));
     backend.scale(&mut out, 0.5).unwrap();
     results.push(("scaled", 5e-5, read(backend, &mut out)));
     results
@@ -406,4 +422,197 @@ fn what_does_not_belong_together_is_an_error() {
     assert!(backend.linear(&x, &plain, Epilogue::Gated(Activation::Silu), &mut out).is_err());
     assert!(backend.linear(&out, &plain, Epilogue::Store, &mut backend.buffer(4, 2).unwrap()).is_err(), "another width");
     assert!(backend.pick(&x, &[2], &mut out).is_err(), "a row that is not there");
+}
+
+/// An operation with a state: its inputs by position, and how it is called.
+struct Stateful<B: Backend, F> {
+    /// Each `[TEXT, width]`.
+    inputs: Vec<(Vec<f32>, usize)>,
+    state_width: usize,
+    out_width: usize,
+    run: F,
+    backend: std::marker::PhantomData<B>,
+}
+
+impl<B: Backend, F: Fn(&mut B, &mut [B::Buffer], &mut B::State, &mut B::Buffer)> Stateful<B, F> {
+    fn new(inputs: Vec<(Vec<f32>, usize)>, state_width: usize, out_width: usize, run: F) -> Self {
+        Self { inputs, state_width, out_width, run, backend: std::marker::PhantomData }
+    }
+
+    /// What it gives for steps one after another, and then for one more token behind every slot: whatever is in the slots shows there.
+    fn run(&self, backend: &mut B, steps: &[StateStep]) -> (Vec<f32>, Vec<f32>) {
+        let mut state = backend.state(StateStep::SLOTS, self.state_width).unwrap();
+        let mut one = |step: &StateStep| {
+            let (mut inputs, mut out) = step.begin(backend, &self.inputs, self.out_width);
+            backend.copy_states(&mut state).unwrap();
+            (self.run)(backend, &mut inputs, &mut state, &mut out);
+            read(backend, &mut out)
+        };
+        let all = steps.iter().flat_map(&mut one).collect();
+        (all, one(&StateStep::of_all_slots()))
+    }
+}
+
+fn convolved_on<B: Backend>(backend: &mut B, spec: ConvSpec, bias: bool, steps: &[StateStep], mut seed: u64) -> (Vec<f32>, Vec<f32>) {
+    let mut numbers = |n: usize| random(n, &mut seed);
+    let weight = backend.vector(numbers(spec.channels * spec.kernel)).unwrap();
+    let vector = backend.vector(numbers(spec.channels)).unwrap();
+    let conv = CausalConv { spec, weight, bias: bias.then_some(vector) };
+    let inputs = vec![(numbers(TEXT * spec.input_width()), spec.input_width())];
+    let run = |backend: &mut B, x: &mut [B::Buffer], state: &mut B::State, out: &mut B::Buffer| {
+        backend.causal_conv(&x[0], &conv, state, out).unwrap();
+    };
+    Stateful::new(inputs, spec.state_width(), spec.channels, run).run(backend, steps)
+}
+
+fn delta_on<B: Backend>(backend: &mut B, spec: DeltaSpec, steps: &[StateStep], mut seed: u64) -> (Vec<f32>, Vec<f32>) {
+    let mut numbers = |n: usize| random(n, &mut seed);
+    let decay = backend.vector(numbers(spec.value_heads).into_iter().map(|x| x.abs() * 3.0).collect()).unwrap();
+    let decay_bias = backend.vector(numbers(spec.value_heads)).unwrap();
+    let norm = backend.vector(numbers(spec.value_dim)).unwrap();
+    let delta = GatedDelta { spec, decay, decay_bias, norm };
+    let inputs = [spec.qkv_width(), 2 * spec.value_heads, spec.value_width()].map(|width| (numbers(TEXT * width), width)).to_vec();
+    let run = |backend: &mut B, x: &mut [B::Buffer], state: &mut B::State, out: &mut B::Buffer| {
+        let [qkv, gates, z] = x else { unreachable!() };
+        backend.gated_delta(qkv, gates, z, &delta, state, out).unwrap();
+    };
+    Stateful::new(inputs, spec.state_width(), spec.value_width(), run).run(backend, steps)
+}
+
+/// Queries, key and value of latent attention, and the products for each head around it.
+fn latent_on<B: Backend>(backend: &mut B, spec: LatentSpec, t: usize, mut seed: u64) -> [Vec<f32>; 2] {
+    let mut numbers = |n: usize| random(n, &mut seed);
+    let LatentSpec { heads, nope_dim, rope_dim, rank, .. } = spec;
+    let (q_width, norm) = (heads * (nope_dim + rope_dim), numbers(rank));
+    let matrices = (0..heads).map(|_| TestMatrix::new(numbers(rank * nope_dim), nope_dim).linear(backend, Columns::Plain, None));
+    let matrices: Vec<_> = matrices.collect();
+    let norm = backend.vector(norm).unwrap();
+    let (q, latent) = (numbers(t * q_width), numbers(t * spec.head_dim()));
+    let (q, latent) = (write(backend, &q, q_width), write(backend, &latent, spec.head_dim()));
+    let buffer = |width: usize| backend.buffer(t, width).unwrap();
+    let (mut absorbed, mut rows, mut scratch) =
+        (buffer(heads * rank), buffer((heads + 2) * spec.head_dim()), [buffer(nope_dim.max(rank)), buffer(nope_dim.max(rank))]);
+    let columns = HeadColumns { first: 0, stride: nope_dim + rope_dim };
+    backend.linear_heads(&q, columns, &matrices, &mut scratch, &mut absorbed).unwrap();
+    backend.latent_rows(&q, &absorbed, &latent, &spec, &norm, &mut rows).unwrap();
+    [read(backend, &mut absorbed), read(backend, &mut rows)]
+}
+
+/// Tokens of the one text that all sequences of these tests begin with.
+const TEXT: usize = 40;
+
+/// One step of sequences that keep states.
+struct StateStep {
+    /// Of each row the tokens before it, and its own.
+    rows: Vec<(usize, usize)>,
+    states: StepStates,
+}
+
+impl StateStep {
+    const SLOTS: usize = 8;
+
+    /// A row of one sequence, from the slot 0 on or from another; `extra` states are kept before the last one, which goes to the slot 0.
+    fn row(known: usize, len: usize, extra: &[(usize, u32)]) -> Self {
+        let mut saves: Vec<StateSave> = extra.iter().map(|(seen, slot)| StateSave { token: *seen as u32 - 1, slot: *slot }).collect();
+        saves.push(StateSave { token: len as u32 - 1, slot: 0 });
+        saves.sort_by_key(|save| save.token);
+        Self { rows: vec![(known, len)], states: StepStates { copies: vec![], slots: vec![0], saves } }
+    }
+
+    /// One more token behind the state of every slot.
+    fn of_all_slots() -> Self {
+        let slots = (0..Self::SLOTS as u32).collect();
+        Self { rows: vec![(TEXT - 1, 1); Self::SLOTS], states: StepStates { copies: vec![], slots, saves: vec![] } }
+    }
+
+    /// The step's inputs, cut from those of the text, and room for its outputs.
+    fn begin<B: Backend>(&self, backend: &mut B, inputs: &[(Vec<f32>, usize)], out: usize) -> (Vec<B::Buffer>, B::Buffer) {
+        let positions: Vec<u32> = self.rows.iter().flat_map(|(known, len)| *known as u32..(known + len) as u32).collect();
+        let (mut rows, mut start) = (Vec::new(), 0);
+        for (known, len) in &self.rows {
+            rows.push(BatchRow { start, len: *len, context: known + len, blocks: Arc::new(vec![0]) });
+            start += len;
+        }
+        let cut = |(values, width): &(Vec<f32>, usize)| {
+            let values: Vec<f32> =
+                positions.iter().flat_map(|at| &values[*at as usize * width..(*at as usize + 1) * width]).copied().collect();
+            write(backend, &values, *width)
+        };
+        let x = inputs.iter().map(cut).collect();
+        let batch = Batch { tokens: &positions, positions: &positions, slots: &positions, rows: &rows, ropes: &[], states: &self.states };
+        backend.begin(&batch).unwrap();
+        (x, backend.buffer(positions.len(), out).unwrap())
+    }
+}
+
+/// A text in one piece; in chunks of these lengths; and the last chunk copied to another slot and gone on from there.
+fn state_steps(cuts: &[usize], kept: (usize, usize)) -> [Vec<StateStep>; 3] {
+    let mut ends: Vec<usize> = cuts.iter().copied().chain([TEXT - 1]).collect();
+    ends.sort_unstable();
+    ends.dedup();
+    let starts = std::iter::once(0).chain(ends.iter().copied());
+    let pieces: Vec<(usize, usize)> = starts.zip(&ends).map(|(from, to)| (from, to - from)).filter(|(_, len)| *len > 0).collect();
+    // States inside the first piece, too, as for draft tokens and for the prefix cache.
+    let (first, second) = (kept.0.min(pieces[0].1 - 1), kept.1.min(pieces[0].1 - 1));
+    let extra: Vec<(usize, u32)> = [(first, 5), (second, 6)].into_iter().filter(|(seen, _)| *seen > 0).collect();
+    let chunks = || pieces.iter().map(|(known, len)| StateStep::row(*known, *len, if *known == 0 { &extra } else { &[] }));
+    let mut copied: Vec<StateStep> = chunks().collect();
+    for step in &mut copied[1..] {
+        // The sequence changes to the slot 3, which is another's afterwards, and back.
+        step.states.copies = vec![(0, 3), (6, 4), (3, 0), (4, 6)];
+    }
+    [vec![StateStep::row(0, TEXT - 1, &extra)], chunks().collect(), copied]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    #[test]
+    fn causal_convolutions(
+        channels in 1usize..70, kernel in 2usize..6, is_gated in any::<bool>(), bias in any::<bool>(), cuts in prop::collection::vec(1usize..TEXT, 0..6),
+        kept in (0usize..TEXT, 0usize..TEXT), seed in any::<u64>(),
+    ) {
+        let spec = ConvSpec { channels, kernel, kind: if is_gated { ConvKind::Gated } else { ConvKind::Silu } };
+        let [whole, chunks, copied] = state_steps(&cuts, kept);
+        let mut ours = Cpu::new(&limits_of(TEXT, spec.input_width()), 2, ComputeDtype::F32).unwrap();
+        let (all, states) = convolved_on(&mut ours, spec, bias, &whole, seed);
+        let theirs = convolved_on(&mut Candle::new(&Device::Cpu), spec, bias, &chunks, seed);
+        assert_close(&all, &theirs.0, 2e-5, "convolved");
+        let in_chunks = convolved_on(&mut ours, spec, bias, &chunks, seed);
+        prop_assert_eq!(&in_chunks.0, &all);
+        assert_close(&in_chunks.1, &theirs.1, 2e-5, "states");
+        prop_assert_eq!(&convolved_on(&mut ours, spec, bias, &copied, seed).0, &all);
+        if cuts.is_empty() {
+            prop_assert_eq!(&in_chunks.1, &states);
+        }
+    }
+
+    #[test]
+    fn gated_deltas(
+        key_heads in 1usize..4, group in 1usize..4, key_dim in 1usize..24, value_dim in 1usize..40, cuts in prop::collection::vec(1usize..TEXT, 0..6),
+        kept in (0usize..TEXT, 0usize..TEXT), seed in any::<u64>(),
+    ) {
+        let spec = DeltaSpec { key_heads, value_heads: key_heads * group, key_dim, value_dim, eps: 1e-5 };
+        let [whole, chunks, copied] = state_steps(&cuts, kept);
+        let mut ours = Cpu::new(&limits_of(TEXT, spec.qkv_width()), 2, ComputeDtype::F32).unwrap();
+        let (all, _) = delta_on(&mut ours, spec, &whole, seed);
+        let theirs = delta_on(&mut Candle::new(&Device::Cpu), spec, &chunks, seed);
+        assert_close(&all, &theirs.0, 1e-3, "gated delta");
+        let in_chunks = delta_on(&mut ours, spec, &chunks, seed);
+        prop_assert_eq!(&in_chunks.0, &all);
+        assert_close(&in_chunks.1, &theirs.1, 1e-3, "states");
+        prop_assert_eq!(&delta_on(&mut ours, spec, &copied, seed).0, &all);
+    }
+
+    #[test]
+    fn latent_rows(
+        heads in 1usize..6, nope_dim in 1usize..20, half_rope in 1usize..6, rank in 1usize..30, t in 1usize..20, seed in any::<u64>(),
+    ) {
+        let spec = LatentSpec { heads, nope_dim, rope_dim: 2 * half_rope, rank, eps: 1e-6 };
+        let mut ours = Cpu::new(&limits_of(t, 256), 2, ComputeDtype::F32).unwrap();
+        let ours = latent_on(&mut ours, spec, t, seed);
+        let theirs = latent_on(&mut Candle::new(&Device::Cpu), spec, t, seed);
+        assert_close(&ours[0], &theirs[0], 2e-5, "absorbed");
+        assert_close(&ours[1], &theirs[1], 2e-5, "rows");
+    }
 }

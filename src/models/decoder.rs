@@ -2,14 +2,17 @@
 
 use candle_core::Result;
 
-use crate::kernels::{AttentionSpec, AttentionWeights, Backend, Epilogue, Experts, Linear, Norm};
+use crate::kernels::{Backend, Epilogue, Experts, Linear, Norm};
 use crate::models::spec::ModelSpec;
 
 mod load;
+mod mixer;
 
 #[cfg(test)]
 pub use load::{Place, format_of};
 pub use load::{buffer_bytes, finer_formats};
+pub use mixer::LayerCache;
+use mixer::{Mixer, MixerBuffers};
 
 /// A backend's matrix product with its bias.
 type LinearOf<B> = Linear<<B as Backend>::Weight, <B as Backend>::Vector>;
@@ -28,13 +31,10 @@ pub struct Decoder<B: Backend> {
 }
 
 struct Layer<B: Backend> {
-    attention: AttentionSpec,
-    attention_weights: AttentionWeights<B::Vector>,
-    /// `[(h + 2 kv)·d, hidden]`
-    qkv: LinearOf<B>,
-    /// `[hidden, h·d]`
+    mixer: Mixer<B>,
+    /// `[hidden, output width]`; of attention `[hidden, h·d]`.
     output: LinearOf<B>,
-    attention_norms: BranchNorms<B>,
+    mixer_norms: BranchNorms<B>,
     feed_forward: FeedForward<B>,
     feed_forward_norms: BranchNorms<B>,
     /// What a branch adds to the residual stream is multiplied by it.
@@ -87,10 +87,7 @@ struct Buffers<T> {
     x: T,
     /// `[t, hidden]`
     normed: T,
-    /// `[t, (h + 2 kv)·d]`
-    qkv: T,
-    /// `[t, h·d]`
-    attended: T,
+    mixer: MixerBuffers<T>,
     /// `[t, intermediate]`
     hidden: T,
     /// `[t, hidden]`: what a branch gave, where it is normalized.
@@ -104,21 +101,19 @@ struct Buffers<T> {
 }
 
 impl<B: Backend> Decoder<B> {
-    /// Runs the tokens that the backend was begun with, writing their keys and values. Leaves the residual stream before the final norm.
-    pub fn forward(&mut self, backend: &mut B, caches: &mut [B::KvCache]) -> Result<()> {
-        let Buffers { x, normed, qkv, attended, hidden, branch, router, .. } = &mut self.buffers;
+    /// Runs the tokens that the backend was begun with, writing their keys, values and states. Leaves the residual stream before the final norm.
+    pub fn forward(&mut self, backend: &mut B, caches: &mut [LayerCache<B>]) -> Result<()> {
+        let Buffers { x, normed, mixer, hidden, branch, router, .. } = &mut self.buffers;
         backend.embed(&self.embedding.weight, self.spec.embedding_scale, x)?;
         for (layer, cache) in self.layers.iter().zip(caches) {
             let add = Epilogue::Add(layer.residual_scale);
 
-            layer.attention_norms.before(backend, x, normed)?;
-            backend.linear(normed, &layer.qkv, Epilogue::Store, qkv)?;
-            backend.rope_and_store(qkv, &layer.attention, &layer.attention_weights, cache)?;
-            backend.attend(qkv, &layer.attention, &layer.attention_weights, cache, attended)?;
-            match &layer.attention_norms.after {
-                None => backend.linear(attended, &layer.output, add, x)?,
+            layer.mixer_norms.before(backend, x, normed)?;
+            let mixed = layer.mixer.run(backend, normed, cache, mixer)?;
+            match &layer.mixer_norms.after {
+                None => backend.linear(mixed, &layer.output, add, x)?,
                 Some(norm) => {
-                    backend.linear(attended, &layer.output, Epilogue::Store, branch)?;
+                    backend.linear(mixed, &layer.output, Epilogue::Store, branch)?;
                     backend.norm_add(branch, norm, layer.residual_scale, x)?;
                 }
             }

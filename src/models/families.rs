@@ -1,6 +1,6 @@
 //! The table of families: `config.json` → what the model computes ([`ModelSpec`]) and what its tensors are called ([`TensorNames`]).
 //!
-//! A family is a row of [`dense::FAMILIES`] or [`routed::FAMILIES`]: its defaults for keys that config.json may leave out, and a function that says in what it
+//! A family is a row of [`dense::FAMILIES`], [`routed::FAMILIES`] or [`mixers::FAMILIES`]: its defaults for keys that config.json may leave out, and a function that says in what it
 //! differs from Llama. What decoders can differ in is a field of the spec, so a row holds no arithmetic of a forward pass.
 
 use serde_json::Value;
@@ -10,9 +10,12 @@ use crate::error::Failure;
 use crate::kernels::{Activation, AttentionSpec, NormExtent, NormKind, Pairing, QkNorm, Rope, RopeTable, RoutingSpec};
 use crate::models::config::Config;
 use crate::models::rope;
-use crate::models::spec::{AttentionLayer, DenseSpec, ExpertsSpec, FeedForward, LayerSpec, LongRopes, ModelSpec, NormSpec, Residual};
+use crate::models::spec::{
+    AttentionLayer, DenseSpec, ExpertsSpec, FeedForward, LayerSpec, LongRopes, Mixer, ModelSpec, NormSpec, Residual,
+};
 
 mod dense;
+mod mixers;
 mod names;
 mod routed;
 
@@ -77,7 +80,7 @@ const LLAMA: Defaults = Defaults {
 
 /// Every family that is served.
 fn families() -> impl Iterator<Item = &'static Family> {
-    dense::FAMILIES.iter().chain(routed::FAMILIES)
+    dense::FAMILIES.iter().chain(routed::FAMILIES).chain(mixers::FAMILIES)
 }
 
 /// The `model_type`s that are served.
@@ -127,12 +130,16 @@ impl Model {
 
     /// Changes the attention of every layer.
     fn attention(&mut self, change: impl Fn(&mut AttentionSpec)) {
-        self.spec.layers.iter_mut().for_each(|layer| change(&mut layer.attention.spec));
+        self.attention_layers().for_each(|layer| change(&mut layer.spec));
+    }
+
+    fn attention_layers(&mut self) -> impl Iterator<Item = &mut AttentionLayer> {
+        self.spec.layers.iter_mut().filter_map(LayerSpec::attention_mut)
     }
 
     fn biases(&mut self, qkv: bool, output: bool, feed_forward: bool) {
+        self.attention_layers().for_each(|layer| (layer.qkv_bias, layer.output_bias) = (qkv, output));
         for layer in &mut self.spec.layers {
-            (layer.attention.qkv_bias, layer.attention.output_bias) = (qkv, output);
             if let FeedForward::Dense(dense) = &mut layer.feed_forward {
                 dense.bias = feed_forward;
             }
@@ -178,9 +185,9 @@ impl Model {
 
     /// Layers without a rotation.
     fn without_rope(&mut self, is_without: impl Fn(usize, &AttentionSpec) -> bool) {
-        for (index, layer) in self.spec.layers.iter_mut().enumerate() {
-            if is_without(index, &layer.attention.spec) {
-                layer.attention.spec.rope = None;
+        for (index, layer) in self.attention_layers().enumerate() {
+            if is_without(index, &layer.spec) {
+                layer.spec.rope = None;
             }
         }
     }
@@ -192,7 +199,7 @@ impl Model {
         }
         let ropes = &mut self.spec.ropes;
         for (layer, theta) in self.spec.layers.iter_mut().zip(thetas) {
-            let attention = &mut layer.attention.spec;
+            let Some(AttentionLayer { spec: attention, .. }) = layer.attention_mut() else { continue };
             let Some(rope) = attention.rope.filter(|_| *theta > 0.0) else {
                 attention.rope = None;
                 continue;
@@ -246,7 +253,8 @@ impl Model {
         for (index, layer) in self.spec.layers.iter_mut().enumerate().filter(|(index, _)| is_routed(*index)) {
             let FeedForward::Dense(dense) = &layer.feed_forward else { return Err(format!("layer {index} has experts already")) };
             let shared = shared.map(|intermediate| DenseSpec { intermediate, ..dense.clone() });
-            let spec = ExpertsSpec { routing, choice_bias, intermediate, activation: dense.activation, shared, shared_gate };
+            let (activation, bias, router_bias) = (dense.activation, false, false);
+            let spec = ExpertsSpec { routing, choice_bias, intermediate, activation, bias, router_bias, shared, shared_gate };
             layer.feed_forward = FeedForward::Experts(spec);
         }
         Ok(())
@@ -269,16 +277,15 @@ fn llama_like<'a>(config: Config<'a>, family: &'a Family) -> Result<Model, Strin
     let defaults = &family.defaults;
     let heads = config.size("num_attention_heads", None)?;
     let hidden_size = config.size("hidden_size", None)?;
-    let head_dim = config.size("head_dim", Some((hidden_size / heads.max(1)) as u64))?;
+    // Latent attention rotates a part of its own.
+    let head_dim = match config.count("qk_rope_head_dim")? {
+        Some(rotated) => rotated,
+        None => config.size("head_dim", Some((hidden_size / heads.max(1)) as u64))?,
+    };
     let kv_heads = config.size("num_key_value_heads", Some(heads as u64))?;
     let types = layer_types(config, defaults.sliding)?;
     let mut ropes = Ropes { config, defaults, types: Vec::new(), tables: Vec::new() };
-    let dense = DenseSpec {
-        intermediate: config.size("intermediate_size", None)?,
-        activation: activation(config, defaults)?,
-        gated: true,
-        bias: false,
-    };
+    let dense = DenseSpec { intermediate: dense_width(config)?, activation: activation(config, defaults)?, gated: true, bias: false };
     let mut layer = |(index, layer_type): (usize, &LayerType<'a>)| -> Result<LayerSpec, String> {
         let (kv_heads, head_dim) = heads_of_layer(config, index, layer_type, (kv_heads, head_dim))?;
         let spec = AttentionSpec {
@@ -293,9 +300,16 @@ fn llama_like<'a>(config: Config<'a>, family: &'a Family) -> Result<Model, Strin
             value_norm: None,
             query_growth: None,
         };
-        let attention = AttentionLayer { spec, qkv_bias: false, output_bias: false, sinks: false, values_are_keys: false };
+        let attention =
+            AttentionLayer { spec, qkv_bias: false, output_bias: false, sinks: false, values_are_keys: false, output_gate: false };
         let feed_forward = FeedForward::Dense(dense.clone());
-        Ok(LayerSpec { attention, feed_forward, residual: Residual::Sequential, residual_scale: 1.0, scalar: false })
+        Ok(LayerSpec {
+            mixer: Mixer::Attention(attention),
+            feed_forward,
+            residual: Residual::Sequential,
+            residual_scale: 1.0,
+            scalar: false,
+        })
     };
     let layers = types.iter().enumerate().map(&mut layer).collect::<Result<Vec<_>, _>>()?;
     let spec = ModelSpec {
@@ -319,6 +333,13 @@ fn llama_like<'a>(config: Config<'a>, family: &'a Family) -> Result<Model, Strin
         quantized: quantized(config)?,
     };
     Ok(Model { spec, names: TensorNames::LLAMA })
+}
+
+/// The inner width of dense networks.
+fn dense_width(config: Config<'_>) -> Result<usize, String> {
+    // The first releases of LFM2 called it otherwise, and where every layer has experts some do not say it at all.
+    let key = ["block_ff_dim", "intermediate_size", "moe_intermediate_size"].into_iter().find(|key| config.has(key));
+    config.size(key.unwrap_or("intermediate_size"), None)
 }
 
 /// The key/value heads and the components of a head of one layer: `common`, unless the configuration says otherwise of this layer or of those
@@ -412,15 +433,22 @@ impl<'a> Ropes<'a> {
 
     /// The tables of long contexts, in the same order, where the configuration has some.
     fn long(&self) -> Result<Option<LongRopes>, String> {
-        let mut long = LongRopes { beyond: 0, tables: Vec::new() };
+        let mut long = LongRopes { beyond: 0, longest: 0, tables: Vec::new() };
         for index in 0..self.tables.len() {
             let Some(((layer_type, head_dim), _)) = self.types.iter().find(|(_, table)| *table == index) else { continue };
             let parameters = self.config.rope_parameters(layer_type)?;
+            if rope::is_dynamic(parameters)? {
+                let (width, theta) = (self.rotated(parameters, *head_dim)?, self.theta(parameters)?);
+                let (table, longest) = rope::dynamic(parameters, width, theta, self.context()?)?;
+                (long.beyond, long.longest) = (self.context()?, longest);
+                long.tables.push(table);
+                continue;
+            }
             if !rope::is_long(parameters)? {
                 return Ok(None);
             }
             let (original, context) = (original_context(self.config, parameters)?, self.context()?);
-            long.beyond = original;
+            (long.beyond, long.longest) = (original, context);
             long.tables.push(rope::long(
                 parameters,
                 self.rotated(parameters, *head_dim)?,
@@ -542,14 +570,14 @@ mod tests {
 
     /// The base of the first table, from its second frequency.
     fn theta(spec: &ModelSpec) -> f64 {
-        let (table, width) = (&spec.ropes[0], spec.layers[0].attention.spec.head_dim as f64);
+        let (table, width) = (&spec.ropes[0], spec.layers[0].attention().unwrap().spec.head_dim as f64);
         (f64::from(table.frequencies[1]).powf(-width / 2.0)).round()
     }
 
     #[test]
     fn the_default_model_by_numbers() {
         let spec = Model::from_config(&ernie()).unwrap().spec;
-        let attention = spec.layers[0].attention.spec;
+        let attention = spec.layers[0].attention().unwrap().spec;
         assert_eq!((attention.q_width(), attention.kv_width()), (2048, 256));
         assert_eq!(spec.parameters(), 360_748_032);
         assert_eq!(attention.rope, Some(Rope { table: 0, pairing: Pairing::Interleaved }));
@@ -564,7 +592,7 @@ mod tests {
         }
         map.insert("rope_parameters".into(), json!({"rope_theta": 10000.0, "rope_type": "default"}));
         let spec = Model::from_config(&config).unwrap().spec;
-        assert_eq!((theta(&spec), spec.layers[0].attention.spec.head_dim, spec.tied), (10000.0, 64, true));
+        assert_eq!((theta(&spec), spec.layers[0].attention().unwrap().spec.head_dim, spec.tied), (10000.0, 64, true));
     }
 
     #[test]
@@ -619,15 +647,28 @@ mod tests {
     }
 
     #[test]
+    fn dynamic_rope_is_plain_within_the_original_context() {
+        let mut config = ernie();
+        let plain = Model::from_config(&config).unwrap().spec.ropes;
+        config["rope_scaling"] = json!({"type": "dynamic", "factor": 2.0});
+        let spec = Model::from_config(&config).unwrap().spec;
+        assert_eq!((spec.max_positions, spec.longest_context()), (131_072, 262_144));
+        assert_eq!(spec.clone().for_context(131_072).ropes, plain);
+        let long = spec.for_context(131_073).ropes;
+        assert!(long[0].frequencies[0] == 1.0 && long[0].frequencies[5] < plain[0].frequencies[5], "{:?}", long[0]);
+    }
+
+    #[test]
     fn what_we_cannot_serve_is_refused_by_name() {
         for (key, value, word) in [
             ("model_type", json!("mamba"), "mamba"),
             ("hidden_act", json!("gelu"), "hidden_act \"gelu\""),
-            ("rope_scaling", json!({"rope_type": "dynamic"}), "dynamic"),
+            ("rope_scaling", json!({"rope_type": "dynamic"}), "\"factor\" is missing"),
+            ("rope_scaling", json!({"rope_type": "xpos"}), "xpos"),
             ("moe_num_experts", json!(64), "mixture"),
             ("num_key_value_heads", json!(3), "multiple"),
             ("vocab_size", json!("many"), "vocab_size"),
-            ("rope_parameters", json!({"full_attention": {"rope_type": "dynamic"}}), "dynamic"),
+            ("rope_parameters", json!({"full_attention": {"rope_type": "xpos"}}), "xpos"),
             ("rope_parameters", json!({"a": {"rope_theta": 1}, "b": {"rope_theta": 2}}), "full_attention"),
             ("rope_parameters", json!({"rope_theta": 1, "partial_rotary_factor": 1.5}), "\"partial_rotary_factor\" rotates 192 of 128"),
             // A value of the wrong type is named, and no default takes its place.

@@ -9,7 +9,7 @@ use serde_json::json;
 use super::families::Model;
 use super::runner::ModelRunner;
 use super::tensors::Tensors;
-use super::{Plan, Row, Runner, SamplingMetadata, SamplingParams};
+use super::{Plan, Row, Runner, SamplingMetadata, SamplingParams, StateSave, StepStates};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::files::{ModelFiles, Source};
 use crate::config::{DeviceChoice, EngineSettings};
@@ -172,6 +172,7 @@ pub(crate) fn chunk(ids: &[u32], from: usize, to: usize, block_size: usize) -> P
             draft_len: 0,
             score: None,
         }],
+        states: StepStates { slots: vec![0], saves: vec![StateSave { token: (to - from) as u32 - 1, slot: 0 }], ..Default::default() },
     }
 }
 
@@ -409,10 +410,13 @@ fn a_quantization_over_plain_tensors_is_told_and_packed_ones_are_refused() {
         "{warnings:?}"
     );
     check(&plain, TOLERANCE, "plain tensors");
+    // A method that cannot be read.
+    quantized["quantization_config"] = json!({"quant_method": "aqlm"});
     let packed = tiny().into_iter().filter(|tensor| tensor.name != "layers.0.mlp.down_proj.weight").collect::<Vec<_>>();
     let packed = with_tensor(&safetensors(&packed, "model.", Stored::F32), "model.layers.0.mlp.down_proj.qweight", "I32", &[2, 8], 64);
     let message = on_thread(|| load(&files_with(quantized, packed)).err().unwrap().message);
-    assert!(message.contains("down_proj.weight is missing") && message.contains("quantization_config (gptq)"), "{message}");
+    assert!(message.contains("down_proj.weight is missing") && message.contains("quantization_config (aqlm)"), "{message}");
+    assert!(message.contains("fp8, compressed-tensors, gptq, awq, mxfp4 and bitsandbytes"), "{message}");
 }
 
 #[test]
@@ -491,7 +495,9 @@ fn values_inside_the_layers<B: Backend>(mut backend: B, what: &str) {
         values[values.len() / t * (t - 1)..].to_vec()
     };
     let embedding = weights("embed_tokens").linear(&backend, Columns::Plain, None);
-    backend.begin(&Batch { tokens: &IDS, positions: &positions, slots: &positions, rows: &rows, ropes: &ropes }).unwrap();
+    backend
+        .begin(&Batch { tokens: &IDS, positions: &positions, slots: &positions, rows: &rows, ropes: &ropes, states: &Default::default() })
+        .unwrap();
     backend.embed(&embedding.weight, 1.0, &mut x).unwrap();
     for n in 0..2 {
         let what = |value: &str| format!("{what}: {value}");

@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::golden::greedy;
 use super::quality::{Comparison, logits_of};
 use super::runner::ModelRunner;
-use super::{Plan, Row};
+use super::{Plan, Row, StateSave};
 use crate::checkpoint::files::{ModelFiles, Source};
 use crate::config::{DeviceChoice, EngineSettings, Quantization};
 
@@ -17,7 +17,7 @@ const TOLERANCE: f32 = 1e-4;
 const BLOCK: usize = 4;
 
 #[derive(Deserialize)]
-pub(super) struct Golden {
+pub(crate) struct Golden {
     generator: Generator,
     pub(super) config: Value,
     pub(super) tensors: Vec<Tensor>,
@@ -82,7 +82,12 @@ impl Sequence {
 }
 
 impl Golden {
-    pub(super) fn read(family: &str) -> Self {
+    /// What is computed with a configuration, whose weights lie elsewhere.
+    pub(super) fn of(config: Value, sequences: Vec<Sequence>) -> Self {
+        Self { generator: Generator { samples: Vec::new() }, config, tensors: Vec::new(), sequences }
+    }
+
+    pub(crate) fn read(family: &str) -> Self {
         let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("handler-tests/fixtures/families");
         let golden: Self = serde_json::from_slice(&std::fs::read(folder.join(format!("{family}.json"))).unwrap()).unwrap();
         for Sample { name, index, bits } in &golden.generator.samples {
@@ -92,7 +97,7 @@ impl Golden {
         golden
     }
 
-    pub(super) fn files(&self) -> ModelFiles {
+    pub(crate) fn files(&self) -> ModelFiles {
         self.files_as(&self.config, |name| name.to_owned())
     }
 
@@ -137,6 +142,8 @@ fn add(plan: &mut Plan, ids: &[u32], from: usize, to: usize, place: usize) {
     plan.positions.extend(from as u32..to as u32);
     plan.slots.extend((from..to).map(|p| blocks[p / BLOCK] * BLOCK as u32 + (p % BLOCK) as u32));
     let (len, draft_len) = (to - from, to - from - 1);
+    plan.states.slots.push(place as u32);
+    plan.states.saves.push(StateSave { token: (start + len - 1) as u32, slot: place as u32 });
     plan.rows.push(Row { start, len, context: to, blocks: Arc::new(blocks), sampling: Some(greedy()), draft_len, score: None });
 }
 
@@ -250,7 +257,8 @@ macro_rules! families {
 }
 
 families! {
-    ernie4_5 llama llama_biases llama_yarn mistral ministral3 qwen2 qwen3 gemma gemma2 gemma3_text gemma4_text granite granite_swa phi3 phi3_longrope smollm3 seed_oss olmo2 olmo3 exaone4
-    hunyuan_v1_dense arcee nemotron cohere2 starcoder2 glm glm4
-    ernie4_5_moe qwen2_moe qwen3_moe granitemoe mellum olmoe mixtral minimax_m2 glm4_moe solar_open
+    ernie4_5 llama llama_biases llama_dynamic llama_yarn mistral ministral3 qwen2 qwen3 gemma gemma2 gemma3_text gemma4_text granite granite_swa phi3 phi3_longrope smollm3 seed_oss olmo2 olmo3 exaone4
+    hunyuan_v1_dense arcee nemotron cohere2 starcoder2 glm glm4 lfm2
+    ernie4_5_moe qwen2_moe qwen3_moe granitemoe mellum olmoe mixtral gpt_oss minimax_m2 glm4_moe solar_open lfm2_moe
+    qwen3_next qwen3_5_text qwen3_5_moe_text deepseek_v2 deepseek_v3 glm4_moe_lite
 }

@@ -157,7 +157,8 @@ fn demo_tensors() -> Vec<(String, usize, Vec<f32>)> {
     let checkpoint = Checkpoint::open(&files, None).unwrap();
     let tensors = Tensors::find(&checkpoint, &model).unwrap();
     let (spec, hidden) = (&model.spec, model.spec.hidden_size);
-    let (q, kv) = (spec.layers[0].attention.spec.q_width(), spec.layers[0].attention.spec.kv_width());
+    let attention = spec.layers[0].attention().unwrap().spec;
+    let (q, kv) = (attention.q_width(), attention.kv_width());
     let inner = spec.widest_intermediate();
     let read = |matrix: &StoredMatrix<'_>| {
         let mut tiles = Tiles::<f32>::default();

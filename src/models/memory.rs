@@ -8,13 +8,20 @@ use crate::models::spec::ModelSpec;
 use crate::models::{Shape, sample};
 
 mod host;
+mod shares;
 #[cfg(test)]
 mod tests;
 
 pub use host::{host_memory, peak_rss_mb, threads};
+pub use shares::{Demand, Share, shares};
 
 /// Rows of logits computed at a time. It bounds their memory when many tokens are sampled or scored in one step.
 pub const LOGITS_ROWS: usize = 16;
+
+/// Slots for states beyond two for each sequence.
+const SPARE_SLOTS: usize = 16;
+/// Slots that no sequence needs to run take at most this part of the free memory.
+const SPARE_SLOTS_SHARE: usize = 16;
 
 /// The kind of memory a plan is made for.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -32,6 +39,8 @@ pub struct MemoryPlan {
     pub shape: Shape,
     pub weights_bytes: usize,
     pub kv_bytes: usize,
+    /// Of the slots for states, beside the KV cache.
+    pub state_bytes: usize,
     /// The buffers of a step, allocated at the start, and the threads' buffers for sampling; 0 on a GPU, where candle allocates them.
     pub step_bytes: usize,
     pub kv_bytes_per_token: usize,
@@ -45,28 +54,26 @@ pub struct MemoryPlan {
 }
 
 impl MemoryPlan {
-    /// Decides blocks, context and batch limits for a device whose backend is `F`. `weights_bytes` is what the loaded weights take.
+    /// Decides blocks, context and batch limits for a device whose backend is `F`. `weights_bytes` is what the loaded weights take;
+    /// `share` is the model's part of the memory, where it is one of several.
     pub fn new<F: Footprint>(
         model: &ModelSpec,
         vocab_size: usize,
         weights_bytes: usize,
         memory: Memory,
         settings: &EngineSettings,
+        share: Option<Share>,
     ) -> Result<Self, Failure> {
-        let limit = model.max_positions;
-        if let Some(asked) = settings.max_model_len.filter(|asked| *asked > limit) {
+        let (limit, longest) = (model.max_positions, model.longest_context());
+        if let Some(asked) = settings.max_model_len.filter(|asked| *asked > longest) {
             return Err(Failure::internal(format!(
-                "MAX_MODEL_LEN={asked} is more than the {limit} positions this model has; lower it, or leave it unset for auto"
+                "MAX_MODEL_LEN={asked} is more than the {longest} positions this model has; lower it, or leave it unset for auto"
             )));
         }
-        let need = Need::new::<F>(model, weights_bytes, memory, settings)?;
+        let need = Need::new::<F>(model, weights_bytes, memory, settings, share)?;
         let Need { batch, block_size, block_bytes, .. } = need;
         let wanted = settings.max_model_len.unwrap_or(limit);
-        // More blocks than this cannot all be in use at once. A size that was set is kept all the same: the prefix cache uses the rest.
-        let useful = match settings.kv_cache_gb {
-            Some(_) => usize::MAX,
-            None => batch.seqs.saturating_mul(wanted.div_ceil(block_size)),
-        };
+        let useful = need.useful_blocks(limit);
         // Slots are numbered in 32 bits.
         let most = u32::MAX as usize / block_size;
         let blocks = match settings.num_blocks {
@@ -91,6 +98,7 @@ impl MemoryPlan {
             vocab_size,
             block_size,
             blocks,
+            state_slots: need.state_slots,
             max_num_seqs: batch.seqs,
             max_num_batched_tokens: batch.tokens,
             memory_bound: room < wanted,
@@ -99,13 +107,30 @@ impl MemoryPlan {
         let auto = if memory.gpu { "GPU_MEMORY_UTILIZATION, MAX_NUM_SEQS or MAX_MODEL_LEN" } else { "KV_CACHE_GB (now auto)" };
         let kv_setting = need.kv_setting().unwrap_or_else(|| auto.into());
         let kv_bytes_per_token = block_bytes / block_size;
-        Ok(Self { shape, weights_bytes, kv_bytes, step_bytes, kv_bytes_per_token, memory, kv_setting, warnings, follows: batch.follows })
+        let state_bytes = need.state_bytes();
+        let follows = batch.follows;
+        Ok(Self { shape, weights_bytes, kv_bytes, state_bytes, step_bytes, kv_bytes_per_token, memory, kv_setting, warnings, follows })
+    }
+
+    /// What a model asks for that shares the memory with others.
+    ///
+    /// # Errors
+    /// When it is too large even alone.
+    pub fn demand<F: Footprint>(
+        model: &ModelSpec,
+        weights_bytes: usize,
+        memory: Memory,
+        settings: &EngineSettings,
+    ) -> Result<Demand, Failure> {
+        let need = Need::new::<F>(model, weights_bytes, memory, settings, None)?;
+        let useful = need.useful_blocks(model.max_positions).saturating_mul(need.block_bytes);
+        Ok(Demand { fixed: need.fixed(), block: need.block_bytes, useful })
     }
 
     /// One line per purpose, for the log and `check`.
     pub fn lines(&self) -> Vec<String> {
         let s = &self.shape;
-        vec![
+        let mut lines = vec![
             format!("memory: {} of {} free", mib(self.memory.free), mib(self.memory.total)),
             format!("weights: {}", mib(self.weights_bytes)),
             format!("step buffers: {}", mib(self.step_bytes)),
@@ -123,8 +148,32 @@ impl MemoryPlan {
                 s.max_num_batched_tokens,
                 self.follows.map(|who| format!(" ({who})")).unwrap_or_default()
             ),
-        ]
+        ];
+        if let Some(each) = self.state_bytes.checked_div(s.state_slots) {
+            let (bytes, slots) = (mib(self.state_bytes), s.state_slots);
+            lines.insert(
+                4,
+                format!(
+                    "states: {bytes} = {slots} slots of {each} bytes, one for each sequence, the others for the prefix cache and drafts"
+                ),
+            );
+        }
+        lines
     }
+}
+
+/// How many bytes the KV caches may take, all models' together, beside weights and buffers of `fixed` bytes.
+fn kv_pool(memory: Memory, settings: &EngineSettings, fixed: usize) -> usize {
+    let Memory { gpu, total, free } = memory;
+    if let Some(gb) = settings.kv_cache_gb {
+        return (gb * (1u64 << 30) as f64) as usize;
+    }
+    if gpu {
+        let share = settings.gpu_memory_utilization.unwrap_or(defaults::GPU_UTILIZATION);
+        let used = total - free.min(total);
+        return ((total as f64 * share) as usize).saturating_sub(used.saturating_add(fixed));
+    }
+    (free.saturating_sub(fixed) as f64 * defaults::CPU_KV_SHARE) as usize
 }
 
 fn mib(bytes: usize) -> String {
@@ -175,14 +224,26 @@ struct Need<'a> {
     block_size: usize,
     /// Bytes of one block of the KV cache, over all layers.
     block_bytes: usize,
+    /// Where there are other models in the process.
+    share: Option<Share>,
+    /// Bytes of one sequence's states, over all layers.
+    slot_bytes: usize,
+    state_slots: usize,
 }
 
 impl<'a> Need<'a> {
-    fn new<F: Footprint>(model: &ModelSpec, weights: usize, memory: Memory, settings: &'a EngineSettings) -> Result<Self, Failure> {
+    fn new<F: Footprint>(
+        model: &ModelSpec,
+        weights: usize,
+        memory: Memory,
+        settings: &'a EngineSettings,
+        share: Option<Share>,
+    ) -> Result<Self, Failure> {
         let block_size = settings.block_size.unwrap_or(defaults::BLOCK_SIZE);
         let batch = Batch::new(memory.gpu, settings)?;
         let usual = Batch::new(memory.gpu, &EngineSettings::default())?;
-        let block_bytes = model.layers.iter().map(|layer| F::kv_block_bytes(layer.attention.spec.kv_shape(1, block_size))).sum();
+        let block_bytes = model.attentions().map(|attention| F::kv_block_bytes(attention.kv_shape(1, block_size))).sum();
+        let slot_bytes = size_of::<f32>() * model.state_width();
         let threads = threads(settings);
         let step_bytes = |tokens: usize| {
             let sampling = threads.checked_mul(sample::scratch_bytes(model.vocab_size))?;
@@ -191,27 +252,72 @@ impl<'a> Need<'a> {
         };
         let bytes_or_all = |tokens| step_bytes(tokens).unwrap_or(usize::MAX);
         let (step_bytes, usual_step_bytes) = (bytes_or_all(batch.tokens), bytes_or_all(usual.tokens.min(batch.tokens)));
-        let need = Self { settings, memory, weights, batch, step_bytes, usual_step_bytes, block_size, block_bytes };
+        let mut need = Self {
+            settings,
+            memory,
+            weights,
+            batch,
+            step_bytes,
+            usual_step_bytes,
+            block_size,
+            block_bytes,
+            slot_bytes,
+            state_slots: 0,
+            share,
+        };
+        need.state_slots = need.slots();
         // On a GPU the weights are not counted here: whether the rest is enough for a KV cache is checked when that is sized.
-        let fixed = if memory.gpu { step_bytes } else { step_bytes.saturating_add(weights) };
+        let fixed =
+            if memory.gpu { step_bytes.saturating_add(need.state_bytes()) } else { need.fixed().saturating_add(need.others_fixed()) };
         if fixed > memory.total {
             return Err(need.too_large());
         }
         Ok(need)
     }
 
+    /// Weights, states, and the step buffers where they are allocated at the start.
+    fn fixed(&self) -> usize {
+        self.weights.saturating_add(self.state_bytes()).saturating_add(if self.memory.gpu { 0 } else { self.step_bytes })
+    }
+
+    /// What other models take besides their KV caches.
+    fn others_fixed(&self) -> usize {
+        self.share.map_or(0, |share| share.others_fixed)
+    }
+
+    fn others_kv(&self) -> usize {
+        self.share.map_or(0, |share| share.others_kv)
+    }
+
+    /// More blocks than this cannot all be in use at once. A size that was set is kept all the same: the prefix cache uses the rest.
+    fn useful_blocks(&self, longest: usize) -> usize {
+        let wanted = self.settings.max_model_len.unwrap_or(longest);
+        match self.settings.kv_cache_gb {
+            Some(_) => usize::MAX,
+            None => self.batch.seqs.saturating_mul(wanted.div_ceil(self.block_size)),
+        }
+    }
+
+    /// A slot for each sequence, and for the prefix cache and drafts as many again and some more, if they take no more than a share of what is free.
+    fn slots(&self) -> usize {
+        let spare = (self.batch.seqs.saturating_mul(2)).saturating_add(SPARE_SLOTS);
+        let taken = self.weights.saturating_add(self.step_bytes).saturating_add(self.others_fixed());
+        let free = self.memory.free.saturating_sub(taken);
+        match (free / SPARE_SLOTS_SHARE).checked_div(self.slot_bytes) {
+            Some(room) => self.batch.seqs.saturating_add(spare.min(room)),
+            None => 0,
+        }
+    }
+
+    fn state_bytes(&self) -> usize {
+        self.state_slots.saturating_mul(self.slot_bytes)
+    }
+
     /// How many bytes the KV cache may take when the step buffers take `step_bytes`.
     fn kv_budget(&self, step_bytes: usize) -> usize {
-        let Memory { gpu, total, free } = self.memory;
-        if let Some(gb) = self.settings.kv_cache_gb {
-            return (gb * (1u64 << 30) as f64) as usize;
-        }
-        if gpu {
-            let share = self.settings.gpu_memory_utilization.unwrap_or(defaults::GPU_UTILIZATION);
-            let used = total - free.min(total);
-            return ((total as f64 * share) as usize).saturating_sub(used.saturating_add(self.weights));
-        }
-        (free.saturating_sub(self.weights.saturating_add(step_bytes)) as f64 * defaults::CPU_KV_SHARE) as usize
+        let step_bytes = if self.memory.gpu { 0 } else { step_bytes };
+        let alone = || kv_pool(self.memory, self.settings, self.weights.saturating_add(self.state_bytes()).saturating_add(step_bytes));
+        self.share.map_or_else(alone, |share| share.kv)
     }
 
     /// The setting that makes the step buffers larger than usual, with its value.
@@ -235,15 +341,22 @@ impl<'a> Need<'a> {
             usize::MAX => "step buffers beyond counting".into(),
             bytes => format!("step buffers of {}", mib(bytes)),
         };
-        format!("weights of {} and {step}", mib(self.weights))
+        let states = match self.state_bytes() {
+            0 => String::new(),
+            bytes => format!(", states of {} (lower MAX_NUM_SEQS for fewer)", mib(bytes)),
+        };
+        let models = self.share.map(|_| format!(", and other models of {}", mib(self.others_fixed().saturating_add(self.others_kv()))));
+        format!("weights of {}{states} and {step}{}", mib(self.weights), models.unwrap_or_default())
     }
 
     /// The error when the weights and the step buffers alone are more than all memory.
     fn too_large(&self) -> Failure {
-        let fits = self.weights.saturating_add(self.usual_step_bytes) <= self.memory.total;
+        let fits = self.weights.saturating_add(self.usual_step_bytes).saturating_add(self.others_fixed()) <= self.memory.total;
         let advice = match (self.batch_setting().filter(|_| fits), self.settings.threads) {
             (Some(setting), _) => format!("lower {setting}"),
-            (None, Some(threads)) if self.weights < self.memory.total => format!("lower THREADS={threads}"),
+            (None, Some(threads)) if self.weights.saturating_add(self.others_fixed()) < self.memory.total => {
+                format!("lower THREADS={threads}")
+            }
             (None, _) => "set QUANTIZATION=wint8 or wint4, or give it more memory".into(),
         };
         Failure::internal(format!("{} are more than the {} there is in all; {advice}", self.others(), mib(self.memory.total)))
@@ -277,15 +390,16 @@ impl<'a> Need<'a> {
     /// The bytes of the KV cache, and a warning if everything together is more than what is free now. If it is more than there is in all, that
     /// is an error: the system would end the process once the cache is filled.
     fn fits(&self, blocks: usize) -> Result<(usize, Vec<String>), Failure> {
-        let Memory { gpu, total, free } = self.memory;
-        let fixed = self.weights.saturating_add(if gpu { 0 } else { self.step_bytes });
+        let Memory { total, free, .. } = self.memory;
+        let fixed = self.fixed().saturating_add(self.others_fixed());
         let kv = blocks.saturating_mul(self.block_bytes);
-        let needed = kv.saturating_add(fixed);
+        let needed = kv.saturating_add(self.others_kv()).saturating_add(fixed);
         let setting = self.kv_setting();
         if needed > total {
             let left = total.saturating_sub(fixed);
             let most = match self.settings.num_blocks {
-                Some(_) => format!("{} blocks", left / self.block_bytes),
+                // Every model has as many, of its own size.
+                Some(_) => format!("{} blocks", left / self.block_bytes.saturating_add(self.others_kv() / blocks.max(1))),
                 None => format!("{:.1} GiB", (left as f64 / (1 << 30) as f64 * 10.0).floor() / 10.0),
             };
             return Err(Failure::internal(format!(

@@ -7,9 +7,11 @@ use std::sync::Arc;
 
 pub use crate::config::LogprobsMode;
 use crate::error::Failure;
+pub use crate::kernels::{StateSave, StepStates};
 
 pub use mask::{Allowed, PendingMasks, TokenMask};
 pub use sample::{SamplingMetadata, SamplingParams, TokenCounts};
+pub use turns::Turns;
 
 mod config;
 pub mod decoder;
@@ -17,12 +19,14 @@ pub mod device;
 pub mod families;
 mod mask;
 pub mod memory;
+pub mod prepared;
 pub mod quality;
 mod rope;
 pub mod runner;
 pub mod sample;
 pub mod spec;
 pub mod tensors;
+mod turns;
 
 /// One step for the device: which tokens to run, where their keys and values go, and which rows to sample.
 ///
@@ -36,6 +40,8 @@ pub struct Plan {
     /// KV slot each token is written to, `block * block_size + offset`, `[tokens]`.
     pub slots: Vec<u32>,
     pub rows: Vec<Row>,
+    /// Where layers that keep a state instead of keys go on from, and where they keep it; empty where a model has none.
+    pub states: StepStates,
 }
 
 impl Plan {
@@ -45,6 +51,7 @@ impl Plan {
         self.positions.clear();
         self.slots.clear();
         self.rows.clear();
+        self.states.clear();
     }
 }
 
@@ -147,6 +154,9 @@ pub struct Shape {
     pub block_size: usize,
     /// Blocks in the KV pool.
     pub blocks: usize,
+    /// Slots for the states of layers that keep no keys: at least one for each sequence of a step, the others for the prefix cache and for draft
+    /// tokens. 0 where a model has no such layers.
+    pub state_slots: usize,
     /// Most sequences in one step.
     pub max_num_seqs: usize,
     /// Most tokens in one step.
@@ -223,10 +233,12 @@ pub trait Runner {
 #[cfg(test)]
 mod golden;
 #[cfg(test)]
-mod golden_families;
+pub(crate) mod golden_families;
 #[cfg(test)]
 mod golden_files;
 #[cfg(test)]
 mod golden_gguf;
+#[cfg(test)]
+mod golden_packed;
 #[cfg(test)]
 mod golden_quantized;

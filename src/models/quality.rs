@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::error::Failure;
 use crate::models::runner::ModelRunner;
 use crate::models::sample::argmax;
-use crate::models::{Plan, Row, Runner, SamplingParams};
+use crate::models::{Plan, Row, Runner, SamplingParams, StateSave, StepStates};
 
 /// The logits after every token of a text, `[ids, vocab]`.
 pub fn logits_of(runner: &mut ModelRunner, ids: &[u32]) -> Result<Vec<Vec<f32>>, Failure> {
@@ -26,7 +26,9 @@ pub fn logits_of(runner: &mut ModelRunner, ids: &[u32]) -> Result<Vec<Vec<f32>>,
             score: None,
         };
         let positions: Vec<u32> = (from as u32..to as u32).collect();
-        logits.extend(runner.logits(&Plan { tokens: tokens.to_vec(), slots: positions.clone(), positions, rows: vec![row] })?);
+        let states =
+            StepStates { slots: vec![0], saves: vec![StateSave { token: tokens.len() as u32 - 1, slot: 0 }], ..Default::default() };
+        logits.extend(runner.logits(&Plan { tokens: tokens.to_vec(), slots: positions.clone(), positions, rows: vec![row], states })?);
     }
     Ok(logits)
 }

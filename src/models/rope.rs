@@ -22,6 +22,8 @@ pub fn table(parameters: Config<'_>, width: usize, theta: f64) -> Result<RopeTab
         "llama3" => (llama3(parameters, plain)?, 1.0),
         "yarn" => yarn(parameters, plain, width, theta)?,
         "proportional" => (proportional(parameters, width, theta)?, 1.0),
+        // Within the context that the model was trained for; see `dynamic`.
+        "dynamic" => (plain, 1.0),
         // Multimodal rotation: the positions of a text are the same in all of its sections.
         "mrope" => (plain, 1.0),
         "factors" => (divided(parameters, plain)?, 1.0),
@@ -35,6 +37,24 @@ fn kind(parameters: Config<'_>) -> Result<&str, String> {
         Some(kind) => Ok(kind),
         None => Ok(parameters.text("type")?.unwrap_or("default")),
     }
+}
+
+/// The base grows with the length of the text (NTK by length).
+pub fn is_dynamic(parameters: Config<'_>) -> Result<bool, String> {
+    Ok(kind(parameters)? == "dynamic")
+}
+
+/// The table of `dynamic` for contexts beyond the original one, and the longest context that it is for. transformers makes a new table for every
+/// length, to which keys in a cache cannot follow: as in vLLM there is one, that of the longest context.
+pub fn dynamic(parameters: Config<'_>, width: usize, theta: f64, original: usize) -> Result<(RopeTable, usize), String> {
+    let factor = needed(parameters, "factor")?;
+    if factor < 1.0 || width < 4 {
+        return Err(format!("\"factor\": {factor} is not possible for rope scaling of type \"dynamic\" of {width} components"));
+    }
+    let longest = (original as f64 * factor) as usize;
+    let growth = factor * factor - (factor - 1.0);
+    let base = theta * growth.powf(width as f64 / (width as f64 - 2.0));
+    Ok((table(Config(&serde_json::Value::Null), width, base)?, longest))
 }
 
 /// LongRoPE, which has one table for contexts up to the original one and another beyond it. `su` is its older name.
@@ -156,9 +176,22 @@ mod tests {
         assert_eq!(part.frequencies, [1.0, 0.1, 0.0, 0.0]);
     }
 
+    /// transformers' own numbers for a text of 64 tokens and for one of 256.
+    #[test]
+    fn dynamic_tables_are_those_of_the_shortest_and_the_longest_text() {
+        let parameters = json!({"rope_type": "dynamic", "factor": 4.0});
+        assert_eq!(of(parameters.clone()).unwrap().frequencies, [1.0, 0.1, 0.01, 0.001]);
+        let (long, longest) = dynamic(Config(&parameters), 8, 10_000.0, 64).unwrap();
+        assert_eq!((longest, long.factor), (256, 1.0));
+        for (got, want) in long.frequencies.iter().zip([1.0f32, 0.042_529_035, 0.001_808_718_9, 7.692_307_6e-5]) {
+            assert!((got - want).abs() < 1e-6 * want, "{got} {want}");
+        }
+        assert!(dynamic(Config(&json!({"factor": 0.5})), 8, 1e4, 64).unwrap_err().contains("\"factor\": 0.5"));
+    }
+
     #[test]
     fn what_is_not_known_is_named() {
-        assert!(of(json!({"rope_type": "dynamic"})).unwrap_err().contains("\"dynamic\""));
+        assert!(of(json!({"rope_type": "xpos"})).unwrap_err().contains("\"xpos\""));
         assert!(of(json!({"rope_type": "llama3", "factor": 8.0})).unwrap_err().contains("original_max_position_embeddings"));
         assert!(of(json!({"rope_type": "factors", "factors": [1, 0, 1, 1]})).unwrap_err().contains("4 positive numbers"));
         assert!(of(json!({"type": 5})).unwrap_err().contains("\"type\" must be a string"));

@@ -1,7 +1,7 @@
 //! The runner of real models: a plan becomes a forward pass and sampled tokens.
 
 use std::marker::PhantomData;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use candle_core::{Device, Result as TensorResult};
@@ -11,21 +11,25 @@ use crate::checkpoint::files::ModelFiles;
 use crate::config::{EngineSettings, Quantization};
 use crate::error::Failure;
 use crate::kernels::candle::Candle;
+use crate::kernels::cpu::packed::PackedStore;
 use crate::kernels::cpu::{self, Cpu};
 use crate::kernels::sizing::Operation;
 use crate::kernels::sizing::Sizing;
-use crate::kernels::{Backend, Batch, BatchRow, ComputeDtype, Footprint, StepLimits};
-use crate::models::decoder::{self, Decoder};
+use crate::kernels::{Backend, Batch, BatchRow, ComputeDtype, Footprint, StepLimits, StepStates};
+use crate::models::decoder::{self, Decoder, LayerCache};
 use crate::models::device::{check_quantized, describe, device_failure, device_memory, device_of, step_error, without_backtrace};
 use crate::models::families::Model;
-use crate::models::memory::{self, LOGITS_ROWS, MemoryPlan};
+use crate::models::memory::{self, LOGITS_ROWS, MemoryPlan, Share};
+use crate::models::prepared::PreparedCopy;
 use crate::models::sample;
 use crate::models::tensors::Tensors;
-use crate::models::{Logprobs, LogprobsSpec, Output, Plan, Runner, SamplingMetadata, Shape, StepError, Vocabulary};
+use crate::models::{Logprobs, LogprobsSpec, Output, Plan, Runner, SamplingMetadata, Shape, StepError, Turns, Vocabulary};
 
 /// One model on the device that was asked for.
 pub struct ModelRunner {
     model: Box<dyn LogitsRunner>,
+    /// Where there are others on the same processors.
+    turns: Option<Arc<Turns>>,
     /// What was loaded, for logs and reports.
     pub about: About,
 }
@@ -47,6 +51,38 @@ pub struct About {
     pub memory: Vec<String>,
 }
 
+/// What a model that is one of several in a process has with the others.
+#[derive(Debug, Clone)]
+pub struct Beside {
+    pub share: Share,
+    /// `None` on a GPU, which takes turns by itself.
+    pub turns: Option<Arc<Turns>>,
+}
+
+impl Beside {
+    /// Plans the memory of several models before any of them is loaded. The failure of one begins with its name.
+    pub fn plan(models: &[ModelFiles], settings: &EngineSettings) -> Result<Vec<Self>, Failure> {
+        let device = device_of(settings)?;
+        let memory = device_memory(&device);
+        let demand = |files: &ModelFiles| {
+            let model = Model::from_files(files)?;
+            let checkpoint = Checkpoint::open(files, model.spec.quantized.as_deref())?;
+            let tensors = Tensors::find(&checkpoint, &model)?;
+            if device.is_cpu() {
+                let weights = sized::<Cpu>(&model, &tensors, settings.quantization)?.weight_bytes;
+                MemoryPlan::demand::<Cpu>(&model.spec, weights, memory, settings)
+            } else {
+                let weights = sized::<Candle>(&model, &tensors, settings.quantization)?.weight_bytes;
+                MemoryPlan::demand::<Candle>(&model.spec, weights, memory, settings)
+            }
+        };
+        let demands = models.iter().map(|files| demand(files).map_err(|failure| failure.of(&files.name))).collect::<Result<Vec<_>, _>>()?;
+        let turns = device.is_cpu().then(Arc::<Turns>::default);
+        let beside = |share| Self { share, turns: turns.clone() };
+        Ok(memory::shares(&demands, memory, settings).into_iter().map(beside).collect())
+    }
+}
+
 impl ModelRunner {
     /// Loads the model on the calling thread, which from then on is the only one to use it (and one of the computing threads).
     /// `vocabulary` tells which ids may be sampled. It is called when the weights are loaded, so that a tokenizer can be loaded meanwhile.
@@ -55,15 +91,25 @@ impl ModelRunner {
         vocabulary: impl FnOnce() -> Result<V, Failure>,
         settings: &EngineSettings,
     ) -> Result<Self, Failure> {
+        Self::load_beside(files, vocabulary, settings, None)
+    }
+
+    /// The same for a model that is one of several.
+    pub fn load_beside<V: Into<Vocabulary>>(
+        files: &ModelFiles,
+        vocabulary: impl FnOnce() -> Result<V, Failure>,
+        settings: &EngineSettings,
+        beside: Option<Beside>,
+    ) -> Result<Self, Failure> {
         let device = device_of(settings)?;
         let ours = device.is_cpu();
-        Self::load_on(&device, ours, files, vocabulary, settings)
+        Self::load_on(&device, ours, files, vocabulary, settings, beside)
     }
 
     /// Loads the model on a CPU with candle's operations instead of our kernels: the reference that they are compared with.
     #[cfg(test)]
     pub fn load_reference(files: &ModelFiles, settings: &EngineSettings) -> Result<Self, Failure> {
-        Self::load_on(&Device::Cpu, false, files, || Ok(usize::MAX), settings)
+        Self::load_on(&Device::Cpu, false, files, || Ok(usize::MAX), settings, None)
     }
 
     /// `ours`: with the kernels for CPUs.
@@ -73,19 +119,21 @@ impl ModelRunner {
         files: &ModelFiles,
         vocabulary: impl FnOnce() -> Result<V, Failure>,
         settings: &EngineSettings,
+        beside: Option<Beside>,
     ) -> Result<Self, Failure> {
         let threads = memory::threads(settings);
         let model = Model::from_files(files)?;
         let checkpoint = Checkpoint::open(files, model.spec.quantized.as_deref())?;
-        if checkpoint.is_quantized() {
-            check_quantized(device, &format!("{}, a quantized GGUF file", files.name))?;
+        if checkpoint.is_quantized() && settings.quantization != Quantization::Unquantized {
+            check_quantized(device, &format!("{}, a quantized checkpoint (QUANTIZATION=unquantized widens it)", files.name))?;
         }
         let tensors = Tensors::find(&checkpoint, &model)?;
         tracing::debug!("checkpoint: {}", tensors.describe());
         if let Some(line) = decoder::finer_formats(settings.quantization, &model.spec) {
             tracing::warn!("{line}");
         }
-        let planned = Planned::on(device, &model, &tensors, model.spec.vocab_size, settings)?;
+        let (share, turns) = beside.map_or((None, None), |beside| (Some(beside.share), beside.turns));
+        let planned = Planned::on(device, &model, &tensors, model.spec.vocab_size, settings, share)?;
         planned.memory.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
         let limits = model.spec.step_limits(planned.memory.shape.max_num_batched_tokens, LOGITS_ROWS, planned.memory.shape.block_size);
         let about = About {
@@ -97,14 +145,19 @@ impl ModelRunner {
             memory: planned.memory.lines(),
         };
         let loading = Loading { model, tensors, vocabulary: || vocabulary().map(Into::into), plan: planned.memory, settings };
+        let pool = loading_threads(threads)?;
         let model: Box<dyn LogitsRunner> = if ours {
+            let prepared = pool.install(|| PreparedCopy::open(files, settings));
             let cpu = Cpu::new(&limits, threads, compute_dtype(settings));
             let cpu = cpu.map_err(|error| Failure::internal(format!("cannot start {threads} computing threads: {error}")))?;
-            Box::new(DeviceRunner::load(loading, cpu, &limits, threads)?)
+            let cpu = cpu.with_store(prepared.clone().map(|copy| copy as Arc<dyn PackedStore>));
+            let runner = DeviceRunner::load(loading, cpu, &limits, &pool)?;
+            prepared.into_iter().for_each(|copy| copy.finish(settings.prepared_writing));
+            Box::new(runner)
         } else {
-            Box::new(DeviceRunner::load(loading, Candle::new(device), &limits, threads)?)
+            Box::new(DeviceRunner::load(loading, Candle::new(device), &limits, &pool)?)
         };
-        Ok(Self { model, about })
+        Ok(Self { model, turns, about })
     }
 
     /// The logits `[samples, vocab]` of a plan, as the sampler would get them.
@@ -119,6 +172,7 @@ impl Runner for ModelRunner {
     }
 
     fn step(&mut self, plan: &Plan) -> Result<Output, StepError> {
+        let _turn = self.turns.as_ref().map(|turns| turns.take());
         self.model.step(plan)
     }
 
@@ -144,28 +198,42 @@ pub struct Planned {
 }
 
 impl Planned {
-    pub fn new(model: &Model, tensors: &Tensors<'_>, vocab_size: usize, settings: &EngineSettings) -> Result<Self, Failure> {
-        Self::on(&device_of(settings)?, model, tensors, vocab_size, settings)
-    }
-
-    /// Plans before anything is loaded, so that a model which cannot fit is refused at once, instead of the system ending the process later.
-    fn on(device: &Device, model: &Model, tensors: &Tensors<'_>, vocab_size: usize, settings: &EngineSettings) -> Result<Self, Failure> {
-        let device_name = describe(device, settings);
-        let memory = device_memory(device);
-        let planned = if device.is_cpu() { Self::sized::<Cpu> } else { Self::sized::<Candle> };
-        planned(device_name, memory, model, tensors, vocab_size, settings)
-    }
-
-    fn sized<F: Footprint>(
-        device: String,
-        memory: memory::Memory,
+    /// `share`: where the model is one of several.
+    pub fn new(
         model: &Model,
         tensors: &Tensors<'_>,
         vocab_size: usize,
         settings: &EngineSettings,
+        share: Option<Share>,
+    ) -> Result<Self, Failure> {
+        Self::on(&device_of(settings)?, model, tensors, vocab_size, settings, share)
+    }
+
+    /// Plans before anything is loaded, so that a model which cannot fit is refused at once, instead of the system ending the process later.
+    fn on(
+        device: &Device,
+        model: &Model,
+        tensors: &Tensors<'_>,
+        vocab_size: usize,
+        settings: &EngineSettings,
+        share: Option<Share>,
+    ) -> Result<Self, Failure> {
+        let planned = if device.is_cpu() { Self::sized::<Cpu> } else { Self::sized::<Candle> };
+        planned(device, model, tensors, vocab_size, settings, share)
+    }
+
+    fn sized<F: Footprint>(
+        device: &Device,
+        model: &Model,
+        tensors: &Tensors<'_>,
+        vocab_size: usize,
+        settings: &EngineSettings,
+        share: Option<Share>,
     ) -> Result<Self, Failure> {
         let Sized { parameters, weight_bytes, bytes_per_step, formats } = sized::<F>(model, tensors, settings.quantization)?;
-        let memory = MemoryPlan::new::<F>(&model.spec, vocab_size, weight_bytes, memory, settings)?;
+        let memory = share.map_or_else(|| device_memory(device), |share| share.memory);
+        let memory = MemoryPlan::new::<F>(&model.spec, vocab_size, weight_bytes, memory, settings, share)?;
+        let device = describe(device, settings);
         Ok(Self { device, weights: formats, parameters, bytes_per_step, memory })
     }
 }
@@ -184,9 +252,10 @@ pub(super) fn sized<F: Footprint>(model: &Model, tensors: &Tensors<'_>, quantiza
     let limits = model.spec.step_limits(1, 1, 1);
     let mut decoder = Decoder::load(model.spec.clone(), tensors, &backend, quantization, &limits)?;
     let row = BatchRow { start: 0, len: 1, context: 1, blocks: Default::default() };
-    let batch = Batch { tokens: &[0], positions: &[0], slots: &[0], rows: &[row], ropes: &model.spec.ropes };
+    let states = StepStates { slots: vec![0], ..Default::default() };
+    let batch = Batch { tokens: &[0], positions: &[0], slots: &[0], rows: &[row], ropes: &model.spec.ropes, states: &states };
     let mut run = || {
-        let mut caches = decoder.kv_caches(&backend, 1, 1)?;
+        let mut caches = decoder.caches(&backend, 1, 1, 1)?;
         backend.begin(&batch)?;
         decoder.forward(&mut backend, &mut caches)?;
         decoder.head(&mut backend, &[0])
@@ -245,7 +314,7 @@ struct Loading<'a, V> {
 struct DeviceRunner<B: Backend> {
     backend: B,
     decoder: Decoder<B>,
-    caches: Vec<B::KvCache>,
+    caches: Vec<LayerCache<B>>,
     /// The rows of the current step.
     rows: Vec<BatchRow>,
     /// The tokens whose logits are computed next, as indices into the step.
@@ -277,7 +346,7 @@ impl<B: Backend> DeviceRunner<B> {
         loading: Loading<'_, V>,
         backend: B,
         limits: &StepLimits,
-        threads: usize,
+        pool: &rayon::ThreadPool,
     ) -> Result<Self, Failure>
     where
         B: Sync,
@@ -286,13 +355,13 @@ impl<B: Backend> DeviceRunner<B> {
         let Loading { model, tensors, vocabulary, mut plan, settings } = loading;
         let spec = model.spec.for_context(plan.shape.max_model_len);
         let load = || Decoder::load(spec, &tensors, &backend, settings.quantization, limits);
-        let decoder = loading_threads(threads)?.install(load)?;
+        let decoder = pool.install(load)?;
         tensors.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
         warn_of_unused(&tensors);
         let Vocabulary { size, mut unassigned } = vocabulary()?;
         plan.shape.vocab_size = size.min(plan.shape.vocab_size);
         unassigned.retain(|id| (*id as usize) < plan.shape.vocab_size);
-        let caches = decoder.kv_caches(&backend, plan.shape.blocks, plan.shape.block_size);
+        let caches = decoder.caches(&backend, plan.shape.blocks, plan.shape.block_size, plan.shape.state_slots);
         let caches = caches.map_err(|error| {
             Failure::internal(format!("no memory for the KV cache: {}; lower {}", without_backtrace(&error), plan.kv_setting))
         })?;
@@ -326,7 +395,8 @@ impl<B: Backend> DeviceRunner<B> {
         let row = |row: &crate::models::Row| BatchRow { start: row.start, len: row.len, context: row.context, blocks: row.blocks.clone() };
         self.rows.extend(plan.rows.iter().map(row));
         let (tokens, positions, slots) = (&plan.tokens, &plan.positions, &plan.slots);
-        self.backend.begin(&Batch { tokens, positions, slots, rows: &self.rows, ropes: &self.decoder.spec.ropes })?;
+        let ropes = &self.decoder.spec.ropes;
+        self.backend.begin(&Batch { tokens, positions, slots, rows: &self.rows, ropes, states: &plan.states })?;
         let done = self.decoder.forward(&mut self.backend, &mut self.caches);
         // NOTE: lets go of the plan's block tables. As long as one is shared, a sequence that grows would have to copy it.
         self.rows.clear();
@@ -470,9 +540,12 @@ impl<B: Backend> Runner for DeviceRunner<B> {
         self.spare = output;
     }
 
-    /// The step buffers come first, then the KV cache layer by layer.
+    /// The step buffers come first, then KV cache and states layer by layer.
     fn prefault(&mut self, most: usize) -> bool {
-        let caches = self.caches.iter_mut().flat_map(B::cache_memory);
+        let caches = self.caches.iter_mut().flat_map(|cache| match cache {
+            LayerCache::Keys(cache) => B::cache_memory(cache),
+            LayerCache::States { conv, recurrence } => [B::state_memory(conv), recurrence.as_mut().map_or(&mut [], B::state_memory)],
+        });
         let buffers = self.decoder.memory().into_iter().chain(self.backend.own_memory());
         let Prefaulted { buffers: done, bytes, since } = &mut self.prefaulted;
         let mut left = most;
@@ -489,7 +562,7 @@ impl<B: Backend> Runner for DeviceRunner<B> {
         if self.plan.step_bytes == 0 {
             return false; // On a GPU memory is there when it is allocated.
         }
-        let mib = (self.plan.kv_bytes + self.plan.step_bytes) >> 20;
+        let mib = (self.plan.kv_bytes + self.plan.state_bytes + self.plan.step_bytes) >> 20;
         tracing::info!("memory: {mib} MiB of KV cache and step buffers resident, {} ms after the start", since.elapsed().as_millis());
         false
     }

@@ -2,7 +2,9 @@
 //!
 //! [`super::families`] makes a spec from a config.json, [`super::decoder`] computes with it.
 
-use crate::kernels::{Activation, AttentionSpec, ExpertLimits, NormKind, RopeTable, RoutingSpec, StepLimits};
+use crate::kernels::{
+    Activation, AttentionSpec, ConvSpec, DeltaSpec, ExpertLimits, LatentSpec, NormKind, RopeTable, RoutingSpec, StepLimits,
+};
 
 /// One model.
 #[derive(Debug, Clone, PartialEq)]
@@ -20,7 +22,7 @@ pub struct ModelSpec {
     pub layers: Vec<LayerSpec>,
     /// What layers rotate by; several where kinds of layers differ.
     pub ropes: Vec<RopeTable>,
-    /// What they rotate by instead where sequences may grow longer than the model was first trained for (LongRoPE).
+    /// What they rotate by instead where sequences may grow longer than the model was first trained for (LongRoPE, dynamic NTK).
     pub long_ropes: Option<LongRopes>,
     /// Of every norm but those of queries and keys.
     pub norm: NormSpec,
@@ -39,19 +41,62 @@ pub struct ModelSpec {
 pub struct LongRopes {
     /// Contexts above this many tokens take them.
     pub beyond: usize,
+    /// The longest context that they are for.
+    pub longest: usize,
     pub tables: Vec<RopeTable>,
 }
 
-/// One layer: attention, then a feed-forward network, each a branch beside the residual stream.
+/// One layer: a mixer, then a feed-forward network, each a branch beside the residual stream.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LayerSpec {
-    pub attention: AttentionLayer,
+    pub mixer: Mixer,
     pub feed_forward: FeedForward,
     pub residual: Residual,
     /// What a branch adds is multiplied by it.
     pub residual_scale: f32,
     /// The residual stream behind the layer is multiplied by a number that the checkpoint holds.
     pub scalar: bool,
+}
+
+/// How a layer's tokens see those before them.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Mixer {
+    Attention(AttentionLayer),
+    /// Attention over one latent vector of each token (DeepSeek).
+    Latent(LatentLayer),
+    /// A gated convolution over a few tokens (LFM2).
+    ShortConv(ShortConv),
+    /// Linear attention (Qwen 3.5).
+    GatedDelta(DeltaLayer),
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct LatentLayer {
+    /// Attention with the one head that is cached.
+    pub spec: AttentionSpec,
+    pub latent: LatentSpec,
+    /// Components of a head's value.
+    pub value_dim: usize,
+    /// Queries are made from so many numbers, which are normalized first.
+    pub query_rank: Option<usize>,
+    /// On the projections down to queries' and keys' vectors, and on the last one.
+    pub bias: bool,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct DeltaLayer {
+    pub delta: DeltaSpec,
+    /// Over queries, keys and values.
+    pub conv: ConvSpec,
+    /// Projections are stored as one tensor in which each key head's queries, keys, values and gates are side by side (Qwen 3 Next).
+    pub by_head: bool,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct ShortConv {
+    pub conv: ConvSpec,
+    /// On the convolution and both projections.
+    pub bias: bool,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -64,6 +109,8 @@ pub struct AttentionLayer {
     pub sinks: bool,
     /// Values are the keys before norm and rotation: the layer has no projection to values.
     pub values_are_keys: bool,
+    /// What attention gives is multiplied by the sigmoids of as many numbers, which are stored beside the queries, head by head.
+    pub output_gate: bool,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -89,6 +136,10 @@ pub struct ExpertsSpec {
     /// Of each expert.
     pub intermediate: usize,
     pub activation: Activation,
+    /// Each expert's projections have one.
+    pub bias: bool,
+    /// On the router's logits.
+    pub router_bias: bool,
     /// A network that every token goes through besides.
     pub shared: Option<DenseSpec>,
     /// What that network gives is multiplied by the sigmoid of one more number of the token.
@@ -128,7 +179,131 @@ impl FeedForward {
     }
 }
 
+/// Widths of a mixer's buffers.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct MixerWidths {
+    /// What attention proper or a convolution reads, or a mixer's result.
+    pub input: usize,
+    /// What attention proper or a convolution writes, or a mixer's first values.
+    pub output: usize,
+    /// Gates as wide as the result, or values between two projections.
+    pub inner: usize,
+    /// A few numbers of each token.
+    pub few: usize,
+    /// One head's inputs and results.
+    pub head: usize,
+}
+
+impl MixerWidths {
+    fn max(self, other: Self) -> Self {
+        Self {
+            input: self.input.max(other.input),
+            output: self.output.max(other.output),
+            inner: self.inner.max(other.inner),
+            few: self.few.max(other.few),
+            head: self.head.max(other.head),
+        }
+    }
+}
+
+impl Mixer {
+    pub fn widths(&self) -> MixerWidths {
+        match self {
+            Self::Attention(AttentionLayer { spec, output_gate, .. }) => MixerWidths {
+                input: spec.qkv_width(),
+                output: spec.q_width(),
+                inner: if *output_gate { spec.q_width() } else { 0 },
+                ..Default::default()
+            },
+            Self::Latent(LatentLayer { spec, latent, value_dim, query_rank, .. }) => {
+                let (heads, rank) = (latent.heads, query_rank.unwrap_or(0));
+                MixerWidths {
+                    input: spec.qkv_width().max(heads * value_dim).max(rank),
+                    output: spec.q_width().max(heads * (latent.nope_dim + latent.rope_dim)).max(heads * value_dim),
+                    inner: rank.max(heads * latent.rank),
+                    few: latent.head_dim(),
+                    head: latent.nope_dim.max(latent.rank).max(*value_dim),
+                }
+            }
+            Self::ShortConv(ShortConv { conv, .. }) => {
+                MixerWidths { input: conv.input_width(), output: conv.channels, ..Default::default() }
+            }
+            // The buffers of input and output change places.
+            Self::GatedDelta(DeltaLayer { delta, conv, .. }) => {
+                let width = conv.channels.max(delta.value_width());
+                MixerWidths { input: width, output: width, inner: delta.value_width(), few: 2 * delta.value_heads, head: 0 }
+            }
+        }
+    }
+
+    /// Width of what the last projection reads.
+    pub fn output_width(&self) -> usize {
+        match self {
+            Self::Attention(attention) => attention.spec.q_width(),
+            Self::Latent(layer) => layer.latent.heads * layer.value_dim,
+            Self::ShortConv(short) => short.conv.channels,
+            Self::GatedDelta(layer) => layer.delta.value_width(),
+        }
+    }
+
+    /// Numbers of one sequence's states, kept beside the KV cache: of a convolution, and of a recurrence.
+    pub fn state_widths(&self) -> Option<(usize, usize)> {
+        match self {
+            Self::Attention(_) | Self::Latent(_) => None,
+            Self::ShortConv(short) => Some((short.conv.state_width(), 0)),
+            Self::GatedDelta(layer) => Some((layer.conv.state_width(), layer.delta.state_width())),
+        }
+    }
+
+    /// What is cached of each token's attention.
+    pub fn attention(&self) -> Option<&AttentionSpec> {
+        match self {
+            Self::Attention(AttentionLayer { spec, .. }) | Self::Latent(LatentLayer { spec, .. }) => Some(spec),
+            Self::ShortConv(_) | Self::GatedDelta(_) => None,
+        }
+    }
+
+    /// Weights in matrices, in a model of this width.
+    fn parameters(&self, hidden: usize) -> usize {
+        let inner = match self {
+            Self::Attention(layer) => hidden * (layer.spec.qkv_width() + if layer.output_gate { layer.spec.q_width() } else { 0 }),
+            Self::Latent(LatentLayer { latent, value_dim, query_rank, .. }) => {
+                let queries = latent.heads * (latent.nope_dim + latent.rope_dim);
+                let queries = query_rank.map_or(hidden * queries, |rank| rank * (hidden + queries));
+                queries + hidden * latent.head_dim() + latent.rank * latent.heads * (latent.nope_dim + value_dim)
+            }
+            Self::ShortConv(short) => hidden * short.conv.input_width() + short.conv.channels * short.conv.kernel,
+            Self::GatedDelta(DeltaLayer { delta, conv, .. }) => {
+                hidden * (conv.channels + delta.value_width() + 2 * delta.value_heads) + conv.channels * conv.kernel
+            }
+        };
+        inner + hidden * self.output_width()
+    }
+}
+
+impl LayerSpec {
+    /// Attention with heads of its own for each query or group of queries.
+    pub fn attention(&self) -> Option<&AttentionLayer> {
+        match &self.mixer {
+            Mixer::Attention(attention) => Some(attention),
+            _ => None,
+        }
+    }
+
+    pub fn attention_mut(&mut self) -> Option<&mut AttentionLayer> {
+        match &mut self.mixer {
+            Mixer::Attention(attention) => Some(attention),
+            _ => None,
+        }
+    }
+}
+
 impl ModelSpec {
+    /// The longest context that can be asked for. Without being asked the model serves [`ModelSpec::max_positions`].
+    pub fn longest_context(&self) -> usize {
+        self.long_ropes.as_ref().map_or(0, |long| long.longest).max(self.max_positions)
+    }
+
     /// The model as it runs where sequences may have so many tokens.
     pub fn for_context(mut self, max_model_len: usize) -> Self {
         if let Some(long) = self.long_ropes.take_if(|long| max_model_len > long.beyond) {
@@ -145,7 +320,6 @@ impl ModelSpec {
 
     fn layer_parameters(&self, layer: &LayerSpec) -> usize {
         let hidden = self.hidden_size;
-        let attention = &layer.attention.spec;
         let network = |intermediate: usize, gated: bool| hidden * intermediate * if gated { 3 } else { 2 };
         let routed = match &layer.feed_forward {
             FeedForward::Dense(_) => 0,
@@ -157,7 +331,7 @@ impl ModelSpec {
             Residual::Sequential | Residual::Post => 2,
             Residual::Sandwich => 4,
         };
-        hidden * (attention.qkv_width() + attention.q_width() + norms) + dense + routed
+        layer.mixer.parameters(hidden) + hidden * norms + dense + routed
     }
 
     /// The greatest width of a dense network's inner values.
@@ -165,9 +339,27 @@ impl ModelSpec {
         self.layers.iter().filter_map(|layer| layer.feed_forward.dense()).map(|dense| dense.intermediate).max().unwrap_or(0)
     }
 
-    /// The greatest value of `width` over all layers.
-    pub fn widest_attention(&self, width: impl Fn(&AttentionSpec) -> usize) -> usize {
-        self.layers.iter().map(|layer| width(&layer.attention.spec)).max().unwrap_or(0)
+    /// The greatest widths of all layers' mixers.
+    pub fn mixer_widths(&self) -> MixerWidths {
+        self.layers.iter().map(|layer| layer.mixer.widths()).fold(MixerWidths::default(), MixerWidths::max)
+    }
+
+    /// What is cached of attention, of the layers that have it.
+    pub fn attentions(&self) -> impl Iterator<Item = &AttentionSpec> {
+        self.layers.iter().filter_map(|layer| layer.mixer.attention())
+    }
+
+    /// Widths of what queries of latent attention are made from.
+    fn query_ranks(&self) -> impl Iterator<Item = usize> {
+        self.layers.iter().filter_map(|layer| match &layer.mixer {
+            Mixer::Latent(layer) => layer.query_rank,
+            _ => None,
+        })
+    }
+
+    /// Numbers of one sequence's states, over all layers.
+    pub fn state_width(&self) -> usize {
+        self.layers.iter().filter_map(|layer| layer.mixer.state_widths()).map(|(conv, recurrent)| conv + recurrent).sum()
     }
 
     /// The greatest sizes of layers with experts.
@@ -192,15 +384,17 @@ impl ModelSpec {
     /// How large a step of so many tokens is.
     pub fn step_limits(&self, max_tokens: usize, max_logits: usize, block_size: usize) -> StepLimits {
         let mut attention: Vec<AttentionSpec> = Vec::new();
-        for layer in &self.layers {
-            if !attention.contains(&layer.attention.spec) {
-                attention.push(layer.attention.spec);
+        for spec in self.attentions() {
+            if !attention.contains(spec) {
+                attention.push(*spec);
             }
         }
         let experts = self.expert_limits();
         let widest = [
             self.hidden_size,
-            self.widest_attention(AttentionSpec::q_width),
+            self.layers.iter().map(|layer| layer.mixer.output_width()).max().unwrap_or(0),
+            self.mixer_widths().head,
+            self.query_ranks().max().unwrap_or(0),
             self.widest_intermediate(),
             experts.map_or(0, |experts| experts.intermediate),
         ];

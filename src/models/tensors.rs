@@ -1,12 +1,14 @@
 //! A model's tensors in a checkpoint: under which prefix they are, which way matrices lie, fused or in parts.
 
-use half::bf16;
+use std::ops::Range;
+
+use half::{bf16, f16};
 
 use crate::checkpoint::{Checkpoint, Slice, StoredMatrix, Tiles};
 use crate::error::Failure;
-use crate::kernels::MatrixSource;
+use crate::kernels::{Columns, MatrixSource};
 use crate::models::families::{Model, TensorNames};
-use crate::models::spec::{FeedForward, ModelSpec};
+use crate::models::spec::{AttentionLayer, FeedForward, ModelSpec};
 
 /// What stands before `embed_tokens` and `layers`.
 const PREFIXES: [&str; 5] = ["model.", "ernie.", "", "language_model.model.", "model.language_model."];
@@ -63,7 +65,7 @@ impl<'a> Tensors<'a> {
                 self.head_name()
             ));
         }
-        if let Some(method) = &spec.quantized {
+        if let Some(method) = spec.quantized.as_ref().filter(|_| self.checkpoint.packed_forms().is_none()) {
             warnings.push(format!(
                 "{model}: config.json names quantization_config ({method}), but the weights are plain numbers: they are used as they are, and the \
                  quantization is not applied"
@@ -75,13 +77,16 @@ impl<'a> Tensors<'a> {
     /// From the first layer's first matrix that is not square: a square one does not tell.
     fn is_transposed(&self, spec: &ModelSpec) -> bool {
         let (Some(layer), names) = (spec.layers.first(), &self.names) else { return false };
-        let (attention, hidden) = (&layer.attention.spec, spec.hidden_size);
-        let mut shapes = vec![
-            (names.k, attention.kv_width(), hidden),
-            (names.qkv, attention.qkv_width(), hidden),
-            (names.q, attention.q_width(), hidden),
-            (names.output, hidden, attention.q_width()),
-        ];
+        let hidden = spec.hidden_size;
+        let mut shapes = match layer.attention() {
+            Some(AttentionLayer { spec: attention, .. }) => vec![
+                (names.k, attention.kv_width(), hidden),
+                (names.qkv, attention.qkv_width(), hidden),
+                (names.q, attention.q_width(), hidden),
+                (names.output, hidden, attention.q_width()),
+            ],
+            None => Vec::new(),
+        };
         if let FeedForward::Dense(dense) = &layer.feed_forward {
             shapes.extend([(names.down, hidden, dense.intermediate), (names.gate, dense.intermediate, hidden)]);
             shapes.extend(names.gate_up.iter().map(|name| (*name, 2 * dense.intermediate, hidden)));
@@ -113,10 +118,38 @@ impl<'a> Tensors<'a> {
         if self.checkpoint.contains(&plain) { plain } else { format!("{plain}.weight") }
     }
 
-    /// The matrix `[out, input]` of one expert, `(number, experts)`, from a tensor `[experts, out, input]`.
-    pub fn stacked(&self, name: &str, (number, experts): (usize, usize), out: usize, input: usize) -> Result<StoredMatrix<'a>, Failure> {
-        let whole = Slice::whole(self.stacked_name(name), experts * out, input, false);
-        self.checkpoint.matrix(&[Slice { rows: number * out..(number + 1) * out, ..whole }])
+    /// The matrix `[out, input]` of one expert, `(number, experts)`, from a tensor `[experts, out, input]`; rows that take turns come one kind
+    /// after the other.
+    pub fn stacked(
+        &self,
+        name: &str,
+        (number, experts): (usize, usize),
+        out: usize,
+        input: usize,
+        columns: Columns,
+    ) -> Result<StoredMatrix<'a>, Failure> {
+        let (name, in_turns) = (self.stacked_name(name), self.names.stacked_in_turns);
+        let whole = if in_turns && !self.checkpoint.is_packed(&name) {
+            Slice { stack: Some((number, experts)), ..Slice::whole(name, out, input, true) }
+        } else {
+            Slice { rows: number * out..(number + 1) * out, ..Slice::whole(name, experts * out, input, false) }
+        };
+        if columns == Columns::Plain || !in_turns {
+            return self.checkpoint.matrix(&[whole]);
+        }
+        let turn = |first: usize| Slice { rows: whole.rows.start + first..whole.rows.end, step: 2, ..whole.clone() };
+        self.checkpoint.matrix(&[turn(0), turn(1)])
+    }
+
+    /// The bias `[out]` that belongs to [`Tensors::stacked`].
+    pub fn stacked_bias(&self, name: &str, (number, experts): (usize, usize), out: usize, columns: Columns) -> Result<Vec<f32>, Failure> {
+        let whole = Slice::whole(self.full(&format!("{name}_bias")), experts, out, false);
+        let values = self.checkpoint.matrix(&[Slice { rows: number..number + 1, ..whole }])?.row(0, &mut Tiles::default()).to_vec();
+        if columns == Columns::Plain || !self.names.stacked_in_turns {
+            return Ok(values);
+        }
+        let turn = |first: usize| values.iter().skip(first).step_by(2).copied();
+        Ok(turn(0).chain(turn(1)).collect())
     }
 
     /// The embedding, `[vocab, hidden]` in every layout.
@@ -134,6 +167,32 @@ impl<'a> Tensors<'a> {
     /// A vector under the prefix.
     pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, Failure> {
         self.checkpoint.vector(&self.full(name), len)
+    }
+
+    /// A tensor `[channels, 1, kernel]` with all channels of its first column first.
+    pub fn taps(&self, name: &str, channels: usize, kernel: usize) -> Result<Vec<f32>, Failure> {
+        let source = self.checkpoint.matrix(&[Slice::whole(self.full(name), channels, kernel, false)])?;
+        let (mut taps, mut reader) = (vec![0.0; channels * kernel], Reader::default());
+        for channel in 0..channels {
+            let row = MatrixSource::row_f32(&source, channel, &mut reader);
+            row.iter().enumerate().for_each(|(tap, weight)| taps[tap * channels + channel] = *weight);
+        }
+        Ok(taps)
+    }
+
+    /// A matrix of rows of several tensors: of each its name, how many rows it has in all, and which of them.
+    pub fn rows(&self, parts: &[(String, usize, Range<usize>)], input: usize) -> Result<StoredMatrix<'a>, Failure> {
+        let slice = |(name, out, rows): &(String, usize, Range<usize>)| {
+            let whole = Slice::whole(self.full(&format!("{name}.weight")), *out, input, self.transposed);
+            Slice { rows: rows.clone(), ..whole }
+        };
+        self.checkpoint.matrix(&parts.iter().map(slice).collect::<Vec<_>>())
+    }
+
+    /// Some rows of a matrix `[out, input]`, turned into columns: `[input, rows]`.
+    pub fn transposed_rows(&self, name: &str, out: usize, rows: Range<usize>, input: usize) -> Result<StoredMatrix<'a>, Failure> {
+        let whole = Slice::whole(self.full(&format!("{name}.weight")), input, out, !self.transposed);
+        self.checkpoint.matrix(&[Slice { columns: rows, ..whole }])
     }
 
     /// A matrix `[Σ out, input]` from its separate `parts`, or from one stored tensor that holds them in this order.
@@ -177,7 +236,11 @@ impl<'a> Tensors<'a> {
             let index = name.strip_prefix(&layers).and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
             index.is_some_and(|index| index >= self.layers)
         };
-        self.checkpoint.unused().into_iter().filter(|name| !name.contains("mtp_") && !is_beyond(name)).collect()
+        self.checkpoint
+            .unused()
+            .into_iter()
+            .filter(|name| !name.contains("mtp_") && !name.starts_with("mtp.") && !is_beyond(name))
+            .collect()
     }
 
     /// A line for the log.
@@ -186,7 +249,8 @@ impl<'a> Tensors<'a> {
             return format!("GGUF, {types}");
         }
         let layout = if self.transposed { "[in, out] (Paddle layout)" } else { "[out, in] (Hugging Face layout)" };
-        format!("prefix \"{}\", {layout}", self.prefix)
+        let packed = self.checkpoint.packed_forms().map_or(String::new(), |forms| format!(", {forms}"));
+        format!("prefix \"{}\", {layout}{packed}", self.prefix)
     }
 }
 
@@ -222,5 +286,9 @@ impl MatrixSource for StoredMatrix<'_> {
 
     fn row_bf16<'r>(&'r self, row: usize, reader: &'r mut Reader) -> &'r [bf16] {
         self.row(row, &mut reader.bf16)
+    }
+
+    fn row_int8(&self, row: usize, values: &mut Vec<i8>, scales: &mut Vec<f16>) -> bool {
+        StoredMatrix::row_int8(self, row, values, scales)
     }
 }

@@ -1,18 +1,15 @@
 //! API keys: stored as digests, compared in constant time. Those of `API_KEYS_FILE` are read again when the file changes.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use axum::http::{HeaderMap, header};
 use sha2::{Digest, Sha256};
 use subtle::{ConditionallySelectable, ConstantTimeEq};
 
 use super::limits::{Client, Usage};
+use super::watch::Watch;
 use crate::config::{ClientKey, ExposeSecret, KeysFile, SecretString, keys_file};
-
-/// How often the file is looked at, at most.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// The keys that open the door. None at all: the door is open.
 #[derive(Clone, Default)]
@@ -65,7 +62,7 @@ impl Keys {
 
     /// Reads the file again if it has changed since it was last looked at.
     pub async fn refresh(&self) {
-        if let Some(file) = self.file.clone().filter(|file| file.is_due()) {
+        if let Some(file) = self.file.clone().filter(|file| file.watch.is_due()) {
             // A file may lie on a network.
             if let Err(error) = tokio::task::spawn_blocking(move || file.look()).await {
                 tracing::error!("API_KEYS_FILE could not be looked at: {error}");
@@ -100,35 +97,23 @@ fn digest(text: &str) -> [u8; 32] {
 struct WatchedFile {
     path: PathBuf,
     clients: RwLock<Arc<Vec<Client>>>,
-    looked: Mutex<(Instant, keys_file::Stamp)>,
+    watch: Watch,
 }
 
 impl WatchedFile {
     fn new(file: &KeysFile) -> Self {
         let clients = file.keys.iter().map(|key| Client { key: Arc::new(key.clone()), usage: Usage::new() }).collect();
-        // What has changed since the settings were read is seen at the first look.
-        Self { path: file.path.clone(), clients: RwLock::new(Arc::new(clients)), looked: Mutex::new((Instant::now(), file.stamp)) }
+        let watch = Watch::new(vec![file.path.clone()], vec![file.stamp]);
+        Self { path: file.path.clone(), clients: RwLock::new(Arc::new(clients)), watch }
     }
 
     fn clients(&self) -> Arc<Vec<Client>> {
         self.clients.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Whether it is time for a look, which is then the caller's to take.
-    fn is_due(&self) -> bool {
-        let mut looked = self.looked.lock().unwrap_or_else(PoisonError::into_inner);
-        let due = looked.0.elapsed() >= LOOK_EVERY;
-        if due {
-            looked.0 = Instant::now();
-        }
-        due
-    }
-
     /// Takes over a file that has changed. One that is wrong changes nothing, and is told once.
     fn look(&self) {
-        let stamp = keys_file::stamp(&self.path);
-        let before = std::mem::replace(&mut self.looked.lock().unwrap_or_else(PoisonError::into_inner).1, stamp);
-        if before == stamp {
+        if !self.watch.changed() {
             return;
         }
         let path = self.path.display();

@@ -2,6 +2,7 @@
 //!
 //! A connection is *busy* from the head of a request to the end of its response; only then may it take its time. When all places are taken,
 //! a new connection gets that of the one which has been silent longest. When all are busy, some more are let in, for health checks alone.
+//! A TLS handshake counts as the beginning of a request's head.
 
 use std::collections::HashMap;
 use std::future::{Future, poll_fn};
@@ -19,11 +20,13 @@ use hyper::body::{Frame, Incoming, SizeHint};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
+use tokio_rustls::server::TlsStream;
 
+use super::tls::{Listener, Tls};
 use super::wire::Refusal;
 use crate::config::defaults;
 use crate::error::{Failure, Kind};
@@ -166,12 +169,13 @@ impl Drop for Place {
 
 /// Serves until `shutdown` completes, then stops accepting and lets running responses end, for at most `limit`.
 pub async fn serve(
-    listener: TcpListener,
+    listener: impl Into<Listener>,
     router: Router,
     limits: ConnectionLimits,
     shutdown: impl Future<Output = ()> + Send + 'static,
     limit: Duration,
 ) -> io::Result<()> {
+    let Listener { socket, tls } = listener.into();
     let places = Arc::new(Places { limits, taken: Mutex::default() });
     let (closing, closed) = watch::channel(false);
     let mut tasks = JoinSet::new();
@@ -181,7 +185,7 @@ pub async fn serve(
     loop {
         if let Some(stream) = waiting.take() {
             match places.take() {
-                Some(place) => drop(tasks.spawn(connected(stream, router.clone(), place, closed.clone()))),
+                Some(place) => drop(tasks.spawn(connected(stream, tls.clone(), router.clone(), place, closed.clone()))),
                 None => waiting = Some(stream),
             }
         }
@@ -190,13 +194,13 @@ pub async fn serve(
             Some(_) = tasks.join_next() => {}
             // A connection that falls silent does not say so.
             () = tokio::time::sleep(RETRY), if waiting.is_some() => {}
-            accepted = listener.accept(), if waiting.is_none() => match accepted {
+            accepted = socket.accept(), if waiting.is_none() => match accepted {
                 Ok((stream, _)) => waiting = Some(stream),
                 Err(error) => accept_failed(&error).await,
             },
         }
     }
-    drop((listener, waiting));
+    drop((socket, waiting));
     let _ = closing.send(true);
     let rest = async { while tasks.join_next().await.is_some() {} };
     let _ = tokio::time::timeout(limit, rest).await;
@@ -212,10 +216,28 @@ async fn accept_failed(error: &io::Error) {
     }
 }
 
-/// One connection from its first request to its end.
-async fn connected(stream: TcpStream, router: Router, place: Place, mut closed: watch::Receiver<bool>) {
+/// One connection from its beginning to its end.
+async fn connected(stream: TcpStream, tls: Option<Arc<Tls>>, router: Router, place: Place, closed: watch::Receiver<bool>) {
     // Tokens are small packets: none of them waits for the next.
     let _ = stream.set_nodelay(true);
+    let Some(tls) = tls else { return requests(stream, router, &place, closed).await };
+    if let Some(stream) = handshake(stream, &tls, &place, closed.clone()).await {
+        requests(stream, router, &place, closed).await;
+    }
+}
+
+/// The encrypted stream, unless the client does not come to terms in time, or the connection ends before.
+async fn handshake(stream: TcpStream, tls: &Arc<Tls>, place: &Place, mut closed: watch::Receiver<bool>) -> Option<TlsStream<TcpStream>> {
+    let limit = place.places.limits.header_timeout.unwrap_or(defaults::HEADER_TIMEOUT);
+    tokio::select! {
+        accepted = tls.accept(stream, limit) => accepted.inspect_err(|error| tracing::debug!("no TLS with a client: {error}")).ok(),
+        () = place.connection.evicted.notified() => None,
+        _ = closed.wait_for(|closed| *closed) => None,
+    }
+}
+
+/// The requests of one connection.
+async fn requests(stream: impl AsyncRead + AsyncWrite + Unpin, router: Router, place: &Place, mut closed: watch::Receiver<bool>) {
     let limits = &place.places.limits;
     let connection = &place.connection;
     let router = TowerToHyperService::new(router);
@@ -307,13 +329,13 @@ impl hyper::body::Body for Watched {
     }
 }
 
-/// A socket that notes when something arrives on an idle connection.
-struct Heard {
-    stream: TcpStream,
+/// A stream that notes when something arrives on an idle connection.
+struct Heard<S> {
+    stream: S,
     connection: Arc<Connection>,
 }
 
-impl AsyncRead for Heard {
+impl<S: AsyncRead + Unpin> AsyncRead for Heard<S> {
     fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         let read = Pin::new(&mut self.stream).poll_read(context, buffer);
@@ -324,7 +346,7 @@ impl AsyncRead for Heard {
     }
 }
 
-impl AsyncWrite for Heard {
+impl<S: AsyncWrite + Unpin> AsyncWrite for Heard<S> {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(context, buffer)
     }
@@ -350,6 +372,7 @@ impl AsyncWrite for Heard {
 mod tests {
     use axum::routing::get;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
     use tokio::sync::oneshot;
 
     use super::*;

@@ -27,6 +27,8 @@ mod limits;
 pub mod metrics;
 pub mod openai;
 pub mod sse;
+pub mod tls;
+mod watch;
 mod wire;
 
 #[cfg(test)]
@@ -37,6 +39,7 @@ pub use endpoint::Endpoints;
 pub use health::{Phase, Readiness};
 pub use metrics::Metrics;
 pub use openai::Door;
+pub use tls::{Listener, Tls};
 
 /// The limits of the model's requests. Asked for each one, since the model comes later than the server.
 pub type ModelLimits = Arc<dyn Fn() -> BodyLimits + Send + Sync>;
@@ -117,6 +120,11 @@ pub fn direct(door: Door, readiness: Arc<Readiness>, endpoints: Option<&Endpoint
 pub fn gateway(endpoints: &Endpoints, readiness: Arc<Readiness>, options: &ServerOptions) -> Router {
     let router = endpoints.router(options.pace).merge(endpoints.models_router(options.pace));
     finish(router.merge(health::router(readiness, &options.health_path)), options)
+}
+
+/// What workers of the local endpoint call, and nothing else.
+pub fn workers(endpoints: &Endpoints, options: &ServerOptions) -> Router {
+    finish(endpoints.workers_router().fallback(not_found), options)
 }
 
 /// The health routes alone, for a health port of its own.

@@ -67,7 +67,7 @@ impl Front {
         let body = if method == "POST" {
             let limits = (self.limits)();
             let bytes = wire::read_body(&parts.headers, body, limits.bytes).await?;
-            wire::parse_object(&parts.headers, &bytes, &limits)?
+            wire::parse_object(&parts.headers, &wire::or_empty(bytes, &path), &limits)?
         } else {
             Value::Null
         };

@@ -208,6 +208,11 @@ pub fn parse_object(headers: &HeaderMap, body: &[u8], limits: &BodyLimits) -> Re
     if value.is_object() { Ok(value) } else { Err(Failure::new(Kind::BadRequest, "The request body must be a JSON object.")) }
 }
 
+/// The body of a POST to this path; an empty object where it needs none and has none.
+pub fn or_empty(body: Bytes, path: &str) -> Bytes {
+    if body.is_empty() && routes::needs_no_body(path) { Bytes::from_static(b"{}") } else { body }
+}
+
 /// Looks whether there is a body at all. Any content type will do, except from a web page: browsers send other types without a preflight,
 /// and any page could then post to an open server.
 pub fn check_object(headers: &HeaderMap, body: &[u8]) -> Result<(), Failure> {

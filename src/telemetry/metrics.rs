@@ -123,6 +123,23 @@ impl Exposition {
         self.text
     }
 
+    /// Texts of the same metrics with other labels as one: each metric's heading once, with the lines of all below it.
+    pub fn joined(texts: &[String]) -> String {
+        let metrics = |text: &str| text.split_inclusive('\n').filter(|line| line.starts_with("# HELP ")).count();
+        debug_assert!(texts.iter().all(|text| metrics(text) == metrics(&texts[0])));
+        let mut parts: Vec<_> = texts.iter().map(|text| text.split("# HELP ").skip(1)).collect();
+        let mut joined = String::new();
+        while let Some(same) = parts.iter_mut().map(Iterator::next).collect::<Option<Vec<&str>>>().filter(|same| !same.is_empty()) {
+            joined.push_str("# HELP ");
+            for (place, part) in same.into_iter().enumerate() {
+                // The rest of a help's line, the type's line, and then the values.
+                let heading = if place == 0 { 0 } else { 2 };
+                joined.extend(part.split_inclusive('\n').skip(heading));
+            }
+        }
+        joined
+    }
+
     fn head(&mut self, name: &str, help: &str, kind: &str) {
         let prefix = &self.prefix;
         // Writing to a string does not fail.
@@ -172,6 +189,32 @@ x_time_seconds_bucket{model_name="a\"b",le="1"} 3
 x_time_seconds_bucket{model_name="a\"b",le="+Inf"} 5
 x_time_seconds_sum{model_name="a\"b"} 14.65
 x_time_seconds_count{model_name="a\"b"} 5
+"#
+        );
+    }
+
+    #[test]
+    fn texts_of_several_models_share_their_headings() {
+        let of = |model: &str| {
+            let mut text = Exposition::new("x_", &[("model_name", model)]);
+            text.counters("ended_total", "By reason.", "reason", &[("stop", 1), ("length", 2)]);
+            text.gauge("share", "A share.", 0.25);
+            text.finish()
+        };
+        assert_eq!(Exposition::joined(&[of("a")]), of("a"));
+        assert_eq!(Exposition::joined(&[]), "");
+        assert_eq!(
+            Exposition::joined(&[of("a"), of("b")]),
+            r#"# HELP x_ended_total By reason.
+# TYPE x_ended_total counter
+x_ended_total{model_name="a",reason="stop"} 1
+x_ended_total{model_name="a",reason="length"} 2
+x_ended_total{model_name="b",reason="stop"} 1
+x_ended_total{model_name="b",reason="length"} 2
+# HELP x_share A share.
+# TYPE x_share gauge
+x_share{model_name="a"} 0.25
+x_share{model_name="b"} 0.25
 "#
         );
     }

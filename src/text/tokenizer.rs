@@ -228,6 +228,12 @@ impl Tokenizer {
         })
     }
 
+    /// Some tokenizers begin every text with a space, which is none of it.
+    pub fn begins_with_space(&self) -> Result<bool, Failure> {
+        let ids = self.encode("a", Special::Text)?;
+        Ok(ids.first().and_then(|id| self.token_bytes(*id)).is_some_and(|bytes| bytes.starts_with(b" ")))
+    }
+
     /// However `text` is encoded, it has at least so many tokens. Takes a few milliseconds for ten megabytes, where encoding takes seconds.
     /// 0 where nothing can be promised.
     pub fn least_tokens(&self, text: &str) -> usize {

@@ -11,7 +11,8 @@ use crate::error::Failure;
 const MOST: usize = 1024;
 
 /// `{"prompts": [{"model", "prompt", "max_tokens"}]}` → `{"prompts": [{"fits", "tokenCount", "contextLength"}]}`. One mistake fails the call.
-pub fn token_check(served: &ServedModel, body: &Value) -> Result<Value, Failure> {
+/// `model` tells which a prompt asks for.
+pub fn token_check<'a>(model: impl Fn(&Value) -> &'a ServedModel, body: &Value) -> Result<Value, Failure> {
     let fields = Fields::new(body)?;
     let words = "a list of objects with 'model', 'prompt' and 'max_tokens'";
     let field = fields.get("prompts").ok_or_else(|| missing("prompts", format!("'prompts' is missing. It is {words}.")))?;
@@ -25,7 +26,7 @@ pub fn token_check(served: &ServedModel, body: &Value) -> Result<Value, Failure>
         if !value.is_object() {
             return Err(wrong_type(&entry, "an object with 'model', 'prompt' and 'max_tokens'"));
         }
-        check(served, value).map_err(|failure| within(failure, &entry.name))
+        check(model(value), value).map_err(|failure| within(failure, &entry.name))
     });
     Ok(json!({ "prompts": checked.collect::<Result<Vec<_>, _>>()? }))
 }

@@ -71,14 +71,8 @@ pub fn detokenize(served: &ServedModel, body: &Value) -> Result<Value, Failure> 
         }
     }
     let text = String::from_utf8_lossy(&bytes);
-    let text = if adds_a_space(&served.tokenizer)? { text.strip_prefix(' ').unwrap_or(&text) } else { &text };
+    let text = if served.tokenizer.begins_with_space()? { text.strip_prefix(' ').unwrap_or(&text) } else { &text };
     Ok(json!({"prompt": text, "content": text}))
-}
-
-/// Some tokenizers begin every text with a space, which is none of it.
-fn adds_a_space(tokenizer: &Tokenizer) -> Result<bool, Failure> {
-    let ids = tokenizer.encode("a", Special::Text)?;
-    Ok(ids.first().and_then(|id| tokenizer.token_bytes(*id)).is_some_and(|bytes| bytes.starts_with(b" ")))
 }
 
 /// The prompt that the chat template makes of `messages`: llama.cpp's form.

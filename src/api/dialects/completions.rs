@@ -7,7 +7,7 @@ use crate::api::dialects::objects::{Objects, Surface};
 use crate::api::dialects::sse::Sse;
 use crate::api::fields::{Fields, missing};
 use crate::api::logprobs::LogprobsForm;
-use crate::api::prompt::text;
+use crate::api::prompt::{infill, text};
 use crate::api::served::ServedModel;
 use crate::error::Failure;
 
@@ -18,7 +18,12 @@ pub fn read(served: &ServedModel, id: &str, body: &Value) -> Result<Prepared, Fa
     let field = fields.get("prompt").or_else(|| fields.get("prompt_token_ids"));
     let field = field.ok_or_else(|| missing("prompt", "'prompt' is missing. It is a string, a list of strings, or token ids."))?;
     let prompts = text::read(&field, served.limits.vocab_size)?;
-    let request = text::request(served, prompts, options, |text, options| text::encode(served, text, options))?;
+    let request = match infill::suffix(&fields) {
+        Some((_, suffix)) => infill::request(served, prompts, suffix, options)?,
+        None => {
+            text::request(served, prompts, options, |given, fit| text::prompt(given, fit, |text| text::encode(served, text, fit.options)))?
+        }
+    };
     let objects = Objects::new(served, id, Surface::Text, &request);
     Ok(Prepared { dialect: Box::new(Sse::new(objects, &request.options)), request })
 }

@@ -6,7 +6,7 @@ use crate::api::dialects::objects::Surface;
 use crate::api::fields::{Fields, missing, wrong_type};
 use crate::api::job::PROMPTS;
 use crate::api::logprobs::LogprobsForm;
-use crate::api::prompt::{chat, text};
+use crate::api::prompt::{chat, infill, text};
 use crate::api::request::GenerationRequest;
 use crate::api::served::ServedModel;
 use crate::error::Failure;
@@ -36,9 +36,18 @@ pub fn read(served: &ServedModel, body: &Value) -> Result<(GenerationRequest, Su
     let options = served.options(&fields, LogprobsForm::NativeText)?;
     let prompts = text::read(&field, served.limits.vocab_size)?;
     let with_template = fields.flag("apply_chat_template")?;
-    let request = text::request(served, prompts, options, |text, options| match with_template {
-        true => chat::encode(served, &fields, vec![json!({"role": "user", "content": text})], options),
-        false => text::encode(served, text, options),
-    })?;
+    let request = match infill::suffix(&fields) {
+        Some((field, _)) if with_template => {
+            let message = format!("'{}' has no place in a chat: leave out 'apply_chat_template'.", field.name);
+            return Err(Failure::bad_request(field.name, message).code("unsupported_value"));
+        }
+        Some((_, suffix)) => infill::request(served, prompts, suffix, options)?,
+        None => text::request(served, prompts, options, |given, fit| {
+            text::prompt(given, fit, |text| match with_template {
+                true => chat::encode(served, &fields, vec![json!({"role": "user", "content": text})], fit.options),
+                false => text::encode(served, text, fit.options),
+            })
+        })?,
+    };
     Ok((request, Surface::Text))
 }

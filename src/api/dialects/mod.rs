@@ -5,6 +5,7 @@
 //! | `chat` | `/v1/chat/completions` | `chat.completion`, server-sent events |
 //! | `fastchat` | `/api/v1/chat/completions` | the same as `chat`, with FastChat's defaults |
 //! | `completions` | `/v1/completions` | `text_completion`, server-sent events |
+//! | `infill` | llama.cpp's `/infill` | its object, its chunks |
 //! | `responses` | `/v1/responses` | `response`, named events |
 //! | `anthropic` | `/v1/messages` | `message`, named events |
 //! | `native` | a job's own input | either object, chunk objects |
@@ -24,6 +25,7 @@ pub mod chat;
 mod chat_form;
 pub mod completions;
 pub mod fastchat;
+pub mod infill;
 mod job_request;
 pub mod native;
 mod objects;

@@ -18,10 +18,6 @@ pub fn read(served: &ServedModel, _: &str, body: &Value) -> Result<Prepared, Fai
         return Err(Failure::bad_request(field.name, message).code("unsupported_parameter"));
     }
     // Its texts are what the model writes, thoughts and calls with their marks.
-    if !request.parsing.opening.is_empty() {
-        let message = "'tool_choice' demands a call of a tool, and calls have no place in answers of the form NATIVE_OUTPUT_FORMAT=tokens.";
-        return Err(Failure::bad_request("tool_choice", message).code("unsupported_value"));
-    }
     request.parsing = Parsing::default();
     let choices = request.prompts.len() * request.options.n;
     Ok(Prepared { dialect: Box::new(Tokens { texts: vec![Vec::new(); choices], usage: None }), request })

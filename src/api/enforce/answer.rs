@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::api::enforce::calls::Opened;
 use crate::api::enforce::either::{Either, Row};
-use crate::api::enforce::{AnswerRule, Rules, Thinking, marks};
+use crate::api::enforce::{AnswerRule, Form, Rules, Thinking, marks};
 use crate::api::parse::marks::{Begins, begins};
 use crate::engine::{Constraint, Next, TokenMask};
 use crate::error::Failure;
@@ -60,6 +60,25 @@ enum Change {
     },
 }
 
+impl Form {
+    fn constraint(&self) -> Box<dyn Constraint> {
+        match self.header.is_empty() {
+            true => self.grammar.constraint(),
+            false => Box::new(Row::before(self.header.clone(), self.grammar.constraint())),
+        }
+    }
+
+    /// The same behind these tokens; `None` when it does not begin with them.
+    fn constraint_after(&self, ids: &[u32]) -> Option<Box<dyn Constraint>> {
+        let known = ids.len().min(self.header.len());
+        match ids[..known] == self.header[..known] {
+            false => None,
+            true if known == self.header.len() => self.grammar.constraint_after(&ids[known..]),
+            true => Some(Box::new(Row::before(self.header[known..].to_vec(), self.grammar.constraint()))),
+        }
+    }
+}
+
 impl Rules {
     /// What one sequence is sampled under.
     pub fn constraint(self: &Arc<Self>) -> Result<Box<dyn Constraint>, Failure> {
@@ -98,10 +117,9 @@ impl AnswerConstraint {
         if thinking.budget != Some(0) {
             parts.extend(thinking.opens.iter().map(row));
         }
-        match thinking.format.harmony {
-            // Without a header no answer begins.
+        match thinking.always_closes {
             true => parts.extend(thinking.closes.iter().map(row)),
-            false => parts.extend(grammars.iter().map(|grammar| grammar.constraint())),
+            false => parts.extend(grammars.iter().map(Form::constraint)),
         }
         Some(Box::new(Either::new(parts)))
     }
@@ -146,7 +164,11 @@ impl AnswerConstraint {
                 if grammar.next()? != Next::End {
                     return Ok(Change::Accepted);
                 }
-                self.stage = Stage::Answer { tail: Vec::new(), tokens, begun: false };
+                self.stage = match &rules.answer {
+                    // Whatever else came in its message would be read as arguments.
+                    AnswerRule::Calls(calls) if calls.harmony => Stage::Fixed { ids: calls.closing.clone(), at: 0 },
+                    _ => Stage::Answer { tail: Vec::new(), tokens, begun: false },
+                };
                 Ok(Change::Replaced { old: self.grammar.take(), accepted: true })
             }
             (Stage::Undecided { .. } | Stage::Thinking { .. }, None) => self.begin_answer(&[], 0),
@@ -162,13 +184,13 @@ impl AnswerConstraint {
             self.begin_thought(&[], thinking)?;
             return Ok(Change::Replaced { old, accepted: true });
         }
-        if thinking.format.harmony && thinking.closes.contains(ids) {
+        if thinking.always_closes && thinking.closes.contains(ids) {
             let old = self.grammar.take();
             self.end_thought(&[], thinking)?;
             return Ok(Change::Replaced { old, accepted: true });
         }
         let may_open = thinking.opens.iter().any(|mark| mark.starts_with(ids));
-        if !may_open && !thinking.format.harmony {
+        if !may_open && !thinking.always_closes {
             self.stage = Stage::Answer { tail: Vec::new(), tokens: ids.len(), begun: true };
         }
         Ok(Change::Accepted)
@@ -179,10 +201,10 @@ impl AnswerConstraint {
         let (format, tokens) = (thinking.format, ids.len());
         let written = String::from_utf8_lossy(text).into_owned();
         let said = written.trim_start();
-        match begins(said, format.open.iter().chain(format.close).copied(), false) {
+        match begins(said, format.open.iter().chain(&thinking.close).copied(), false) {
             _ if said.is_empty() => Ok(Change::None),
             Begins::Perhaps => Ok(Change::None),
-            Begins::With(mark) if format.close.contains(&mark) => self.end_thought(&said.as_bytes()[mark.len()..], thinking),
+            Begins::With(mark) if thinking.close.contains(&mark) => self.end_thought(&said.as_bytes()[mark.len()..], thinking),
             Begins::With(mark) => self.begin_thought(&said.as_bytes()[mark.len()..], thinking),
             Begins::No => self.begin_answer(written.as_bytes(), tokens),
         }
@@ -197,11 +219,11 @@ impl AnswerConstraint {
     /// Looks for the end of the thought, and ends it where it is long enough.
     fn think(&mut self, thinking: &Thinking) -> Result<Change, Failure> {
         let Stage::Thinking { tail, tokens } = &mut self.stage else { return Ok(Change::None) };
-        if let Some((_, after)) = first_mark(tail, thinking.format.close.iter().copied()) {
+        if let Some((_, after)) = first_mark(tail, thinking.close.iter().copied()) {
             let rest = tail.split_off(after);
             return self.end_thought(&rest, thinking);
         }
-        if let (AnswerRule::Anything, Some((at, _))) = (&self.rules.answer, first_mark(tail, thinking.ends.iter().copied())) {
+        if let Some((at, _)) = first_mark(tail, thinking.ends.iter().copied()) {
             let rest = tail.split_off(at);
             return self.begin_answer(&rest, 1);
         }
@@ -209,7 +231,7 @@ impl AnswerConstraint {
             self.stage = fixed(&thinking.closing);
             return Ok(Change::None);
         }
-        cut(tail, thinking.format.close.iter().chain(&thinking.ends).map(|mark| mark.len()).max().unwrap_or_default());
+        cut(tail, thinking.close.iter().chain(&thinking.ends).map(|mark| mark.len()).max().unwrap_or_default());
         Ok(Change::None)
     }
 
@@ -232,9 +254,9 @@ impl AnswerConstraint {
             AnswerRule::Grammars(grammars) => {
                 let said = String::from_utf8_lossy(text).trim_start().to_owned();
                 let ids = marks::ids(&rules.tokenizer, &said)?;
-                let mut parts: Vec<_> = grammars.iter().filter_map(|grammar| grammar.constraint_after(&ids)).collect();
+                let mut parts: Vec<_> = grammars.iter().filter_map(|form| form.constraint_after(&ids)).collect();
                 if parts.is_empty() {
-                    parts.extend(grammars.iter().map(|grammar| grammar.constraint()));
+                    parts.extend(grammars.iter().map(Form::constraint));
                 }
                 let one = if parts.len() == 1 { parts.pop() } else { None };
                 let old = self.grammar.replace(one.unwrap_or_else(|| Box::new(Either::new(parts))));

@@ -1,20 +1,25 @@
 //! Grammars of tool calls: the row of a format, and the tools of a request, in Lark.
 
-use std::fmt::Write;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::api::enforce::lark::Lark;
+use crate::api::enforce::literal::{self, Notation};
 use crate::api::enforce::marks;
+use crate::api::enforce::tagged::Tagged;
+use crate::api::grammar::schema::prepared;
 use crate::api::grammar::{CompiledGrammar, Grammar, Grammars, JsonOptions, guided_schema, lark_string};
 use crate::api::parse::tools::request::{Tool, ToolChoice, ToolRequest};
-use crate::api::parse::tools::table::{Body, Keys, Named, ToolFormat, Written};
+use crate::api::parse::tools::table::{Body, HARMONY_HEAD, Keys, Named, Tags, ToolFormat, Written};
 use crate::error::{Failure, Kind};
 use crate::text::tokenizer::Tokenizer;
 
 /// So long it may take to find out which of the tools' schemas cannot be used.
 const SEARCH_LIMIT: Duration = Duration::from_secs(2);
+/// The rule of white space between the parts of a call.
+const WHITE_SPACE: &str = "ws: WS?\nWS: /[ \\n]{1,2}/\n";
 /// Calls as objects, where a format has names before its arguments and the model lacks the marks for those.
 const OBJECTS: Keys = Keys { name: &["name"], arguments: &["arguments"] };
 
@@ -28,12 +33,18 @@ pub struct CallGrammars {
     triggers: Vec<Trigger>,
     /// Between calls without marks.
     separators: &'static [&'static str],
+    /// Messages are told apart by their headers, and calls are messages.
+    pub harmony: bool,
+    /// What ends such a message.
+    pub closing: Arc<Vec<u32>>,
 }
 
 struct Trigger {
     mark: &'static str,
     /// It opens a call at the beginning of an answer alone, and white space in it means nothing.
     bare: bool,
+    /// One of these must stand behind the mark, of which it is no part. Empty: anything may.
+    next: Vec<String>,
     rest: Arc<CompiledGrammar>,
 }
 
@@ -52,7 +63,7 @@ pub enum Opened<'a> {
 impl CallGrammars {
     /// The grammars of what the request wants of calls; `None` where it wants none, or where the format has none.
     pub fn new(grammars: &Grammars, tokenizer: &Tokenizer, request: &ToolRequest, with_whole: bool) -> Result<Option<Self>, Failure> {
-        let Some((format, written)) = request.format.and_then(|format| Some((format, format.written?))) else { return Ok(None) };
+        let Some(format) = request.format else { return Ok(None) };
         let demanded = match &request.choice {
             ToolChoice::None => return Ok(None),
             ToolChoice::Auto => false,
@@ -62,8 +73,13 @@ impl CallGrammars {
             ToolChoice::Named(name) => tool.name == *name,
             _ => true,
         });
-        let mut writer = Writer { tokenizer, format, written, tools: Vec::new(), many: request.parallel || !demanded };
-        writer.tools = tools.map(|tool| (tool, schema(tool))).collect();
+        let mut writer = Writer { tokenizer, format, tools: Vec::new(), many: request.parallel || !demanded };
+        for tool in tools {
+            writer.add(tool, demanded)?;
+        }
+        if writer.tools.is_empty() {
+            return Ok(None);
+        }
         match writer.compile(grammars, demanded, demanded || with_whole) {
             Err(failure) if failure.kind == Kind::BadRequest => {
                 writer.leave_out_schemas(grammars, failure)?;
@@ -88,11 +104,15 @@ impl CallGrammars {
         let start = text.len() - text.trim_start_matches(is_separator).len();
         let mut perhaps = false;
         for trigger in self.triggers.iter().filter(|trigger| trigger.bare) {
-            match without_blanks(&text[start..], trigger.mark) {
-                Some(Some(after)) => return Opened::Call { grammar: &trigger.rest, after: start + after },
-                Some(None) => perhaps = true,
-                None => {}
+            let Some(Some(after)) = without_blanks(&text[start..], trigger.mark) else {
+                perhaps |= without_blanks(&text[start..], trigger.mark).is_some();
+                continue;
+            };
+            let next: Vec<_> = trigger.next.iter().filter_map(|next| without_blanks(&text[start + after..], next)).collect();
+            if trigger.next.is_empty() || next.iter().any(Option::is_some) {
+                return Opened::Call { grammar: &trigger.rest, after: start + after };
             }
+            perhaps |= !next.is_empty();
         }
         *begun = !perhaps;
         if perhaps { Opened::Perhaps } else { Opened::No }
@@ -117,42 +137,69 @@ fn without_blanks(text: &str, mark: &str) -> Option<Option<usize>> {
     Some(None)
 }
 
-/// What the arguments of a tool must be; `None` when its schema is of something else than an object.
-fn schema(tool: &Tool) -> Option<Value> {
-    let Value::Object(object) = &tool.parameters else { return Some(json!({"type": "object"})) };
+/// What the arguments of a tool must be.
+fn schema(tool: &Tool) -> Result<Value, String> {
+    let Value::Object(object) = &tool.parameters else { return Ok(any_object()) };
     let mut object = object.clone();
     match object.get("type") {
         None | Some(Value::Null) => {
             object.insert("type".to_owned(), json!("object"));
         }
         Some(Value::String(kind)) if kind == "object" => {}
-        Some(_) => return None,
+        Some(_) => return Err("it is no schema of an object".to_owned()),
     }
-    guided_schema(&Value::Object(object), &JsonOptions::default()).ok()
+    Ok(prepared(&Value::Object(object)))
+}
+
+fn any_object() -> Value {
+    json!({"type": "object"})
 }
 
 struct Writer<'a> {
     tokenizer: &'a Tokenizer,
     format: &'static ToolFormat,
-    written: Written,
-    /// With what their arguments must be; `None` = any object.
-    tools: Vec<(&'a Tool, Option<Value>)>,
+    /// With what their arguments must be.
+    tools: Vec<(&'a Tool, Value)>,
     /// There may be more than one call.
     many: bool,
 }
 
-impl Writer<'_> {
-    fn compile(&self, grammars: &Grammars, demanded: bool, with_whole: bool) -> Result<CallGrammars, Failure> {
-        if let Some((tool, _)) = self.tools.iter().find(|(tool, schema)| tool.strict && schema.is_none()) {
-            return Err(refused(tool, "it is no schema of an object"));
+impl<'a> Writer<'a> {
+    fn add(&mut self, tool: &'a Tool, demanded: bool) -> Result<(), Failure> {
+        let literal = matches!(self.layout(), Layout::Literal(_));
+        if literal && !tool.name.starts_with(|c: char| c.is_alphabetic() || c == '_') {
+            if tool.strict || demanded {
+                let param = format!("{}.name", tool.place);
+                let message = format!("'{param}' is {:?}: in this model's format of calls names begin with a letter.", tool.name);
+                return Err(Failure::bad_request(param, message).code("invalid_value"));
+            }
+            return Ok(());
         }
-        let compile = |start: String| grammars.compile(&Grammar::Calls(self.lark(&start)));
+        let written = schema(tool).and_then(|schema| self.arguments(&mut Lark::new(self.tokenizer), &schema).map(|_| schema));
+        let schema = match written {
+            Ok(schema) => schema,
+            Err(error) if tool.strict => return Err(refused(tool, &error)),
+            Err(error) => {
+                tracing::info!("the arguments of the tool {:?} may be any object, because its schema cannot be used: {error}", tool.name);
+                any_object()
+            }
+        };
+        self.tools.push((tool, schema));
+        Ok(())
+    }
+
+    fn compile(&self, grammars: &Grammars, demanded: bool, with_whole: bool) -> Result<CallGrammars, Failure> {
+        let rules = self.rules(&self.tools)?;
+        let compile = |start: String| grammars.compile(&Grammar::Calls(format!("start: {start}\n{rules}")));
         let whole = if with_whole { Some(compile(self.whole())?) } else { None };
         let mut triggers = Vec::new();
-        for (mark, bare, rest) in if demanded { Vec::new() } else { self.rests() } {
-            triggers.push(Trigger { mark, bare, rest: compile(rest)? });
+        for (mark, bare, next, rest) in if demanded { Vec::new() } else { self.rests() } {
+            triggers.push(Trigger { mark, bare, next, rest: compile(rest)? });
         }
-        Ok(CallGrammars { demanded, whole, triggers, separators: self.format.separators })
+        let harmony = matches!(self.format.body, Body::Harmony);
+        let closing = self.format.call.close.first().filter(|_| harmony).copied().unwrap_or_default();
+        let closing = Arc::new(marks::ids(self.tokenizer, closing)?);
+        Ok(CallGrammars { demanded, whole, triggers, separators: self.format.separators, harmony, closing })
     }
 
     /// Finds the schemas that no grammar can be made of. Those of strict tools are refused, and of the others any object is taken.
@@ -161,10 +208,17 @@ impl Writer<'_> {
             return Err(failure);
         }
         let begin = Instant::now();
-        let mut found = false;
-        for (tool, schema) in &mut self.tools {
-            let Some(known) = schema else { continue };
-            let error = match grammars.compile(&Grammar::JsonSchema(known.clone(), JsonOptions::default())) {
+        let mut unusable = Vec::new();
+        for (at, (tool, schema)) in self.tools.iter().enumerate() {
+            let alone = match self.layout() {
+                Layout::Tagged(_) | Layout::Literal(_) => {
+                    let mut lark = Lark::new(self.tokenizer);
+                    let arguments = self.arguments(&mut lark, schema).map_err(|error| refused(tool, &error))?;
+                    Grammar::Calls(format!("start: {arguments}\n{WHITE_SPACE}{}", lark.text()))
+                }
+                _ => Grammar::JsonSchema(schema.clone(), JsonOptions::default()),
+            };
+            let error = match grammars.compile(&alone) {
                 Ok(_) => continue,
                 Err(failure) if failure.kind != Kind::BadRequest => return Err(failure),
                 Err(_) if begin.elapsed() > SEARCH_LIMIT => "the schemas take too long to compile".to_owned(),
@@ -174,33 +228,46 @@ impl Writer<'_> {
                 return Err(refused(tool, &error));
             }
             tracing::info!("the arguments of the tool {:?} may be any object, because its schema cannot be used: {error}", tool.name);
-            (*schema, found) = (None, true);
+            unusable.push(at);
         }
-        if found {
-            return Ok(());
+        if unusable.is_empty() {
+            // Each is right, and all of them are too much.
+            if let Some((tool, _)) = self.tools.iter().find(|(tool, _)| tool.strict) {
+                return Err(refused(tool, &failure.message));
+            }
+            tracing::info!(
+                "the arguments of all tools may be any object, because their schemas cannot be used together: {}",
+                failure.message
+            );
+            unusable = (0..self.tools.len()).collect();
         }
-        // Each is right, and all of them are too much.
-        if let Some((tool, _)) = self.tools.iter().find(|(tool, _)| tool.strict) {
-            return Err(refused(tool, &failure.message));
+        for at in unusable {
+            self.tools[at].1 = any_object();
         }
-        tracing::info!("the arguments of all tools may be any object, because their schemas cannot be used together: {}", failure.message);
-        self.tools.iter_mut().for_each(|(_, schema)| *schema = None);
         Ok(())
     }
 
-    /// The grammar with this first rule.
-    fn lark(&self, start: &str) -> String {
-        let mut text = format!("start: {start}\nws: WS?\nWS: /[ \\n]{{1,2}}/\n");
-        let tools: Vec<String> = (0..self.tools.len()).map(|at| format!("tool_{at}")).collect();
-        let _ = writeln!(text, "tool: {}", tools.join(" | "));
-        let (before, _) = self.body();
-        let _ = writeln!(text, "call: {before} tool");
-        for (at, (tool, schema)) in self.tools.iter().enumerate() {
-            let _ = writeln!(text, "tool_{at}: {} args_{at} {}", self.name(tool), self.body().1);
-            let any = || guided_schema(&json!({"type": "object"}), &JsonOptions::default()).unwrap_or_else(|_| json!({"type": "object"}));
-            let _ = writeln!(text, "args_{at}: %json {}", schema.clone().unwrap_or_else(any));
+    /// All rules but the first.
+    fn rules(&self, tools: &[(&Tool, Value)]) -> Result<String, Failure> {
+        let mut lark = Lark::new(self.tokenizer);
+        let (before, after) = self.body();
+        let names: Vec<String> = (0..tools.len()).map(|at| format!("tool_{at}")).collect();
+        lark.named("tool", &names.join(" | "));
+        lark.named("call", &format!("{before} tool"));
+        for ((tool, schema), name) in tools.iter().zip(names) {
+            let arguments = self.arguments(&mut lark, schema).map_err(|error| refused(tool, &error))?;
+            lark.named(&name, &format!("{} {arguments} {after}", self.name(tool)));
         }
-        text
+        Ok(format!("{WHITE_SPACE}{}", lark.text()))
+    }
+
+    /// The arguments of a call.
+    fn arguments(&self, lark: &mut Lark<'_>, schema: &Value) -> Result<String, String> {
+        match self.layout() {
+            Layout::Tagged(tags) => Tagged { tags, close: self.format.call.close, root: schema }.arguments(lark),
+            Layout::Literal(notation) => literal::arguments(lark, notation, schema),
+            _ => Ok(format!("%json {}", guided_schema(schema, &JsonOptions::default())?)),
+        }
     }
 
     /// How names and arguments stand in a call.
@@ -209,12 +276,15 @@ impl Writer<'_> {
             Body::Json(keys) => Layout::Object(keys),
             Body::Named(named) if named.or_objects && self.tokenizer.token_id(named.end).is_none() => Layout::Object(&OBJECTS),
             Body::Named(named) => Layout::Named(named),
-            _ => Layout::Object(&OBJECTS),
+            Body::Tagged(tags) => Layout::Tagged(tags),
+            Body::Python => Layout::Literal(literal::PYTHON),
+            Body::Gemma { quote } => Layout::Literal(literal::gemma(quote)),
+            Body::Harmony => Layout::Harmony,
         }
     }
 
     fn is_list(&self) -> bool {
-        self.written == Written::List || (matches!(self.layout(), Layout::Object(_)) && matches!(self.format.body, Body::Named(_)))
+        self.format.written == Written::List || (matches!(self.layout(), Layout::Object(_)) && matches!(self.format.body, Body::Named(_)))
     }
 
     /// What stands before the name of a tool, and behind its arguments.
@@ -226,11 +296,16 @@ impl Writer<'_> {
                 let fence = if self.format.fence.is_empty() { String::new() } else { lark_string(&format!("\n{}", self.format.fence)) };
                 (self.mark(prefix), fence)
             }
+            Layout::Tagged(_) => (String::new(), "ws".to_owned()),
+            Layout::Literal(Notation { quote: None, .. }) => (String::new(), "ws \")\"".to_owned()),
+            Layout::Literal(_) => ("\"call:\"".to_owned(), "\"}\"".to_owned()),
+            Layout::Harmony => (String::new(), String::new()),
         }
     }
 
     /// The name of a tool, with what stands between it and its arguments.
     fn name(&self, tool: &Tool) -> String {
+        let name = lark_string(&tool.name);
         match self.layout() {
             Layout::Object(keys) => {
                 let name = lark_string(&Value::from(tool.name.as_str()).to_string());
@@ -239,7 +314,17 @@ impl Writer<'_> {
             Layout::Named(named) => {
                 let number = if named.numbered { "\":\" /[0-9]{1,3}/" } else { "" };
                 let fence = if named.fence.is_empty() { String::new() } else { lark_string(&format!("{}\n", named.fence)) };
-                format!("{} {number} {} {fence}", lark_string(&tool.name), self.mark(named.end))
+                format!("{name} {number} {} {fence}", self.mark(named.end))
+            }
+            Layout::Tagged(tags) => {
+                let end = self.mark(tags.name_end.first().copied().unwrap_or_default());
+                if tags.name_end.len() > 1 { format!("{name} ({end})?") } else { format!("{name} {end}") }
+            }
+            Layout::Literal(Notation { quote: None, .. }) => format!("{name} \"(\" ws"),
+            Layout::Literal(_) => format!("{name} \"{{\""),
+            Layout::Harmony => {
+                let [channel, constrain, message] = HARMONY_HEAD.map(|mark| self.mark(mark));
+                format!("{name} ({channel})? (\" \"? {constrain} \"json\" | \" json\")? \" \"? {message}")
             }
         }
     }
@@ -255,46 +340,72 @@ impl Writer<'_> {
 
     /// Everything behind the opening mark, up to the closing one.
     fn rest(&self, place: usize) -> String {
-        let close = self.mark(self.format.call.close.get(place).copied().unwrap_or_default());
-        let blank = if matches!(self.layout(), Layout::Object(_)) { "ws" } else { "" };
+        let close = match self.layout() {
+            // The mark may be what ends the answer, which is no part of a grammar.
+            Layout::Harmony => String::new(),
+            _ => self.mark(self.format.call.close.get(place).copied().unwrap_or_default()),
+        };
+        let is_python = matches!(self.layout(), Layout::Literal(Notation { quote: None, .. }));
+        let blank = if matches!(self.layout(), Layout::Object(_)) || is_python { "ws" } else { "" };
         let close = if close.is_empty() { close } else { format!("{blank} {close}") };
-        let others = if self.many { "(ws \",\" ws call)*" } else { "" };
-        match self.is_list() {
-            true => format!("{blank} \"[\" ws call {others} ws \"]\" {close}"),
-            false => format!("{blank} call {close}"),
+        let others = self.others();
+        match self.format.written {
+            _ if self.is_list() => format!("{blank} \"[\" ws call {others} ws \"]\" {close}"),
+            Written::Lines if self.many => format!("{blank} call (ws call)* {close}"),
+            _ => format!("{blank} call {close}"),
         }
+    }
+
+    /// The other calls of a list.
+    fn others(&self) -> &'static str {
+        if self.many { "(ws \",\" ws call)*" } else { "" }
     }
 
     fn whole(&self) -> String {
         let format = self.format;
         let place = self.usual();
         let rest = self.rest(place);
-        let one = match (self.written, format.call.open.get(place)) {
+        let one = match (format.written, format.call.open.get(place)) {
             (Written::Bare, _) | (_, None) => "call".to_owned(),
             (_, Some(open)) => format!("{} {rest}", self.mark(open)),
         };
-        if self.written == Written::BareList {
-            return format!("\"[\" ws call {} ws \"]\"", if self.many { "(ws \",\" ws call)*" } else { "" });
+        if format.written == Written::BareList {
+            return format!("\"[\" ws call {} ws \"]\"", self.others());
         }
         let separator = format.separators.iter().find(|separator| !separator.is_empty());
-        let others = match (self.many && !self.is_list(), self.written, separator) {
+        let in_one = self.is_list() || matches!(format.written, Written::Lines) || matches!(format.body, Body::Harmony);
+        let others = match (self.many && !in_one, format.written, separator) {
             (false, ..) => String::new(),
             (true, Written::Bare, None) => String::new(),
             (true, Written::Bare, Some(separator)) => format!("(ws {} ws {one})*", lark_string(separator)),
             (true, ..) => format!("(ws {one})*"),
         };
-        let around = |marks: &[&str]| self.mark(marks.first().copied().unwrap_or_default());
-        format!("{} {one} {others} {}", around(format.section.open), around(format.section.close))
+        let calls = format!("{one} {others}");
+        let blank = if matches!(self.layout(), Layout::Tagged(_)) { "ws" } else { "" };
+        let section = |(at, open): (usize, &&str)| {
+            let close = format.section.close.get(at).copied().unwrap_or_default();
+            format!("{} {blank} {calls} {blank} {}", self.mark(open), self.mark(close))
+        };
+        let mut forms: Vec<String> = format.section.open.iter().enumerate().map(section).collect();
+        // The mark of the call alone may have ended the thoughts.
+        if forms.is_empty() || format.ends_reasoning {
+            forms.push(calls);
+        }
+        forms.join(" | ")
     }
 
-    /// Where calls begin in free text, and the first rule of what follows.
-    fn rests(&self) -> Vec<(&'static str, bool, String)> {
-        let marked = self.format.call.open.iter().enumerate().map(|(place, mark)| (*mark, false, self.rest(place)));
+    /// Where calls begin in free text, what must stand there, and the first rule of what follows.
+    fn rests(&self) -> Vec<(&'static str, bool, Vec<String>, String)> {
+        let marked = self.format.call.open.iter().enumerate().map(|(place, mark)| (*mark, false, Vec::new(), self.rest(place)));
         let mut all: Vec<_> = marked.collect();
-        let others = if self.many { "(ws \",\" ws call)*" } else { "" };
-        match (self.written, self.layout()) {
-            (Written::Bare, Layout::Object(_)) => all.push(("{\"name\":", true, "ws tool".to_owned())),
-            (Written::BareList, _) => all.push(("[{\"name\":", true, format!("ws tool {others} ws \"]\""))),
+        let others = self.others();
+        match (self.format.written, self.layout()) {
+            (Written::Bare, Layout::Object(_)) => all.push(("{\"name\":", true, Vec::new(), "ws tool".to_owned())),
+            (Written::BareList, Layout::Literal(_)) => {
+                let names = self.tools.iter().map(|(tool, _)| format!("{}(", tool.name)).collect();
+                all.push(("[", true, names, format!("ws call {others} ws \"]\"")));
+            }
+            (Written::BareList, _) => all.push(("[{\"name\":", true, Vec::new(), format!("ws tool {others} ws \"]\""))),
             _ => {}
         }
         all
@@ -304,6 +415,9 @@ impl Writer<'_> {
 enum Layout {
     Object(&'static Keys),
     Named(&'static Named),
+    Tagged(&'static Tags),
+    Literal(Notation),
+    Harmony,
 }
 
 fn key(names: &[&str]) -> String {

@@ -96,21 +96,34 @@ impl Constraint for Either {
     }
 }
 
-/// These tokens, then the end.
+/// These tokens, then what another one says, or the end.
 #[derive(Clone)]
 pub struct Row {
     ids: Vec<u32>,
     at: usize,
+    then: Option<Box<dyn Constraint>>,
 }
 
 impl Row {
     pub fn new(ids: Vec<u32>) -> Self {
-        Self { ids, at: 0 }
+        Self { ids, at: 0, then: None }
+    }
+
+    pub fn before(ids: Vec<u32>, then: Box<dyn Constraint>) -> Self {
+        Self { ids, at: 0, then: Some(then) }
+    }
+
+    /// What comes behind the tokens, if they are over.
+    fn behind(&mut self) -> Option<&mut Box<dyn Constraint>> {
+        self.then.as_mut().filter(|_| self.at >= self.ids.len())
     }
 }
 
 impl Constraint for Row {
     fn next(&mut self) -> Result<Next, Failure> {
+        if let Some(then) = self.behind() {
+            return then.next();
+        }
         Ok(match &self.ids[self.at.min(self.ids.len())..] {
             [] => Next::End,
             rest => Next::Forced(rest.to_vec()),
@@ -118,11 +131,16 @@ impl Constraint for Row {
     }
 
     fn mask(&mut self) -> Result<TokenMask, Failure> {
+        if let Some(then) = self.behind() {
+            return then.mask();
+        }
         Ok(TokenMask::only(self.ids.get(self.at..=self.at).unwrap_or_default()))
     }
 
     fn accept(&mut self, token: u32) -> Result<(), Failure> {
-        if self.ids.get(self.at) != Some(&token) {
+        if let Some(then) = self.behind() {
+            then.accept(token)?;
+        } else if self.ids.get(self.at) != Some(&token) {
             return Err(Failure::internal(format!("token {token} came in place of {:?}", self.ids.get(self.at))));
         }
         self.at += 1;
@@ -130,8 +148,12 @@ impl Constraint for Row {
     }
 
     fn rollback(&mut self, count: usize) -> Result<(), Failure> {
+        let behind = self.at.saturating_sub(self.ids.len()).min(count);
         self.at -= count;
-        Ok(())
+        match &mut self.then {
+            Some(then) if behind > 0 => then.rollback(behind),
+            _ => Ok(()),
+        }
     }
 
     fn fork(&self) -> Box<dyn Constraint> {

@@ -252,7 +252,7 @@ fn random(rules: &Arc<Rules>, seed: u64, most: u64) -> (String, bool) {
 }
 
 fn with_grammar() -> impl Iterator<Item = &'static str> {
-    table::FORMATS.iter().filter(|format| format.written.is_some()).map(|format| format.name)
+    table::FORMATS.iter().map(|format| format.name)
 }
 
 fn demanded(format: &str, choice: ToolChoice, parallel: bool) -> (Parsing, Arc<Rules>) {
@@ -356,6 +356,23 @@ fn marks_of_text_and_calls_without_marks_are_found() {
         ),
         ("granite", "<|tool_call|>[{\"name\": \"get_time\", \"arguments\": {\"zone\": \"UTC\"}}]"),
         ("mistral", "[TOOL_CALLS] [{\"name\": \"get_time\", \"arguments\": {\"zone\": \"UTC\"}}]"),
+        ("qwen3_coder", "Ok.<tool_call>\n<function=get_time>\n<parameter=zone>\nUTC\n</parameter>\n</function>\n</tool_call>"),
+        (
+            "minimax_m2",
+            "<minimax:tool_call>\n<invoke name=\"get_time\">\n<parameter name=\"zone\">UTC</parameter>\n</invoke>\n</minimax:tool_call>",
+        ),
+        ("glm45", "Ok <tool_call>get_time\n<arg_key>zone</arg_key>\n<arg_value>UTC</arg_value>\n</tool_call> so"),
+        (
+            "deepseek_v32",
+            "<｜DSML｜function_calls>\n<｜DSML｜invoke name=\"get_time\">\n<｜DSML｜parameter name=\"zone\" string=\"true\">UTC</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜function_calls>",
+        ),
+        ("pythonic", "[get_time(zone=\"UTC\"), get_time(zone=\"CET\")]"),
+        ("olmo3", "<function_calls>get_time(zone=\"UTC\")\nget_time(zone=\"CET\")</function_calls>"),
+        ("lfm2", "<|tool_call_start|>[get_time(zone=\"UTC\")]<|tool_call_end|>Done."),
+        ("functiongemma", "<start_function_call>call:get_time{zone:<escape>UTC<escape>}<end_function_call>"),
+        ("gemma4", "<|tool_call>call:get_time{zone:<|\"|>UTC<|\"|>}<tool_call|>"),
+        ("openai", "<|channel|>commentary to=functions.get_time <|constrain|>json<|message|>{\"zone\": \"UTC\"}<|call|>"),
+        ("openai", "<|start|>assistant to=functions.get_time<|channel|>commentary json<|message|>{\"zone\": \"UTC\"}<|call|>"),
     ] {
         let request = request(format, ToolChoice::Auto, true);
         let wishes = Wishes { calls: calls(&request, false), ..Wishes::default() };
@@ -368,6 +385,86 @@ fn marks_of_text_and_calls_without_marks_are_found() {
             answer.tool_calls.iter().all(|call| call.start.as_ref().is_some_and(|(_, name)| name != "get_moon")),
             "{format}: {answer:?}"
         );
+    }
+}
+
+#[test]
+fn brackets_that_open_no_call_are_text() {
+    let request = request("pythonic", ToolChoice::Auto, true);
+    let rules = rules(&parsing(None), Wishes { calls: calls(&request, false), ..Wishes::default() });
+    for text in ["[1] is a note.", "[get_moon(a=1)]", "[get_time is a function]"] {
+        assert_eq!(written(&rules, text), text);
+    }
+}
+
+const ANALYSIS: &str = "<|channel|>analysis<|message|>hm, a < b.";
+const TO_TIME: &str = "<|channel|>commentary to=functions.get_time <|constrain|>json<|message|>{\"zone\": \"UTC\"}";
+
+fn harmony() -> Parsing {
+    let format = find_format("openai_gptoss").unwrap();
+    Parsing { reasoning: Some(Reasoning { format, start: Start::Undecided, apart: true, shown: true }), ..Parsing::default() }
+}
+
+#[test]
+fn a_call_of_gpt_oss_is_a_message_behind_the_thoughts() {
+    let of = |choice: ToolChoice, content: bool, wishes: Wishes| {
+        let request = request("openai", choice, true);
+        let grammar = content.then(|| grammar(&["yes", "no"]));
+        let calls = calls(&request, content);
+        rules(&Parsing { tools: Some(Arc::new(request)), ..harmony() }, Wishes { calls, grammar, ..wishes })
+    };
+    let call = format!("{ANALYSIS}<|end|><|start|>assistant{TO_TIME}");
+    let demanded = of(ToolChoice::Required, false, Wishes::default());
+    assert_eq!(written(&demanded, &call), call);
+    assert_eq!(written(&demanded, TO_TIME), TO_TIME, "without thoughts");
+    let other = written(&demanded, &format!("{ANALYSIS}<|end|><|start|>assistant<|channel|>final<|message|>No."));
+    assert!(other.starts_with(&format!("{ANALYSIS}<|end|><|start|>assistant<|channel|>commentary to=functions.get_")), "{other}");
+    let brief = of(ToolChoice::Named("get_time".to_owned()), false, budget(3));
+    let cut = written(&brief, &call);
+    let (thought, rest) = cut.split_once("<|end|><|start|>assistant").unwrap();
+    assert!(
+        ANALYSIS.starts_with(thought) && thought != ANALYSIS && rest.starts_with("<|channel|>commentary to=functions.get_time"),
+        "{cut}"
+    );
+    // With a form of the content it is either.
+    let either = of(ToolChoice::Auto, true, Wishes::default());
+    let said = format!("{ANALYSIS}<|end|><|start|>assistant<|channel|>final<|message|>yes");
+    for text in [&call, &said, "<|channel|>final<|message|>no"] {
+        assert_eq!(written(&either, text), *text);
+    }
+    // Free, but for calls, whose message ends with its arguments.
+    let free = of(ToolChoice::Auto, false, Wishes::default());
+    for text in [format!("{call}<|call|>"), format!("{ANALYSIS}<|end|><|start|>assistant<|channel|>final<|message|>Noon.")] {
+        assert_eq!(written(&free, &text), text);
+    }
+    let ended = written(&free, &format!("{call} and more"));
+    assert!(ended.starts_with(&format!("{call}<|call|>")), "{ended}");
+}
+
+#[test]
+fn a_budget_closes_the_analysis_of_gpt_oss() {
+    let whole = format!("{ANALYSIS}<|end|><|start|>assistant<|channel|>final<|message|>Noon.");
+    for tokens in [0, 1, 4] {
+        let text = written(&rules(&harmony(), budget(tokens)), &whole);
+        let (thought, rest) = text.split_once("<|end|><|start|>assistant<|channel|>final<|message|>").unwrap();
+        assert!(ANALYSIS.starts_with(thought) && thought != ANALYSIS && !rest.is_empty(), "{tokens}: {text}");
+    }
+    assert_eq!(written(&rules(&harmony(), budget(100)), &whole), whole);
+}
+
+#[test]
+fn the_mark_of_a_call_ends_a_thought_where_the_format_has_it_so() {
+    for choice in [ToolChoice::Required, ToolChoice::Auto] {
+        let request = request("qwen3_coder", choice, true);
+        let calls = calls(&request, false);
+        let rules =
+            rules(&Parsing { tools: Some(Arc::new(request)), ..parsing(Some(Start::Reasoning)) }, Wishes { calls, ..Wishes::default() });
+        for mark in ["<tool_call>\n", ""] {
+            let text = format!("So be it. {mark}<function=get_time>\n<parameter=zone>\nCET\n</parameter>\n</function>");
+            assert!(written(&rules, &text).starts_with(&text), "{}", written(&rules, &text));
+            let wrong = text.replace("CET", "MET");
+            assert!(!written(&rules, &wrong).contains("zone>\nMET"));
+        }
     }
 }
 
@@ -389,6 +486,12 @@ fn schemas_that_no_grammar_can_keep_to() {
         request
     };
     for parameters in [&unusable, &json!({"type": "string"})] {
+        for format in table::FORMATS {
+            let mut request = of(true, parameters);
+            request.format = Some(format);
+            let failure = CallGrammars::new(&GRAMMARS, &TOKENIZER, &request, false).err().unwrap();
+            assert_eq!(failure.param.as_deref(), Some("tools[7].function.parameters"), "{}", format.name);
+        }
         let failure = CallGrammars::new(&GRAMMARS, &TOKENIZER, &of(true, parameters), false).err().unwrap();
         assert_eq!((failure.param.as_deref(), failure.code), (Some("tools[7].function.parameters"), Some("invalid_value")), "{failure}");
         let wishes = Wishes { calls: calls(&of(false, parameters), false), ..Wishes::default() };

@@ -6,14 +6,20 @@ use crate::api::fields::Fields;
 use crate::api::fields::table::{FIELDS, Neutral, TakenBy};
 use crate::error::Failure;
 
-/// Refuses each known field that would change the output and is not supported. `chat`: fields of chats have their own readers.
-pub fn refuse_unsupported(fields: &Fields<'_>, chat: bool) -> Result<(), Failure> {
+/// Refuses each known field that would change the output and is not supported. `chat`: fields of chats have their own readers. `infills`:
+/// a text as `suffix` is one that the answer leads to.
+pub fn refuse_unsupported(fields: &Fields<'_>, chat: bool, infills: bool) -> Result<(), Failure> {
     // Then they are only text for the chat template.
     let tools_are_text = fields.get("tool_choice").is_some_and(|field| field.value == "none");
     for spec in FIELDS {
         let Some(neutral) = spec.neutral.filter(|_| !(chat && spec.taken_by == TakenBy::Chat)) else { continue };
         let Some(field) = fields.get(spec.name) else { continue };
-        if (spec.name == "suffix" && field.value.is_object()) || (spec.name == "tools" && tools_are_text) {
+        let has_reader = match spec.name {
+            "suffix" => field.value.is_object() || (infills && field.value.is_string()),
+            "tools" => tools_are_text,
+            _ => false,
+        };
+        if has_reader {
             continue;
         }
         if !passes(field.value, neutral) {

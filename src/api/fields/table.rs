@@ -59,6 +59,8 @@ pub enum TakenBy {
     Responses,
     /// `/v1/messages` alone, which translates it.
     Messages,
+    /// `/infill` alone.
+    Infill,
     /// Calls that generate nothing: `/tokenize`, `/detokenize`, `/api/v1/token_check`, `/v1/abort_requests`.
     Calls,
 }
@@ -103,7 +105,7 @@ pub fn find(name: &str) -> Option<&'static FieldSpec> {
     BY_NAME.get(name).copied()
 }
 
-use TakenBy::{All, Calls, Chat, Completions, Jobs};
+use TakenBy::{All, Calls, Chat, Completions, Infill, Jobs};
 use ValueSpec::{Bool, Integer, Number, Object, Other, Text, TokenIds, Unsupported};
 
 const PROBABILITIES: &str = "probabilities";
@@ -117,7 +119,7 @@ const MEDIA: &str = "other media";
 #[rustfmt::skip]
 pub const FIELDS: &[FieldSpec] = &[
     // What is asked, and where further fields lie.
-    row("model", Text, All, "One of the served names, the repository id, its last segment, or `default`. Others are 404 unless `ANY_MODEL_NAME` is set."),
+    row("model", Text, All, "One of the served names, the repository id, its last segment, or `default`. Of several models the first is meant where it is absent. Others are 404 unless `ANY_MODEL_NAME` is set."),
     row("messages", Other("a list of messages, or a string for one user message; or token ids"), Chat, "What the chat template is rendered with, at most `MAX_MESSAGES`; token ids are the prompt. In a job's own input it wins over every prompt."),
     row("prompt", Other("a string, a list of strings, token ids, or lists of token ids"), Completions, "Continued as it is, without a template."),
     row("prompt_token_ids", TokenIds, All, "The prompt as token ids, in place of `messages` or `prompt`."),
@@ -211,6 +213,11 @@ pub const FIELDS: &[FieldSpec] = &[
     row("return_tokens_as_token_ids", Bool(None), All, "Tokens are named `token_id:N`. Without it: as `RETURN_TOKENS_AS_TOKEN_IDS` says."),
     row("return_token_ids", Bool(Some(false)), All, "`token_ids` and `prompt_token_ids` in the answer."),
     row("skip_special_tokens", Bool(Some(true)), All, "Control tokens are no part of the text."),
+    // llama.cpp's /infill.
+    row("input_prefix", Text, Infill, "What stands before the hole; `prompt` goes on with it."),
+    row("input_suffix", Text, Infill, "What follows it."),
+    row("input_extra", Other("a list of objects with `filename` and `text`"), Infill, "Other files, or parts of them."),
+    row("n_probs", Integer { min: 0, default: Some(0) }, Infill, "As `logprobs` in completions.").neutral(Neutral::Number(0.0)),
     // Calls that generate nothing.
     row("content", Text, Calls, "llama.cpp's form: the text whose tokens are wanted."),
     row("add_special", Bool(Some(false)), Calls, "With `content`: what `add_special_tokens` is elsewhere."),
@@ -228,7 +235,6 @@ pub const FIELDS: &[FieldSpec] = &[
     unsupported("include_draft_logprobs", Neutral::Empty, PROBABILITIES),
     unsupported("include_logprobs_decode_token", Neutral::Yes, PROBABILITIES),
     unsupported("return_logprob", Neutral::Empty, PROBABILITIES),
-    unsupported("n_probs", Neutral::Number(0.0), PROBABILITIES),
     unsupported("return_hidden_states", Neutral::Empty, PROBABILITIES),
     unsupported("use_beam_search", Neutral::Empty, SAMPLING),
     unsupported("num_beams", Neutral::Number(1.0), SAMPLING),
@@ -248,7 +254,7 @@ pub const FIELDS: &[FieldSpec] = &[
     unsupported("stop_regex", Neutral::Empty, ENDING),
     unsupported("repetition_detection", Neutral::Empty, ENDING),
     unsupported("priority", Neutral::Number(0.0), ORDER),
-    row("suffix", Other("an object"), All, "The same as `metadata`, below it.").neutral(Neutral::Empty),
+    row("suffix", Other("a string, or an object"), All, "A string, in completions of models with tokens for [filling in the middle](api.md#filling-in-the-middle): what follows the answer; elsewhere it is refused. An object: the same as `metadata`, below it.").neutral(Neutral::Empty),
     unsupported("prompt_embeds", Neutral::Empty, PROMPT),
     unsupported("return_prompt_text", Neutral::Empty, PROMPT),
     unsupported("truncation_side", Neutral::Words(&["left"]), PROMPT),
@@ -312,6 +318,7 @@ mod tests {
                 Chat => "chats",
                 Completions => "completions",
                 Jobs => "a job's own input",
+                Infill => "`/infill`",
                 TakenBy::Responses | TakenBy::Messages => unreachable!("{} is in a table of its own", field.name),
                 Calls => "calls that generate nothing",
             };

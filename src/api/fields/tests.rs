@@ -139,7 +139,7 @@ fn unsupported_fields_are_refused_by_name_and_neutral_values_pass() {
     ];
     for body in refused {
         let fields = Fields::new(&body).unwrap();
-        let failure = refuse_unsupported(&fields, false).unwrap_err();
+        let failure = refuse_unsupported(&fields, false, false).unwrap_err();
         assert_eq!(failure.code, Some("unsupported_parameter"), "{body}");
         assert!(body.to_string().contains(failure.param.unwrap().rsplit('.').next().unwrap()));
     }
@@ -149,7 +149,17 @@ fn unsupported_fields_are_refused_by_name_and_neutral_values_pass() {
         "num_beams": 1, "repetition_detection": {}, "thinking_budget": -1, "include_reasoning": true, "separate_reasoning": false,
         "thinking": {"type": "disabled"}, "reasoning": {"effort": "none", "summary": null},
     });
-    assert!(refuse_unsupported(&Fields::new(&neutral).unwrap(), false).is_ok());
+    assert!(refuse_unsupported(&Fields::new(&neutral).unwrap(), false, false).is_ok());
+}
+
+#[test]
+fn a_suffix_passes_where_the_model_can_lead_to_one() {
+    for (suffix, infills, passes) in
+        [(json!("x"), true, true), (json!("x"), false, false), (json!(["x"]), true, false), (json!({"top_k": 1}), false, true)]
+    {
+        let body = json!({ "suffix": suffix });
+        assert_eq!(refuse_unsupported(&Fields::new(&body).unwrap(), false, infills).is_ok(), passes, "{body}");
+    }
 }
 
 /// Fields of chats have readers of their own there.
@@ -160,12 +170,12 @@ fn in_chats_tools_and_thoughts_pass() {
         "separate_reasoning": true, "thinking": {"type": "enabled"}, "reasoning": {"effort": "high"},
     });
     let fields = Fields::new(&body).unwrap();
-    assert!(refuse_unsupported(&fields, true).is_ok());
-    assert_eq!(refuse_unsupported(&fields, false).unwrap_err().code, Some("unsupported_parameter"));
+    assert!(refuse_unsupported(&fields, true, false).is_ok());
+    assert_eq!(refuse_unsupported(&fields, false, false).unwrap_err().code, Some("unsupported_parameter"));
     for body in [json!({"thinking_budget": 5}), json!({"reasoning_max_tokens": 5})] {
         let fields = Fields::new(&body).unwrap();
-        assert!(refuse_unsupported(&fields, true).is_ok(), "{body}");
-        assert!(refuse_unsupported(&fields, false).is_err(), "{body}");
+        assert!(refuse_unsupported(&fields, true, false).is_ok(), "{body}");
+        assert!(refuse_unsupported(&fields, false, false).is_err(), "{body}");
     }
 }
 
@@ -179,7 +189,7 @@ fn tools_pass_when_they_are_only_text_for_the_template() {
         (json!({"chat_template_kwargs": {"tools": []}}), None),
         (json!({"chat_template_kwargs": {"tools": tools}}), Some("chat_template_kwargs.tools")),
     ] {
-        let refused = refuse_unsupported(&Fields::new(&body).unwrap(), false).err();
+        let refused = refuse_unsupported(&Fields::new(&body).unwrap(), false, false).err();
         assert_eq!(refused.and_then(|failure| failure.param).as_deref(), param, "{body}");
     }
 }

@@ -6,7 +6,7 @@
 //! A grammar of ours, for a tool call say, goes the same way: `grammars.compile(&Grammar::json_schema(schema))`, or
 //! `Grammar::Lark(text)`, in which `<|name|>` is a special token by name and `<[123]>` any token by its id.
 
-use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, mpsc};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use llguidance::api::TopLevelGrammar;
@@ -14,12 +14,13 @@ use llguidance::toktrie::InferenceCapabilities;
 use llguidance::{Matcher, ParserFactory};
 use serde_json::Value;
 
+use crate::api::grammar::cache::{Compiling, MOST_COMPILING, overloaded};
 use crate::api::grammar::matcher::GrammarConstraint;
-use crate::engine::Constraint;
 use crate::error::{Failure, Kind};
 use crate::text::tokenizer::Tokenizer;
 
 mod cache;
+mod compiled;
 mod expansion;
 mod gbnf;
 mod lark;
@@ -32,43 +33,17 @@ mod structural_tag;
 mod tests;
 mod vocabulary;
 
+pub use compiled::CompiledGrammar;
 pub use lark::lark_string;
 pub use source::{Grammar, JsonOptions, guided_schema};
 pub use vocabulary::tokens_within;
 
-/// A grammar that takes longer to compile is refused.
+/// A grammar that takes longer to compile is refused. It goes on all the same: whoever asks for it again finds it ready, or is refused at once.
 const COMPILE_LIMIT: Duration = Duration::from_secs(1);
-/// So many grammars compile at a time; those that have passed the limit and still run count.
-const MOST_COMPILING: usize = 4;
 /// The stack of a compiling thread: schemas and expressions nest.
 const COMPILE_STACK: usize = 16 << 20;
 
-/// A grammar that is ready to run.
-pub struct CompiledGrammar {
-    /// In the state before the first token.
-    start: Mutex<GrammarConstraint>,
-}
-
-impl CompiledGrammar {
-    /// What one sequence is sampled under.
-    pub fn constraint(&self) -> Box<dyn Constraint> {
-        self.start.lock().unwrap_or_else(PoisonError::into_inner).fork()
-    }
-
-    /// The same behind these tokens; `None` when no output begins with them.
-    pub fn constraint_after(&self, ids: &[u32]) -> Option<Box<dyn Constraint>> {
-        let mut constraint = self.start.lock().unwrap_or_else(PoisonError::into_inner).copy();
-        constraint.goes_on(ids).then(|| -> Box<dyn Constraint> { Box::new(constraint) })
-    }
-}
-
-impl std::fmt::Debug for CompiledGrammar {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("CompiledGrammar")
-    }
-}
-
-/// Compiles grammars for one model, and keeps the last ones.
+/// Compiles grammars for one model, and keeps what became of the last ones.
 pub struct Grammars {
     tokenizer: Arc<Tokenizer>,
     vocab_size: usize,
@@ -87,45 +62,42 @@ impl Grammars {
 
     /// Takes a second at most. Not to be called on a thread that serves sockets. The failure names no field.
     pub fn compile(&self, grammar: &Grammar) -> Result<Arc<CompiledGrammar>, Failure> {
-        let refused = |message: String| Failure::new(Kind::BadRequest, message).code("invalid_value");
         grammar.check_size().map_err(refused)?;
         let key = grammar.key();
-        let cached = self.cache.lock().unwrap_or_else(PoisonError::into_inner).get(&key);
-        if let Some(compiled) = cached {
-            return Ok(compiled);
+        let (compiling, is_new) = self.cache.lock().unwrap_or_else(PoisonError::into_inner).get_or_put(&key);
+        if is_new && let Err(failure) = self.start(grammar, &compiling) {
+            // Another time it may be possible.
+            self.cache.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
+            compiling.end(Err(failure));
         }
-        let source = grammar.to_llguidance().map_err(refused)?;
-        let compiled = Arc::new(CompiledGrammar { start: Mutex::new(self.compile_bounded(source)?) });
-        self.cache.lock().unwrap_or_else(PoisonError::into_inner).put(key, compiled.clone());
-        Ok(compiled)
+        compiling.wait(COMPILE_LIMIT).unwrap_or_else(|| {
+            let limit = COMPILE_LIMIT.as_secs_f64();
+            Err(refused(format!(
+                "it takes longer than {limit} s to compile: make it smaller, above all large bounds (maxItems, maxLength, {{m,n}})"
+            )))
+        })
     }
 
-    /// On a thread of its own, which nobody waits for longer than the limit.
-    fn compile_bounded(&self, source: TopLevelGrammar) -> Result<GrammarConstraint, Failure> {
-        let factory = self.factory()?;
-        let Some(place) = self.places.take() else {
-            let message = format!("{MOST_COMPILING} grammars are being compiled already; try again later");
-            return Err(Failure::new(Kind::Overloaded, message).code("engine_overloaded").retry_after(1));
+    /// Compiles on a thread of its own. Fails when no thread is to be had.
+    fn start(&self, grammar: &Grammar, compiling: &Arc<Compiling>) -> Result<(), Failure> {
+        let source = match grammar.to_llguidance() {
+            Ok(source) => source,
+            Err(message) => {
+                compiling.end(Err(refused(message)));
+                return Ok(());
+            }
         };
-        let (sender, compiled) = mpsc::channel();
+        let factory = self.factory()?;
+        let place = self.places.take().ok_or_else(overloaded)?;
+        compiling.begin();
+        let compiling = compiling.clone();
         let body = move || {
             let result = compile(&factory, source);
             drop(place);
-            // Whoever waited may be gone.
-            let _ = sender.send(result);
+            compiling.end(result.map(|start| Arc::new(CompiledGrammar::new(start))).map_err(refused));
         };
-        std::thread::Builder::new()
-            .name("grammar".to_owned())
-            .stack_size(COMPILE_STACK)
-            .spawn(body)
-            .map_err(|error| Failure::internal(format!("cannot start a thread for a grammar: {error}")))?;
-        let result = compiled.recv_timeout(COMPILE_LIMIT).unwrap_or_else(|_| {
-            let limit = COMPILE_LIMIT.as_secs_f64();
-            Err(format!(
-                "it takes longer than {limit} s to compile: make it smaller, above all large bounds (maxItems, maxLength, {{m,n}})"
-            ))
-        });
-        result.map_err(|message| Failure::new(Kind::BadRequest, message).code("invalid_value"))
+        let thread = std::thread::Builder::new().name("grammar".to_owned()).stack_size(COMPILE_STACK).spawn(body);
+        thread.map(|_| ()).map_err(|error| Failure::internal(format!("cannot start a thread for a grammar: {error}")))
     }
 
     fn factory(&self) -> Result<Arc<ParserFactory>, Failure> {
@@ -150,6 +122,11 @@ impl Grammars {
         limits.max_grammar_size = 100_000;
         Ok(Arc::new(factory))
     }
+}
+
+/// The grammar is the caller's mistake.
+fn refused(message: String) -> Failure {
+    Failure::new(Kind::BadRequest, message).code("invalid_value")
 }
 
 /// Places for compiling.

@@ -23,6 +23,9 @@ const PATTERNS: &[(&str, &str)] = &[
     ),
 ];
 
+/// Sets of more values than these have too many arrangements: five have 326.
+const MOST_OF_A_SET: usize = 5;
+
 /// Keywords whose value is a schema, or a list of schemas.
 const NESTED: [&str; 11] = [
     "items",
@@ -61,9 +64,7 @@ fn rewrite(schema: &mut Value, root: &Value) {
             pattern(object);
             property_names(object, root);
             one_of(object, root);
-            if object.get("uniqueItems") == Some(&Value::Bool(false)) {
-                object.remove("uniqueItems");
-            }
+            unique_items(object, root);
             // JSON in a string, of which the compiler sees the string.
             object.remove("contentSchema");
         }
@@ -153,6 +154,46 @@ fn tells_apart(key: &str, parts: &[Value]) -> bool {
     })
 }
 
+/// Sets: of at most one item any list is one, and those of a few values that the schema names can be listed.
+fn unique_items(object: &mut Map<String, Value>, root: &Value) {
+    let count = |name: &str| object.get(name).and_then(Value::as_u64);
+    let (least, most) = (count("minItems").unwrap_or_default(), count("maxItems").unwrap_or(u64::MAX));
+    if object.get("uniqueItems") == Some(&Value::Bool(false)) || most <= 1 {
+        object.remove("uniqueItems");
+    }
+    if object.get("uniqueItems") != Some(&Value::Bool(true))
+        || ["enum", "const", "prefixItems", "contains"].iter().any(|key| object.contains_key(*key))
+    {
+        return;
+    }
+    let items = object.get("items").map(|items| resolved(items, root)).unwrap_or_default();
+    let alone =
+        items.as_object().is_some_and(|items| items.keys().all(|key| ["type", "enum", "title", "description"].contains(&key.as_str())));
+    let Some(Value::Array(values)) = items.get("enum").filter(|_| alone && object.get("type").is_some_and(|kind| kind == "array")) else {
+        return;
+    };
+    let distinct = values.iter().enumerate().all(|(at, value)| value.is_string() && !values[..at].contains(value));
+    if !distinct || values.len() > MOST_OF_A_SET || items.get("type").is_some_and(|kind| kind != "string") {
+        return;
+    }
+    let sets: Vec<Value> =
+        arranged(values).into_iter().filter(|set| (least..=most).contains(&(set.len() as u64))).map(Value::from).collect();
+    if !sets.is_empty() {
+        ["uniqueItems", "items", "minItems", "maxItems"].iter().for_each(|key| drop(object.remove(*key)));
+        object.insert("enum".to_owned(), Value::Array(sets));
+    }
+}
+
+/// Lists of some of these values, in any order.
+fn arranged(values: &[Value]) -> Vec<Vec<Value>> {
+    let mut all = vec![Vec::new()];
+    for at in 0..values.len() {
+        let rest = [&values[..at], &values[at + 1..]].concat();
+        all.extend(arranged(&rest).into_iter().map(|list| [&values[at..=at], &list].concat()));
+    }
+    all
+}
+
 /// What a reference into the same document leads to.
 fn resolved(schema: &Value, root: &Value) -> Value {
     let target = schema.get("$ref").and_then(Value::as_str).and_then(|reference| reference.strip_prefix('#'));
@@ -222,6 +263,22 @@ mod tests {
         assert!(!of(part(json!({"const": "b"}), json!(["n"]))), "not required");
         assert!(!of(part(json!({"type": "string"}), json!(["kind"]))), "any value");
         assert!(!of(json!({"properties": {"kind": {"const": "b"}}, "required": ["kind"]})), "not an object alone");
+    }
+
+    #[test]
+    fn sets_of_few_values_are_listed() {
+        let colors =
+            |names: &[&str]| json!({"type": "array", "uniqueItems": true, "items": {"$ref": "#/$defs/c"}, "$defs": {"c": {"enum": names}}});
+        let lists = prepared(&colors(&["a", "b"]))["enum"].clone();
+        assert_eq!(lists, json!([[], ["a"], ["a", "b"], ["b"], ["b", "a"]]));
+        let mut bounded = colors(&["a", "b"]);
+        bounded["minItems"] = json!(2);
+        assert_eq!(prepared(&bounded)["enum"], json!([["a", "b"], ["b", "a"]]));
+        assert_eq!(prepared(&colors(&["a", "b", "c", "d", "e"]))["enum"].as_array().unwrap().len(), 326);
+        assert_eq!(prepared(&colors(&["a", "b", "c", "d", "e", "f"]))["uniqueItems"], true, "left for the compiler to refuse");
+        assert_eq!(prepared(&json!({"type": "array", "uniqueItems": true, "items": {"type": "string"}}))["uniqueItems"], true);
+        let one = json!({"type": "array", "uniqueItems": true, "maxItems": 1});
+        assert_eq!(prepared(&one), json!({"type": "array", "maxItems": 1}));
     }
 
     #[test]

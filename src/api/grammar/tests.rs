@@ -8,6 +8,7 @@ use serde_json::json;
 
 use super::*;
 use crate::checkpoint::demo;
+use crate::engine::Constraint;
 use crate::engine::Next;
 use crate::models::sample::uniform;
 use crate::text::tokenizer::Special;
@@ -357,6 +358,16 @@ impl TakeFirst for Value {
     fn take_first(self) -> Value {
         if self.to_string().len() > 100_000 { self["allOf"][0].clone() } else { self }
     }
+}
+
+#[test]
+fn what_is_refused_is_not_tried_again() {
+    let grammars = Grammars::new(TOKENIZER.clone(), TOKENIZER.vocab_size(), Arc::new(vec![2]));
+    let grammar = Grammar::json_schema(json!({"type": "integer", "minimum": 3, "maximum": 1}));
+    let first = grammars.compile(&grammar).unwrap_err();
+    let (_, is_new) = grammars.cache.lock().unwrap().get_or_put(&grammar.key());
+    assert!(!is_new);
+    assert_eq!(grammars.compile(&grammar).unwrap_err(), first);
 }
 
 #[test]

@@ -253,11 +253,13 @@ mod tests {
         match route {
             Route::Chat => "/v1/chat/completions",
             Route::Completions => "/v1/completions",
+            Route::Infill => "/infill",
             Route::Models => "/v1/models",
             Route::Model(_) => "/v1/models/{model}",
             Route::Embeddings => "/v1/embeddings",
             Route::Responses => "/v1/responses",
             Route::Response(_) => "/v1/responses/{id}",
+            Route::CancelResponse(_) => "/v1/responses/{id}/cancel",
             Route::InputItems { .. } => "/v1/responses/{id}/input_items",
             Route::Messages => "/v1/messages",
             Route::CountTokens => "/v1/messages/count_tokens",
@@ -276,10 +278,19 @@ mod tests {
 
     fn every() -> Vec<Route> {
         let id = || "i".to_owned();
-        let with_ids = [Route::Model(id()), Route::Response(id()), Route::InputItems { id: id(), query: String::new() }];
+        let with_ids =
+            [Route::Model(id()), Route::Response(id()), Route::CancelResponse(id()), Route::InputItems { id: id(), query: String::new() }];
         let openai = [Route::Chat, Route::Completions, Route::Models, Route::Embeddings, Route::Responses, Route::Document];
-        let of_others =
-            [Route::Messages, Route::CountTokens, Route::FastChat, Route::TokenCheck, Route::Abort, Route::Version, Route::Load];
+        let of_others = [
+            Route::Infill,
+            Route::Messages,
+            Route::CountTokens,
+            Route::FastChat,
+            Route::TokenCheck,
+            Route::Abort,
+            Route::Version,
+            Route::Load,
+        ];
         let of_tokens = [Route::Tokenize, Route::Detokenize, Route::ApplyTemplate, Route::Render];
         with_ids.into_iter().chain(openai).chain(of_others).chain(of_tokens).collect()
     }

@@ -147,6 +147,7 @@ pub const OPERATIONS: &[Operation] = &[
         ]),
     get("/v1/responses/{id}", RESPONSES, Json("Response"), "A response that is kept.").errors(ErrorForm::Responses),
     Operation { method: "DELETE", ..get("/v1/responses/{id}", RESPONSES, Json("Deleted"), "Forgets it.").errors(ErrorForm::Responses) },
+    Operation { method: "POST", ..get("/v1/responses/{id}/cancel", RESPONSES, Never, "Refused: only responses in the background can be cancelled, and there are none.").errors(ErrorForm::Responses) },
     get("/v1/responses/{id}/input_items", RESPONSES, Json("ItemList"), "What it was an answer to: `limit`, `order`, `after`.").errors(ErrorForm::Responses),
     post("/v1/messages", ANTHROPIC, Message, Streamed("Message", "MessageEvent"), "[Anthropic's Messages](#anthropics-messages).")
         .errors(ErrorForm::Anthropic)
@@ -183,6 +184,9 @@ pub const OPERATIONS: &[Operation] = &[
         .examples(&[example("text", 200, r#"{"prompt": "Hello", "max_tokens": 8}"#)]),
     post("/v1/engines/{model}/embeddings", OTHERS, Fields(0, &["input"]), Never, "Refused, as `/v1/embeddings`.")
         .examples(&[example("refused", 400, r#"{"input": "Hello"}"#)]),
+    post("/infill", OTHERS, Fields(2, &["input_prefix", "input_suffix", "input_extra", "prompt", "model", "n_predict", "max_tokens", "temperature", "top_k", "top_p", "stop", "seed", "n", "n_probs", "stream", "return_token_ids"]), Streamed("Infilled", "Infilled"), "llama.cpp's: [fills in the middle](#filling-in-the-middle), with all fields of completions.")
+        .also(&["/v1/infill"])
+        .examples(&[example("no_tokens", 400, r#"{"input_prefix": "def add(a, b):\n    return ", "input_suffix": "\n", "n_predict": 16}"#)]),
     post("/v1/abort_requests", OTHERS, Fields(0, &["req_ids", "abort_all"]), Json("Aborted"), "FastDeploy's: ends running requests.")
         .also(&["/abort_requests"])
         .examples(&[example("ids", 200, r#"{"req_ids": ["chatcmpl-123"]}"#)]),

@@ -17,8 +17,6 @@ pub struct Parsing {
     pub reasoning: Option<Reasoning>,
     /// The request's tools, if it has any.
     pub tools: Option<Arc<ToolRequest>>,
-    /// What was put into the model's mouth: the beginning of a call that the request demands. The prompt ends with it.
-    pub opening: String,
     /// Special tokens that are marks of these formats.
     pub marks: Arc<HashSet<u32>>,
 }
@@ -60,22 +58,6 @@ impl Parsing {
         }
     }
 
-    /// What must stand behind the prompt so that the model calls the tool that the request demands: the opening of the call, and before it
-    /// the end of a thought that the prompt has opened. Empty when none is demanded.
-    pub fn demand(&mut self) -> String {
-        // What a grammar demands need not be opened.
-        let Some(opening) = self.tools.as_ref().and_then(|tools| tools.forced_opening()) else { return String::new() };
-        let mut before = String::new();
-        if let Some(reasoning) = &mut self.reasoning {
-            if let (Start::Reasoning, Some(close)) = (reasoning.start, reasoning.format.close.first()) {
-                before = format!("{close}\n\n");
-            }
-            reasoning.start = Start::Content;
-        }
-        self.opening = opening;
-        before + &self.opening
-    }
-
     /// How thoughts are told apart, where they are.
     pub fn told_apart(&self) -> Option<Reasoning> {
         self.reasoning.filter(|reasoning| reasoning.apart)
@@ -94,15 +76,10 @@ impl Parsing {
             return Box::new(PlainText);
         }
         let ends = self.ends_of_thoughts();
-        let mut parser = AnswerParser {
+        Box::new(AnswerParser {
             reasoning: told_apart.map(|reasoning| (ReasoningParser::new(reasoning.format, reasoning.start, ends), reasoning.shown)),
             tools: tools.zip(format).map(|(tools, format)| ToolParser::new(format, tools)),
-            ready: Vec::new(),
-        };
-        let mut ready = Vec::new();
-        parser.push(self.opening.clone(), &mut ready);
-        parser.ready = ready;
-        Box::new(parser)
+        })
     }
 }
 
@@ -111,8 +88,6 @@ struct AnswerParser {
     /// With whether they are given out.
     reasoning: Option<(ReasoningParser, bool)>,
     tools: Option<ToolParser>,
-    /// What the opening of a demanded call has given.
-    ready: Vec<DeltaKind>,
 }
 
 impl AnswerParser {
@@ -141,7 +116,6 @@ impl AnswerParser {
 
 impl Parser for AnswerParser {
     fn push(&mut self, text: String, deltas: &mut Vec<DeltaKind>) {
-        deltas.append(&mut self.ready);
         let Some((reasoning, _)) = &mut self.reasoning else { return self.content(text, deltas) };
         let mut parts = Vec::new();
         reasoning.push(&text, &mut parts);

@@ -7,6 +7,7 @@ use crate::api::delta::{DeltaKind, ToolCallPart};
 use crate::api::parse::Parser;
 use crate::api::parse::marks::{Found, find};
 use crate::api::parse::reasoning::push_reasoning;
+use crate::api::parse::tools::json::{Next, Scanner};
 use crate::api::parse::tools::request::{ToolRequest, call_id};
 use crate::api::parse::tools::table::{CallIds, HARMONY_MARKS};
 
@@ -20,6 +21,8 @@ pub struct Harmony {
     calls: usize,
     /// The call at hand has arguments.
     argued: bool,
+    /// Follows them while they are JSON, in which no mark is one.
+    scanner: Option<Scanner>,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -33,10 +36,14 @@ enum State {
 
 impl Harmony {
     pub fn new(tools: Option<Arc<ToolRequest>>, reasoning: Option<bool>) -> Self {
-        Self { tools, reasoning, buffer: String::new(), state: State::Answer, calls: 0, argued: false }
+        Self { tools, reasoning, buffer: String::new(), state: State::Answer, calls: 0, argued: false, scanner: None }
     }
 
     fn step(&mut self, ended: bool, deltas: &mut Vec<DeltaKind>) -> bool {
+        self.arguments(deltas);
+        if self.scanner.is_some() {
+            return false;
+        }
         let (at, mark) = match find(&self.buffer, HARMONY_MARKS.into_iter(), ended) {
             Found::Mark { at, mark } => (at, Some(mark)),
             Found::Begins(at) => (at, None),
@@ -62,6 +69,39 @@ impl Harmony {
         true
     }
 
+    /// Takes what is there of arguments that are JSON, up to their end.
+    fn arguments(&mut self, deltas: &mut Vec<DeltaKind>) {
+        let Some(scanner) = &mut self.scanner else { return };
+        let (mut text, mut used, mut over) = (String::new(), 0, false);
+        for c in self.buffer.chars() {
+            let begins = scanner.open.is_empty();
+            if begins && !c.is_whitespace() && !matches!(c, '{' | '[') {
+                over = true;
+                break;
+            }
+            used += c.len_utf8();
+            if begins && c.is_whitespace() {
+                continue;
+            }
+            match scanner.step(c, &mut text) {
+                Next::Inside => {}
+                Next::Last => over = true,
+                Next::Broken => {
+                    used -= c.len_utf8();
+                    over = true;
+                }
+            }
+            if over {
+                break;
+            }
+        }
+        self.buffer.drain(..used);
+        if over {
+            self.scanner = None;
+        }
+        self.tell(text, deltas);
+    }
+
     /// The message ends.
     fn leave(&mut self, state: State, deltas: &mut Vec<DeltaKind>) {
         if self.state == State::Call && !self.argued {
@@ -77,6 +117,7 @@ impl Harmony {
         if let (Some(name), true) = (recipient.filter(|name| !name.is_empty()), self.tools.is_some()) {
             self.calls += 1;
             self.argued = false;
+            self.scanner = Some(Scanner::default());
             let name = name.strip_prefix("functions.").unwrap_or(name).to_owned();
             self.push_call(ToolCallPart::Start { id: call_id(CallIds::OpenAi), name }, deltas);
             return State::Call;

@@ -24,6 +24,11 @@ pub struct ReasoningFormat {
     pub harmony: bool,
 }
 
+/// gpt-oss's mark of the end of a message, that with the beginning of the next one, and the header of an answer.
+pub const HARMONY_END: &str = "<|end|>";
+pub const HARMONY_NEXT: &str = "<|end|><|start|>assistant";
+pub const HARMONY_FINAL: &str = "<|channel|>final<|message|>";
+
 const THINK: ReasoningFormat = ReasoningFormat {
     name: "",
     aliases: &[],

@@ -33,10 +33,8 @@ pub fn request(served: &ServedModel, fields: &Fields<'_>, options: GenerationOpt
     let mut echo = None;
     let mut parsing = parsing(served, fields)?;
     let ids = match (fields.token_ids("prompt_token_ids", served.limits.vocab_size)?, fields.get("messages")) {
-        (Some(ids), _) => given_ids(served, fields, &mut parsing, ids)?,
-        (None, Some(field)) if field.value[0].is_number() => {
-            given_ids(served, fields, &mut parsing, token_ids(&field, served.limits.vocab_size)?)?
-        }
+        (Some(ids), _) => given_ids(served, &mut parsing, ids),
+        (None, Some(field)) if field.value[0].is_number() => given_ids(served, &mut parsing, token_ids(&field, served.limits.vocab_size)?),
         (None, Some(field)) if fields.flag("disable_chat_template")? => {
             let first = messages::read(&field, served.settings.max_messages)?.swap_remove(0);
             let given = contents::text(&first["content"]);
@@ -86,18 +84,13 @@ fn parsing(served: &ServedModel, fields: &Fields<'_>) -> Result<Parsing, Failure
     let reasoning = served.reasoning_format.map(|format| Reasoning { format, start: Start::default(), apart, shown });
     let mut marks = served.reasoning_format.filter(|_| apart).map_or_else(Vec::new, |format| format.marks());
     marks.extend(tools.as_ref().and_then(|tools| tools.format).map_or_else(Vec::new, |format| format.marks()));
-    Ok(Parsing { reasoning, tools: tools.map(Arc::new), opening: String::new(), marks: Arc::new(served.marks(&marks)) })
+    Ok(Parsing { reasoning, tools: tools.map(Arc::new), marks: Arc::new(served.marks(&marks)) })
 }
 
-/// A prompt that is given as token ids. Nothing can be put behind it, as a call that is demanded would have to be.
-fn given_ids(served: &ServedModel, fields: &Fields<'_>, parsing: &mut Parsing, ids: Vec<u32>) -> Result<Vec<u32>, Failure> {
-    let demands = parsing.tools.as_ref().is_some_and(|tools| tools.forced_opening().is_some());
-    if let Some(field) = fields.get("tool_choice").filter(|_| demands) {
-        let message = format!("'{}' cannot demand a call behind a prompt of token ids. Use 'messages' with texts.", field.name);
-        return Err(Failure::bad_request(field.name, message).code("unsupported_value"));
-    }
+/// A prompt that is given as token ids.
+fn given_ids(served: &ServedModel, parsing: &mut Parsing, ids: Vec<u32>) -> Vec<u32> {
     parsing.begin(&end_of(served, &ids));
-    Ok(ids)
+    ids
 }
 
 /// The last words of a prompt that is given as token ids.
@@ -183,7 +176,6 @@ fn render_for(served: &ServedModel, fields: &Fields<'_>, mut messages: Vec<Value
         parsing.go_on(&text);
     } else {
         parsing.begin(&rendered);
-        rendered += &parsing.demand();
     }
     Ok(Rendered { text: rendered, marks })
 }

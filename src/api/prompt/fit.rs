@@ -21,16 +21,27 @@ impl Fit<'_> {
     /// The part of a prompt's text that is to be tokenized. A text that cannot fit the context, however it is cut, is refused: that is told
     /// from its bytes, since to tokenize tens of megabytes takes seconds. Of one that is to be cut to its last tokens the end is enough.
     pub fn text<'t>(&self, text: &'t str) -> Result<&'t str, Failure> {
+        Ok(self.most_bytes(text)?.map_or(text, |bytes| end_of(text, bytes)))
+    }
+
+    /// The same of a text of which the first tokens are wanted.
+    pub fn beginning<'t>(&self, text: &'t str) -> Result<&'t str, Failure> {
+        let Some(bytes) = self.most_bytes(text)? else { return Ok(text) };
+        let end = (0..=bytes.min(text.len())).rev().find(|&at| text.is_char_boundary(at)).unwrap_or_default();
+        Ok(&text[..end])
+    }
+
+    /// Bytes of a text that are enough for all tokens that may be kept of it; none where it is to be read whole.
+    fn most_bytes(&self, text: &str) -> Result<Option<usize>, Failure> {
         let context = self.served.limits.max_model_len;
         if text.len() < context {
-            return Ok(text);
+            return Ok(None);
         }
         let Some(keep) = self.keep() else {
             let least = self.served.tokenizer.least_tokens(text);
-            return if least < context { Ok(text) } else { Err(self.too_long(&format!("at least {least} tokens"))) };
+            return if least < context { Ok(None) } else { Err(self.too_long(&format!("at least {least} tokens"))) };
         };
-        let bytes = keep.saturating_mul(self.served.tokenizer.longest_token().unwrap_or(UNKNOWN_TOKEN)).max(CUT_WHOLE);
-        Ok(end_of(text, bytes))
+        Ok(Some(keep.saturating_mul(self.served.tokenizer.longest_token().unwrap_or(UNKNOWN_TOKEN)).max(CUT_WHOLE)))
     }
 
     /// Adds what the answer has begun with, cuts a prompt if the request asks for it, and checks that it leaves room for an answer.
@@ -87,7 +98,7 @@ impl Fit<'_> {
     }
 
     /// Tokens of a prompt that the request wants kept, when it wants it cut.
-    fn keep(&self) -> Option<usize> {
+    pub fn keep(&self) -> Option<usize> {
         let context = self.served.limits.max_model_len;
         match self.options.truncate? {
             // A limit that is no limit keeps no place free.

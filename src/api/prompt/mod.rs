@@ -4,6 +4,8 @@ pub mod chat;
 pub mod contents;
 pub mod fit;
 pub mod guard;
+pub mod infill;
+pub mod infill_tokens;
 pub mod messages;
 pub mod template;
 pub mod text;

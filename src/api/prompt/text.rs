@@ -14,12 +14,12 @@ use crate::text::tokenizer::Special;
 /// Most prompts in one request.
 const MAX_PROMPTS: usize = 1024;
 
-/// The request of these prompts. `encode` turns a text into token ids.
+/// The request of these prompts, each of which `read` makes token ids of.
 pub fn request(
     served: &ServedModel,
     given: Vec<GivenPrompt>,
     options: GenerationOptions,
-    encode: impl Fn(&str, &GenerationOptions) -> Result<Vec<u32>, Failure>,
+    read: impl Fn(GivenPrompt, &Fit<'_>) -> Result<Prompt, Failure>,
 ) -> Result<GenerationRequest, Failure> {
     // Before work is done for prompts that are too many.
     options.check_number(given.len(), true, &served.limits)?;
@@ -28,24 +28,26 @@ pub fn request(
         return Err(Failure::bad_request("completion_token_ids", message).code("invalid_value"));
     }
     let fit = Fit { served, options: &options, noun: "prompt" };
-    let mut prompts = Vec::with_capacity(given.len());
-    for prompt in given {
-        let (text, ids) = match prompt {
-            GivenPrompt::Text(text) => {
-                let read = fit.text(&text)?;
-                let ids = encode(read, &options)?;
-                let whole = read.len() == text.len();
-                (Some(text).filter(|_| whole), ids)
-            }
-            GivenPrompt::Tokens(ids) => (None, ids),
-        };
-        let whole = ids.len();
-        let ids = fit.ids(ids)?;
-        let text = text.as_deref().filter(|_| ids.len() == whole);
-        let echo = options.echo.then(|| Echo::of_prompt(&served.tokenizer, text, &ids, options.skip_special_tokens));
-        prompts.push(Prompt::new(ids, echo));
-    }
+    let prompts = given.into_iter().map(|prompt| read(prompt, &fit)).collect::<Result<_, _>>()?;
     GenerationRequest::new(prompts, options, true, &served.limits)
+}
+
+/// A prompt by itself. `encode` turns a text into token ids.
+pub fn prompt(given: GivenPrompt, fit: &Fit<'_>, encode: impl Fn(&str) -> Result<Vec<u32>, Failure>) -> Result<Prompt, Failure> {
+    let (text, ids) = match given {
+        GivenPrompt::Text(text) => {
+            let read = fit.text(&text)?;
+            let ids = encode(read)?;
+            let whole = read.len() == text.len();
+            (Some(text).filter(|_| whole), ids)
+        }
+        GivenPrompt::Tokens(ids) => (None, ids),
+    };
+    let whole = ids.len();
+    let ids = fit.ids(ids)?;
+    let text = text.as_deref().filter(|_| ids.len() == whole);
+    let echo = fit.options.echo.then(|| Echo::of_prompt(&fit.served.tokenizer, text, &ids, fit.options.skip_special_tokens));
+    Ok(Prompt::new(ids, echo))
 }
 
 /// One prompt as the caller gave it.
@@ -106,15 +108,20 @@ pub fn ids(served: &ServedModel, text: &str, special: Special, around: bool) -> 
 /// Adds what the tokenizer wants around a text: what its post-processor says, else the beginning-of-sequence token where its configuration
 /// asks for it. Never twice.
 fn add_around(served: &ServedModel, ids: &mut Vec<u32>) {
-    let (before, after) = served.tokenizer.added_around();
-    let of_config = served.bos_token_id.filter(|_| served.model.add_bos_token && before.is_empty());
-    let before = of_config.as_ref().map_or(before, std::slice::from_ref);
+    let (before, (_, after)) = (added_before(served), served.tokenizer.added_around());
     if !ids.starts_with(before) {
         ids.splice(0..0, before.iter().copied());
     }
     if !ids.ends_with(after) {
         ids.extend(after);
     }
+}
+
+/// What the tokenizer wants before a text.
+pub fn added_before(served: &ServedModel) -> &[u32] {
+    let (before, _) = served.tokenizer.added_around();
+    let of_config = served.bos_token_id.as_ref().filter(|_| served.model.add_bos_token && before.is_empty());
+    of_config.map_or(before, std::slice::from_ref)
 }
 
 #[cfg(test)]

@@ -163,7 +163,7 @@ async fn whoever_knows_an_id_can_abort_the_request() {
     let rest: Vec<Value> = pieces.map(Result::unwrap).collect().await;
     let events = events(&[vec![first], rest].concat());
     assert_eq!(events.last().unwrap()["choices"][0]["finish_reason"], "abort");
-    assert!(world.service.engine.idle(Duration::from_secs(5)).await);
+    assert!(world.service.engine().idle(Duration::from_secs(5)).await);
     for (body, param) in [(json!({}), "req_ids"), (json!({"req_ids": 5}), "req_ids"), (json!({"req_ids": ["a", 5]}), "req_ids[1]")] {
         assert_eq!(abort(body.clone()).await.unwrap_err().param.as_deref(), Some(param), "{body}");
     }

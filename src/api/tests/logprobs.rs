@@ -214,7 +214,7 @@ async fn a_prompt_can_be_scored_alone() {
     assert_eq!((&answer["usage"]["prompt_tokens"], &answer["usage"]["completion_tokens"]), (&json!(4), &json!(0)));
     let native = world.job(json!({"prompt": "ab", "echo": true, "sampling_params": {"max_tokens": 0, "logprobs": 0}})).await.unwrap();
     assert_eq!((&native["text"], &native["choices"][0]["logprobs"]["tokens"]), (&json!("ab"), &json!(["a", "b"])));
-    assert!(world.service.engine.idle(Duration::from_secs(10)).await);
+    assert!(world.service.engine().idle(Duration::from_secs(10)).await);
 }
 
 #[tokio::test]

@@ -17,6 +17,7 @@ use crate::text::tokenizer::{Special, Tokenizer};
 mod calls;
 mod errors;
 mod fastdeploy;
+mod infill;
 mod logprobs;
 mod native;
 mod prompts;
@@ -85,7 +86,7 @@ pub enum Say {
 }
 
 /// A vocabulary of ASCII, byte pieces and a few words: every other character comes in several tokens.
-fn tokenizer_json() -> String {
+pub fn tokenizer_json() -> String {
     let mut vocab: Vec<String> = ["<unk>", "<s>", "</s>"].map(str::to_owned).to_vec();
     vocab.extend((0..=255).map(|byte| format!("<0x{byte:02X}>")));
     vocab.extend((33..127_u8).map(|byte| char::from(byte).to_string()));
@@ -142,6 +143,7 @@ pub async fn world_with(says: &[Vec<Say>], settings: ApiSettings, files: ModelFi
         vocab_size: tokenizer.vocab_size(),
         block_size: 16,
         blocks: 64,
+        state_slots: 0,
         max_num_seqs: 8,
         max_num_batched_tokens: 64,
         memory_bound: false,

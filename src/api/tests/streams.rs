@@ -126,7 +126,7 @@ async fn a_slow_reader_gets_fewer_and_larger_pieces() {
         panic!()
     };
     // Nothing is pulled until the engine is done with it.
-    while world.service.engine.stats().output_tokens < world.ids("one two three four five six seven", Special::Text).len() as u64 + 1 {
+    while world.service.engine().stats().output_tokens < world.ids("one two three four five six seven", Special::Text).len() as u64 + 1 {
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
     tokio::time::sleep(Duration::from_millis(20)).await;
@@ -153,18 +153,18 @@ async fn dropping_a_stream_or_a_call_frees_the_rows() {
     assert!(pieces.next().await.unwrap().is_ok());
     drop(pieces);
     let free = async || {
-        while world.service.engine.stats().blocks_free < world.service.engine.stats().blocks_total
-            || world.service.engine.stats().running > 0
+        while world.service.engine().stats().blocks_free < world.service.engine().stats().blocks_total
+            || world.service.engine().stats().running > 0
         {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
     tokio::time::timeout(Duration::from_secs(20), free()).await.unwrap();
-    let tokens = world.service.engine.stats().output_tokens;
+    let tokens = world.service.engine().stats().output_tokens;
     let call = world.chat(json!({}));
     assert!(tokio::time::timeout(Duration::from_millis(200), call).await.is_err(), "it takes longer");
     tokio::time::timeout(Duration::from_secs(20), free()).await.unwrap();
-    let more = world.service.engine.stats().output_tokens - tokens;
+    let more = world.service.engine().stats().output_tokens - tokens;
     assert!(more < 60, "it did not run to its end: {more}");
 }
 

@@ -118,17 +118,15 @@ async fn an_open_thought_in_the_prompt_is_where_the_answer_begins() {
 }
 
 #[tokio::test]
-async fn a_demanded_call_that_no_grammar_can_say_is_opened_in_the_prompt() {
+async fn a_demanded_call_of_a_format_with_tags_needs_no_opening_in_the_prompt() {
+    const CALL: &str = "<tool_call>f\n<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>";
     let settings = ApiSettings { tool_call_parser: Some("glm45".to_owned()), ..ApiSettings::default() };
-    let world = calling("</tool_call>", settings).await;
+    let world = calling(CALL, settings).await;
     let named = json!({"tools": tools(), "tool_choice": {"type": "function", "function": {"name": "f"}}, "return_token_ids": true});
-    for (more, before) in [(json!({}), ""), (json!({"enable_thinking": true}), "<think></think>\n\n")] {
-        let answer = world.chat(with(named.clone(), more)).await.unwrap();
-        assert_eq!(answer["choices"][0]["message"]["tool_calls"][0]["function"], json!({"name": "f", "arguments": "{}"}));
-        assert_eq!(answer["choices"][0]["finish_reason"], "stop");
-        let prompt = format!("f;Hi{before}<tool_call>f\n");
-        assert_eq!(answer["prompt_token_ids"], json!(world.ids(&prompt, Special::Control)));
-    }
+    let answer = world.chat(named).await.unwrap();
+    assert_eq!(answer["choices"][0]["message"]["tool_calls"][0]["function"], json!({"name": "f", "arguments": "{\"a\": \"1\"}"}));
+    assert_eq!(answer["choices"][0]["finish_reason"], "stop");
+    assert_eq!(answer["prompt_token_ids"], json!(world.ids("f;Hi", Special::Control)));
 }
 
 #[tokio::test]

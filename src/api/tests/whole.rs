@@ -174,13 +174,13 @@ async fn two_choices_stop_at_different_times() {
     let answer = world.chat(json!({"n": 2, "stop": "STOP"})).await.unwrap();
     assert_eq!(answer["choices"][0]["message"]["content"], "a");
     assert_eq!(answer["choices"][1]["message"]["content"], "long text ");
-    assert!(world.service.engine.idle(Duration::from_secs(10)).await, "stopped rows are free");
+    assert!(world.service.engine().idle(Duration::from_secs(10)).await, "stopped rows are free");
 }
 
 #[tokio::test]
 async fn greedy_choices_are_computed_once_and_given_n_times() {
     let world = world(&[vec![Say::Text("one, two")], vec![Say::Text("other")]]).await;
-    let generated = || world.service.engine.stats().output_tokens;
+    let generated = || world.service.engine().stats().output_tokens;
     let texts = |answer: &Value| answer["choices"].as_array().unwrap().iter().map(|choice| choice["text"].clone()).collect::<Vec<_>>();
     let single = world.complete(json!({"temperature": 0})).await.unwrap();
     let (tokens, before) = (single["usage"]["completion_tokens"].as_u64().unwrap(), generated());
@@ -218,8 +218,8 @@ async fn stop_strings_count_as_ends_and_not_as_cancellations() {
         let answer = world.complete(json!({"stop": ",", "max_tokens": 90})).await.unwrap();
         assert_eq!((&answer["choices"][0]["text"], &answer["choices"][0]["finish_reason"]), (&json!("one"), &json!("stop")));
     }
-    assert!(world.service.engine.idle(Duration::from_secs(5)).await);
-    let metrics = world.service.engine.stats().exposition("", "m");
+    assert!(world.service.engine().idle(Duration::from_secs(5)).await);
+    let metrics = world.service.engine().stats().exposition("", "m");
     for line in [
         "request_success_total{model_name=\"m\",finished_reason=\"stop\"} 3",
         "request_success_total{model_name=\"m\",finished_reason=\"abort\"} 0",

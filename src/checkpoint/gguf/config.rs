@@ -36,6 +36,15 @@ const ROLES: &[(&str, &str)] = &[
     ("tokenizer.ggml.eos_token_id", "eos_token"),
     ("tokenizer.ggml.unknown_token_id", "unk_token"),
     ("tokenizer.ggml.padding_token_id", "pad_token"),
+    // Filling in the middle: the older names first, which the newer ones overrule.
+    ("tokenizer.ggml.prefix_token_id", "prefix_token"),
+    ("tokenizer.ggml.suffix_token_id", "suffix_token"),
+    ("tokenizer.ggml.middle_token_id", "middle_token"),
+    ("tokenizer.ggml.fim_pre_token_id", "prefix_token"),
+    ("tokenizer.ggml.fim_suf_token_id", "suffix_token"),
+    ("tokenizer.ggml.fim_mid_token_id", "middle_token"),
+    ("tokenizer.ggml.fim_rep_token_id", "fim_repository_token"),
+    ("tokenizer.ggml.fim_sep_token_id", "fim_file_token"),
 ];
 
 /// Sampling that the file recommends, and its names in generation_config.json.

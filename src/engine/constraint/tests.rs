@@ -106,7 +106,16 @@ fn expected(prompt: &[u32], mut constraint: Automaton, max_tokens: usize) -> (Ve
 
 fn shape(blocks: usize, block_size: usize, seqs: usize, batched: usize) -> Shape {
     let max_model_len = blocks * block_size;
-    Shape { max_model_len, vocab_size: 100, block_size, blocks, max_num_seqs: seqs, max_num_batched_tokens: batched, memory_bound: true }
+    Shape {
+        max_model_len,
+        vocab_size: 100,
+        block_size,
+        blocks,
+        state_slots: 0,
+        max_num_seqs: seqs,
+        max_num_batched_tokens: batched,
+        memory_bound: true,
+    }
 }
 
 fn request(prompt: &[u32], max_tokens: usize, constraint: Automaton) -> Request {

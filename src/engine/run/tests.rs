@@ -41,7 +41,16 @@ impl Runner for Scripted {
 }
 
 fn shape() -> Shape {
-    Shape { max_model_len: 64, vocab_size: 100, block_size: 4, blocks: 32, max_num_seqs: 2, max_num_batched_tokens: 16, memory_bound: true }
+    Shape {
+        max_model_len: 64,
+        vocab_size: 100,
+        block_size: 4,
+        blocks: 32,
+        state_slots: 0,
+        max_num_seqs: 2,
+        max_num_batched_tokens: 16,
+        memory_bound: true,
+    }
 }
 
 async fn engine(gate: Option<std::sync::mpsc::Receiver<()>>, max_waiting: usize) -> Handle {

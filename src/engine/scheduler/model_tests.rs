@@ -5,8 +5,10 @@ use std::sync::Arc;
 
 use super::*;
 use crate::checkpoint::demo;
+use crate::checkpoint::files::ModelFiles;
 use crate::config::{DeviceChoice, EngineSettings};
 use crate::engine::{Request, SamplingParams};
+use crate::models::golden_families::Golden;
 use crate::models::runner::ModelRunner;
 use crate::models::{LogprobsMode, LogprobsSpec, Runner, Vocabulary, sample};
 
@@ -19,6 +21,10 @@ fn with_model<T: Send>(f: impl FnOnce(&mut ModelRunner) -> T + Send) -> T {
 }
 
 fn with_vocabulary<T: Send>(vocabulary: Vocabulary, f: impl FnOnce(&mut ModelRunner) -> T + Send) -> T {
+    with_files(&demo::files(), vocabulary, f)
+}
+
+fn with_files<T: Send>(files: &ModelFiles, vocabulary: Vocabulary, f: impl FnOnce(&mut ModelRunner) -> T + Send) -> T {
     let body = || {
         let settings = EngineSettings {
             device: DeviceChoice::Cpu,
@@ -28,7 +34,7 @@ fn with_vocabulary<T: Send>(vocabulary: Vocabulary, f: impl FnOnce(&mut ModelRun
             max_num_batched_tokens: Some(64),
             ..Default::default()
         };
-        f(&mut ModelRunner::load(&demo::files(), || Ok(vocabulary), &settings).unwrap())
+        f(&mut ModelRunner::load(files, || Ok(vocabulary), &settings).unwrap())
     };
     std::thread::scope(|scope| scope.spawn(body).join().unwrap())
 }
@@ -247,4 +253,92 @@ fn ids_without_a_token_are_never_sampled_nor_told_of() {
         unassigned.dedup();
     }
     assert!(unassigned.len() > 20, "{unassigned:?}");
+}
+
+/// Prompts of a tiny model, some of which begin alike or are the same.
+fn tiny_prompts() -> Vec<Vec<u32>> {
+    let text = |text: u32, len: usize| (0..len as u32).map(move |at| 3 + (text * 31 + at * at * 7 + at * 5) % 94);
+    let prompts =
+        [(0, 100, 1, 5), (0, 100, 2, 40), (0, 48, 3, 3), (0, 47, 4, 20), (5, 16, 6, 1), (0, 100, 1, 5), (0, 100, 1, 5), (0, 90, 7, 30)];
+    prompts.map(|(shared, len, own, more)| text(shared, len).chain(text(own, more)).collect()).to_vec()
+}
+
+/// Prompts that have nothing in common.
+fn unlike_prompts() -> Vec<Vec<u32>> {
+    (0..3).map(|text| (0..40u32).map(|at| 3 + (text * 29 + at * at * 11 + at * 3) % 94).collect()).collect()
+}
+
+/// Runs prompts to so many tokens, all at once, twice; the second round counts.
+fn twice(runner: &mut ModelRunner, scheduler: &mut Scheduler, prompts: &[Vec<u32>], max_tokens: usize) -> Sampled {
+    let mut sampled = Sampled::new();
+    for _ in 0..2 {
+        sampled.clear();
+        for (id, prompt) in prompts.iter().enumerate() {
+            scheduler.add(sequence(id as u64, prompt.clone(), max_tokens, 0.0));
+        }
+        run(scheduler, runner, &mut sampled);
+    }
+    sampled
+}
+
+/// Each by itself, without a cache.
+fn alone(runner: &mut ModelRunner, prompts: &[Vec<u32>], max_tokens: usize) -> Sampled {
+    let mut alone = Sampled::new();
+    for (id, prompt) in prompts.iter().enumerate() {
+        let mut scheduler = Scheduler::new(runner.shape().clone(), false, None);
+        scheduler.add(sequence(id as u64, prompt.clone(), max_tokens, 0.0));
+        run(&mut scheduler, runner, &mut alone);
+    }
+    assert!(alone.values().all(|sampled| sampled.len() == max_tokens));
+    alone
+}
+
+/// Alone, in company, with shared beginnings, with drafts, with too few blocks or slots: the same bits.
+fn whatever_is_decided_the_bits_are_the_same(family: &str) {
+    with_files(&Golden::read(family).files(), usize::MAX.into(), |runner| {
+        let whole = runner.shape().clone();
+        let proposer = Some(NgramProposer { max_rows: 16, min: 1, ..Default::default() });
+        let prompts = tiny_prompts();
+        let expected = alone(runner, &prompts, 40);
+        for (what, caching, proposer) in [
+            ("company", false, None),
+            ("prefix cache", true, None),
+            ("drafts", false, proposer),
+            ("drafts and prefix cache", true, proposer),
+        ] {
+            let mut scheduler = Scheduler::new(whole.clone(), caching, proposer);
+            assert!(twice(runner, &mut scheduler, &prompts, 40) == expected, "{family}: {what} changed a bit");
+            let totals = scheduler.totals();
+            assert!(if caching { totals.prefix_hits > 900 } else { totals.prefix_hits == 0 }, "{family}, {what}: {totals:?}");
+            let both_kinds = totals.accepted > 0 && totals.accepted < totals.drafted;
+            assert!(proposer.is_none() || both_kinds, "{family}, {what}: {totals:?}");
+        }
+        let few_slots = Shape { state_slots: whole.state_slots.min(5), max_num_seqs: 4, ..whole.clone() };
+        let mut scheduler = Scheduler::new(few_slots, true, proposer);
+        assert!(twice(runner, &mut scheduler, &prompts, 40) == expected, "{family}: few slots changed a bit");
+
+        // Room for what two sequences may soon want, and not for two whole ones.
+        let (prompts, few_blocks) = (unlike_prompts(), Shape { blocks: 40, ..whole });
+        let expected = alone(runner, &prompts, 300);
+        for caching in [true, false] {
+            let mut scheduler = Scheduler::new(few_blocks.clone(), caching, None);
+            assert!(twice(runner, &mut scheduler, &prompts, 300) == expected, "{family}: being put back changed a bit");
+            assert!(scheduler.totals().preempted > 0, "{family}: {:?}", scheduler.totals());
+        }
+    });
+}
+
+#[test]
+fn bits_of_short_convolutions_are_the_same_however_they_are_run() {
+    whatever_is_decided_the_bits_are_the_same("lfm2");
+}
+
+#[test]
+fn bits_of_gated_delta_nets_are_the_same_however_they_are_run() {
+    whatever_is_decided_the_bits_are_the_same("qwen3_5_text");
+}
+
+#[test]
+fn bits_of_latent_attention_are_the_same_however_it_is_run() {
+    whatever_is_decided_the_bits_are_the_same("deepseek_v3");
 }

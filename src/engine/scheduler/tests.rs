@@ -27,6 +27,7 @@ fn shape(blocks: usize, block_size: usize, seqs: usize, batched: usize) -> Shape
         vocab_size: 100,
         block_size,
         blocks,
+        state_slots: 0,
         max_num_seqs: seqs,
         max_num_batched_tokens: batched,
         memory_bound: true,
@@ -38,15 +39,43 @@ fn request(prompt: Vec<u32>, max_tokens: usize) -> Request {
     Request { id: "t".into(), prompt: Arc::new(prompt), params, prompt_logprobs: None, deadline: None, constraint: None }
 }
 
-/// A model whose KV cache is a table of tokens by slot: a row's context is read back through its block table.
+/// A model whose KV cache is a table of tokens by slot: a row's context is read back through its block table. Where there are slots for states, a
+/// state is the list of all tokens it has seen.
 struct Scripted {
     cache: Vec<u32>,
     block_size: usize,
+    states: Vec<Vec<u32>>,
     next: fn(&[u32]) -> u32,
 }
 
 impl Scripted {
+    /// Goes on from the states of the rows, each of which must be that of the tokens before the row, and keeps what the plan says.
+    fn keep_states(&mut self, plan: &Plan) {
+        for (from, to) in &plan.states.copies {
+            self.states[*to as usize] = self.states[*from as usize].clone();
+        }
+        let mut written = Vec::new();
+        for (index, row) in plan.rows.iter().enumerate() {
+            let known = row.context - row.len;
+            let before = if known == 0 { Vec::new() } else { self.states[plan.states.slots[index] as usize].clone() };
+            let in_cache = |p: usize| self.cache[row.blocks[p / self.block_size] as usize * self.block_size + p % self.block_size];
+            assert!(before.iter().copied().eq((0..known).map(in_cache)), "row {index} goes on from another state");
+            for save in plan.states.saves.iter().filter(|save| (row.start..row.start + row.len).contains(&(save.token as usize))) {
+                let state = [&before[..], &plan.tokens[row.start..=save.token as usize]].concat();
+                written.push((save.slot, state));
+            }
+        }
+        let mut slots: Vec<u32> = written.iter().map(|(slot, _)| *slot).collect();
+        slots.sort_unstable();
+        assert!(slots.windows(2).all(|pair| pair[0] != pair[1]), "a slot is written twice");
+        assert!(plan.states.saves.is_sorted_by_key(|save| save.token));
+        written.into_iter().for_each(|(slot, state)| self.states[slot as usize] = state);
+    }
+
     fn step(&mut self, plan: &Plan) -> Output {
+        if !self.states.is_empty() {
+            self.keep_states(plan);
+        }
         for (token, slot) in plan.tokens.iter().zip(&plan.slots) {
             self.cache[*slot as usize] = *token;
         }
@@ -97,7 +126,8 @@ fn step(scheduler: &mut Scheduler, model: &mut Scripted) -> Option<(usize, Vec<O
 }
 
 fn scripted(shape: &Shape) -> Scripted {
-    Scripted { cache: vec![0; shape.blocks * shape.block_size], block_size: shape.block_size, next }
+    let states = vec![Vec::new(); shape.state_slots];
+    Scripted { cache: vec![0; shape.blocks * shape.block_size], block_size: shape.block_size, states, next }
 }
 
 /// When it comes, its prompt, its `max_tokens`, when it is cancelled (if it is).
@@ -117,10 +147,12 @@ proptest! {
     #[test]
     fn any_schedule_ends_with_the_right_tokens_and_no_leak(
         blocks in 2usize..14, block_size in 1usize..6, seqs in 1usize..6, batched in 1usize..12, caching in prop::bool::weighted(0.8),
-        forgetful in any::<bool>(), draft_len in 0usize..6,
+        forgetful in any::<bool>(), draft_len in 0usize..6, spare_slots in prop::option::of(0usize..12),
         arrivals in prop::collection::vec(arrival(), 1..7),
     ) {
-        let shape = shape(blocks, block_size, seqs, batched.max(seqs));
+        // Half of the models keep states.
+        let state_slots = spare_slots.map_or(0, |spare| seqs + spare);
+        let shape = Shape { state_slots, ..shape(blocks, block_size, seqs, batched.max(seqs)) };
         let proposer = (draft_len > 0).then(|| NgramProposer { draft_len, max_rows: 3, ..Default::default() });
         let mut scheduler = Scheduler::new(shape.clone(), caching, proposer);
         let mut model = scripted(&shape);
@@ -163,6 +195,7 @@ proptest! {
             }
         }
         prop_assert_eq!((scheduler.running(), scheduler.waiting(), scheduler.pool().available()), (0, 0, blocks));
+        prop_assert_eq!(scheduler.pool().states.available(), state_slots);
         for (id, (_, prompt, max_tokens, cancelled)) in arrivals.iter().enumerate() {
             let fits = prompt.len() < shape.max_model_len;
             let want = if fits { expected(prompt, *max_tokens, shape.max_model_len, model.next) } else { Vec::new() };
@@ -307,6 +340,46 @@ fn choices_of_one_prompt_share_its_blocks_and_compute_it_once() {
     // Five shared blocks, and one or two of their own each.
     assert!(used <= 5 + 4 * 2, "{used} blocks");
     assert_eq!(scheduler.totals().prefix_hits, 3 * 20);
+}
+
+#[test]
+fn states_are_shared_where_snapshots_are() {
+    let shape = Shape { state_slots: 24, ..shape(100, 4, 8, 8) };
+    let (mut scheduler, mut model) = (Scheduler::new(shape.clone(), true, None), scripted(&shape));
+    let mut all = |scheduler: &mut Scheduler| {
+        let mut tokens = Vec::new();
+        while let Some((_, outcomes)) = step(scheduler, &mut model) {
+            tokens.extend(outcomes.iter().map(|outcome| outcome.token.id));
+        }
+        tokens
+    };
+    // Choices of one prompt: it is computed once, but for its last block.
+    (0..4).for_each(|id| scheduler.add(Sequence::new(id, &request((0..22).collect(), 3), 100)));
+    all(&mut scheduler);
+    assert_eq!(scheduler.totals().prefix_hits, 3 * 20);
+    // The next turn goes on from the end of the answer's last full block.
+    let mut tokens: Vec<u32> = (200..210).collect();
+    scheduler.add(Sequence::new(5, &request(tokens.clone(), 7), 100));
+    tokens.extend(all(&mut scheduler));
+    tokens.extend([1, 2, 3]);
+    scheduler.add(Sequence::new(6, &request(tokens, 1), 100));
+    all(&mut scheduler);
+    assert_eq!(scheduler.totals().prefix_hits, 3 * 20 + 16);
+    // A beginning that three prompts share, one after the other: the second finds keys and no state, and leaves one for the third.
+    let hits = scheduler.totals().prefix_hits;
+    for (id, own) in (7..).zip([60, 70, 80]) {
+        let prompt = (300..308).chain(own..own + 6).collect();
+        scheduler.add(Sequence::new(id, &request(prompt, 1), 100));
+        all(&mut scheduler);
+    }
+    assert_eq!(scheduler.totals().prefix_hits, hits + 8);
+    // At the same time: the others wait for the state where they part from the first.
+    for (id, own) in (10..).zip([60, 70, 80]) {
+        let prompt = (400..416).chain(own..own + 6).collect();
+        scheduler.add(Sequence::new(id, &request(prompt, 1), 100));
+    }
+    all(&mut scheduler);
+    assert_eq!(scheduler.totals().prefix_hits, hits + 8 + 2 * 16);
 }
 
 #[test]

@@ -57,10 +57,14 @@ pub fn blocks<S: MatrixSource>(source: &S, format: WeightFormat, device: &Device
     let mut bytes = vec![0; source.rows() * width];
     let failed = Mutex::new(None);
     read(&mut bytes, width, |row, reader: &mut S::Reader, out| {
-        let weights = source.row_f32(row, reader);
+        let mut exact = quantize::Row8::default();
         let result = match format {
-            WeightFormat::Int4 => quantize::row4(weights).map(|row| row.write_ggml(out)),
-            _ => quantize::row8(weights).map(|row| row.write_ggml(out)),
+            WeightFormat::Int4 => quantize::row4(source.row_f32(row, reader)).map(|row| row.write_ggml(out)),
+            _ if source.row_int8(row, &mut exact.values, &mut exact.scales) => {
+                exact.write_ggml(out);
+                Ok(())
+            }
+            _ => quantize::row8(source.row_f32(row, reader)).map(|row| row.write_ggml(out)),
         };
         note(&failed, source, row, result);
     });

@@ -105,7 +105,22 @@ pub fn activate(activation: Activation, x: &mut [f32]) {
             *x = 0.5 * *x * (1.0 + tanh(inner));
         }),
         Activation::Relu2 => x.iter_mut().for_each(|x| *x = if *x > 0.0 { *x * *x } else { 0.0 }),
+        Activation::ClampedSwiglu => x.iter_mut().for_each(|x| {
+            // NOTE: not `min`, which would make a number of NaN.
+            let gate = if *x > Activation::SWIGLU_LIMIT { Activation::SWIGLU_LIMIT } else { *x };
+            *x = gate / (1.0 + exp(-Activation::SWIGLU_ALPHA * gate));
+        }),
     }
+}
+
+/// `gates = activation(gates) · ups`, as a call.
+#[inline(never)]
+pub fn gate_row(activation: Activation, gates: &mut [f32], ups: &mut [f32]) {
+    activate_row(activation, gates);
+    if activation == Activation::ClampedSwiglu {
+        ups.iter_mut().for_each(|up| *up = up.clamp(-Activation::SWIGLU_LIMIT, Activation::SWIGLU_LIMIT) + 1.0);
+    }
+    gates.iter_mut().zip(ups).for_each(|(gate, up)| *gate *= *up);
 }
 
 /// [`activate`] as a call: the matrix kernels are compiled hundreds of times, and would each hold a copy of what few models need.

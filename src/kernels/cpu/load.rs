@@ -4,13 +4,26 @@ use std::sync::Mutex;
 
 use candle_core::{Error, Result};
 
-use super::packed::{Packed, Row};
+use super::packed::{Packed, PackedShape, PackedStore, Row};
 use crate::quantize::{self, Unquantizable};
 use crate::{Columns, MatrixSource, WeightFormat};
 
 /// The format a matrix is held in: the one that is asked for, or as it is stored.
 pub fn format(is_bf16: bool, asked: Option<WeightFormat>) -> WeightFormat {
     asked.unwrap_or(if is_bf16 { WeightFormat::Bf16 } else { WeightFormat::F32 })
+}
+
+/// A matrix as `store` has kept it, or packed now.
+pub fn load<S: MatrixSource>(source: &S, asked: Option<WeightFormat>, columns: Columns, store: Option<&dyn PackedStore>) -> Result<Packed> {
+    let Some(store) = store else { return pack(source, asked, columns) };
+    let shape = PackedShape::new(source.rows(), source.width(), format(source.is_bf16(), asked), columns);
+    let name = source.describe(0);
+    if let Some(bytes) = store.find(&name, &shape) {
+        return Ok(Packed::kept(&shape, bytes));
+    }
+    let packed = pack(source, asked, columns)?;
+    store.keep(&name, &shape, packed.packed_bytes());
+    Ok(packed)
 }
 
 /// Every thread packs panels of its own, reading and quantizing their rows.
@@ -29,6 +42,7 @@ pub fn pack<S: MatrixSource>(source: &S, asked: Option<WeightFormat>, columns: C
                 out.bf16.extend_from_slice(source.row_bf16(row, reader));
                 Ok(())
             }
+            WeightFormat::Int8 if source.row_int8(row, &mut out.int8, &mut out.scales8) => Ok(()),
             WeightFormat::Int8 => quantize::row8_into(source.row_f32(row, reader), &mut out.int8, &mut out.scales8),
             WeightFormat::Int4 => {
                 let row = source.row_f32(row, reader);

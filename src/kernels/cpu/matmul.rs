@@ -387,10 +387,7 @@ unsafe fn finish_gated<S: Simd, const MR: usize>(job: &MatmulJob, sums: &[[S::V;
                         gates[i] = gates[i] / (1.0 + elementwise::exp(-gates[i])) * ups[i];
                     }
                 }
-                Epilogue::Gated(activation) => {
-                    elementwise::activate_row(activation, &mut gates);
-                    gates.iter_mut().zip(ups).for_each(|(gate, up)| *gate *= up);
-                }
+                Epilogue::Gated(activation) => elementwise::gate_row(activation, &mut gates, &mut ups),
                 _ => {}
             }
             std::ptr::copy_nonoverlapping(gates.as_ptr(), job.out.0.add((row + r) * job.n + column), width);

@@ -4,6 +4,7 @@
 //! step, nor on the number of threads.
 
 use std::io;
+use std::sync::Arc;
 
 use candle_core::{Error, Result};
 
@@ -11,11 +12,16 @@ use super::ops::{
     AttentionSpec, AttentionWeights, Batch, BatchRow, Columns, ComputeDtype, Epilogue, Experts, KvShape, Linear, Norm, NormExtent,
     NormKind, QkNorm, QueryGrowth, WeightFormat,
 };
-use super::{Backend, Footprint, MatrixSource, RowVisitor, StepLimits};
+use super::{
+    Backend, CausalConv, DeltaSpec, Footprint, GatedDelta, HeadColumns, LatentSpec, MatrixSource, RowVisitor, StepLimits, StepStates,
+};
 
 pub mod attention;
+mod conv;
+mod delta;
 mod elementwise;
 mod experts;
+mod latent;
 pub(crate) mod load;
 pub mod matmul;
 pub mod packed;
@@ -26,9 +32,9 @@ pub mod softmax;
 pub(crate) mod vectorize;
 
 pub use attention::KvCache;
-use packed::Packed;
+use packed::{Packed, PackedStore};
 use pool::Pool;
-pub use simd::{Level, level};
+pub use simd::{Level, lanes, level};
 
 /// A pointer that tasks of one kernel share; each reads or writes a part of its own.
 #[derive(Clone, Copy)]
@@ -111,8 +117,11 @@ pub struct Cpu {
     positions: Vec<u32>,
     slots: Vec<u32>,
     rows: Vec<BatchRow>,
+    states: StepStates,
     angles: Angles,
     limits: StepLimits,
+    /// Where packed weights are kept from one start to the next.
+    store: Option<Arc<dyn PackedStore>>,
     scratch: matmul::Scratch,
     attention: attention::Scratch,
     experts: experts::Scratch,
@@ -129,13 +138,20 @@ impl Cpu {
             positions: Vec::with_capacity(t),
             slots: Vec::with_capacity(t),
             rows: Vec::with_capacity(t),
+            states: StepStates::default(),
             angles: Angles::with_capacity(t, limits.frequencies),
             scratch: matmul::Scratch::with_capacity(activations, dtype),
             attention: attention::Scratch::new(t, pool.threads(), &limits.attention, limits.block_size),
             experts: experts::Scratch::new(t, limits.experts),
             limits: limits.clone(),
+            store: None,
             pool,
         })
+    }
+
+    /// Weights are taken from `store` where it has them, and are given to it where it does not.
+    pub fn with_store(self, store: Option<Arc<dyn PackedStore>>) -> Self {
+        Self { store, ..self }
     }
 }
 
@@ -171,13 +187,14 @@ impl Backend for Cpu {
     type Weight = Packed;
     type Vector = Vec<f32>;
     type KvCache = KvCache;
+    type State = Buffer;
 
     fn buffer(&self, rows: usize, width: usize) -> Result<Buffer> {
         Ok(Buffer::new(rows, width))
     }
 
     fn weight<S: MatrixSource>(&self, source: &S, format: Option<WeightFormat>, columns: Columns) -> Result<Packed> {
-        load::pack(source, format, columns)
+        load::load(source, format, columns, self.store.as_deref())
     }
 
     fn vector(&self, values: Vec<f32>) -> Result<Vec<f32>> {
@@ -186,6 +203,10 @@ impl Backend for Cpu {
 
     fn kv_cache(&self, shape: KvShape) -> Result<KvCache> {
         KvCache::new(shape).map_err(Error::wrap)
+    }
+
+    fn state(&self, slots: usize, width: usize) -> Result<Buffer> {
+        Ok(Buffer { rows: slots, ..Buffer::new(slots, width) })
     }
 
     fn begin(&mut self, batch: &Batch<'_>) -> Result<()> {
@@ -201,6 +222,7 @@ impl Backend for Cpu {
         refill(&mut self.positions, batch.positions);
         refill(&mut self.slots, batch.slots);
         refill(&mut self.rows, batch.rows);
+        self.states.assign(batch.states);
         self.angles.fill(batch);
         self.attention.begin();
         Ok(())
@@ -309,6 +331,89 @@ impl Backend for Cpu {
         Ok(())
     }
 
+    fn copy_states(&mut self, state: &mut Buffer) -> Result<()> {
+        self.states.check(self.rows.len(), state.rows)?;
+        for (from, to) in &self.states.copies {
+            let from = *from as usize * state.width;
+            state.values.copy_within(from..from + state.width, *to as usize * state.width);
+        }
+        Ok(())
+    }
+
+    fn causal_conv(&mut self, x: &Buffer, conv: &CausalConv<Vec<f32>>, state: &mut Buffer, out: &mut Buffer) -> Result<()> {
+        let spec = conv.spec;
+        let is_whole = (x.rows, state.width) == (self.tokens.len(), spec.state_width()) && x.width == spec.input_width();
+        if !is_whole || conv.weight.len() != spec.channels * spec.kernel {
+            return Err(Error::Msg(format!("rows of {} numbers and states of {} for {spec:?}", x.width, state.width)));
+        }
+        self.states.check(self.rows.len(), state.rows)?;
+        out.resize(x.rows, spec.channels)?;
+        conv::Job { conv, rows: &self.rows, states: &self.states }.run(&mut self.pool, x, state, out);
+        Ok(())
+    }
+
+    fn gated_delta(
+        &mut self,
+        qkv: &mut Buffer,
+        gates: &mut Buffer,
+        z: &Buffer,
+        delta: &GatedDelta<Vec<f32>>,
+        state: &mut Buffer,
+        out: &mut Buffer,
+    ) -> Result<()> {
+        let (t, spec) = (self.tokens.len(), delta.spec);
+        let widths = (qkv.width, gates.width, z.width, state.width);
+        let expected = (spec.qkv_width(), 2 * spec.value_heads, spec.value_width(), spec.state_width());
+        if widths != expected || [qkv.rows, gates.rows, z.rows] != [t; 3] || spec.key_dim > DeltaSpec::MOST_KEY_DIM {
+            return Err(Error::Msg(format!("rows and states of {widths:?} numbers for {spec:?}")));
+        }
+        self.states.check(self.rows.len(), state.rows)?;
+        out.resize(t, spec.value_width())?;
+        delta::Job { delta, rows: &self.rows, states: &self.states }.run(&mut self.pool, qkv, gates, z, state, out);
+        Ok(())
+    }
+
+    fn linear_heads(
+        &mut self,
+        x: &Buffer,
+        columns: HeadColumns,
+        weights: &[Linear<Packed, Vec<f32>>],
+        scratch: &mut [Buffer; 2],
+        out: &mut Buffer,
+    ) -> Result<()> {
+        let Some((n, k)) = weights.first().map(|linear| (linear.weight.n, linear.weight.k)) else {
+            return Err(Error::Msg("no heads".into()));
+        };
+        let end = columns.first + (weights.len() - 1) * columns.stride + k;
+        if end > x.width || weights.iter().any(|linear| (linear.weight.n, linear.weight.k) != (n, k)) {
+            return Err(Error::Msg(format!("rows of {} numbers for {} heads of {k} at {columns:?}", x.width, weights.len())));
+        }
+        scratch[0].resize(x.rows, k)?;
+        scratch[1].resize(x.rows, n)?;
+        out.resize(x.rows, weights.len() * n)?;
+        latent::linear_heads(&mut self.pool, x, columns, weights, &mut self.scratch, scratch, out);
+        Ok(())
+    }
+
+    fn latent_rows(
+        &mut self,
+        q: &Buffer,
+        absorbed: &Buffer,
+        latent: &Buffer,
+        spec: &LatentSpec,
+        norm: &Vec<f32>,
+        out: &mut Buffer,
+    ) -> Result<()> {
+        let widths = (q.width, absorbed.width, latent.width, norm.len());
+        let expected = (spec.heads * (spec.nope_dim + spec.rope_dim), spec.heads * spec.rank, spec.head_dim(), spec.rank);
+        if widths != expected || [absorbed.rows, latent.rows] != [q.rows; 2] {
+            return Err(Error::Msg(format!("rows of {widths:?} numbers for {spec:?}")));
+        }
+        out.resize(q.rows, (spec.heads + 2) * spec.head_dim())?;
+        latent::latent_rows(&mut self.pool, [q, absorbed, latent], spec, norm, out);
+        Ok(())
+    }
+
     fn experts(
         &mut self,
         x: &Buffer,
@@ -360,13 +465,13 @@ impl Backend for Cpu {
     }
 
     fn gate_rows(&mut self, gates: &Buffer, x: &mut Buffer) -> Result<()> {
-        if (gates.rows, gates.width) != (x.rows, 1) {
-            return Err(Error::Msg(format!("[{}, {}] are no gates of {} rows", gates.rows, gates.width, x.rows)));
+        if gates.rows != x.rows || gates.width == 0 || !x.width.is_multiple_of(gates.width) {
+            return Err(Error::Msg(format!("[{}, {}] are no gates of [{}, {}]", gates.rows, gates.width, x.rows, x.width)));
         }
-        let width = x.width;
-        for (gate, row) in gates.values().iter().zip(x.values_mut().chunks_exact_mut(width)) {
+        let part = x.width / gates.width;
+        for (gate, part) in gates.values().iter().zip(x.values_mut().chunks_exact_mut(part)) {
             let factor = 1.0 / (1.0 + elementwise::exp(-gate));
-            row.iter_mut().for_each(|x| *x *= factor);
+            part.iter_mut().for_each(|x| *x *= factor);
         }
         Ok(())
     }
@@ -386,6 +491,10 @@ impl Backend for Cpu {
 
     fn cache_memory(cache: &mut KvCache) -> [&mut [u8]; 2] {
         cache.memory()
+    }
+
+    fn state_memory(state: &mut Buffer) -> &mut [u8] {
+        prefault::bytes_of(&mut state.values)
     }
 
     fn own_memory(&mut self) -> Vec<&mut [u8]> {

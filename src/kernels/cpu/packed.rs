@@ -10,8 +10,11 @@
 //! | 8-bit | `[k/32]` × ( scales f16 `[32]`, `[8][32][4]` bytes, stored as w + 128 ) | 8.5 |
 //! | 4-bit | `[k/256]` × ( d f16 `[32]`, dmin f16 `[32]`, `[8]` × ( scales u8 `[32]`, mins u8 `[32]`, `[4][32][4]` bytes, two weights each ) ) | 4.625 |
 
+use std::ops::Range;
+use std::sync::Arc;
+
 use half::{bf16, f16};
-use memmap2::MmapMut;
+use memmap2::{Mmap, MmapMut};
 
 use super::simd;
 use crate::{Columns, WeightFormat};
@@ -50,7 +53,59 @@ pub struct Packed {
     pub columns: Columns,
     /// Columns side by side of one kind: the lanes of a vector when gated.
     run: usize,
-    data: MmapMut,
+    data: PackedBytes,
+}
+
+/// The bytes of a packed matrix. They never change, so that they can be written to a file while they are in use.
+#[derive(Clone)]
+pub enum PackedBytes {
+    /// Packed by this process.
+    Made(Arc<MmapMut>),
+    /// A part of a file that an earlier process wrote.
+    Kept(Arc<Mmap>, Range<usize>),
+}
+
+impl std::ops::Deref for PackedBytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Made(bytes) => bytes,
+            Self::Kept(file, range) => &file[range.clone()],
+        }
+    }
+}
+
+/// What a packed matrix is: two matrices with the same weights and this in common have the same bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PackedShape {
+    pub n: usize,
+    pub k: usize,
+    pub format: WeightFormat,
+    pub columns: Columns,
+    /// Columns side by side of one kind, which depends on the processor's vectors.
+    pub run: usize,
+}
+
+impl PackedShape {
+    pub fn new(n: usize, k: usize, format: WeightFormat, columns: Columns) -> Self {
+        let run = if columns == Columns::Plain { 0 } else { simd::lanes() };
+        Self { n, k, format, columns, run }
+    }
+
+    pub fn bytes(&self) -> usize {
+        Packed::bytes_of(self.n, self.k, self.format, self.columns)
+    }
+}
+
+/// Where packed matrices are kept from one process to the next.
+pub trait PackedStore: Send + Sync {
+    /// The bytes of a matrix, as many as its shape says, when they were kept. `name` is that of its first tensor; a model asks for its
+    /// matrices in the same order each time, and may have several of one name.
+    fn find(&self, name: &str, shape: &PackedShape) -> Option<PackedBytes>;
+
+    /// Takes note of a matrix that was not found and has been packed.
+    fn keep(&self, name: &str, shape: &PackedShape, bytes: PackedBytes);
 }
 
 impl std::fmt::Debug for Packed {
@@ -94,29 +149,37 @@ impl Packed {
         let per_panel = if columns == Columns::Plain { PANEL } else { PANEL / 2 };
         let panels = (if columns == Columns::Plain { n } else { n / 2 }).div_ceil(per_panel);
         let bytes = panel_bytes(format, k);
-        let mut packed = Self { n, k, format, columns, run: simd::lanes(), data: pages(panels * bytes)? };
-        let mut data = std::mem::replace(&mut packed.data, MmapMut::map_anon(1)?);
+        let mut data = pages(panels * bytes)?;
+        let mut packed = Self { n, k, format, columns, run: simd::lanes(), data: PackedBytes::Made(Arc::new(MmapMut::map_anon(1)?)) };
         use rayon::prelude::*;
         data[..panels * bytes].par_chunks_exact_mut(bytes).enumerate().for_each_init(
-            <(T, Row)>::default,
-            |(kept, buffers), (panel, bytes)| {
-                for column in 0..PANEL {
-                    if let Some(row) = packed.row_at(panel, column) {
-                        fill(row, kept, buffers);
-                        place(format, k, buffers, column, bytes);
-                    } else if format == WeightFormat::Int8 {
-                        // The stored zero.
-                        buffers.int8.clear();
-                        buffers.int8.resize(k, 0);
-                        buffers.scales8.clear();
-                        buffers.scales8.resize(k / BLOCK, f16::ZERO);
-                        place(format, k, buffers, column, bytes);
+            || (T::default(), <[Row; PANEL]>::default()),
+            |(kept, rows), (panel, bytes)| {
+                for (column, buffers) in rows.iter_mut().enumerate() {
+                    match packed.row_at(panel, column) {
+                        Some(row) => fill(row, kept, buffers),
+                        None => buffers.clear(format, k),
                     }
                 }
+                place(format, k, rows, bytes);
             },
         );
-        packed.data = data;
+        packed.data = PackedBytes::Made(Arc::new(data));
         Ok(packed)
+    }
+
+    /// A matrix whose bytes were kept.
+    ///
+    /// # Panics
+    /// When they are not as many as the shape says.
+    pub fn kept(shape: &PackedShape, data: PackedBytes) -> Self {
+        assert!(data.len() >= shape.bytes(), "{} bytes for {shape:?}", data.len());
+        Self { n: shape.n, k: shape.k, format: shape.format, columns: shape.columns, run: simd::lanes(), data }
+    }
+
+    /// What it holds, for whoever keeps it.
+    pub fn packed_bytes(&self) -> PackedBytes {
+        self.data.clone()
     }
 
     pub fn panels(&self) -> usize {
@@ -190,41 +253,97 @@ fn panels(n: usize, columns: Columns) -> usize {
     }
 }
 
-/// Writes one row to its column of a panel.
-fn place(format: WeightFormat, k: usize, row: &Row, column: usize, panel: &mut [u8]) {
+impl Row {
+    /// Makes it a row of zeros.
+    fn clear(&mut self, format: WeightFormat, k: usize) {
+        fn zeros<T: Clone>(buffer: &mut Vec<T>, len: usize, zero: T) {
+            buffer.clear();
+            buffer.resize(len, zero);
+        }
+        match format {
+            WeightFormat::F32 => zeros(&mut self.f32, k, 0.0),
+            WeightFormat::Bf16 => zeros(&mut self.bf16, k, bf16::ZERO),
+            WeightFormat::Int8 => {
+                zeros(&mut self.int8, k, 0);
+                zeros(&mut self.scales8, k / BLOCK, f16::ZERO);
+            }
+            WeightFormat::Int4 => {
+                zeros(&mut self.int4, k, 0);
+                zeros(&mut self.scales4, k / BLOCK, 0);
+                zeros(&mut self.mins4, k / BLOCK, 0);
+                zeros(&mut self.d, k / SUPER, f16::ZERO);
+                zeros(&mut self.dmin, k / SUPER, f16::ZERO);
+            }
+        }
+    }
+}
+
+/// Bytes of one word of each of a panel's rows.
+const LINE: usize = 4 * PANEL;
+
+/// Writes rows side by side: `out[word][column]` is word `word` of row `column`. `read(row, first, words)` gives some words of a row from
+/// `first` on. Done in tiles, since reading all rows at once, or writing one row at a time, would touch a cache line for each word.
+fn interleave<const TILE: usize>(rows: &[Row; PANEL], out: &mut [u8], read: impl Fn(&Row, usize, &mut [u32])) {
+    let mut tile = [[0u32; TILE]; PANEL];
+    for (number, out) in out.chunks_mut(TILE * LINE).enumerate() {
+        let words = out.len() / LINE;
+        for (row, words_of_row) in rows.iter().zip(&mut tile) {
+            read(row, number * TILE, &mut words_of_row[..words]);
+        }
+        for (word, line) in out.as_chunks_mut::<LINE>().0.iter_mut().enumerate() {
+            for (bytes, words_of_row) in line.as_chunks_mut::<4>().0.iter_mut().zip(&tile) {
+                *bytes = words_of_row[word].to_le_bytes();
+            }
+        }
+    }
+}
+
+/// Writes a panel's rows into it.
+fn place(format: WeightFormat, k: usize, rows: &[Row; PANEL], panel: &mut [u8]) {
     match format {
-        WeightFormat::F32 => {
-            for (i, value) in row.f32[..k].iter().enumerate() {
-                panel[(i * PANEL + column) * 4..][..4].copy_from_slice(&value.to_le_bytes());
+        WeightFormat::F32 => interleave::<16>(rows, panel, |row, first, words| {
+            words.iter_mut().zip(&row.f32[first..k]).for_each(|(word, value)| *word = value.to_bits());
+        }),
+        WeightFormat::Bf16 => interleave::<16>(rows, panel, |row, first, words| {
+            for (word, pair) in words.iter_mut().zip(row.bf16[2 * first..k].chunks(2)) {
+                // Of an odd number of weights the last has no neighbour.
+                let second = pair.get(1).copied().unwrap_or(bf16::ZERO);
+                *word = u32::from(pair[0].to_bits()) | u32::from(second.to_bits()) << 16;
             }
-        }
-        WeightFormat::Bf16 => {
-            for (i, value) in row.bf16[..k].iter().enumerate() {
-                panel[((i / 2 * PANEL + column) * 2 + i % 2) * 2..][..2].copy_from_slice(&value.to_le_bytes());
-            }
-        }
+        }),
         WeightFormat::Int8 => {
-            for (block, (values, scale)) in panel.chunks_exact_mut(BLOCK8).zip(row.int8[..k].chunks_exact(BLOCK).zip(&row.scales8)) {
-                block[2 * column..][..2].copy_from_slice(&scale.to_le_bytes());
-                for (i, value) in values.iter().enumerate() {
-                    block[2 * PANEL + (i / 4 * PANEL + column) * 4 + i % 4] = (*value as u8) ^ 0x80;
-                }
+            for (index, block) in panel.chunks_exact_mut(BLOCK8).enumerate() {
+                let (scales, values) = block.split_at_mut(2 * PANEL);
+                scales.as_chunks_mut().0.iter_mut().zip(rows).for_each(|(bytes, row)| *bytes = row.scales8[index].to_le_bytes());
+                interleave::<{ BLOCK / 4 }>(rows, values, |row, _, words| {
+                    let (quads, _) = row.int8[index * BLOCK..][..BLOCK].as_chunks::<4>();
+                    let word = |quad: &[i8; 4]| u32::from_le_bytes(quad.map(|value| value as u8)) ^ 0x8080_8080;
+                    words.iter_mut().zip(quads).for_each(|(out, quad)| *out = word(quad));
+                });
             }
         }
-        WeightFormat::Int4 => {
-            for (index, block) in panel.chunks_exact_mut(SUPER4).enumerate() {
-                block[2 * column..][..2].copy_from_slice(&row.d[index].to_le_bytes());
-                block[2 * PANEL + 2 * column..][..2].copy_from_slice(&row.dmin[index].to_le_bytes());
-                for (sub, bytes) in block[4 * PANEL..].chunks_exact_mut(SUB4).enumerate() {
-                    let at = index * 8 + sub;
-                    bytes[column] = row.scales4[at];
-                    bytes[PANEL + column] = row.mins4[at];
-                    let values = &row.int4[at * BLOCK..][..BLOCK];
-                    for i in 0..BLOCK / 2 {
-                        bytes[2 * PANEL + (i / 4 * PANEL + column) * 4 + i % 4] = values[i] | values[i + BLOCK / 2] << 4;
-                    }
-                }
-            }
+        WeightFormat::Int4 => panel.chunks_exact_mut(SUPER4).enumerate().for_each(|(index, block)| place4(index, rows, block)),
+    }
+}
+
+/// Writes the 4-bit super-blocks of this number.
+fn place4(index: usize, rows: &[Row; PANEL], block: &mut [u8]) {
+    let (units, subs) = block.split_at_mut(4 * PANEL);
+    let (d, dmin) = units.split_at_mut(2 * PANEL);
+    d.as_chunks_mut().0.iter_mut().zip(rows).for_each(|(bytes, row)| *bytes = row.d[index].to_le_bytes());
+    dmin.as_chunks_mut().0.iter_mut().zip(rows).for_each(|(bytes, row)| *bytes = row.dmin[index].to_le_bytes());
+    for (sub, bytes) in subs.chunks_exact_mut(SUB4).enumerate() {
+        let at = index * (SUPER / BLOCK) + sub;
+        let (scales, rest) = bytes.split_at_mut(PANEL);
+        let (mins, values) = rest.split_at_mut(PANEL);
+        for (column, row) in rows.iter().enumerate() {
+            (scales[column], mins[column]) = (row.scales4[at], row.mins4[at]);
         }
+        interleave::<{ BLOCK / 8 }>(rows, values, |row, _, words| {
+            let (low, high) = row.int4[at * BLOCK..][..BLOCK].split_at(BLOCK / 2);
+            for (word, (low, high)) in words.iter_mut().zip(low.as_chunks::<4>().0.iter().zip(high.as_chunks::<4>().0)) {
+                *word = u32::from_le_bytes(*low) | u32::from_le_bytes(*high) << 4;
+            }
+        });
     }
 }

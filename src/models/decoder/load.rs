@@ -2,18 +2,17 @@
 
 use std::collections::BTreeSet;
 
-use super::{Before, BranchNorms, Buffers, Decoder, Dense, FeedForward, Layer, LinearOf, NormOf};
+use super::{Before, BranchNorms, Buffers, Decoder, Dense, FeedForward, Layer, LayerCache, LinearOf, MixerBuffers, NormOf};
 use crate::checkpoint::StoredMatrix;
 use crate::config::Quantization;
 use crate::error::Failure;
 use crate::kernels::sizing::{self, Sizing};
-use crate::kernels::{
-    AttentionSpec, AttentionWeights, Backend, Columns, Epilogue, Expert, Experts, Footprint, Linear, Norm, NormExtent, StepLimits,
-    WeightFormat,
-};
+use crate::kernels::{Backend, Columns, Epilogue, Expert, Experts, Footprint, Linear, Norm, StepLimits, WeightFormat};
 use crate::models::device::without_backtrace;
 use crate::models::spec::{DenseSpec, ExpertsSpec, FeedForward as FeedForwardSpec, LayerSpec, ModelSpec, Residual};
 use crate::models::tensors::{Part, Tensors};
+
+mod mixers;
 
 /// Where a matrix stands in the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,7 +30,7 @@ pub enum Place {
 pub fn format_of(quantization: Quantization, place: Place, width: usize) -> Option<WeightFormat> {
     let fits = |format: WeightFormat| width.is_multiple_of(format.block()).then_some(format);
     match (quantization, place) {
-        (Quantization::AsStored, _) | (_, Place::Router) => None,
+        (Quantization::AsStored | Quantization::Unquantized, _) | (_, Place::Router) => None,
         (Quantization::Wint4, Place::Layer) => fits(WeightFormat::Int4).or(fits(WeightFormat::Int8)),
         (Quantization::Wint4 | Quantization::Wint8, _) => fits(WeightFormat::Int8),
     }
@@ -63,20 +62,29 @@ impl<B: Backend> Decoder<B> {
             false => Some(loader.linear(&tensors.head(&spec)?, Columns::Plain, Place::Vocabulary, None)?),
         };
         let layers = spec.layers.iter().enumerate().map(|(index, layer)| loader.layer(index, layer)).collect::<Result<Vec<_>, _>>()?;
-        let norm = loader.norm("norm")?;
+        let norm = loader.norm(tensors.names.final_norm)?;
         let buffers = Buffers::new(&spec, limits, |rows, width| backend.buffer(rows, width).map_err(failure))?;
         Ok(Self { embedding, layers, norm, head, buffers, spec })
     }
 
-    /// Makes the KV cache of each layer.
-    pub fn kv_caches(&self, backend: &B, blocks: usize, block_size: usize) -> candle_core::Result<Vec<B::KvCache>> {
-        self.spec.layers.iter().map(|layer| backend.kv_cache(layer.attention.spec.kv_shape(blocks, block_size))).collect()
+    /// Makes what each layer keeps: blocks of keys and values, or slots of states.
+    pub fn caches(&self, backend: &B, blocks: usize, block_size: usize, slots: usize) -> candle_core::Result<Vec<LayerCache<B>>> {
+        let cache = |layer: &LayerSpec| {
+            if let Some((conv, recurrence)) = layer.mixer.state_widths() {
+                let recurrence = (recurrence > 0).then(|| backend.state(slots, recurrence)).transpose()?;
+                return Ok(LayerCache::States { conv: backend.state(slots, conv)?, recurrence });
+            }
+            let Some(attention) = layer.mixer.attention() else { candle_core::bail!("a layer that keeps nothing") };
+            backend.kv_cache(attention.kv_shape(blocks, block_size)).map(LayerCache::Keys)
+        };
+        self.spec.layers.iter().map(cache).collect()
     }
 
     /// The matrices of the layers, routers left out.
     fn layer_weights(&self) -> impl Iterator<Item = &B::Weight> {
         self.layers.iter().flat_map(|layer| {
-            let mut all = vec![&layer.qkv.weight, &layer.output.weight];
+            let mut all = layer.mixer.weights();
+            all.push(&layer.output.weight);
             let (dense, experts) = match &layer.feed_forward {
                 FeedForward::Dense(dense) => (Some(dense), &[][..]),
                 FeedForward::Experts { experts, shared, .. } => (shared.as_ref(), experts.experts.as_slice()),
@@ -94,8 +102,7 @@ impl<B: Backend> Decoder<B> {
 
     /// The memory behind the buffers.
     pub fn memory(&mut self) -> Vec<&mut [u8]> {
-        let Buffers { x, normed, qkv, attended, hidden, branch, router, picked, logits } = &mut self.buffers;
-        [x, normed, qkv, attended, hidden, branch, router, picked, logits].map(B::buffer_memory).into()
+        self.buffers.as_mut().all().map(B::buffer_memory).into()
     }
 }
 
@@ -115,26 +122,43 @@ impl<F: Footprint> Decoder<Sizing<F>> {
 /// Bytes of the buffers that a decoder makes; `None`: more than can be counted.
 pub fn buffer_bytes<F: Footprint>(spec: &ModelSpec, limits: &StepLimits) -> Option<usize> {
     let sizes = Buffers::new(spec, limits, |rows, width| Ok(F::buffer_bytes(rows, width))).ok()?;
-    let Buffers { x, normed, qkv, attended, hidden, branch, router, picked, logits } = sizes;
-    [x, normed, qkv, attended, hidden, branch, router, picked, logits].into_iter().try_fold(0usize, |sum, size| sum.checked_add(size?))
+    sizes.all().into_iter().try_fold(0usize, |sum, size| sum.checked_add(size?))
 }
 
 impl<T> Buffers<T> {
     fn new(spec: &ModelSpec, limits: &StepLimits, make: impl Fn(usize, usize) -> Result<T, Failure>) -> Result<Self, Failure> {
         let (t, n, width) = (limits.max_tokens, limits.max_logits, spec.hidden_size);
         let is_used = |used: bool| if used { t } else { 0 };
+        let widths = spec.mixer_widths();
+        let used = |width: usize| make(is_used(width > 0), width);
         let has_end_norms = spec.layers.iter().any(|layer| matches!(layer.residual, Residual::Sandwich | Residual::Post));
         Ok(Self {
             x: make(t, width)?,
             normed: make(t.max(n), width)?,
-            qkv: make(t, spec.widest_attention(AttentionSpec::qkv_width))?,
-            attended: make(t, spec.widest_attention(AttentionSpec::q_width))?,
+            mixer: MixerBuffers {
+                input: make(t, widths.input)?,
+                output: make(t, widths.output)?,
+                inner: used(widths.inner)?,
+                few: used(widths.few)?,
+                head: [used(widths.head)?, used(widths.head)?],
+            },
             hidden: make(t, spec.widest_intermediate())?,
             branch: make(is_used(has_end_norms), width)?,
             router: make(is_used(limits.experts.is_some()), limits.experts.map_or(0, |experts| experts.experts))?,
             picked: make(n, width)?,
             logits: make(n, spec.vocab_size)?,
         })
+    }
+
+    fn all(self) -> [T; 13] {
+        let Self { x, normed, mixer, hidden, branch, router, picked, logits } = self;
+        let [input, output, inner, few, head_in, head_out] = mixer.all();
+        [x, normed, input, output, inner, few, head_in, head_out, hidden, branch, router, picked, logits]
+    }
+
+    fn as_mut(&mut self) -> Buffers<&mut T> {
+        let Self { x, normed, mixer, hidden, branch, router, picked, logits } = self;
+        Buffers { x, normed, mixer: mixer.as_mut(), hidden, branch, router, picked, logits }
     }
 }
 
@@ -143,10 +167,10 @@ pub fn finer_formats(quantization: Quantization, spec: &ModelSpec) -> Option<Str
     let wanted = if quantization == Quantization::Wint4 { WeightFormat::Int4 } else { WeightFormat::Int8 };
     let inner = [spec.hidden_size, spec.widest_intermediate()].into_iter().chain(spec.expert_limits().map(|experts| experts.intermediate));
     let widths: BTreeSet<usize> =
-        spec.layers.iter().map(|layer| layer.attention.spec.q_width()).chain(inner).filter(|width| *width > 0).collect();
+        spec.layers.iter().map(|layer| layer.mixer.output_width()).chain(inner).filter(|width| *width > 0).collect();
     let odd = widths.into_iter().filter(|width| format_of(quantization, Place::Layer, *width) != Some(wanted));
     let odd: Vec<String> = odd.map(|width| width.to_string()).collect();
-    (quantization != Quantization::AsStored && !odd.is_empty()).then(|| {
+    (quantization.name().is_some() && !odd.is_empty()).then(|| {
         let (name, widths, block) = (quantization.name().unwrap_or_default(), odd.join(", "), wanted.block());
         format!("QUANTIZATION={name}: rows of {widths} weights cannot be cut into blocks of {block}, and are held in a finer form")
     })
@@ -175,22 +199,8 @@ struct Projection<'a> {
 
 impl<B: Backend> Loader<'_, '_, B> {
     fn layer(&self, index: usize, layer: &LayerSpec) -> Result<Layer<B>, Failure> {
-        let (names, hidden, attention) = (&self.tensors.names, self.spec.hidden_size, layer.attention.spec);
-        let (q, kv) = (attention.q_width(), attention.kv_width());
-        let qkv = Projection {
-            fused: &[names.qkv],
-            parts: &[(names.q, q), (names.k, kv), (if layer.attention.values_are_keys { names.k } else { names.v }, kv)],
-            input: hidden,
-            columns: Columns::Plain,
-            bias: layer.attention.qkv_bias,
-        };
-        let output = Projection {
-            fused: &[],
-            parts: &[(names.output, hidden)],
-            input: q,
-            columns: Columns::Plain,
-            bias: layer.attention.output_bias,
-        };
+        let names = &self.tensors.names;
+        let (mixer, output) = self.mixer(index, &layer.mixer)?;
         let in_layer = |name: &str| format!("layers.{index}.{name}");
         let norm = |name: &str| self.norm(&in_layer(name));
         let (before, after) = match layer.residual {
@@ -207,30 +217,13 @@ impl<B: Backend> Loader<'_, '_, B> {
             _ => norms(names.feed_forward_norm, names.feed_forward_end_norm)?,
         };
         Ok(Layer {
-            attention,
-            attention_weights: self.attention_weights(index, layer)?,
-            qkv: self.projection(index, &qkv)?,
-            output: self.projection(index, &output)?,
-            attention_norms: norms(names.attention_norm, names.attention_end_norm)?,
+            mixer,
+            output,
+            mixer_norms: norms(names.attention_norm, names.attention_end_norm)?,
             feed_forward: self.feed_forward(index, layer)?,
             feed_forward_norms,
             residual_scale: layer.residual_scale,
             scalar: layer.scalar.then(|| self.number(&in_layer(names.scalar))).transpose()?,
-        })
-    }
-
-    fn attention_weights(&self, index: usize, layer: &LayerSpec) -> Result<AttentionWeights<B::Vector>, Failure> {
-        let (names, spec) = (&self.tensors.names, &layer.attention.spec);
-        let head_norm = |name: &str, heads: usize| -> Result<Option<B::Vector>, Failure> {
-            let Some(norm) = spec.qk_norm else { return Ok(None) };
-            let len = if norm.extent == NormExtent::Head { spec.head_dim } else { heads * spec.head_dim };
-            self.norm_weight(&format!("layers.{index}.{name}.weight"), len).map(Some)
-        };
-        let sinks = layer.attention.sinks.then(|| self.vector(&format!("layers.{index}.{}", names.sinks), spec.heads));
-        Ok(AttentionWeights {
-            q_norm: head_norm(names.q_norm, spec.heads)?,
-            k_norm: head_norm(names.k_norm, spec.kv_heads)?,
-            sinks: sinks.transpose()?,
         })
     }
 
@@ -243,8 +236,10 @@ impl<B: Backend> Loader<'_, '_, B> {
             }
             FeedForwardSpec::Experts(experts) => experts,
         };
-        let router =
-            self.tensors.matrix(&[], &[(&format!("layers.{index}.{}", names.router), experts.routing.experts)], self.spec.hidden_size)?;
+        let router_name = format!("layers.{index}.{}", names.router);
+        let router_parts = [(router_name.as_str(), experts.routing.experts)];
+        let router = self.tensors.matrix(&[], &router_parts, self.spec.hidden_size)?;
+        let router_bias = experts.router_bias.then(|| self.tensors.bias(&[], &router_parts)).transpose()?;
         let shared =
             experts.shared.as_ref().map(|dense| self.dense(index, dense, &[], names.expert.map(|part| format!("{}.{part}", names.shared))));
         let gate = experts
@@ -252,7 +247,7 @@ impl<B: Backend> Loader<'_, '_, B> {
             .then(|| self.tensors.matrix(&[], &[(&format!("layers.{index}.{}", names.shared_gate), 1)], self.spec.hidden_size));
         let gate = gate.transpose()?.map(|gate| self.linear(&gate, Columns::Plain, Place::Router, None));
         Ok(FeedForward::Experts {
-            router: self.linear(&router, Columns::Plain, Place::Router, None)?,
+            router: self.linear(&router, Columns::Plain, Place::Router, router_bias)?,
             experts: self.experts(index, experts)?,
             shared: shared.transpose()?,
             shared_gate: gate.transpose()?,
@@ -281,9 +276,11 @@ impl<B: Backend> Loader<'_, '_, B> {
         let expert = |number: usize| -> Result<Expert<B::Weight, B::Vector>, Failure> {
             if is_stacked {
                 let (inner, hidden) = (spec.intermediate, self.spec.hidden_size);
+                let place = (number, spec.routing.experts);
                 let of = |name: &str, out, input, columns| {
-                    let source = self.tensors.stacked(name, (number, spec.routing.experts), out, input)?;
-                    self.linear(&source, columns, Place::Layer, None)
+                    let source = self.tensors.stacked(name, place, out, input, columns)?;
+                    let bias = spec.bias.then(|| self.tensors.stacked_bias(name, place, out, columns)).transpose()?;
+                    self.linear(&source, columns, Place::Layer, bias)
                 };
                 return Ok(Expert {
                     gate_up: of(&stacked[0], 2 * inner, hidden, Columns::Gated)?,
@@ -291,7 +288,7 @@ impl<B: Backend> Loader<'_, '_, B> {
                 });
             }
             let parts = names.expert.map(|part| format!("{}.{number}.{part}", names.experts));
-            let dense = DenseSpec { intermediate: spec.intermediate, activation: spec.activation, gated: true, bias: false };
+            let dense = DenseSpec { intermediate: spec.intermediate, activation: spec.activation, gated: true, bias: spec.bias };
             let Dense { up, down, .. } = self.dense(index, &dense, &[], parts)?;
             Ok(Expert { gate_up: up, down })
         };

@@ -113,10 +113,10 @@ pub(super) const FAMILIES: &[Family] = &[
             model.spec.embedding_scale = (model.spec.hidden_size as f32).sqrt();
             model.spec.logit_cap = config.number("final_logit_softcapping")?.map(|cap| cap as f32);
             let (eps, keys) = (model.spec.norm.eps, config.flag("attention_k_eq_v")?.unwrap_or(false));
-            for layer in &mut model.spec.layers {
-                layer.scalar = true;
-                (layer.attention.spec.scale, layer.attention.spec.value_norm) = (1.0, Some(eps));
-                layer.attention.values_are_keys = keys && layer.attention.spec.window.is_none();
+            model.spec.layers.iter_mut().for_each(|layer| layer.scalar = true);
+            for layer in model.attention_layers() {
+                (layer.spec.scale, layer.spec.value_norm) = (1.0, Some(eps));
+                layer.values_are_keys = keys && layer.spec.window.is_none();
             }
             Ok(())
         },
@@ -144,7 +144,7 @@ pub(super) const FAMILIES: &[Family] = &[
             }
             let bias = config.flag("attention_bias")?.unwrap_or(false);
             model.biases(bias, bias, config.flag("mlp_bias")?.unwrap_or(false));
-            model.spec.layers.iter_mut().for_each(|layer| layer.attention.sinks = true);
+            model.attention_layers().for_each(|layer| layer.sinks = true);
             model.layer_ropes(&config.numbers("layer_rope_theta")?)?;
             model.granite_scales(config)
         },
@@ -206,7 +206,7 @@ pub(super) const FAMILIES: &[Family] = &[
             model.head_norms();
             model.residual(Residual::Post, POST);
             // Where layers with a window are, they alone are rotated.
-            let has_windows = model.spec.layers.iter().any(|layer| layer.attention.spec.window.is_some());
+            let has_windows = model.spec.attentions().any(|spec| spec.window.is_some());
             model.without_rope(|_, spec| has_windows && spec.window.is_none());
             Ok(())
         },

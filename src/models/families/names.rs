@@ -15,6 +15,10 @@ pub struct TensorNames {
     pub k: &'static str,
     pub v: &'static str,
     pub output: &'static str,
+    /// The first projection of a short convolution, its taps, and its last projection.
+    pub short_conv: [&'static str; 3],
+    /// All parts of a gated delta net are below it.
+    pub linear_attention: &'static str,
     pub q_norm: &'static str,
     pub k_norm: &'static str,
     /// A vector without a suffix.
@@ -33,12 +37,17 @@ pub struct TensorNames {
     /// The experts' gates with what they gate `[experts, 2 · intermediate, hidden]`, and their outputs `[experts, hidden, intermediate]`, each in one
     /// tensor, in checkpoints that have them so.
     pub stacked: [&'static str; 2],
+    /// There they lie `[experts, in, out]` instead, unless they are packed, and gates and what they gate take turns. Their biases have the names
+    /// with `_bias`.
+    pub stacked_in_turns: bool,
     /// A network that every token goes through beside its experts; below it the same names.
     pub shared: &'static str,
     /// A row whose product with the input gates the shared network.
     pub shared_gate: &'static str,
     /// A number without a suffix that the residual stream is multiplied by behind the layer.
     pub scalar: &'static str,
+    /// Beside the layers: the norm after the last one.
+    pub final_norm: &'static str,
 }
 
 impl TensorNames {
@@ -53,6 +62,8 @@ impl TensorNames {
         k: "self_attn.k_proj",
         v: "self_attn.v_proj",
         output: "self_attn.o_proj",
+        short_conv: ["conv.in_proj", "conv.conv", "conv.out_proj"],
+        linear_attention: "linear_attn",
         q_norm: "self_attn.q_norm",
         k_norm: "self_attn.k_norm",
         sinks: "self_attn.sinks",
@@ -65,9 +76,11 @@ impl TensorNames {
         experts: "mlp.experts",
         expert: ["gate_proj", "up_proj", "down_proj"],
         stacked: ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        stacked_in_turns: false,
         shared: "mlp.shared_experts",
         shared_gate: "mlp.shared_expert_gate",
         scalar: "layer_scalar",
+        final_norm: "norm",
     };
 
     /// With norms before and after each branch, as Gemma calls them.
@@ -89,11 +102,31 @@ impl TensorNames {
 
     pub const QWEN2_MOE: Self = Self { shared: "mlp.shared_expert", ..Self::LLAMA };
 
+    pub const LFM2: Self = Self {
+        attention_norm: "operator_norm",
+        feed_forward_norm: "ffn_norm",
+        output: "self_attn.out_proj",
+        q_norm: "self_attn.q_layernorm",
+        k_norm: "self_attn.k_layernorm",
+        gate_up: &[],
+        gate: "feed_forward.w1",
+        up: "feed_forward.w3",
+        down: "feed_forward.w2",
+        router: "feed_forward.gate",
+        choice_bias: "feed_forward.expert_bias",
+        experts: "feed_forward.experts",
+        expert: ["w1", "w3", "w2"],
+        final_norm: "embedding_norm",
+        ..Self::LLAMA
+    };
+
     pub const GRANITE_MOE: Self = Self {
         router: "block_sparse_moe.router.layer",
         stacked: ["block_sparse_moe.input_linear", "block_sparse_moe.output_linear"],
         ..Self::LLAMA
     };
+
+    pub const GPT_OSS: Self = Self { router: "mlp.router", stacked_in_turns: true, ..Self::LLAMA };
 
     pub const MIXTRAL: Self = Self {
         router: "block_sparse_moe.gate",

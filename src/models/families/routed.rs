@@ -1,8 +1,9 @@
 //! Families with routed experts.
 
 use super::{Defaults, Family, LLAMA, Routed, Sliding, TensorNames, dense::ERNIE, refuse_groups};
-use crate::kernels::{NormExtent, Normalize, RouterScore, RoutingSpec};
+use crate::kernels::{Activation, NormExtent, Normalize, RouterScore, RoutingSpec};
 use crate::models::config::Config;
+use crate::models::spec::FeedForward;
 
 pub(super) const FAMILIES: &[Family] = &[
     Family {
@@ -19,6 +20,7 @@ pub(super) const FAMILIES: &[Family] = &[
                 score: RouterScore::Softmax,
                 normalize: Some(Normalize { epsilon: 0.0, least }),
                 scale: 1.0,
+                groups: None,
             };
             let intermediate = config.size("moe_intermediate_size", Some(1_536))?;
             let shared = config.count("moe_num_shared_experts")?.filter(|shared| *shared > 0).map(|shared| shared * intermediate);
@@ -97,6 +99,34 @@ pub(super) const FAMILIES: &[Family] = &[
         },
     },
     Family {
+        model_type: "gpt_oss",
+        defaults: Defaults {
+            eps: 1e-5,
+            rope_theta: 150_000.0,
+            max_positions: 131_072,
+            sliding: Some(Sliding::AllBut { nth: 2, window: 128 }),
+            ..LLAMA
+        },
+        adapt: |config, model| {
+            if let Some(limit) = config.number("swiglu_limit")?.filter(|limit| *limit as f32 != Activation::SWIGLU_LIMIT) {
+                return Err(format!("\"swiglu_limit\": {limit} is not supported ({} is)", Activation::SWIGLU_LIMIT));
+            }
+            let bias = config.flag("attention_bias")?.unwrap_or(true);
+            model.biases(bias, bias, false);
+            model.names = TensorNames::GPT_OSS;
+            model.experts(top_experts(config, 128, 4)?, |_| true)?;
+            for layer in &mut model.spec.layers {
+                if let Some(attention) = layer.attention_mut() {
+                    attention.sinks = true;
+                }
+                if let FeedForward::Experts(experts) = &mut layer.feed_forward {
+                    (experts.activation, experts.bias, experts.router_bias) = (Activation::ClampedSwiglu, true, true);
+                }
+            }
+            Ok(())
+        },
+    },
+    Family {
         model_type: "minimax_m2",
         defaults: Defaults { max_positions: 196_608, ..LLAMA },
         adapt: |config, model| {
@@ -108,6 +138,7 @@ pub(super) const FAMILIES: &[Family] = &[
                 score: RouterScore::Sigmoid,
                 normalize: Some(Normalize { epsilon: 0.0, least: 0.0 }),
                 scale: 1.0,
+                groups: None,
             };
             let intermediate = config.size("intermediate_size", None)?;
             model.experts(Routed { routing, intermediate, choice_bias: true, shared: None, shared_gate: false }, |_| true)
@@ -117,6 +148,7 @@ pub(super) const FAMILIES: &[Family] = &[
         model_type: "glm4_moe",
         defaults: Defaults { eps: 1e-5, rotary_share: 0.5, max_positions: 131_072, ..LLAMA },
         adapt: |config, model| {
+            refuse_groups(config)?;
             let bias = config.flag("attention_bias")?.unwrap_or(false);
             model.biases(bias, false, false);
             if config.flag("use_qk_norm")?.unwrap_or(false) {
@@ -130,6 +162,7 @@ pub(super) const FAMILIES: &[Family] = &[
         model_type: "solar_open",
         defaults: Defaults { eps: 1e-5, rope_theta: 1_000_000.0, max_positions: 131_072, ..LLAMA },
         adapt: |config, model| {
+            refuse_groups(config)?;
             model.attention_biases(config)?;
             model.experts(sigmoid_experts(config)?, |_| true)
         },
@@ -137,7 +170,7 @@ pub(super) const FAMILIES: &[Family] = &[
 ];
 
 /// Qwen 3's experts: a softmax over all of them, whose greatest are taken as they are or made to sum to 1.
-fn softmax_experts(config: Config<'_>) -> Result<Routed, String> {
+pub(super) fn softmax_experts(config: Config<'_>) -> Result<Routed, String> {
     // transformers 5 writes the newer name.
     let experts = if config.has("num_experts") { "num_experts" } else { "num_local_experts" };
     let routing = RoutingSpec {
@@ -146,6 +179,7 @@ fn softmax_experts(config: Config<'_>) -> Result<Routed, String> {
         score: RouterScore::Softmax,
         normalize: config.flag("norm_topk_prob")?.unwrap_or(false).then_some(Normalize { epsilon: 0.0, least: 0.0 }),
         scale: 1.0,
+        groups: None,
     };
     let intermediate = config.size("moe_intermediate_size", Some(768))?;
     Ok(Routed { routing, intermediate, choice_bias: false, shared: None, shared_gate: false })
@@ -159,20 +193,21 @@ fn top_experts(config: Config<'_>, experts: u64, top_k: u64) -> Result<Routed, S
         score: RouterScore::TopKSoftmax,
         normalize: None,
         scale: 1.0,
+        groups: None,
     };
     let intermediate = config.size("intermediate_size", None)?;
     Ok(Routed { routing, intermediate, choice_bias: false, shared: None, shared_gate: false })
 }
 
 /// DeepSeek 3's experts: sigmoids, a bias that moves the choice, a network shared by all tokens.
-fn sigmoid_experts(config: Config<'_>) -> Result<Routed, String> {
-    refuse_groups(config)?;
+pub(super) fn sigmoid_experts(config: Config<'_>) -> Result<Routed, String> {
     let routing = RoutingSpec {
         experts: config.size("n_routed_experts", None)?,
         top_k: config.size("num_experts_per_tok", Some(8))?,
         score: RouterScore::Sigmoid,
         normalize: config.flag("norm_topk_prob")?.unwrap_or(true).then_some(Normalize { epsilon: 1e-20, least: 0.0 }),
         scale: config.number("routed_scaling_factor")?.unwrap_or(1.0) as f32,
+        groups: None,
     };
     let intermediate = config.size("moe_intermediate_size", None)?;
     let shared = config.count("n_shared_experts")?.unwrap_or(1);

@@ -12,13 +12,17 @@ fn settings() -> EngineSettings {
     EngineSettings { threads: Some(2), ..Default::default() }
 }
 
-/// Of ERNIE-4.5-0.3B.
 fn plan_in(memory: Memory, settings: &EngineSettings) -> Result<MemoryPlan, Failure> {
+    plan_beside(memory, settings, None)
+}
+
+/// Of ERNIE-4.5-0.3B.
+fn plan_beside(memory: Memory, settings: &EngineSettings, share: Option<Share>) -> Result<MemoryPlan, Failure> {
     let config = json!({"model_type": "ernie4_5", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 18, "num_attention_heads": 16,
         "num_key_value_heads": 2, "head_dim": 128, "vocab_size": 103424});
     let model = Model::from_config(&config).unwrap().spec;
     let plan = if memory.gpu { MemoryPlan::new::<Candle> } else { MemoryPlan::new::<Cpu> };
-    plan(&model, 100_295, WEIGHTS, memory, settings)
+    plan(&model, 100_295, WEIGHTS, memory, settings, share)
 }
 
 fn plan(settings: &EngineSettings, free: usize) -> Result<MemoryPlan, Failure> {
@@ -167,4 +171,40 @@ fn every_thread_has_room_to_draw_and_to_attend() {
     // Twelve bytes of a token of the vocabulary, and 32 rows of queries, sums and scores of a segment.
     let (sampling, attend) = (103_424 * 12, 32 * (2 * 128 + 256) * 4);
     assert!(more > sampling + attend && more < (sampling + attend) * 11 / 10, "{more}");
+}
+
+#[test]
+fn other_models_are_in_the_memory_too() {
+    let memory = Memory { gpu: false, total: 16 * GIB, free: 16 * GIB };
+    let share = |kv, others_fixed, others_kv| Some(Share { memory, kv, others_fixed, others_kv });
+    let auto = plan_beside(memory, &settings(), share(GIB, 4 * GIB, GIB)).unwrap();
+    assert!(auto.kv_bytes <= GIB && auto.kv_bytes > GIB - 32 * auto.kv_bytes_per_token && auto.warnings.is_empty(), "{auto:?}");
+    let gb = EngineSettings { kv_cache_gb: Some(12.0), ..settings() };
+    // Half of 12 GiB would fit beside the others' weights, were it not for the other half.
+    let others = share(6 * GIB, 5 * GIB, 6 * GIB);
+    let message = refused(plan_beside(memory, &gb, others), &["KV_CACHE_GB=12", "other models of 11264.0 MiB", "at most 10.3 GiB"]);
+    assert!(message.contains("weights of 688.1 MiB"), "{message}");
+    let tight = plan_beside(Memory { free: 12 * GIB, ..memory }, &gb, share(6 * GIB, GIB, 6 * GIB)).unwrap().warnings;
+    assert!(tight.len() == 1 && tight[0].contains("KV_CACHE_GB=12"), "{tight:?}");
+    refused(plan_beside(memory, &settings(), share(GIB, 16 * GIB, 0)), &["other models of 16384.0 MiB", "QUANTIZATION"]);
+}
+
+#[test]
+fn states_have_slots_beside_the_kv_cache() {
+    let config = json!({"model_type": "lfm2", "hidden_size": 1024, "intermediate_size": 4608, "num_hidden_layers": 4, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "vocab_size": 65536, "layer_types": ["conv", "conv", "full_attention", "conv"]});
+    let model = Model::from_config(&config).unwrap().spec;
+    let slot = 3 * 2 * 1024 * 4;
+    let plan =
+        |free: usize| MemoryPlan::new::<Cpu>(&model, 65_536, WEIGHTS, Memory { gpu: false, total: 4 * GIB, free }, &settings(), None);
+    let plenty = plan(4 * GIB).unwrap();
+    assert_eq!((plenty.shape.state_slots, plenty.state_bytes), (16 + 2 * 16 + 16, 64 * slot));
+    assert_eq!(plenty.kv_bytes_per_token, 2 * 8 * 64 * 4, "of the one layer of attention");
+    let line = plenty.lines().into_iter().find(|line| line.starts_with("states:")).unwrap();
+    assert!(line.contains("64 slots of 24576 bytes"), "{line}");
+    // What is not needed to run takes a 16th of what is free at most.
+    let step = plenty.step_bytes;
+    let tight = plan(WEIGHTS + step + 16 * 5 * slot).map(|plan| plan.shape.state_slots);
+    assert!(tight.as_ref().is_ok_and(|slots| *slots == 16 + 5), "{tight:?}");
+    assert_eq!(plan_in(Memory { gpu: false, total: 4 * GIB, free: 4 * GIB }, &settings()).unwrap().shape.state_slots, 0);
 }

@@ -138,7 +138,12 @@ impl Endpoints {
 
     /// The routes under `/v2/{id}/`, for clients and for workers.
     pub fn router(&self, pace: Pace) -> Router {
-        Router::new().merge(clients::router(self.clone())).merge(attach::router(self.clone())).merge(openai::router(self.clone(), pace))
+        Router::new().merge(clients::router(self.clone())).merge(self.workers_router()).merge(openai::router(self.clone(), pace))
+    }
+
+    /// What workers call alone.
+    pub fn workers_router(&self) -> Router {
+        attach::router(self.clone())
     }
 
     /// `/v1/…` and `/openai/v1/…`, routed by model name. It has the fallback: merge it into a router that has none.

@@ -97,7 +97,7 @@ impl Incoming {
         if method == Method::GET {
             return Ok(Self { body: None });
         }
-        let text = wire::read_body(&parts.headers, body, limit).await?;
+        let text = wire::or_empty(wire::read_body(&parts.headers, body, limit).await?, route);
         wire::check_object(&parts.headers, &text)?;
         let [stream, model] = body::members(&text, ["stream", "model"])?;
         let streams = stream.is_some_and(|stream| stream.get() == "true");

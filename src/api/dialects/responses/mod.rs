@@ -40,6 +40,12 @@ pub fn delete(served: &ServedModel, id: &str) -> Result<Value, Failure> {
     Ok(json!({"id": id, "object": "response", "deleted": true}))
 }
 
+/// `POST /v1/responses/{id}/cancel`: only what is made in the background can be cancelled, and nothing is here.
+pub fn cancel(served: &ServedModel, id: &str) -> Result<Value, Failure> {
+    response_store::find(served.responses.as_deref(), id)?;
+    Err(Failure::bad_request("response_id", "Cannot cancel a synchronous response.").code("unsupported_value"))
+}
+
 /// `GET /v1/responses/{id}/input_items`: a page of them, the newest first unless `order` says otherwise.
 pub fn input_items(served: &ServedModel, id: &str, query: &str) -> Result<Value, Failure> {
     let stored = response_store::find(served.responses.as_deref(), id)?;

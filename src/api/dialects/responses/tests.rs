@@ -346,6 +346,19 @@ async fn what_is_not_to_be_kept_is_not() {
 }
 
 #[tokio::test]
+async fn what_is_not_in_the_background_cannot_be_cancelled() {
+    let world = saying("Hello").await;
+    let first = world.post("/v1/responses", json!({"input": "Hi", "seed": 0})).await.unwrap();
+    let path = format!("/v1/responses/{}/cancel", first["id"].as_str().unwrap());
+    let failure = world.call(&path, json!({})).await.err().unwrap();
+    assert_eq!((failure.status(), failure.message.as_str()), (400, "Cannot cancel a synchronous response."));
+    assert_eq!(world.service.job(json!({"openai_route": path}), "j").await.err().unwrap().status(), 400);
+    let failure = world.call("/v1/responses/resp_x/cancel", json!({})).await.err().unwrap();
+    assert_eq!((failure.status(), failure.code), (404, Some("response_not_found")));
+    assert_eq!(world.call(&path, Value::Null).await.err().unwrap().status(), 405);
+}
+
+#[tokio::test]
 async fn a_job_carries_every_method() {
     let world = saying("Hello").await;
     let first = world.job(json!({"openai_route": "/v1/responses", "openai_input": {"input": "Hi", "seed": 0}})).await.unwrap();

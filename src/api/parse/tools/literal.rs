@@ -197,6 +197,10 @@ impl Cursor<'_> {
             't' => string.push('\t'),
             'r' => string.push('\r'),
             '0' => string.push('\0'),
+            'b' => string.push('\u{8}'),
+            'f' => string.push('\u{c}'),
+            'a' => string.push('\u{7}'),
+            'v' => string.push('\u{b}'),
             '\n' => {}
             '\\' | '\'' | '"' => string.push(c),
             c => string.extend(['\\', c]),

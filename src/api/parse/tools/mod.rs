@@ -14,13 +14,13 @@ use crate::api::parse::tools::table::{Bare, Body, CallIds, ToolFormat};
 use crate::api::parse::tools::values::Types;
 
 mod head;
-mod json;
+pub mod json;
 mod literal;
 pub mod request;
 pub mod table;
 #[cfg(test)]
 mod tests;
-mod values;
+pub mod values;
 
 /// Takes the tool calls out of one answer.
 pub struct ToolParser {
@@ -220,15 +220,19 @@ impl ToolParser {
         let text = self.buffer.as_str();
         let Some(first) = text.trim_start().chars().next() else { return Head::Wait };
         let is_object = first == '{' && !bare;
+        let is_known = |call: &Call| self.request.tools.iter().any(|tool| tool.name == call.name);
         match &self.format.body {
             Body::Json(keys) => json::head(keys, text, bare),
             Body::Named(_) | Body::Tagged(_) if is_object => json::head(&KEYS, text, false),
             Body::Named(named) => match head::named(named, text, ended) {
-                Head::Call(call) if bare && !self.request.tools.iter().any(|tool| tool.name == call.name) => Head::Fail,
+                Head::Call(call) if bare && !is_known(&call) => Head::Fail,
                 head => head,
             },
             Body::Tagged(tags) => head::tagged(tags, text, ended),
-            Body::Python => literal::python_call(text),
+            Body::Python => match literal::python_call(text) {
+                Head::Call(call) if bare && !is_known(&call) => Head::Fail,
+                head => head,
+            },
             Body::Gemma { quote } => literal::gemma_call(text, quote),
             Body::Harmony => Head::Fail,
         }
@@ -523,9 +527,13 @@ impl ToolParser {
         }
         begun |= something;
         let closing = std::iter::once(tags.value_close).chain(format.call.close.iter().copied());
-        let (at, mark) = match find(&self.buffer, closing, ended) {
-            Found::Mark { at, mark } => (at, Some(mark)),
-            Found::Begins(at) => (at, None),
+        let Some(from) = self.inside_json(&types, ended) else {
+            self.state = State::Value { types, begun };
+            return false;
+        };
+        let (at, mark) = match find(&self.buffer[from..], closing, ended) {
+            Found::Mark { at, mark } => (from + at, Some(mark)),
+            Found::Begins(at) => (from + at, None),
             Found::None => (self.buffer.len(), None),
         };
         let is_over = mark.is_some() || ended;
@@ -547,6 +555,19 @@ impl ToolParser {
             self.take(tags.value_close.len());
         }
         true
+    }
+
+    /// The bytes at the beginning of a value in which no mark is one, because they are a list or an object; `None` when more text decides.
+    fn inside_json(&self, types: &Types, ended: bool) -> Option<usize> {
+        let text = self.buffer.trim_start();
+        if !types.is_json() || !text.starts_with(['{', '[']) {
+            return Some(0);
+        }
+        match json::value(text) {
+            Read::Done((), used) => Some(self.buffer.len() - text.len() + used),
+            Read::Wait if !ended => None,
+            Read::Wait | Read::Fail => Some(0),
+        }
     }
 }
 

@@ -48,21 +48,6 @@ impl ToolRequest {
         const UNKNOWN: &Value = &Value::Null;
         self.tools.iter().find(|tool| tool.name == name).map_or(UNKNOWN, |tool| &tool.parameters)
     }
-
-    /// The format of the calls lets a call be demanded.
-    pub fn can_demand(&self) -> bool {
-        self.format.is_some_and(|format| format.written.is_some() || format.force.is_some())
-    }
-
-    /// The beginning of the call that the request demands, in the model's own format. None: it demands none, or the format has none.
-    pub fn forced_opening(&self) -> Option<String> {
-        let force = self.format?.force.as_ref()?;
-        match &self.choice {
-            ToolChoice::Required => Some(force.any.to_owned()),
-            ToolChoice::Named(name) => Some(force.named.replace("{name}", name)),
-            ToolChoice::Auto | ToolChoice::None => None,
-        }
-    }
 }
 
 /// A new id for a call.

@@ -23,10 +23,8 @@ pub struct ToolFormat {
     /// An opening mark ends the thinking, too.
     pub ends_reasoning: bool,
     pub ids: CallIds,
-    /// What begins a call that a request demands, where no grammar can say what a call is.
-    pub force: Option<Force>,
-    /// How a grammar lays calls out; None: no grammar can say what a call is.
-    pub written: Option<Written>,
+    /// How a grammar lays calls out.
+    pub written: Written,
 }
 
 /// How calls are laid out.
@@ -34,8 +32,10 @@ pub struct ToolFormat {
 pub enum Written {
     /// Each between marks of its own.
     Marked,
-    /// As one list of objects between marks.
+    /// As one list between marks.
     List,
+    /// Between one pair of marks, each on a line of its own.
+    Lines,
     /// One after another, without marks.
     Bare,
     /// As one list without marks.
@@ -98,7 +98,7 @@ pub struct Named {
 
 #[derive(Debug)]
 pub struct Tags {
-    /// The name ends before the first of them; those that end with `>` belong to it.
+    /// The name ends before the first of them; those that end with `>` belong to it. Models write the first.
     pub name_end: &'static [&'static str],
     pub key: (&'static str, &'static str),
     /// Before the value; empty: right after the key.
@@ -106,6 +106,8 @@ pub struct Tags {
     pub value_close: &'static str,
     /// After the key come attributes up to `>`; `string="true"` and `string="false"` tell what the value is.
     pub attributes: bool,
+    /// The model always writes those two.
+    pub tells_text: bool,
     /// A line break on either side of a value is not part of it.
     pub lines: bool,
 }
@@ -121,22 +123,14 @@ pub enum CallIds {
     Written,
 }
 
-/// The beginning of a call that a request demands, which is put into the model's mouth.
-#[derive(Debug)]
-pub struct Force {
-    /// Of some tool.
-    pub any: &'static str,
-    /// Of a named one: `{name}` stands for its name.
-    pub named: &'static str,
-}
-
 /// What cuts gpt-oss's output into messages.
 pub const HARMONY_MARKS: [&str; 7] = ["<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>", "<|call|>", "<|return|>"];
 
+/// What a header has behind the name of a function, where the model writes it: the channel, and what the arguments are.
+pub const HARMONY_HEAD: [&str; 3] = ["<|channel|>commentary", "<|constrain|>", "<|message|>"];
+
 /// Llama's and InternLM's word for arguments.
 const PARAMETERS: Keys = Keys { name: &["name"], arguments: &["parameters", "arguments"] };
-const MARKED: Option<Written> = Some(Written::Marked);
-const LIST: Option<Written> = Some(Written::List);
 const NONE: Pair = Pair { open: &[], close: &[] };
 const KEYS: Keys = Keys { name: &["name"], arguments: &["arguments", "parameters"] };
 
@@ -153,22 +147,29 @@ const JSON: ToolFormat = ToolFormat {
     fence: "",
     ends_reasoning: false,
     ids: CallIds::OpenAi,
-    force: None,
-    written: None,
+    written: Written::Marked,
 };
 
 const fn pair(open: &'static [&'static str], close: &'static [&'static str]) -> Pair {
     Pair { open, close }
 }
 
-const QWEN_TAGS: Tags =
-    Tags { name_end: &[">"], key: ("<parameter=", ">"), value_open: "", value_close: "</parameter>", attributes: false, lines: true };
+const QWEN_TAGS: Tags = Tags {
+    name_end: &[">"],
+    key: ("<parameter=", ">"),
+    value_open: "",
+    value_close: "</parameter>",
+    attributes: false,
+    tells_text: false,
+    lines: true,
+};
 const INVOKE_TAGS: Tags = Tags {
     name_end: &["\">"],
     key: ("<parameter name=\"", "\""),
     value_open: "",
     value_close: "</parameter>",
     attributes: true,
+    tells_text: false,
     lines: true,
 };
 const DSML_TAGS: Tags = Tags {
@@ -177,6 +178,7 @@ const DSML_TAGS: Tags = Tags {
     value_open: "",
     value_close: "</｜DSML｜parameter>",
     attributes: true,
+    tells_text: true,
     lines: false,
 };
 const GLM_TAGS: Tags = Tags {
@@ -185,6 +187,7 @@ const GLM_TAGS: Tags = Tags {
     value_open: "<arg_value>",
     value_close: "</arg_value>",
     attributes: false,
+    tells_text: false,
     lines: false,
 };
 const NAMED: Named = Named { prefix: "", end: "", aside: "", fence: "", numbered: false, or_objects: false };
@@ -192,24 +195,25 @@ const NAMED: Named = Named { prefix: "", end: "", aside: "", fence: "", numbered
 /// All of them. Where a template fits several, the first is taken: the more telling marks come first.
 #[rustfmt::skip]
 pub const FORMATS: &[ToolFormat] = &[
-    ToolFormat { name: "openai", aliases: &["gpt_oss", "harmony"], detect: &[&["<|channel|>", "functions"]], body: Body::Harmony, ..JSON },
+    ToolFormat {
+        name: "openai", aliases: &["gpt_oss", "harmony"], detect: &[&["<|channel|>", "functions"]],
+        call: pair(&["<|channel|>commentary to=functions.", "<|start|>assistant to=functions.", "<|channel|>analysis to=functions."], &["<|call|>"; 3]),
+        body: Body::Harmony, ends_reasoning: true, ..JSON
+    },
     ToolFormat {
         name: "qwen3_coder", aliases: &["qwen3_xml", "qwen3_5"], detect: &[&["<function=", "<parameter=", "<tool_call>"]],
         section: pair(&["<tool_call>"], &["</tool_call>"]), call: pair(&["<function="], &["</function>"]),
-        body: Body::Tagged(QWEN_TAGS), ends_reasoning: true,
-        force: Some(Force { any: "<tool_call>\n<function=", named: "<tool_call>\n<function={name}>" }), ..JSON
+        body: Body::Tagged(QWEN_TAGS), ends_reasoning: true, ..JSON
     },
     ToolFormat {
         name: "seed_oss", detect: &[&["<seed:tool_call>"]],
         section: pair(&["<seed:tool_call>"], &["</seed:tool_call>"]), call: pair(&["<function="], &["</function>"]),
-        body: Body::Tagged(QWEN_TAGS),
-        force: Some(Force { any: "<seed:tool_call>\n<function=", named: "<seed:tool_call>\n<function={name}>" }), ..JSON
+        body: Body::Tagged(QWEN_TAGS), ..JSON
     },
     ToolFormat {
         name: "minimax_m2", detect: &[&["<minimax:tool_call>", "<invoke name="]],
         section: pair(&["<minimax:tool_call>"], &["</minimax:tool_call>"]), call: pair(&["<invoke name=\""], &["</invoke>"]),
-        body: Body::Tagged(INVOKE_TAGS),
-        force: Some(Force { any: "<minimax:tool_call>\n<invoke name=\"", named: "<minimax:tool_call>\n<invoke name=\"{name}\">" }), ..JSON
+        body: Body::Tagged(INVOKE_TAGS), ..JSON
     },
     ToolFormat {
         name: "deepseek_v32", aliases: &["deepseek_v4"], detect: &[&["<｜DSML｜"], &["｜DSML｜", "invoke name="]],
@@ -219,87 +223,84 @@ pub const FORMATS: &[ToolFormat] = &[
     ToolFormat {
         name: "deepseek_v3", aliases: &["deepseekv3"], detect: &[&["<｜tool▁sep｜>", "```json"]],
         section: pair(&["<｜tool▁calls▁begin｜>"], &["<｜tool▁calls▁end｜>"]), call: pair(&["<｜tool▁call▁begin｜>"], &["<｜tool▁call▁end｜>"]),
-        body: Body::Named(Named { prefix: "function<｜tool▁sep｜>", end: "\n", fence: "```json", ..NAMED }), fence: "```", written: MARKED, ..JSON
+        body: Body::Named(Named { prefix: "function<｜tool▁sep｜>", end: "\n", fence: "```json", ..NAMED }), fence: "```", ..JSON
     },
     ToolFormat {
         name: "deepseek_v31", aliases: &["deepseekv31"], detect: &[&["<｜tool▁sep｜>"]],
         section: pair(&["<｜tool▁calls▁begin｜>"], &["<｜tool▁calls▁end｜>"]), call: pair(&["<｜tool▁call▁begin｜>"], &["<｜tool▁call▁end｜>"]),
-        body: Body::Named(Named { end: "<｜tool▁sep｜>", ..NAMED }), written: MARKED, ..JSON
+        body: Body::Named(Named { end: "<｜tool▁sep｜>", ..NAMED }), ..JSON
     },
     ToolFormat {
         name: "kimi_k2", detect: &[&["<|tool_calls_section_begin|>"]],
         section: pair(&["<|tool_calls_section_begin|>"], &["<|tool_calls_section_end|>"]),
         call: pair(&["<|tool_call_begin|>"], &["<|tool_call_end|>"]),
-        body: Body::Named(Named { end: "<|tool_call_argument_begin|>", numbered: true, ..NAMED }), ids: CallIds::Written,
-        written: MARKED, ..JSON
+        body: Body::Named(Named { end: "<|tool_call_argument_begin|>", numbered: true, ..NAMED }), ids: CallIds::Written, ..JSON
     },
     ToolFormat {
         name: "mistral", detect: &[&["[TOOL_CALLS]"]], call: pair(&["[TOOL_CALLS]"], &[]),
-        body: Body::Named(Named { end: "[ARGS]", aside: "[CALL_ID]", or_objects: true, ..NAMED }), ids: CallIds::Nine, written: MARKED, ..JSON
+        body: Body::Named(Named { end: "[ARGS]", aside: "[CALL_ID]", or_objects: true, ..NAMED }), ids: CallIds::Nine, ..JSON
     },
     ToolFormat {
         name: "glm45", aliases: &["glm46", "glm47"], detect: &[&["<arg_key>", "<arg_value>"]], call: pair(&["<tool_call>"], &["</tool_call>"]),
-        body: Body::Tagged(GLM_TAGS), force: Some(Force { any: "<tool_call>", named: "<tool_call>{name}\n" }), ..JSON
+        body: Body::Tagged(GLM_TAGS), ..JSON
     },
     ToolFormat {
         name: "olmo3", detect: &[&["<function_calls>"]], call: pair(&["<function_calls>"], &["</function_calls>"]), body: Body::Python, separators: &[""],
-        force: Some(Force { any: "<function_calls>", named: "<function_calls>{name}(" }), ..JSON
+        written: Written::Lines, ..JSON
     },
     ToolFormat {
         name: "lfm2", detect: &[&["<|tool_call_start|>"], &["<|tool_list_start|>"]], call: pair(&["<|tool_call_start|>"], &["<|tool_call_end|>"]),
-        body: Body::Python, force: Some(Force { any: "<|tool_call_start|>[", named: "<|tool_call_start|>[{name}(" }), ..JSON
+        body: Body::Python, written: Written::List, ..JSON
     },
     ToolFormat {
         name: "functiongemma", detect: &[&["<start_function_call>"]], call: pair(&["<start_function_call>"], &["<end_function_call>"]),
-        body: Body::Gemma { quote: "<escape>" },
-        force: Some(Force { any: "<start_function_call>call:", named: "<start_function_call>call:{name}{" }), ..JSON
+        body: Body::Gemma { quote: "<escape>" }, ..JSON
     },
     ToolFormat {
-        name: "gemma4", detect: &[&["<tool_call|>"]], call: pair(&["<|tool_call>"], &["<tool_call|>"]), body: Body::Gemma { quote: "<|\"|>" },
-        force: Some(Force { any: "<|tool_call>call:", named: "<|tool_call>call:{name}{" }), ..JSON
+        name: "gemma4", detect: &[&["<tool_call|>"]], call: pair(&["<|tool_call>"], &["<tool_call|>"]), body: Body::Gemma { quote: "<|\"|>" }, ..JSON
     },
     ToolFormat {
         name: "internlm", aliases: &["internlm2"], detect: &[&["<|plugin|>"]], section: pair(&["<|action_start|>"], &[]),
-        call: pair(&["<|plugin|>"], &["<|action_end|>"]), body: Body::Json(PARAMETERS), written: MARKED, ..JSON
+        call: pair(&["<|plugin|>"], &["<|action_end|>"]), body: Body::Json(PARAMETERS), ..JSON
     },
     ToolFormat {
         name: "command", aliases: &["cohere", "cohere_command3"], detect: &[&["<|START_ACTION|>"]],
         call: pair(&["<|START_ACTION|>"], &["<|END_ACTION|>"]), body: Body::Json(Keys { name: &["tool_name", "name"], arguments: PARAMETERS.arguments }),
-        written: LIST, ..JSON
+        written: Written::List, ..JSON
     },
-    ToolFormat { name: "nemotron_json", aliases: &["nemotron"], detect: &[&["<TOOLCALL>"]], call: pair(&["<TOOLCALL>"], &["</TOOLCALL>"]), written: LIST, ..JSON },
+    ToolFormat { name: "nemotron_json", aliases: &["nemotron"], detect: &[&["<TOOLCALL>"]], call: pair(&["<TOOLCALL>"], &["</TOOLCALL>"]), written: Written::List, ..JSON },
     ToolFormat {
         name: "hunyuan_a13b", aliases: &["jamba", "minimax", "minimax_m1"], detect: &[&["<tool_calls>"]],
-        call: pair(&["<tool_calls>"], &["</tool_calls>"]), separators: &[""], written: LIST, ..JSON
+        call: pair(&["<tool_calls>"], &["</tool_calls>"]), separators: &[""], written: Written::List, ..JSON
     },
     ToolFormat {
-        name: "phi4_mini_json", detect: &[&["<|/tool_call|>"], &["functools["]], call: pair(&["<|tool_call|>", "functools"], &["<|/tool_call|>"]), written: LIST, ..JSON
+        name: "phi4_mini_json", detect: &[&["<|/tool_call|>"], &["functools["]], call: pair(&["<|tool_call|>", "functools"], &["<|/tool_call|>"]), written: Written::List, ..JSON
     },
     ToolFormat {
         name: "ernie45", aliases: &["ernie_x1", "ernie45_thinking", "ernie_45_vl_thinking"], detect: &[&["<tool_call>", "<response>"]],
-        call: pair(&["<tool_call>"], &["</tool_call>"]), written: MARKED, ..JSON
+        call: pair(&["<tool_call>"], &["</tool_call>"]), ..JSON
     },
     ToolFormat {
         name: "hermes", aliases: &["qwen", "qwen25", "qwen2_5", "qwen3", "smollm3", "granite4", "longcat"],
-        detect: &[&["<tool_call>"]], call: pair(&["<tool_call>"], &["</tool_call>"]), written: MARKED, ..JSON
+        detect: &[&["<tool_call>"]], call: pair(&["<tool_call>"], &["</tool_call>"]), ..JSON
     },
     ToolFormat {
         name: "granite", detect: &[&["<|tool_call|>"], &["<|start_of_role|>", "tool_call"]], call: pair(&["<tool_call>", "<|tool_call|>"], &["</tool_call>"]),
-        written: LIST, ..JSON
+        written: Written::List, ..JSON
     },
     ToolFormat {
         name: "llama3_json", aliases: &["llama3", "llama4_json"], detect: &[&["<|python_tag|>"], &["ipython", "\"parameters\""]],
         call: pair(&["<|python_tag|>"], &[]), bare: &[Bare::Object], separators: &[";", ","], body: Body::Json(PARAMETERS),
-        written: Some(Written::Bare), ..JSON
+        written: Written::Bare, ..JSON
     },
     ToolFormat {
         name: "pythonic", aliases: &["llama4_pythonic"], detect: &[&["[func_name1("], &["func_name1(params_name1"]],
         call: pair(&["<|python_start|>"], &["<|python_end|>"]), bare: &[Bare::List], body: Body::Python,
-        force: Some(Force { any: "[", named: "[{name}(" }), ..JSON
+        written: Written::BareList, ..JSON
     },
     ToolFormat { name: "glm4", detect: &[&["<|observation|>", "[gMASK]"]], bare: &[Bare::Name], body: Body::Named(Named { end: "\n", ..NAMED }),
-        written: Some(Written::Bare), ..JSON },
-    ToolFormat { name: "xlam", call: pair(&["[TOOL_CALLS]", "<tool_call>"], &["</tool_call>"]), bare: &[Bare::List, Bare::Object], separators: &[";", ","], written: Some(Written::BareList), ..JSON },
+        written: Written::Bare, ..JSON },
+    ToolFormat { name: "xlam", call: pair(&["[TOOL_CALLS]", "<tool_call>"], &["</tool_call>"]), bare: &[Bare::List, Bare::Object], separators: &[";", ","], written: Written::BareList, ..JSON },
 ];
 
 /// The format of a name, in any case and with hyphens or underscores.

@@ -312,35 +312,3 @@ fn arguments_stream() {
     parser.push(" text".to_owned(), &mut deltas);
     assert_eq!(deltas, [DeltaKind::ToolCall { index: 0, part: ToolCallPart::Arguments(" text".to_owned()) }]);
 }
-
-#[test]
-fn a_demanded_call_goes_on_where_the_prompt_ends() {
-    let mut parsing = parsing("glm45", None);
-    let mut tools = (*parsing.tools.clone().unwrap()).clone();
-    tools.choice = ToolChoice::Named("get_weather".to_owned());
-    parsing.opening = tools.forced_opening().unwrap();
-    parsing.tools = Some(Arc::new(tools));
-    let answer = read(&parsing, ["<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n</tool_call>"]);
-    assert_eq!(answer.calls, [(PARIS.0.to_owned(), PARIS.1.to_owned())]);
-}
-
-/// Every opening begins a call of the named function in its own format.
-#[test]
-fn openings_begin_calls() {
-    for format in table::FORMATS.iter().filter(|format| format.force.is_some()) {
-        let mut parsing = parsing(format.name, None);
-        let mut tools = (*parsing.tools.clone().unwrap()).clone();
-        tools.choice = ToolChoice::Named("get_weather".to_owned());
-        parsing.opening = tools.forced_opening().unwrap();
-        parsing.tools = Some(Arc::new(tools));
-        // What is written as a whole is known at its end.
-        let rest = match format.body {
-            Body::Python => ")",
-            Body::Gemma { .. } => "}",
-            _ => "",
-        };
-        let answer = read(&parsing, [rest]);
-        assert_eq!((answer.calls.len(), answer.content.as_str()), (1, ""), "{}", format.name);
-        assert_eq!(answer.calls[0], ("get_weather".to_owned(), "{}".to_owned()), "{}", format.name);
-    }
-}

@@ -5,6 +5,9 @@ use serde_json::{Number, Value};
 use super::json::spaced;
 use super::literal::python_value;
 
+/// Schemas refer to others, and those in turn, so many times.
+const DEEPEST: usize = 16;
+
 /// What a schema allows as a value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Types(Vec<String>);
@@ -12,9 +15,53 @@ pub struct Types(Vec<String>);
 impl Types {
     /// Of the parameter `key` in a schema of parameters. Nothing is known of what it does not name.
     pub fn of(parameters: &Value, key: &str) -> Self {
+        let property = parameters["properties"].get(key).or_else(|| parameters.get("additionalProperties"));
+        property.map_or_else(|| Self(Vec::new()), |schema| Self::of_schema(parameters, schema))
+    }
+
+    /// Of a schema that stands in `root`.
+    pub fn of_schema(root: &Value, schema: &Value) -> Self {
         let mut types = Vec::new();
-        collect(&parameters["properties"][key], &mut types);
+        collect(root, schema, DEEPEST, &mut types);
         Self(types)
+    }
+
+    /// Nothing says what a value is.
+    pub fn is_unknown(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// What is written may be a text, and then it is one.
+    pub fn may_be_text(&self) -> bool {
+        self.may_be("string")
+    }
+
+    pub fn may_be_null(&self) -> bool {
+        self.may_be("null")
+    }
+
+    /// Lists and objects are read to their ends, whatever stands in their strings.
+    pub fn is_json(&self) -> bool {
+        !self.is_unknown() && !self.may_be_text()
+    }
+
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().map(String::as_str)
+    }
+
+    /// All but texts.
+    pub fn not_texts(&self) -> Vec<&str> {
+        self.names().filter(|name| *name != "string").collect()
+    }
+
+    /// No value is of these types and of those.
+    pub fn is_apart_from(&self, other: &Self) -> bool {
+        let kind = |name: &str| if name == "integer" { "number".to_owned() } else { name.to_owned() };
+        !self.is_unknown() && !other.is_unknown() && !self.names().any(|name| other.names().any(|other| kind(other) == kind(name)))
+    }
+
+    fn may_be(&self, name: &str) -> bool {
+        self.0.iter().any(|known| known == name)
     }
 
     /// Only a text.
@@ -35,7 +82,7 @@ impl Types {
     /// The JSON text of what is written. What does not fit stays a text.
     pub fn convert(&self, written: &str) -> String {
         let text = written.trim();
-        let may_be = |name: &str| self.0.iter().any(|known| known == name);
+        let may_be = |name: &str| self.may_be(name);
         let as_string = || Value::String(written.to_owned()).to_string();
         if self.0.is_empty() {
             let is_structure = text.starts_with(['{', '[']) && serde_json::from_str::<Value>(text).is_ok();
@@ -60,7 +107,11 @@ impl Types {
     }
 }
 
-fn collect(schema: &Value, types: &mut Vec<String>) {
+/// `depth`: so many schemas may yet lead into each other.
+fn collect(root: &Value, schema: &Value, depth: usize, types: &mut Vec<String>) {
+    if depth == 0 {
+        return;
+    }
     let mut add = |name: &str| {
         if !types.iter().any(|known| known == name) {
             types.push(name.to_owned());
@@ -84,8 +135,18 @@ fn collect(schema: &Value, types: &mut Vec<String>) {
             });
         }
     }
+    // What only objects or lists have tells what is meant.
+    for (name, of) in [("properties", "object"), ("items", "array")] {
+        if schema["type"].is_null() && schema.get(name).is_some() {
+            add(of);
+        }
+    }
     for name in ["anyOf", "oneOf", "allOf"] {
-        schema[name].as_array().into_iter().flatten().for_each(|schema| collect(schema, types));
+        schema[name].as_array().into_iter().flatten().for_each(|schema| collect(root, schema, depth - 1, types));
+    }
+    let target = schema["$ref"].as_str().and_then(|reference| reference.strip_prefix('#')).and_then(|pointer| root.pointer(pointer));
+    if let Some(target) = target {
+        collect(root, target, depth - 1, types);
     }
 }
 
@@ -105,7 +166,8 @@ mod tests {
         let schema = json!({"properties": {
             "s": {"type": "string"}, "i": {"type": "integer"}, "b": {"type": "boolean"}, "o": {"type": "object"},
             "n": {"anyOf": [{"type": "integer"}, {"type": "null"}]}, "m": {"type": ["string", "null"]}, "e": {"enum": [1, 2]},
-        }});
+            "r": {"$ref": "#/$defs/count"}, "l": {"items": {}}, "loop": {"$ref": "#/$defs/loop"},
+        }, "$defs": {"count": {"type": "integer"}, "loop": {"$ref": "#/$defs/loop"}}});
         for (key, written, json) in [
             ("s", "5", "\"5\""),
             ("s", " a\"b ", "\" a\\\"b \""),
@@ -121,6 +183,9 @@ mod tests {
             ("e", "2", "2"),
             ("unknown", "5", "\"5\""),
             ("unknown", "[5]", "[5]"),
+            ("r", "7", "7"),
+            ("l", "('a', 1)", "[\"a\", 1]"),
+            ("loop", "7", "\"7\""),
         ] {
             assert_eq!(Types::of(&schema, key).convert(written), json, "{key} {written}");
         }
