@@ -253,7 +253,16 @@ pub(crate) fn rows_on<B: Backend>(
     vocab: usize,
     mut seed: u64,
 ) -> Vec<(&'static str, f32, Vec<f32>)> {
-    let mut numbers = |n: usize| random(n, &mut seed);
+    rows_through(backend, [t, hidden, half, vocab], |n| random(n, &mut seed), read)
+}
+
+/// The same on numbers of the caller's, whose `read` is given every buffer that an operation has written, before the next one reads it.
+pub(crate) fn rows_through<B: Backend>(
+    backend: &mut B,
+    [t, hidden, half, vocab]: [usize; 4],
+    mut numbers: impl FnMut(usize) -> Vec<f32>,
+    mut read: impl FnMut(&mut B, &mut B::Buffer) -> Vec<f32>,
+) -> Vec<(&'static str, f32, Vec<f32>)> {
     let (x_values, weight, bias) = (numbers(t * hidden), numbers(hidden), numbers(hidden));
     let gate_up = TestMatrix::new(numbers(2 * half * hidden).into_iter().map(|x| x * 0.5).collect(), hidden);
     let (gate_bias, down, down_bias) = (numbers(2 * half), TestMatrix::new(numbers(hidden * half), half), numbers(hidden));
@@ -264,13 +273,15 @@ pub(crate) fn rows_on<B: Backend>(
     let mut x = write(backend, &x_values, hidden);
     let tokens: Vec<u32> = (0..t as u32).map(|i| i * 7 % vocab as u32).collect();
     let row = BatchRow { start: 0, len: t, context: t, blocks: Arc::new(vec![0]) };
-    backend
-        .begin(&Batch { tokens: &tokens, positions: &tokens, slots: &tokens, rows: &[row], ropes: &[], states: &Default::default() })
-        .unwrap();
+    let (rows, states) = ([row], Default::default());
+    let batch = Batch { tokens: &tokens, positions: &tokens, slots: &tokens, rows: &rows, ropes: &[], states: &states };
+    backend.begin(&batch).unwrap();
     let table = table.linear(backend, Columns::Plain, None);
     let mut out = backend.buffer(t, hidden).unwrap();
     backend.embed(&table.weight, 1.0, &mut out).unwrap();
     results.push(("embed", 0.0, read(backend, &mut out)));
+    // Whoever has read may have begun a step.
+    backend.begin(&batch).unwrap();
     backend.embed(&table.weight, 3.5, &mut out).unwrap();
     results.push(("embed scaled", 1e-6, read(backend, &mut out)));
 
@@ -295,6 +306,7 @@ pub(crate) fn rows_on<B: Backend>(
     }
     let gated = gate_up.linear(backend, Columns::Gated, None);
     backend.linear(&x, &gated, Epilogue::Gated(Activation::Silu), &mut inner).unwrap();
+    results.push(("gated", 2e-5, read(backend, &mut inner)));
     for (bias, factor) in [(None, 1.0), (Some(down_bias.as_slice()), 0.25)] {
         let down = down.linear(backend, Columns::Plain, bias);
         backend.linear(&inner, &down, Epilogue::Add(factor), &mut x).unwrap();
@@ -314,6 +326,7 @@ pub(crate) fn rows_on<B: Backend>(
     let mut gates = backend.buffer(t, 1).unwrap();
     let gate = gate_row.linear(backend, Columns::Plain, None);
     backend.linear(&x, &gate, Epilogue::Store, &mut gates).unwrap();
+    results.push(("gates", 5e-5, read(backend, &mut gates)));
     backend.gate_rows(&gates, &mut out).unwrap();
     results.push(("gated rows", 5e-5, read(backend, &mut out)));
     let whole_row = write(backend, &x_values, hidden);

@@ -1,5 +1,6 @@
 //! The kernels behind [`Backend`], so that what proves the CPU's operations proves these. Its memory is the emulator's.
 
+use std::convert::Infallible;
 use std::ffi::{CStr, c_int, c_void};
 
 use candle_core::{Error, Result};
@@ -7,8 +8,8 @@ use candle_core::{Error, Result};
 use super::emulator::{Emulator, Memory};
 use super::functions::{Attention, Ending, NULL, NormOf, Preparation, Product, Rows};
 use crate::{
-    Activation, AttentionSpec, AttentionWeights, Backend, Batch, BatchRow, Columns, Epilogue, Experts, KvShape, Linear, MatrixSource, Norm,
-    NormExtent, NormKind, Pairing, RowVisitor, WeightFormat,
+    Activation, AttentionSpec, AttentionWeights, Backend, Batch, BatchRow, CausalConv, Columns, Epilogue, Experts, GatedDelta, HeadColumns,
+    KvShape, LatentSpec, Linear, MatrixSource, Norm, NormExtent, NormKind, Pairing, RowVisitor, WeightFormat,
 };
 
 mod experts;
@@ -78,11 +79,17 @@ fn norm_of(norm: &Norm<Memory>) -> NormOf {
     NormOf { weight: norm.weight.ptr(), bias, epsilon: norm.eps, is_layer: c_int::from(norm.kind == NormKind::Layer) }
 }
 
+/// The error of an operation without a kernel.
+fn not_yet(what: &str) -> Error {
+    Error::Msg(format!("the CUDA kernels do not have this operation yet: {what}"))
+}
+
 fn ending(epilogue: Epilogue) -> Ending {
     let code = |activation: Activation| match activation {
         Activation::Silu => 0,
         Activation::GeluTanh => 1,
         Activation::Relu2 => 2,
+        Activation::ClampedSwiglu => 3,
     };
     match epilogue {
         Epilogue::Store => Ending { ending: 0, activation: 0, factor: 1.0 },
@@ -195,6 +202,8 @@ impl Backend for Cuda {
     type Weight = Weight;
     type Vector = Memory;
     type KvCache = KvCache;
+    /// There are none: no operation that needs one can be reached.
+    type State = Infallible;
 
     fn buffer(&self, rows: usize, width: usize) -> Result<Buffer> {
         Ok(Buffer { memory: self.memory(rows * width, c"rows"), rows, width })
@@ -212,6 +221,10 @@ impl Backend for Cuda {
     fn kv_cache(&self, shape: KvShape) -> Result<KvCache> {
         let numbers = shape.blocks * shape.block_size * shape.kv_heads * shape.head_dim;
         Ok(KvCache { keys: self.memory(numbers, c"keys"), values: self.memory(numbers, c"values"), shape })
+    }
+
+    fn state(&self, _slots: usize, _width: usize) -> Result<Infallible> {
+        Err(not_yet("states"))
     }
 
     fn begin(&mut self, batch: &Batch<'_>) -> Result<()> {
@@ -394,6 +407,49 @@ impl Backend for Cuda {
         self.emulator.check(unsafe { (functions.attend)(NO_STREAM, dtype, q, keys, values, &a, to, t as c_int) })
     }
 
+    fn copy_states(&mut self, state: &mut Infallible) -> Result<()> {
+        match *state {}
+    }
+
+    fn causal_conv(&mut self, _: &Buffer, _: &CausalConv<Memory>, state: &mut Infallible, _: &mut Buffer) -> Result<()> {
+        match *state {}
+    }
+
+    fn gated_delta(
+        &mut self,
+        _qkv: &mut Buffer,
+        _gates: &mut Buffer,
+        _z: &Buffer,
+        _delta: &GatedDelta<Memory>,
+        state: &mut Infallible,
+        _out: &mut Buffer,
+    ) -> Result<()> {
+        match *state {}
+    }
+
+    fn linear_heads(
+        &mut self,
+        _x: &Buffer,
+        _columns: HeadColumns,
+        _weights: &[Linear<Weight, Memory>],
+        _scratch: &mut [Buffer; 2],
+        _out: &mut Buffer,
+    ) -> Result<()> {
+        Err(not_yet("linear_heads"))
+    }
+
+    fn latent_rows(
+        &mut self,
+        _q: &Buffer,
+        _absorbed: &Buffer,
+        _latent: &Buffer,
+        _spec: &LatentSpec,
+        _norm: &Memory,
+        _out: &mut Buffer,
+    ) -> Result<()> {
+        Err(not_yet("latent_rows"))
+    }
+
     fn experts(
         &mut self,
         x: &Buffer,
@@ -436,13 +492,13 @@ impl Backend for Cuda {
     }
 
     fn gate_rows(&mut self, gates: &Buffer, x: &mut Buffer) -> Result<()> {
-        if (gates.rows, gates.width) != (x.rows, 1) {
-            return Err(Error::Msg(format!("[{}, {}] are no gates of {} rows", gates.rows, gates.width, x.rows)));
+        if gates.rows != x.rows || gates.width == 0 || !x.width.is_multiple_of(gates.width) {
+            return Err(Error::Msg(format!("[{}, {}] are no gates of [{}, {}]", gates.rows, gates.width, x.rows, x.width)));
         }
-        let (rows, width) = (x.rows as c_int, x.width as c_int);
-        // SAFETY: a gate for each row.
+        let (rows, width, part) = (x.rows as c_int, x.width as c_int, (x.width / gates.width) as c_int);
+        // SAFETY: a gate for each part of each row.
         self.emulator.check(unsafe {
-            (self.emulator.functions.gate_rows)(NO_STREAM, self.dtype.code(), gates.memory.ptr(), x.memory.ptr_mut(), rows, width)
+            (self.emulator.functions.gate_rows)(NO_STREAM, self.dtype.code(), gates.memory.ptr(), x.memory.ptr_mut(), rows, width, part)
         })
     }
 

@@ -74,11 +74,21 @@ __device__ __forceinline__ float block_sum(float v, float* partial) {
 }
 
 // crate::Activation, in its order.
-enum Activation { SILU = 0, GELU_TANH = 1, RELU2 = 2 };
+enum Activation { SILU = 0, GELU_TANH = 1, RELU2 = 2, CLAMPED_SWIGLU = 3 };
+constexpr float SWIGLU_LIMIT = 7.0f, SWIGLU_ALPHA = 1.702f;
 __device__ __forceinline__ float activate(int activation, float x) {
   if (activation == SILU) return x / (1.0f + __expf(-x));
   if (activation == GELU_TANH) return 0.5f * x * (1.0f + tanhf(0.7978845608f * (x + 0.044715f * x * x * x)));
+  if (activation == CLAMPED_SWIGLU) {
+    x = x > SWIGLU_LIMIT ? SWIGLU_LIMIT : x;  // not fminf, which would make a number of NaN
+    return x / (1.0f + __expf(-SWIGLU_ALPHA * x));
+  }
   return x > 0.0f ? x * x : 0.0f;
+}
+// What an activated gate multiplies.
+__device__ __forceinline__ float gated(int activation, float x) {
+  if (activation != CLAMPED_SWIGLU) return x;
+  return (x > SWIGLU_LIMIT ? SWIGLU_LIMIT : x < -SWIGLU_LIMIT ? -SWIGLU_LIMIT : x) + 1.0f;
 }
 
 __device__ __forceinline__ float capped(float x, float cap) { return cap > 0.0f ? cap * tanhf(x / cap) : x; }

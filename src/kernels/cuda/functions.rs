@@ -175,7 +175,7 @@ functions! {
     norm(dtype: c_int, x: *const c_void, first: NormOf, residual: *mut c_void, factor: f32, second: NormOf, out: *mut c_void, rows: c_int, width: c_int);
     pick(dtype: c_int, x: *const c_void, rows: *const c_void, out: *mut c_void, count: c_int, width: c_int);
     scale_and_cap(dtype: c_int, x: *mut c_void, count: usize, scale: f32, cap: f32);
-    gate_rows(dtype: c_int, gates: *const c_void, x: *mut c_void, rows: c_int, width: c_int);
+    gate_rows(dtype: c_int, gates: *const c_void, x: *mut c_void, rows: c_int, width: c_int, part: c_int);
     gemv(dtype: c_int, out_dtype: c_int, form: c_int, product: *const Product);
     matmul(out_dtype: c_int, form: c_int, large: c_int, product: *const Product);
     angles(positions: *const c_void, frequencies: *const c_void, factor: f32, cosines: *mut c_void, sines: *mut c_void, tokens: c_int, pairs: c_int);

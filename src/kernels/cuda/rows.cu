@@ -109,10 +109,13 @@ template <class T> __global__ void scale_and_cap(T* x, size_t count, float scale
   const size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i < count) x[i] = from_float<T>(capped(to_float(x[i]) * scale, cap));
 }
-template <class T> __global__ void gate_rows(const T* gates, T* x, int width) {
-  const float factor = 1.0f / (1.0f + __expf(-to_float(gates[blockIdx.x])));
-  const size_t at = size_t(blockIdx.x) * width;
-  for (int i = threadIdx.x; i < width; i += blockDim.x) x[at + i] = from_float<T>(to_float(x[at + i]) * factor);
+// A gate for each `part` numbers that lie side by side.
+template <class T> __global__ void gate_rows(const T* gates, T* x, int width, int part) {
+  const size_t at = size_t(blockIdx.x) * width, first = size_t(blockIdx.x) * (width / part);
+  for (int i = threadIdx.x; i < width; i += blockDim.x) {
+    const float factor = 1.0f / (1.0f + __expf(-to_float(gates[first + i / part])));
+    x[at + i] = from_float<T>(to_float(x[at + i]) * factor);
+  }
 }
 
 // `rows` null: all of them in order.
@@ -126,7 +129,7 @@ extern "C" int wc_scale_and_cap(void* stream, int dtype, void* x, size_t count, 
   return dtype == BF16 ? launch(stream, grid, 256, 0, KERNEL(scale_and_cap<bf16>), static_cast<bf16*>(x), count, scale, cap)
                        : launch(stream, grid, 256, 0, KERNEL(scale_and_cap<float>), static_cast<float*>(x), count, scale, cap);
 }
-extern "C" int wc_gate_rows(void* stream, int dtype, const void* gates, void* x, int rows, int width) {
-  return dtype == BF16 ? launch(stream, rows, 256, 0, KERNEL(gate_rows<bf16>), static_cast<const bf16*>(gates), static_cast<bf16*>(x), width)
-                       : launch(stream, rows, 256, 0, KERNEL(gate_rows<float>), static_cast<const float*>(gates), static_cast<float*>(x), width);
+extern "C" int wc_gate_rows(void* stream, int dtype, const void* gates, void* x, int rows, int width, int part) {
+  return dtype == BF16 ? launch(stream, rows, 256, 0, KERNEL(gate_rows<bf16>), static_cast<const bf16*>(gates), static_cast<bf16*>(x), width, part)
+                       : launch(stream, rows, 256, 0, KERNEL(gate_rows<float>), static_cast<const float*>(gates), static_cast<float*>(x), width, part);
 }

@@ -57,7 +57,7 @@ __device__ __forceinline__ void finish(float a, float b, int n, int columns, con
   if (e.ending == GATED) {
     // Biases stay as they are stored: those of all gates first.
     if (bias) a += bias[n / 2], b += bias[columns / 2 + n / 2];
-    row[n / 2] = from_float<T>(activate(e.activation, a) * b);
+    row[n / 2] = from_float<T>(activate(e.activation, a) * gated(e.activation, b));
     return;
   }
   if (bias) a += bias[n], b += second ? bias[n + 1] : 0.0f;

@@ -4,7 +4,7 @@ use std::ffi::{c_int, c_void};
 
 use candle_core::{Error, Result};
 
-use super::{Buffer, Cuda, NO_STREAM, Weight, ending};
+use super::{Buffer, Cuda, NO_STREAM, Weight, ending, not_yet};
 use crate::cuda::emulator::Memory;
 use crate::cuda::functions::{Ending, F32, NULL, Product, Routing, Rows};
 use crate::{Epilogue, Experts, Linear, RouterScore, RoutingSpec};
@@ -48,6 +48,9 @@ fn routing_of(spec: &RoutingSpec) -> Routing {
 
 impl Cuda {
     fn route(&self, router: &Buffer, spec: &RoutingSpec, choice_bias: Option<&Memory>) -> Result<Visits> {
+        if spec.groups.is_some() {
+            return Err(not_yet("groups of experts"));
+        }
         let ints = |count: usize, name| Memory::new(self.emulator, count * 4, name);
         let (t, count) = (router.rows, router.rows * spec.top_k);
         let (picked, counts) = (ints(count, c"picked"), ints(spec.experts, c"counts"));

@@ -120,7 +120,7 @@ fn of_experts() {
                 (matrix(2 * inner, hidden), matrix(hidden, inner))
             })
             .collect();
-        let routing = RoutingSpec { experts: count, top_k, score: RouterScore::Softmax, normalize: None, scale: 1.0 };
+        let routing = RoutingSpec { experts: count, top_k, score: RouterScore::Softmax, normalize: None, scale: 1.0, groups: None };
         fn all<B: Backend>(backend: &B, matrices: &[(TestMatrix, TestMatrix)], format: WeightFormat) -> Vec<Expert<B::Weight, B::Vector>> {
             let linear = |matrix: &TestMatrix, columns| Linear { weight: matrix.load(backend, Some(format), columns), bias: None };
             matrices

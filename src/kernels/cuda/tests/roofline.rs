@@ -79,7 +79,9 @@ fn step(model: &Model, format: WeightFormat, rows: usize, len: usize, context: u
     let mut cache = device.kv_cache(attention.kv_shape(rows * context.div_ceil(32), 32)).unwrap();
     let batch: Vec<BatchRow> = (0..rows).map(|row| BatchRow { start: row * len, len, context, blocks: Arc::default() }).collect();
     let zeros = vec![0; t];
-    device.begin(&Batch { tokens: &zeros, positions: &zeros, slots: &zeros, rows: &batch, ropes: &[] }).unwrap();
+    device
+        .begin(&Batch { tokens: &zeros, positions: &zeros, slots: &zeros, rows: &batch, ropes: &[], states: &Default::default() })
+        .unwrap();
     let buffer = |device: &Sizing<Cuda>| device.buffer(t, h).unwrap();
     let (mut x, mut y, mut z, mut q) = (buffer(&device), buffer(&device), buffer(&device), buffer(&device));
     let weights = AttentionWeights::default();
