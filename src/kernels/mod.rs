@@ -18,6 +18,8 @@ use candle_core::Result;
 
 pub mod candle;
 pub mod cpu;
+#[cfg(test)]
+mod cuda;
 pub mod ops;
 pub mod quantize;
 pub mod sizing;

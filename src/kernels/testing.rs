@@ -71,6 +71,13 @@ pub fn read<B: Backend>(backend: &mut B, buffer: &mut B::Buffer) -> Vec<f32> {
 
 /// A buffer that holds these rows: written by an embedding whose table they are.
 pub fn write<B: Backend>(backend: &mut B, rows: &[f32], width: usize) -> B::Buffer {
+    let mut out = backend.buffer(rows.len() / width, width).unwrap();
+    write_over(backend, rows, width, &mut out);
+    out
+}
+
+/// The same into a buffer with room for them. It begins a step of its own.
+pub fn write_over<B: Backend>(backend: &mut B, rows: &[f32], width: usize, out: &mut B::Buffer) {
     let t = (rows.len() / width) as u32;
     let tokens: Vec<u32> = (0..t).collect();
     let row = super::BatchRow { start: 0, len: t as usize, context: t as usize, blocks: std::sync::Arc::new(vec![0]) };
@@ -86,9 +93,7 @@ pub fn write<B: Backend>(backend: &mut B, rows: &[f32], width: usize) -> B::Buff
         })
         .unwrap();
     let table = TestMatrix::new(rows.to_vec(), width).load(backend, None, Columns::Plain);
-    let mut out = backend.buffer(t as usize, width).unwrap();
-    backend.embed(&table, 1.0, &mut out).unwrap();
-    out
+    backend.embed(&table, 1.0, out).unwrap();
 }
 
 /// Full attention with the usual scale and nothing else.

@@ -11,7 +11,7 @@ use super::testing::{TestMatrix, plain_attention, read, write};
 use super::*;
 
 /// Numbers in `[-1, 1)`.
-fn random(n: usize, seed: &mut u64) -> Vec<f32> {
+pub(crate) fn random(n: usize, seed: &mut u64) -> Vec<f32> {
     let mut next = || {
         *seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (*seed >> 40) as f32 / (1u32 << 24) as f32 * 2.0 - 1.0
@@ -20,7 +20,7 @@ fn random(n: usize, seed: &mut u64) -> Vec<f32> {
 }
 
 #[track_caller]
-fn assert_close(ours: &[f32], theirs: &[f32], tolerance: f32, what: &str) {
+pub(crate) fn assert_close(ours: &[f32], theirs: &[f32], tolerance: f32, what: &str) {
     assert_eq!(ours.len(), theirs.len(), "{what}");
     for (i, (a, b)) in ours.iter().zip(theirs).enumerate() {
         assert!((a - b).abs() <= tolerance * (1.0 + b.abs()), "{what}, value {i}: {a} {b}");
@@ -28,14 +28,14 @@ fn assert_close(ours: &[f32], theirs: &[f32], tolerance: f32, what: &str) {
 }
 
 /// A step: rows of the given (context, len), each with its own blocks.
-struct Step {
-    positions: Vec<u32>,
-    slots: Vec<u32>,
-    rows: Vec<BatchRow>,
-    blocks: usize,
+pub(crate) struct Step {
+    pub positions: Vec<u32>,
+    pub slots: Vec<u32>,
+    pub rows: Vec<BatchRow>,
+    pub blocks: usize,
 }
 
-fn step(rows: &[(usize, usize)], block_size: usize) -> Step {
+pub(crate) fn step(rows: &[(usize, usize)], block_size: usize) -> Step {
     let (mut start, mut next) = (0, 0u32);
     let mut step = Step { positions: vec![], slots: vec![], rows: vec![], blocks: 0 };
     for (context, len) in rows {
@@ -53,15 +53,15 @@ fn step(rows: &[(usize, usize)], block_size: usize) -> Step {
 }
 
 /// What attention is tried on.
-struct Case<'a> {
-    attention: AttentionSpec,
-    ropes: &'a [RopeTable],
-    q_norm: Vec<f32>,
-    k_norm: Vec<f32>,
-    sinks: Option<Vec<f32>>,
-    block_size: usize,
+pub(crate) struct Case<'a> {
+    pub attention: AttentionSpec,
+    pub ropes: &'a [RopeTable],
+    pub q_norm: Vec<f32>,
+    pub k_norm: Vec<f32>,
+    pub sinks: Option<Vec<f32>>,
+    pub block_size: usize,
     /// Of every slot of the cache, as earlier steps left it.
-    earlier: Vec<f32>,
+    pub earlier: Vec<f32>,
 }
 
 impl Case<'_> {
@@ -76,7 +76,7 @@ impl Case<'_> {
     }
 
     /// Stores keys and values of every slot, each as if it was computed at the position of its number.
-    fn filled_cache<B: Backend>(&self, backend: &mut B, blocks: usize) -> B::KvCache {
+    pub fn filled_cache<B: Backend>(&self, backend: &mut B, blocks: usize) -> B::KvCache {
         let (all, weights) = (blocks * self.block_size, self.weights(backend));
         let mut cache = backend.kv_cache(self.attention.kv_shape(blocks, self.block_size)).unwrap();
         let everywhere: Vec<u32> = (0..all as u32).collect();
@@ -98,7 +98,7 @@ impl Case<'_> {
     }
 
     /// Queries after rope, and what attention gives, of a step.
-    fn run<B: Backend>(
+    pub fn run<B: Backend>(
         &self,
         backend: &mut B,
         cache: &mut B::KvCache,
@@ -122,7 +122,7 @@ impl Case<'_> {
     }
 }
 
-fn cpu(max_tokens: usize, widest: usize, attention: &[AttentionSpec], block_size: usize, threads: usize) -> Cpu {
+pub(crate) fn cpu(max_tokens: usize, widest: usize, attention: &[AttentionSpec], block_size: usize, threads: usize) -> Cpu {
     let limits =
         StepLimits { max_tokens, max_logits: 1, widest, block_size, attention: attention.to_vec(), frequencies: 64, experts: None };
     Cpu::new(&limits, threads, ComputeDtype::F32).unwrap()
@@ -246,13 +246,13 @@ proptest! {
     }
 }
 
-fn limits_of(max_tokens: usize, widest: usize) -> StepLimits {
+pub(crate) fn limits_of(max_tokens: usize, widest: usize) -> StepLimits {
     let attention = vec![plain_attention(1, 1, 2)];
     StepLimits { max_tokens, max_logits: 1, widest, block_size: 16, attention, frequencies: 1, experts: None }
 }
 
 /// The operations on rows, each with its tolerance and its result.
-fn rows_on<B: Backend>(
+pub(crate) fn rows_on<B: Backend>(
     backend: &mut B,
     t: usize,
     hidden: usize,
@@ -260,7 +260,16 @@ fn rows_on<B: Backend>(
     vocab: usize,
     mut seed: u64,
 ) -> Vec<(&'static str, f32, Vec<f32>)> {
-    let mut numbers = |n: usize| random(n, &mut seed);
+    rows_through(backend, [t, hidden, half, vocab], |n| random(n, &mut seed), read)
+}
+
+/// The same on numbers of the caller's, whose `read` is given every buffer that an operation has written, before the next one reads it.
+pub(crate) fn rows_through<B: Backend>(
+    backend: &mut B,
+    [t, hidden, half, vocab]: [usize; 4],
+    mut numbers: impl FnMut(usize) -> Vec<f32>,
+    mut read: impl FnMut(&mut B, &mut B::Buffer) -> Vec<f32>,
+) -> Vec<(&'static str, f32, Vec<f32>)> {
     let (x_values, weight, bias) = (numbers(t * hidden), numbers(hidden), numbers(hidden));
     let gate_up = TestMatrix::new(numbers(2 * half * hidden).into_iter().map(|x| x * 0.5).collect(), hidden);
     let (gate_bias, down, down_bias) = (numbers(2 * half), TestMatrix::new(numbers(hidden * half), half), numbers(hidden));
@@ -271,21 +280,15 @@ fn rows_on<B: Backend>(
     let mut x = write(backend, &x_values, hidden);
     let tokens: Vec<u32> = (0..t as u32).map(|i| i * 7 % vocab as u32).collect();
     let row = BatchRow { start: 0, len: t, context: t, blocks: Arc::new(vec![0]) };
-    backend
-        .begin(&Batch {
-            tokens: &tokens,
-            positions: &tokens,
-            slots: &tokens,
-            types: &[],
-            rows: &[row],
-            ropes: &[],
-            states: &Default::default(),
-        })
-        .unwrap();
+    let (rows, states) = ([row], Default::default());
+    let batch = Batch { tokens: &tokens, positions: &tokens, slots: &tokens, types: &[], rows: &rows, ropes: &[], states: &states };
+    backend.begin(&batch).unwrap();
     let table = table.linear(backend, Columns::Plain, None);
     let mut out = backend.buffer(t, hidden).unwrap();
     backend.embed(&table.weight, 1.0, &mut out).unwrap();
     results.push(("embed", 0.0, read(backend, &mut out)));
+    // Whoever has read may have begun a step.
+    backend.begin(&batch).unwrap();
     backend.embed(&table.weight, 3.5, &mut out).unwrap();
     results.push(("embed scaled", 1e-6, read(backend, &mut out)));
     let positions: Vec<u32> = (0..t as u32).map(|i| i % 3).collect();
@@ -294,8 +297,8 @@ fn rows_on<B: Backend>(
     let few = TestMatrix::new(numbers(6 * hidden), hidden).load(backend, None, Columns::Plain);
     for (types, tables) in [(&types[..], [TableRow::Position(2), TableRow::Type]), (&[], [TableRow::Type, TableRow::Position(3)])] {
         let (rows, states) = (std::slice::from_ref(&row), &Default::default());
-        backend.begin(&Batch { tokens: &tokens, positions: &positions, slots: &tokens, types, rows, ropes: &[], states }).unwrap();
         for of in tables {
+            backend.begin(&Batch { tokens: &tokens, positions: &positions, slots: &tokens, types, rows, ropes: &[], states }).unwrap();
             backend.embed_add(&few, of, &mut out).unwrap();
             results.push(("embed added", 1e-6, read(backend, &mut out)));
         }
@@ -325,6 +328,7 @@ fn rows_on<B: Backend>(
     }
     let gated = gate_up.linear(backend, Columns::Gated, None);
     backend.linear(&x, &gated, Epilogue::Gated(Activation::Silu), &mut inner).unwrap();
+    results.push(("gated", 2e-5, read(backend, &mut inner)));
     for (bias, factor) in [(None, 1.0), (Some(down_bias.as_slice()), 0.25)] {
         let down = down.linear(backend, Columns::Plain, bias);
         backend.linear(&inner, &down, Epilogue::Add(factor), &mut x).unwrap();
@@ -347,6 +351,7 @@ fn rows_on<B: Backend>(
     let mut gates = backend.buffer(t, 1).unwrap();
     let gate = gate_row.linear(backend, Columns::Plain, None);
     backend.linear(&x, &gate, Epilogue::Store, &mut gates).unwrap();
+    results.push(("gates", 5e-5, read(backend, &mut gates)));
     backend.gate_rows(&gates, &mut out).unwrap();
     results.push(("gated rows", 5e-5, read(backend, &mut out)));
     let whole_row = write(backend, &x_values, hidden);
@@ -359,7 +364,7 @@ fn rows_on<B: Backend>(
 
 /// The routed experts of every row, or of one of them alone; and the router's logits.
 #[allow(clippy::too_many_arguments)]
-fn experts_on<B: Backend>(
+pub(crate) fn experts_on<B: Backend>(
     backend: &mut B,
     routing: RoutingSpec,
     biased: bool,

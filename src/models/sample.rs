@@ -14,6 +14,8 @@ use crate::models::{Logprobs, LogprobsMode, LogprobsSpec};
 mod nucleus;
 mod params;
 #[cfg(test)]
+mod recorded_tests;
+#[cfg(test)]
 mod reference_tests;
 mod report;
 #[cfg(test)]
