@@ -117,6 +117,22 @@ fn rows_in_bf16() {
     });
 }
 
+/// Beyond the limit on either side, which random sums do not reach.
+#[test]
+fn clamped_gates() {
+    fn gated<B: Backend>(mut backend: B) -> Vec<f32> {
+        let x = write(&mut backend, &[20.0, -20.0, 3.0, 7.5], 1);
+        let matrix = TestMatrix::new(vec![1.0, 1.0, -0.25, 1.0, -1.0, 0.5], 1).linear(&backend, Columns::Gated, None);
+        let mut out = backend.buffer(4, 3).unwrap();
+        backend.linear(&x, &matrix, Epilogue::Gated(Activation::ClampedSwiglu), &mut out).unwrap();
+        read(&mut backend, &mut out)
+    }
+    in_every_order(0..1, |emulator, _| {
+        let wanted = gated(cpu(4, 6, &[plain_attention(1, 1, 2)], 16, 1));
+        assert_close(&gated(Cuda::new(emulator, Dtype::F32)), &wanted, 1e-5, "gated");
+    });
+}
+
 /// What has no kernel is an error, never a result.
 #[test]
 fn operations_without_a_kernel_are_refused() {
