@@ -77,6 +77,14 @@ pub enum Broken {
     NotFinite,
 }
 
+/// Why a sequence cannot go on, where no token can follow.
+fn broken_by(sequence: &Sequence, failure: Option<Failure>) -> Broken {
+    let suppressed = sequence.is_constrained() || !sequence.sampling().suppressed.is_empty();
+    let exhausted = || sequence.exhausted_by().map(nothing_left);
+    let failure = failure.or_else(|| sequence.constraint_failure()).or_else(exhausted);
+    failure.map_or(Broken::NoToken { suppressed }, Broken::Constraint)
+}
+
 /// `field` of the request forbids every token that its grammar allows.
 fn nothing_left(field: &'static str) -> Failure {
     let fields = if field == "bad_words" { "'bad_words' (or 'bad_words_token_ids', 'suppress_tokens')" } else { "'min_tokens'" };
@@ -519,11 +527,7 @@ impl Scheduler {
             }
             let finished = outcomes.last().is_some_and(|outcome| outcome.id == row.id && outcome.finish.is_some());
             if broken {
-                let suppressed = sequence.is_constrained() || !sequence.sampling().suppressed.is_empty();
-                let no_token = || Broken::NoToken { suppressed };
-                let exhausted = || sequence.exhausted_by().map(nothing_left);
-                let failure = failure.or_else(|| sequence.constraint_failure()).or_else(exhausted);
-                self.broken.push((row.id, failure.map_or_else(no_token, Broken::Constraint)));
+                self.broken.push((row.id, broken_by(sequence, failure)));
             } else {
                 Self::cache(&mut self.pool, sequence, self.shape.block_size);
             }

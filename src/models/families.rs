@@ -315,17 +315,7 @@ fn llama_like<'a>(config: Config<'a>, family: &'a Family) -> Result<Model, Strin
             value_norm: None,
             query_growth: None,
         };
-        let attention =
-            AttentionLayer { spec, qkv_bias: false, output_bias: false, sinks: false, values_are_keys: false, output_gate: false };
-        let feed_forward = FeedForward::Dense(dense.clone());
-        Ok(LayerSpec {
-            mixer: Mixer::Attention(attention),
-            feed_forward,
-            residual: Residual::Sequential,
-            bare_attention: false,
-            residual_scale: 1.0,
-            scalar: false,
-        })
+        Ok(plain_layer(spec, dense.clone()))
     };
     let layers = types.iter().enumerate().map(&mut layer).collect::<Result<Vec<_>, _>>()?;
     let spec = ModelSpec {
@@ -352,6 +342,19 @@ fn llama_like<'a>(config: Config<'a>, family: &'a Family) -> Result<Model, Strin
         quantized: quantized(config)?,
     };
     Ok(Model { spec, names: TensorNames::LLAMA, classifier: Classifier::of_decoder(hidden_size) })
+}
+
+/// A layer as Llama's are.
+fn plain_layer(spec: AttentionSpec, dense: DenseSpec) -> LayerSpec {
+    let attention = AttentionLayer { spec, qkv_bias: false, output_bias: false, sinks: false, values_are_keys: false, output_gate: false };
+    LayerSpec {
+        mixer: Mixer::Attention(attention),
+        feed_forward: FeedForward::Dense(dense),
+        residual: Residual::Sequential,
+        bare_attention: false,
+        residual_scale: 1.0,
+        scalar: false,
+    }
 }
 
 /// The inner width of dense networks.

@@ -70,26 +70,9 @@ impl MemoryPlan {
         settings: &EngineSettings,
         share: Option<Share>,
     ) -> Result<Self, Failure> {
-        let (limit, longest) = (model.max_positions, model.longest_context());
-        let whole = model.runs_whole();
-        if let Some(asked) = settings.max_model_len.filter(|asked| *asked > longest) {
-            return Err(Failure::internal(format!(
-                "MAX_MODEL_LEN={asked} is more than the {longest} positions this model has; lower it, or leave it unset for auto"
-            )));
-        }
         let need = Need::new::<F>(model, weights_bytes, memory, settings, share)?;
         let Need { batch, block_size, block_bytes, .. } = need;
-        let mut wanted = settings.max_model_len.unwrap_or(limit);
-        if whole {
-            if let (Some(asked), Some(tokens)) = (settings.max_model_len, settings.max_num_batched_tokens.filter(|tokens| *tokens < wanted))
-            {
-                return Err(Failure::internal(format!(
-                    "MAX_NUM_BATCHED_TOKENS={tokens} is less than MAX_MODEL_LEN={asked}, and this model runs a text in one step; raise it or \
-                     leave it to auto"
-                )));
-            }
-            wanted = wanted.min(batch.tokens);
-        }
+        let wanted = wanted_context(model, settings, batch)?;
         let useful = need.useful_blocks(wanted);
         // Slots are numbered in 32 bits.
         let most = u32::MAX as usize / block_size;
@@ -120,7 +103,7 @@ impl MemoryPlan {
             max_num_batched_tokens: batch.tokens,
             memory_bound: room < wanted,
             pooling: model.pooling.clone().map(Arc::new),
-            whole_prompts: whole,
+            whole_prompts: model.runs_whole(),
         };
         let step_bytes = if memory.gpu { 0 } else { need.step_bytes };
         let auto = if memory.gpu { "GPU_MEMORY_UTILIZATION, MAX_NUM_SEQS or MAX_MODEL_LEN" } else { "KV_CACHE_GB (now auto)" };
@@ -179,6 +162,27 @@ impl MemoryPlan {
             );
         }
         lines
+    }
+}
+
+/// The context that is asked for, or the model's own; where a text runs in one step, no more than fit one.
+fn wanted_context(model: &ModelSpec, settings: &EngineSettings, batch: Batch) -> Result<usize, Failure> {
+    let longest = model.longest_context();
+    if let Some(asked) = settings.max_model_len.filter(|asked| *asked > longest) {
+        return Err(Failure::internal(format!(
+            "MAX_MODEL_LEN={asked} is more than the {longest} positions this model has; lower it, or leave it unset for auto"
+        )));
+    }
+    let wanted = settings.max_model_len.unwrap_or(model.max_positions);
+    if !model.runs_whole() {
+        return Ok(wanted);
+    }
+    match (settings.max_model_len, settings.max_num_batched_tokens.filter(|tokens| *tokens < wanted)) {
+        (Some(asked), Some(tokens)) => Err(Failure::internal(format!(
+            "MAX_NUM_BATCHED_TOKENS={tokens} is less than MAX_MODEL_LEN={asked}, and this model runs a text in one step; raise it or leave it \
+             to auto"
+        ))),
+        _ => Ok(wanted.min(batch.tokens)),
     }
 }
 

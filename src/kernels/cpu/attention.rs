@@ -224,15 +224,13 @@ unsafe fn attend<S: Simd>(job: AttentionJob<'_>, tile: Tile, head: usize, number
     let row = &job.rows[tile.row];
     let count = tile.tokens * group;
     let before = row.context - row.len + tile.first;
-    // Query row `r` sees the positions from `lowest(r)` up to, but not with, `limit(r)`.
-    let limit = |r: usize| job.spec.visible(before + r / group, row.context).end;
-    let lowest = |r: usize| job.spec.visible(before + r / group, row.context).start;
+    // The positions that query row `r` sees.
+    let seen = |r: usize| job.spec.visible(before + r / group, row.context);
     let stride = job.layout.stride();
     // SAFETY: `paged` has checked that every block lies in the cache and every row in q and out. `numbers` holds what `Layout::numbers` counts:
     // queries, sums, scores, maxima and totals, one after another, for at most `layout.rows` rows, and `count` is no more than that.
     unsafe {
-        let q = numbers.0;
-        let rows = job.layout.rows;
+        let (q, rows) = (numbers.0, job.layout.rows);
         let (acc, scores) = (q.add(rows * d), q.add(2 * rows * d));
         let max = scores.add(rows * stride);
         let sum = max.add(rows);
@@ -244,9 +242,9 @@ unsafe fn attend<S: Simd>(job: AttentionJob<'_>, tile: Tile, head: usize, number
             (*max.add(r), *sum.add(r)) = sink.map_or((f32::NEG_INFINITY, 0.0), |sink| (sink, 1.0));
         }
         std::slice::from_raw_parts_mut(acc, count * d).fill(0.0);
-        let longest = limit(count - 1);
+        let longest = seen(count - 1).end;
         // NOTE: segments begin at multiples of their length whatever the window, so that sums are cut at the same places in every step.
-        let mut start = lowest(0) / job.layout.segment * job.layout.segment;
+        let mut start = seen(0).start / job.layout.segment * job.layout.segment;
         while start < longest {
             let len = job.layout.segment.min(longest - start);
             let blocks = &row.blocks[start / block_size..(start + len).div_ceil(block_size)];
@@ -259,8 +257,8 @@ unsafe fn attend<S: Simd>(job: AttentionJob<'_>, tile: Tile, head: usize, number
                 block_scores::<S>(q, keys(*block), next, scores.add(i * block_size), count, count_here, d, padded, stride);
             }
             for r in 0..count {
-                let visible = limit(r).saturating_sub(start).min(len);
-                let hidden = lowest(r).saturating_sub(start).min(visible);
+                let visible = seen(r).end.saturating_sub(start).min(len);
+                let hidden = seen(r).start.saturating_sub(start).min(visible);
                 let scores = std::slice::from_raw_parts_mut(scores.add(r * stride), len);
                 scores[..hidden].fill(0.0);
                 scores[visible..].fill(0.0);
