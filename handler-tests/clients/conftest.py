@@ -1,6 +1,7 @@
 """What the tests of clients share: the demo model's weather tool, its JSON answer, and settings that keep clients off the network."""
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -28,3 +29,15 @@ def locked():
 @pytest.fixture(params=["direct", "queue"])
 def locked_door(request, locked) -> str:
     return locked.doors()[request.param]
+
+
+@pytest.fixture(autouse=True)
+def no_garbage_collection_in_a_request():
+    """A framework may leave a stream unread. If Python collects it while httpcore holds the lock of its connections, closing the stream waits
+    for that lock for ever: so it is collected between tests alone."""
+    gc.disable()
+    yield
+    gc.enable()
+    gc.collect()
+    # What is left need not be looked at again: the frameworks are large.
+    gc.freeze()
