@@ -73,6 +73,11 @@ def test_off(model, tmp_path):
     assert "prepared copy: none" in run("check", "--model", str(model), "--prepared-cache", "off").stdout
 
 
+def test_bench_writes_none_beside_what_it_measures(model, tmp_path):
+    done = run("bench", "--model", str(model), "--prompt-tokens", "8", "--output-tokens", "64", "--prepared-cache", str(tmp_path), within=240)
+    assert done.process.returncode == 0 and not list(tmp_path.iterdir()), done.log
+
+
 def test_bench_measures_both_kinds_of_start(model, tmp_path):
     done = run("bench", "--model", str(model), "--cold-start", "--prepared-cache", str(tmp_path), within=240)
     assert done.process.returncode == 0, done.log

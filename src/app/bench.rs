@@ -19,7 +19,7 @@ use crate::api::ModelInfo;
 use crate::api::grammar::{CompiledGrammar, Grammar, Grammars};
 use crate::checkpoint::files::ModelFiles;
 use crate::checkpoint::hub;
-use crate::config::{BenchArgs, ExposeSecret, Settings};
+use crate::config::{BenchArgs, ExposeSecret, PreparedWriting, Settings};
 use crate::engine::{Event, Handle, PoolingRequest, Request, SamplingParams};
 use crate::error::Failure;
 use crate::kernels;
@@ -71,7 +71,10 @@ impl Target {
         }
         let only = settings.only_model("bench").map_err(|error| Failure::internal(error.to_string()))?;
         let files = hub::fetch(only, &settings.hub).await?;
-        let (engine, about) = model::start_engine(settings, &files, None, || Ok(usize::MAX.into())).await?;
+        // A copy that is written beside the measurement would be measured, too.
+        let mut settings = settings.clone();
+        settings.engine.prepared_writing = PreparedWriting::Never;
+        let (engine, about) = model::start_engine(&settings, &files, None, || Ok(usize::MAX.into())).await?;
         let pools = engine.limits().pooling.is_some();
         let needed = bench.prompt_tokens + if pools { 0 } else { bench.output_tokens };
         if needed > engine.limits().max_model_len {
