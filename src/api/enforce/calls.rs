@@ -411,6 +411,8 @@ impl<'a> Writer<'a> {
                 };
                 all.extend(self.tools.iter().enumerate().map(of_tool));
             }
+            // Behind a prompt that ends with `<|start|>assistant`.
+            (_, Layout::Harmony) => all.push(("to=functions.".to_owned(), true, Vec::new(), self.rest(0))),
             (Written::BareList, Layout::Literal(_)) => {
                 let names = self.tools.iter().map(|(tool, _)| format!("{}(", tool.name)).collect();
                 all.push(("[".to_owned(), true, names, format!("ws call {others} ws \"]\"")));

@@ -373,6 +373,8 @@ fn marks_of_text_and_calls_without_marks_are_found() {
         ("functiongemma", "<start_function_call>call:get_time{zone:<escape>UTC<escape>}<end_function_call>"),
         ("gemma4", "<|tool_call>call:get_time{zone:<|\"|>UTC<|\"|>}<tool_call|>"),
         ("openai", "<|channel|>commentary to=functions.get_time <|constrain|>json<|message|>{\"zone\": \"UTC\"}<|call|>"),
+        ("openai", " to=functions.get_time<|channel|>commentary json<|message|>{\"zone\": \"UTC\"}<|call|>"),
+        ("functionary", "<function=get_time>{\"zone\": \"UTC\"}</function>"),
         ("openai", "<|start|>assistant to=functions.get_time<|channel|>commentary json<|message|>{\"zone\": \"UTC\"}<|call|>"),
     ] {
         let request = request(format, ToolChoice::Auto, true);

@@ -289,6 +289,10 @@ pub const FORMATS: &[ToolFormat] = &[
         written: Written::List, ..JSON
     },
     ToolFormat {
+        name: "functionary", aliases: &["functionary_v31"], detect: &[&["<function=", "</function>", "<|python_tag|>"]],
+        call: pair(&["<function="], &["</function>"]), body: Body::Named(Named { end: ">", ..NAMED }), ..JSON
+    },
+    ToolFormat {
         name: "llama3_json", aliases: &["llama3", "llama4_json"], detect: &[&["<|python_tag|>"], &["ipython", "\"parameters\""]],
         call: pair(&["<|python_tag|>"], &[]), bare: &[Bare::Object], separators: &[";", ","], body: Body::Json(PARAMETERS),
         written: Written::Bare, ..JSON
@@ -314,10 +318,14 @@ pub fn names() -> Vec<&'static str> {
     FORMATS.iter().flat_map(|format| std::iter::once(format.name).chain(format.aliases.iter().copied())).collect()
 }
 
+/// MiniMax M3's calls are no format of these, and have others' marks in them.
+const MINIMAX_M3: &str = "]<]minimax[>[";
+
 /// The format of a chat template, which must know tools at all.
 pub fn detect(template: &str) -> Option<&'static ToolFormat> {
     let fits = |format: &&ToolFormat| format.detect.iter().any(|group| group.iter().all(|mark| template.contains(mark)));
-    if template.contains("tools") { FORMATS.iter().find(fits) } else { None }
+    let is_known = template.contains("tools") && !template.contains(MINIMAX_M3);
+    if is_known { FORMATS.iter().find(fits) } else { None }
 }
 
 impl ToolFormat {
