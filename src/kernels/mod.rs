@@ -30,9 +30,9 @@ pub mod testing;
 mod twin_tests;
 
 pub use ops::{
-    Activation, AttentionSpec, AttentionWeights, Batch, BatchRow, Columns, ComputeDtype, Epilogue, Expert, ExpertGroups, Experts, KvShape,
-    Linear, Norm, NormExtent, NormKind, Normalize, Pairing, QkNorm, QueryGrowth, Rope, RopeTable, RouterScore, RoutingSpec, TableRow,
-    WeightFormat,
+    Activation, AttentionSpec, AttentionWeights, Batch, BatchRow, Columns, ComputeDtype, Epilogue, Expert, ExpertGroups, Experts, KvDtype,
+    KvShape, Linear, Norm, NormExtent, NormKind, Normalize, Pairing, QkNorm, QueryGrowth, Rope, RopeTable, RouterScore, RoutingSpec,
+    TableRow, WeightFormat,
 };
 
 pub use states::{CausalConv, ConvKind, ConvSpec, DeltaSpec, GatedDelta, HeadColumns, LatentSpec, StateSave, StepStates};
@@ -111,7 +111,7 @@ pub trait Backend {
 
     fn vector(&self, values: Vec<f32>) -> Result<Self::Vector>;
 
-    /// An empty cache.
+    /// An empty cache. An error where the shape's type is not held here.
     fn kv_cache(&self, shape: KvShape) -> Result<Self::KvCache>;
 
     /// Zeros.

@@ -226,6 +226,9 @@ impl Backend for Cuda {
     }
 
     fn kv_cache(&self, shape: KvShape) -> Result<KvCache> {
+        if shape.dtype.is_some() {
+            return Err(shape.not_held("CUDA"));
+        }
         let numbers = shape.blocks * shape.block_size * shape.kv_heads * shape.head_dim;
         Ok(KvCache { keys: self.memory(numbers, c"keys"), values: self.memory(numbers, c"values"), shape })
     }
