@@ -18,8 +18,8 @@ use candle_core::Result;
 
 pub mod candle;
 pub mod cpu;
-#[cfg(test)]
-mod cuda;
+#[cfg(any(test, feature = "cuda"))]
+pub mod cuda;
 pub mod ops;
 pub mod quantize;
 pub mod sizing;
@@ -31,7 +31,7 @@ mod twin_tests;
 
 pub use ops::{
     Activation, AttentionSpec, AttentionWeights, Batch, BatchRow, Columns, ComputeDtype, Epilogue, Expert, ExpertGroups, Experts, KvDtype,
-    KvShape, Linear, Norm, NormExtent, NormKind, Normalize, Pairing, QkNorm, QueryGrowth, Rope, RopeTable, RouterScore, RoutingSpec,
+    KvShape, Linear, Need, Norm, NormExtent, NormKind, Normalize, Pairing, QkNorm, QueryGrowth, Rope, RopeTable, RouterScore, RoutingSpec,
     TableRow, WeightFormat,
 };
 

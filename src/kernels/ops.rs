@@ -5,6 +5,28 @@ use std::sync::Arc;
 
 use crate::StepStates;
 
+/// What some models need of a backend beyond what all do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Need {
+    /// Of sequences, kept by slot, and the convolutions and recurrences over them.
+    States,
+    LatentAttention,
+    /// Attention that is not causal.
+    AttentionBothWays,
+    ExpertGroups,
+}
+
+impl std::fmt::Display for Need {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::States => "layers that keep a state",
+            Self::LatentAttention => "latent attention",
+            Self::AttentionBothWays => "attention that is not causal",
+            Self::ExpertGroups => "groups of experts",
+        })
+    }
+}
+
 /// One sequence's part of a step.
 #[derive(Debug, Clone)]
 pub struct BatchRow {
