@@ -265,7 +265,7 @@ impl<'a> Need<'a> {
         settings: &'a EngineSettings,
         share: Option<Share>,
     ) -> Result<Self, Failure> {
-        let block_size = settings.block_size.unwrap_or(defaults::BLOCK_SIZE);
+        let block_size = settings.block_size;
         let mut batch = Batch::new(memory.gpu, settings)?;
         if model.runs_whole() && settings.max_num_batched_tokens.is_none() {
             batch.tokens = batch.tokens.max(settings.max_model_len.unwrap_or(model.max_positions));

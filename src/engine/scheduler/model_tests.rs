@@ -30,7 +30,7 @@ fn with_files<T: Send>(files: &ModelFiles, vocabulary: Vocabulary, f: impl FnOnc
             device: DeviceChoice::Cpu,
             threads: Some(2),
             kv_cache_gb: Some(0.02),
-            block_size: Some(16),
+            block_size: 16,
             max_num_batched_tokens: Some(64),
             ..Default::default()
         };
