@@ -25,6 +25,7 @@ mod ranks;
 
 pub use attention::{Bounds, Group};
 use ranks::Communicator;
+pub use ranks::has_nccl;
 
 /// Keys and values of one layer.
 #[derive(Debug, Clone)]

@@ -4,6 +4,14 @@ use candle_core::{DType, Error, Result, Tensor};
 
 use crate::ranks::Member;
 
+/// GPUs can sum without the host's memory between them.
+pub fn has_nccl() -> bool {
+    #[cfg(feature = "cuda")]
+    return super::nccl::Nccl::get().is_some();
+    #[cfg(not(feature = "cuda"))]
+    false
+}
+
 /// One rank's way to the others.
 pub enum Communicator {
     /// Through the host's memory: any device, and slow on a GPU.

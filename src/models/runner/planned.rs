@@ -7,7 +7,7 @@ use candle_core::Device;
 use super::{About, ranks};
 use crate::config::{EngineSettings, Quantization};
 use crate::error::Failure;
-use crate::kernels::candle::Candle;
+use crate::kernels::candle::{Candle, has_nccl};
 use crate::kernels::cpu::Cpu;
 use crate::kernels::sizing::{Operation, Sizing};
 use crate::kernels::{Backend, Batch, BatchRow, Footprint, StepStates};
@@ -91,7 +91,7 @@ impl Planned {
             memory,
             ranks,
             follower,
-            remarks: remarks(model, &part, settings.quantization, ranks),
+            remarks: remarks(model, &part, settings.quantization, ranks).chain(no_nccl(device, ranks)).collect(),
         })
     }
 
@@ -131,7 +131,7 @@ fn rank_memory(device: &Device, ranks: usize, settings: &EngineSettings) -> Resu
 }
 
 /// What is unusual about weights and ranks; `part`: what of the model a rank has.
-fn remarks(model: &Model, part: &ModelSpec, quantization: Quantization, ranks: usize) -> Vec<String> {
+fn remarks(model: &Model, part: &ModelSpec, quantization: Quantization, ranks: usize) -> impl Iterator<Item = String> {
     let finer = decoder::finer_formats(quantization, part);
     let whole = model.spec.undivided_mixers(ranks);
     let undivided = (whole > 0).then(|| {
@@ -140,7 +140,14 @@ fn remarks(model: &Model, part: &ModelSpec, quantization: Quantization, ranks: u
              queries and keys go over all heads of a token"
         )
     });
-    finer.into_iter().chain(undivided).collect()
+    finer.into_iter().chain(undivided)
+}
+
+/// GPUs that cannot reach each other are slow.
+fn no_nccl(device: &Device, ranks: usize) -> Option<String> {
+    (ranks > 1 && !device.is_cpu() && !has_nccl()).then(|| {
+        format!("TENSOR_PARALLEL_SIZE={ranks}: NCCL (libnccl.so.2) is not installed, so the GPUs' sums go through the host's memory, which is slow")
+    })
 }
 
 /// The size of a model's weights.
