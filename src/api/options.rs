@@ -117,6 +117,8 @@ pub struct GenerationOptions {
     pub skip_special_tokens: bool,
     pub truncate: Option<Truncate>,
     pub return_token_ids: bool,
+    /// The answer tells its times.
+    pub collect_metrics: bool,
     pub add_special_tokens: Option<bool>,
     /// Sequences drawn for each prompt, of which the most probable `n` are given (`best_of`). At least `n`.
     pub candidates: usize,
@@ -180,6 +182,7 @@ impl GenerationOptions {
             skip_special_tokens: fields.flag("skip_special_tokens")?,
             truncate: truncate(fields)?,
             return_token_ids: fields.flag("return_token_ids")?,
+            collect_metrics: fields.flag("collect_metrics")?,
             add_special_tokens: fields.bool("add_special_tokens")?,
             candidates,
             logprobs,

@@ -18,8 +18,8 @@ use candle_core::Result;
 
 pub mod candle;
 pub mod cpu;
-#[cfg(test)]
-mod cuda;
+#[cfg(any(test, feature = "cuda"))]
+pub mod cuda;
 pub mod ops;
 pub mod quantize;
 pub mod ranks;
@@ -31,9 +31,9 @@ pub mod testing;
 mod twin_tests;
 
 pub use ops::{
-    Activation, AttentionSpec, AttentionWeights, Batch, BatchRow, Columns, ComputeDtype, Epilogue, Expert, ExpertGroups, Experts, KvShape,
-    Linear, Norm, NormExtent, NormKind, Normalize, Pairing, QkNorm, QueryGrowth, Rope, RopeTable, RouterScore, RoutingSpec, TableRow,
-    WeightFormat,
+    Activation, AttentionSpec, AttentionWeights, Batch, BatchRow, Columns, ComputeDtype, Epilogue, Expert, ExpertGroups, Experts, KvDtype,
+    KvShape, Linear, Need, Norm, NormExtent, NormKind, Normalize, Pairing, QkNorm, QueryGrowth, Rope, RopeTable, RouterScore, RoutingSpec,
+    TableRow, WeightFormat,
 };
 
 pub use states::{CausalConv, ConvKind, ConvSpec, DeltaSpec, GatedDelta, HeadColumns, LatentSpec, StateSave, StepStates};
@@ -112,7 +112,7 @@ pub trait Backend {
 
     fn vector(&self, values: Vec<f32>) -> Result<Self::Vector>;
 
-    /// An empty cache.
+    /// An empty cache. An error where the shape's type is not held here.
     fn kv_cache(&self, shape: KvShape) -> Result<Self::KvCache>;
 
     /// Zeros.

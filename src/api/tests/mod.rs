@@ -22,6 +22,7 @@ mod logprobs;
 mod native;
 mod pooling;
 mod prompts;
+mod round_trip;
 mod streams;
 mod tools;
 mod whole;
