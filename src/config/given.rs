@@ -115,6 +115,8 @@ impl Kind {
         let value = match self {
             Self::Count { least, auto } => Value::Count(count(typed, least, auto)?),
             Self::CountOf { of, auto } => Value::Count(count_of(typed, of, auto)?),
+            Self::Ranks if typed.eq_ignore_ascii_case("auto") => Value::Count(0),
+            Self::Ranks => Value::Count(count(typed, 1, &["auto"])?),
             Self::CountOrAll if typed == "-1" => Value::Count(usize::MAX),
             Self::CountOrAll => Value::Count(count(typed, 0, &[])?),
             Self::Number { range, .. } => {
@@ -233,6 +235,7 @@ impl fmt::Display for Kind {
             Self::Url => f.write_str("URL"),
             Self::UrlPath => f.write_str("path"),
             Self::Seed => f.write_str("whole number from 0"),
+            Self::Ranks => f.write_str("whole number from 1, or `auto`"),
             Self::Device => f.write_str("`auto`, `cpu`, `cuda`, `cuda:N`"),
             Self::Quantization => f.write_str("`BF16`, `wint8`, `wint4`"),
             Self::Template => f.write_str("Jinja text or a file"),

@@ -142,6 +142,20 @@ impl Quantization {
     }
 }
 
+/// How many devices compute a model together (`TENSOR_PARALLEL_SIZE`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TensorParallel {
+    /// All GPUs that there are; one on the CPU.
+    Auto,
+    Ranks(usize),
+}
+
+impl Default for TensorParallel {
+    fn default() -> Self {
+        Self::Ranks(1)
+    }
+}
+
 /// Where the weights are kept in the form that our kernels read (`PREPARED_CACHE`).
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum PreparedCache {
@@ -185,6 +199,7 @@ pub struct EngineSettings {
     pub device: DeviceChoice,
     /// `DEVICE=auto` means a GPU, and never falls back to the CPU: so in a queue worker of a CUDA build.
     pub gpu_required: bool,
+    pub tensor_parallel: TensorParallel,
     pub threads: Option<usize>,
     pub quantization: Quantization,
     pub prepared_cache: PreparedCache,

@@ -8,7 +8,7 @@ use super::sources::Merged;
 use super::{
     ApiSettings, Args, BatchGrowth, ConfigError, ConfigSources, ContentFormat, EngineSettings, HubSettings, KeysFile, LogLevel,
     LogSettings, LogprobsMode, NativeFormat, PreparedWriting, ReasoningField, RunpodSettings, SecretString, ServerSettings, Settings,
-    TaskChoice, TlsFiles, defaults, parse, policy, report, table,
+    TaskChoice, TensorParallel, TlsFiles, defaults, parse, policy, report, table,
 };
 
 impl Settings {
@@ -97,6 +97,12 @@ fn of_several_models(given: &Given, models: usize, merged: &mut Merged) {
     if given.text(&table::TOKENIZER).is_some() {
         merged.refuse(table::TOKENIZER.name, "MODEL names several models, which have tokenizers of their own; unset it");
     }
+    if given.count(&table::TENSOR_PARALLEL_SIZE).is_some_and(|ranks| ranks != 1) {
+        merged.refuse(
+            table::TENSOR_PARALLEL_SIZE.name,
+            "MODEL names several models, which share one device; set it to 1, or serve one model",
+        );
+    }
     if given.text(&table::REVISION).is_some_and(|revision| revision != defaults::REVISION) {
         let message = format!("MODEL names several models, and a revision is one model's; unset it, or set {}", defaults::REVISION);
         merged.refuse(table::REVISION.name, message);
@@ -143,6 +149,10 @@ fn engine(given: &Given) -> EngineSettings {
     EngineSettings {
         device: text(&table::DEVICE).and_then(|device| parse::device(&device).ok()).unwrap_or_default(),
         gpu_required: false,
+        tensor_parallel: match given.count(&table::TENSOR_PARALLEL_SIZE) {
+            Some(0) => TensorParallel::Auto,
+            ranks => TensorParallel::Ranks(ranks.unwrap_or(1)),
+        },
         threads: given.count(&table::THREADS),
         quantization: text(&table::QUANTIZATION).and_then(|name| parse::quantization(&name).ok()).unwrap_or_default(),
         prepared_cache: text(&table::PREPARED_CACHE).map(|value| parse::prepared_cache(&value)).unwrap_or_default(),

@@ -90,6 +90,8 @@ pub enum Kind {
     /// The path of a URL.
     UrlPath,
     Seed,
+    /// How many devices compute a model: a whole number from 1, or `auto`, which is read as 0.
+    Ranks,
     Device,
     Quantization,
     Speculative,

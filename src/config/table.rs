@@ -68,6 +68,12 @@ settings! {
         /// `auto`, `cpu`, `cuda` or `cuda:N`.
         DEVICE = Setting::new(Kind::Device,
             Prose("auto: the first GPU in a CUDA build, else the CPU; a queue worker of a CUDA build does not start without a GPU"));
+        /// Devices that compute the model together, each with a part of every layer: a number, or `auto` for all GPUs from `DEVICE` on (1 on the
+        /// CPU). It must divide the heads and the inner columns of the model; what does not fit is refused with the numbers that do. On the CPU
+        /// each such rank takes its part of `THREADS`, which is for tests and for processors with memories of their own, and slower elsewhere.
+        /// More than 1: one model, and no prepared copy.
+        TENSOR_PARALLEL_SIZE = Setting::new(Kind::Ranks, Count(1))
+            .form(Form::new("GPUs per model", "GPUs that compute the model together; auto = all of the worker", Input::Text).filled("1").advanced());
         /// CPU threads that compute.
         THREADS = Setting::new(Kind::Count { least: 1, auto: AUTO_OR_ZERO }, Prose("auto: all cores")).also(&["RAYON_NUM_THREADS"]);
         /// Bits a weight: `BF16` keeps the weights as stored (those of a quantized checkpoint at 8 bits), `unquantized` widens a quantized
@@ -127,7 +133,7 @@ settings! {
                 Input::Options(&[("16", "16"), ("32", "32"), ("48", "48"), ("64", "64")])).advanced());
         /// Blocks in the KV cache, instead of what memory allows. Of several models each has so many.
         NUM_GPU_BLOCKS_OVERRIDE = Setting::new(COUNT, Prose("what memory allows"));
-        /// Memory for the KV cache, in GiB; of several models for all of them together. `auto` takes no more than `MAX_NUM_SEQS` sequences
+        /// Memory for the KV cache, in GiB; of several models for all of them together, of several GPUs on each. `auto` takes no more than `MAX_NUM_SEQS` sequences
         /// can use.
         KV_CACHE_GB = Setting::new(Kind::Number { range: Range::Positive, auto: AUTO },
             Computed(|| {

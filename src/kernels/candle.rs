@@ -12,14 +12,20 @@ use super::ops::{
     Activation, AttentionSpec, AttentionWeights, Batch, BatchRow, Columns, Epilogue, Experts, KvDtype, KvShape, Linear, Norm, NormExtent,
     NormKind, Pairing, QkNorm, TableRow, WeightFormat,
 };
+use super::ranks::Member;
 use super::{Backend, CausalConv, Footprint, GatedDelta, HeadColumns, LatentSpec, MatrixSource, RowVisitor, StepLimits, StepStates};
 
 mod attention;
 mod conv;
 mod delta;
 mod load;
+#[cfg(feature = "cuda")]
+mod nccl;
+mod ranks;
 
 pub use attention::{Bounds, Group};
+use ranks::Communicator;
+pub use ranks::has_nccl;
 
 /// Keys and values of one layer.
 #[derive(Debug, Clone)]
@@ -92,12 +98,14 @@ pub struct Candle {
     pub dtype: DType,
     pub bounds: Bounds,
     step: Option<Step>,
+    /// Where its sums meet those of others that compute the same model.
+    communicator: Option<Communicator>,
 }
 
 impl Candle {
     pub fn new(device: &Device) -> Self {
         let dtype = if device.is_cpu() { DType::F32 } else { DType::BF16 };
-        Self { device: device.clone(), dtype, bounds: Bounds::default(), step: None }
+        Self { device: device.clone(), dtype, bounds: Bounds::default(), step: None, communicator: None }
     }
 
     /// The token ids of the step at hand, `[t]` in u32, on the device: a captured graph reads them there, so others can be written in place.
@@ -435,6 +443,17 @@ impl Backend for Candle {
         let ((rows, width), parts) = (values.dims2()?, gates.dim(1)?);
         let factors = candle_nn::ops::sigmoid(gates)?.reshape((rows, parts, 1))?;
         x.tensor = Some(values.reshape((rows, parts, width / parts))?.broadcast_mul(&factors)?.reshape((rows, width))?);
+        Ok(())
+    }
+
+    fn connect(&mut self, member: Member) -> Result<()> {
+        self.communicator = Some(Communicator::connect(&self.device, member)?);
+        Ok(())
+    }
+
+    fn all_reduce(&mut self, x: &mut Buffer) -> Result<()> {
+        let Some(communicator) = &mut self.communicator else { return Err(Error::Msg("no other ranks".into())) };
+        x.tensor = Some(communicator.sum(x.tensor()?)?);
         Ok(())
     }
 

@@ -130,6 +130,11 @@ impl MemoryPlan {
         Ok(Demand { fixed: need.fixed(), block: need.block_bytes, useful })
     }
 
+    /// The same plan for another rank, whose weights take so many bytes.
+    pub fn with_weights(&self, weights_bytes: usize) -> Self {
+        Self { weights_bytes, ..self.clone() }
+    }
+
     /// One line per purpose, for the log and `check`.
     pub fn lines(&self) -> Vec<String> {
         let s = &self.shape;

@@ -26,6 +26,7 @@ pub mod quality;
 mod rope;
 pub mod runner;
 pub mod sample;
+pub mod shard;
 pub mod spec;
 mod task;
 pub mod tensors;

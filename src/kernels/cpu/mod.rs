@@ -13,6 +13,7 @@ use super::ops::{
     AttentionSpec, AttentionWeights, Batch, BatchRow, Columns, ComputeDtype, Epilogue, Experts, KvShape, Linear, Norm, NormExtent,
     NormKind, QkNorm, QueryGrowth, TableRow, WeightFormat,
 };
+use super::ranks::Member;
 use super::{
     Backend, CausalConv, DeltaSpec, Footprint, GatedDelta, HeadColumns, LatentSpec, MatrixSource, RowVisitor, StepLimits, StepStates,
 };
@@ -124,6 +125,8 @@ pub struct Cpu {
     limits: StepLimits,
     /// Where packed weights are kept from one start to the next.
     store: Option<Arc<dyn PackedStore>>,
+    /// Its place among others that compute the same model.
+    member: Option<Member>,
     scratch: matmul::Scratch,
     attention: attention::Scratch,
     experts: experts::Scratch,
@@ -148,6 +151,7 @@ impl Cpu {
             experts: experts::Scratch::new(t, limits.experts),
             limits: limits.clone(),
             store: None,
+            member: None,
             pool,
         })
     }
@@ -507,6 +511,17 @@ impl Backend for Cpu {
             }
         });
         Ok(())
+    }
+
+    fn connect(&mut self, member: Member) -> Result<()> {
+        member.meet().map_err(Error::Msg)?;
+        self.member = Some(member);
+        Ok(())
+    }
+
+    fn all_reduce(&mut self, x: &mut Buffer) -> Result<()> {
+        let Some(member) = &mut self.member else { return Err(Error::Msg("no other ranks".into())) };
+        member.all_reduce(x.values_mut()).map_err(Error::Msg)
     }
 
     fn gate_rows(&mut self, gates: &Buffer, x: &mut Buffer) -> Result<()> {
