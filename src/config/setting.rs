@@ -92,6 +92,7 @@ pub enum Kind {
     Seed,
     Device,
     Quantization,
+    KvCacheDtype,
     Speculative,
     /// Jinja text or a file.
     Template,

@@ -20,7 +20,7 @@ use crate::kernels::{Backend, Batch, BatchRow, ComputeDtype, Footprint, StepLimi
 use crate::models::decoder::{self, Decoder, LayerCache};
 use crate::models::device::{check_quantized, describe, device_failure, device_memory, device_of, step_error, without_backtrace};
 use crate::models::families::Model;
-use crate::models::memory::{self, LOGITS_ROWS, MemoryPlan, Share};
+use crate::models::memory::{self, LOGITS_ROWS, MemoryPlan, Share, kv_dtype};
 use crate::models::prepared::PreparedCopy;
 use crate::models::sample;
 use crate::models::tensors::Tensors;
@@ -46,6 +46,8 @@ pub struct About {
     pub device: String,
     pub threads: usize,
     pub weights: String,
+    /// What the KV cache holds.
+    pub kv_cache_dtype: &'static str,
     pub parameters: usize,
     /// Bytes of weights a decode step reads.
     pub bytes_per_step: usize,
@@ -143,6 +145,7 @@ impl ModelRunner {
             device: planned.device.clone(),
             threads: if device.is_cpu() { threads } else { 0 },
             weights: planned.weights.clone(),
+            kv_cache_dtype: shape.kv_cache_dtype,
             parameters: planned.parameters,
             bytes_per_step: planned.bytes_per_step,
             memory: planned.memory.lines(),
@@ -259,7 +262,7 @@ pub(super) fn sized<F: Footprint>(model: &Model, tensors: &Tensors<'_>, quantiza
     let ropes = &model.spec.ropes;
     let batch = Batch { tokens: &[0], positions: &[0], slots: &[0], types: &[], rows: &[row], ropes, states: &states };
     let mut run = || {
-        let mut caches = decoder.caches(&backend, 1, 1, 1)?;
+        let mut caches = decoder.caches(&backend, [1; 3], None)?;
         backend.begin(&batch)?;
         decoder.forward(&mut backend, &mut caches)?;
         match &model.spec.pooling {
@@ -368,7 +371,8 @@ impl<B: Backend> DeviceRunner<B> {
         let Vocabulary { size, mut unassigned } = vocabulary()?;
         plan.shape.vocab_size = size.min(plan.shape.vocab_size);
         unassigned.retain(|id| (*id as usize) < plan.shape.vocab_size);
-        let caches = decoder.caches(&backend, plan.shape.blocks, plan.shape.block_size, plan.shape.state_slots);
+        let Shape { blocks, block_size, state_slots, .. } = plan.shape;
+        let caches = decoder.caches(&backend, [blocks, block_size, state_slots], kv_dtype(settings));
         let caches = caches.map_err(|error| {
             Failure::internal(format!("no memory for the KV cache: {}; lower {}", without_backtrace(&error), plan.kv_setting))
         })?;
