@@ -419,6 +419,7 @@ mod tests {
             vocab_size: tokenizer.vocab_size(),
             block_size: 16,
             blocks: 16,
+            kv_cache_dtype: "float32",
             state_slots: 0,
             max_num_seqs: 4,
             max_num_batched_tokens: 64,

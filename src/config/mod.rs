@@ -25,7 +25,7 @@ pub mod tls;
 
 pub use cli::{Args, BenchArgs, Command, Flags, ModelArgument, PullArgs, RunBatchArgs};
 pub use keys_file::{ClientKey, KeysFile};
-pub use parse::quantization;
+pub use parse::{kv_cache_dtype, quantization};
 pub use report::report;
 /// Keys and tokens: never shown, and wiped when dropped.
 pub use secrecy::{ExposeSecret, SecretString};
@@ -156,6 +156,18 @@ impl Default for TensorParallel {
     }
 }
 
+/// What keys and values of earlier tokens are held in (`KV_CACHE_DTYPE`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KvCacheDtype {
+    /// The device's own: float32 on a CPU, bfloat16 on a GPU.
+    #[default]
+    Auto,
+    Float32,
+    Float16,
+    Bfloat16,
+    Int8,
+}
+
 /// Where the weights are kept in the form that our kernels read (`PREPARED_CACHE`).
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum PreparedCache {
@@ -214,6 +226,7 @@ pub struct EngineSettings {
     pub num_blocks: Option<usize>,
     /// In GiB.
     pub kv_cache_gb: Option<f64>,
+    pub kv_cache_dtype: KvCacheDtype,
     /// Default [`defaults::GPU_UTILIZATION`]; who gives it for a CPU is told that it does nothing there.
     pub gpu_memory_utilization: Option<f64>,
     pub prefix_caching: Option<bool>,

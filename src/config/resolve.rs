@@ -166,6 +166,7 @@ fn engine(given: &Given) -> EngineSettings {
         block_size: given.count(&table::BLOCK_SIZE).unwrap_or(default.block_size),
         num_blocks: given.count(&table::NUM_GPU_BLOCKS_OVERRIDE),
         kv_cache_gb: given.number(&table::KV_CACHE_GB).or(bytes),
+        kv_cache_dtype: text(&table::KV_CACHE_DTYPE).and_then(|name| parse::kv_cache_dtype(&name).ok()).unwrap_or_default(),
         gpu_memory_utilization: given.number(&table::GPU_MEMORY_UTILIZATION),
         prefix_caching: given.switch(&table::ENABLE_PREFIX_CACHING).or(uncached.map(|uncached| !uncached)),
         speculative: text(&table::SPECULATIVE_CONFIG).and_then(|config| parse::speculative(&config).ok()).flatten(),
