@@ -420,7 +420,7 @@ impl<B: Backend> Loader<'_, '_, B> {
     }
 
     fn vector(&self, name: &str, len: usize) -> Result<B::Vector, Failure> {
-        self.part_of_vector(name, len, &[0..len])
+        self.part_of_vector(name, len, std::slice::from_ref(&(0..len)))
     }
 
     /// These of a vector's `len` numbers.
