@@ -11,6 +11,7 @@ use crate::engine::{Request, SamplingParams};
 use crate::models::golden_families::Golden;
 use crate::models::runner::ModelRunner;
 use crate::models::{LogprobsMode, LogprobsSpec, Runner, Vocabulary, sample};
+use crate::models::{Output, Plan};
 
 /// Logits of every token sampled, and the tokens, by sequence.
 type Sampled = HashMap<SequenceId, Vec<(u32, Vec<f32>)>>;
