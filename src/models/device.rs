@@ -57,22 +57,24 @@ fn cuda_fault(words: &str) -> Fault {
     }
 }
 
-/// Opens the device of these settings, if it can do what they ask for.
+/// Opens the device of these settings.
 pub fn device_of(settings: &EngineSettings) -> Result<Device, Failure> {
-    let device = match settings.device {
+    match settings.device {
         DeviceChoice::Auto => automatic(cuda::open(0), settings.gpu_required),
         choice => open_device(choice),
-    }?;
-    if let Some(name) = settings.quantization.name() {
-        check_quantized(&device, &format!("QUANTIZATION={name}"))?;
     }
-    Ok(device)
 }
 
 /// Refuses `what`, which would be held in a quantized form, on a GPU that has no kernels for it.
 pub fn check_quantized(device: &Device, what: &str) -> Result<(), Failure> {
     let Some(card) = cuda::capability(device) else { return Ok(()) };
     quantized_kernels(option_env!("CUDA_COMPUTE_CAP"), card).map_err(|problem| Failure::internal(format!("{what}: {problem}")))
+}
+
+/// Major and minor version of a GPU's architecture.
+#[cfg(feature = "cuda")]
+pub fn capability(device: &Device) -> Option<(u32, u32)> {
+    cuda::capability(device)
 }
 
 /// What `DEVICE=auto` comes to, given what opening the first GPU came to.

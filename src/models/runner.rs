@@ -16,15 +16,21 @@ use crate::kernels::cpu::packed::PackedStore;
 use crate::kernels::cpu::{self, Cpu};
 use crate::kernels::sizing::Operation;
 use crate::kernels::sizing::Sizing;
-use crate::kernels::{Backend, Batch, BatchRow, ComputeDtype, Footprint, StepLimits, StepStates};
+use crate::kernels::{Backend, Batch, BatchRow, ComputeDtype, Footprint, RowSampling, StepLimits, StepStates};
+#[cfg(feature = "cuda")]
+use crate::models::choice;
+use crate::models::choice::Kernels;
 use crate::models::decoder::{self, Decoder, LayerCache};
-use crate::models::device::{check_quantized, describe, device_failure, device_memory, device_of, step_error, without_backtrace};
+use crate::models::device::{describe, device_failure, device_memory, device_of, step_error, without_backtrace};
 use crate::models::families::Model;
-use crate::models::memory::{self, LOGITS_ROWS, MemoryPlan, Share};
+use crate::models::memory::{self, Demand, Memory, MemoryPlan, Share};
 use crate::models::prepared::PreparedCopy;
 use crate::models::sample;
 use crate::models::tensors::Tensors;
 use crate::models::{Logprobs, LogprobsSpec, Output, Plan, Runner, SamplingMetadata, Shape, StepError, Turns, Vocabulary};
+
+#[cfg(feature = "cuda")]
+type Cuda = crate::kernels::cuda::Cuda<crate::kernels::cuda::Gpu>;
 
 /// One model on the device that was asked for.
 pub struct ModelRunner {
@@ -69,13 +75,14 @@ impl Beside {
             let model = Model::from_files(files)?.for_task(files, settings)?;
             let checkpoint = Checkpoint::open(files, model.spec.quantized.as_deref())?;
             let tensors = Tensors::find(&checkpoint, &model)?;
-            if device.is_cpu() {
-                let weights = sized::<Cpu>(&model, &tensors, settings.quantization)?.weight_bytes;
-                MemoryPlan::demand::<Cpu>(&model.spec, weights, memory, settings)
-            } else {
-                let weights = sized::<Candle>(&model, &tensors, settings.quantization)?.weight_bytes;
-                MemoryPlan::demand::<Candle>(&model.spec, weights, memory, settings)
-            }
+            let kernels = Kernels::of(&device, &model.spec, settings).0;
+            let demand = match kernels {
+                Kernels::Cpu => demand_on::<Cpu>,
+                #[cfg(feature = "cuda")]
+                Kernels::Cuda => demand_on::<Cuda>,
+                Kernels::Candle => demand_on::<Candle>,
+            };
+            demand(&model, &tensors, memory, settings)
         };
         let demands = models.iter().map(|files| demand(files).map_err(|failure| failure.of(&files.name))).collect::<Result<Vec<_>, _>>()?;
         let turns = device.is_cpu().then(Arc::<Turns>::default);
@@ -102,21 +109,18 @@ impl ModelRunner {
         settings: &EngineSettings,
         beside: Option<Beside>,
     ) -> Result<Self, Failure> {
-        let device = device_of(settings)?;
-        let ours = device.is_cpu();
-        Self::load_on(&device, ours, files, vocabulary, settings, beside)
+        Self::load_on(&device_of(settings)?, files, vocabulary, settings, beside)
     }
 
     /// Loads the model on a CPU with candle's operations instead of our kernels: the reference that they are compared with.
     #[cfg(test)]
     pub fn load_reference(files: &ModelFiles, settings: &EngineSettings) -> Result<Self, Failure> {
-        Self::load_on(&Device::Cpu, false, files, || Ok(usize::MAX), settings, None)
+        let settings = EngineSettings { candle_kernels: true, ..settings.clone() };
+        Self::load_on(&Device::Cpu, files, || Ok(usize::MAX), &settings, None)
     }
 
-    /// `ours`: with the kernels for CPUs.
     fn load_on<V: Into<Vocabulary>>(
         device: &Device,
-        ours: bool,
         files: &ModelFiles,
         vocabulary: impl FnOnce() -> Result<V, Failure>,
         settings: &EngineSettings,
@@ -125,20 +129,19 @@ impl ModelRunner {
         let threads = memory::threads(settings);
         let model = Model::from_files(files)?.for_task(files, settings)?;
         let checkpoint = Checkpoint::open(files, model.spec.quantized.as_deref())?;
-        if checkpoint.is_quantized() && settings.quantization != Quantization::Unquantized {
-            check_quantized(device, &format!("{}, a quantized checkpoint (QUANTIZATION=unquantized widens it)", files.name))?;
-        }
+        let kernels = Kernels::for_start(device, &model.spec, settings);
+        let quantized = checkpoint.is_quantized() && settings.quantization != Quantization::Unquantized;
+        kernels.check(device, settings, quantized.then_some(files.name.as_str()))?;
         let tensors = Tensors::find(&checkpoint, &model)?;
         tracing::debug!("checkpoint: {}", tensors.describe());
         if let Some(line) = decoder::finer_formats(settings.quantization, &model.spec) {
             tracing::warn!("{line}");
         }
         let (share, turns) = beside.map_or((None, None), |beside| (Some(beside.share), beside.turns));
-        let planned = Planned::on(device, &model, &tensors, model.spec.vocab_size, settings, share)?;
+        let planned = Planned::on(device, kernels, &model, &tensors, model.spec.vocab_size, settings, share)?;
         planned.memory.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
         let shape = &planned.memory.shape;
-        let results = memory::result_rows(&model.spec, shape.max_num_seqs);
-        let limits = model.spec.step_limits(shape.max_num_batched_tokens, results, shape.block_size);
+        let limits = model.spec.step_limits(shape.max_num_batched_tokens, planned.memory.result_rows, shape.block_size);
         let about = About {
             device: planned.device.clone(),
             threads: if device.is_cpu() { threads } else { 0 },
@@ -149,16 +152,19 @@ impl ModelRunner {
         };
         let loading = Loading { model, tensors, vocabulary: || vocabulary().map(Into::into), plan: planned.memory, settings };
         let pool = loading_threads(threads)?;
-        let model: Box<dyn LogitsRunner> = if ours {
-            let prepared = pool.install(|| PreparedCopy::open(files, settings));
-            let cpu = Cpu::new(&limits, threads, compute_dtype(settings));
-            let cpu = cpu.map_err(|error| Failure::internal(format!("cannot start {threads} computing threads: {error}")))?;
-            let cpu = cpu.with_store(prepared.clone().map(|copy| copy as Arc<dyn PackedStore>));
-            let runner = DeviceRunner::load(loading, cpu, &limits, &pool)?;
-            prepared.into_iter().for_each(|copy| copy.finish(settings.prepared_writing));
-            Box::new(runner)
-        } else {
-            Box::new(DeviceRunner::load(loading, Candle::new(device), &limits, &pool)?)
+        let model: Box<dyn LogitsRunner> = match kernels {
+            Kernels::Cpu => {
+                let prepared = pool.install(|| PreparedCopy::open(files, settings));
+                let cpu = Cpu::new(&limits, threads, compute_dtype(settings));
+                let cpu = cpu.map_err(|error| Failure::internal(format!("cannot start {threads} computing threads: {error}")))?;
+                let cpu = cpu.with_store(prepared.clone().map(|copy| copy as Arc<dyn PackedStore>));
+                let runner = DeviceRunner::load(loading, cpu, &limits, &pool)?;
+                prepared.into_iter().for_each(|copy| copy.finish(settings.prepared_writing));
+                Box::new(runner)
+            }
+            #[cfg(feature = "cuda")]
+            Kernels::Cuda => Box::new(DeviceRunner::load(loading, choice::open_kernels(device, &limits)?, &limits, &pool)?),
+            Kernels::Candle => Box::new(DeviceRunner::load(loading, Candle::new(device), &limits, &pool)?),
         };
         Ok(Self { model, turns, about })
     }
@@ -209,19 +215,28 @@ impl Planned {
         settings: &EngineSettings,
         share: Option<Share>,
     ) -> Result<Self, Failure> {
-        Self::on(&device_of(settings)?, model, tensors, vocab_size, settings, share)
+        let device = device_of(settings)?;
+        let kernels = Kernels::of(&device, &model.spec, settings).0;
+        kernels.check(&device, settings, None)?;
+        Self::on(&device, kernels, model, tensors, vocab_size, settings, share)
     }
 
     /// Plans before anything is loaded, so that a model which cannot fit is refused at once, instead of the system ending the process later.
     fn on(
         device: &Device,
+        kernels: Kernels,
         model: &Model,
         tensors: &Tensors<'_>,
         vocab_size: usize,
         settings: &EngineSettings,
         share: Option<Share>,
     ) -> Result<Self, Failure> {
-        let planned = if device.is_cpu() { Self::sized::<Cpu> } else { Self::sized::<Candle> };
+        let planned = match kernels {
+            Kernels::Cpu => Self::sized::<Cpu>,
+            #[cfg(feature = "cuda")]
+            Kernels::Cuda => Self::sized::<Cuda>,
+            Kernels::Candle => Self::sized::<Candle>,
+        };
         planned(device, model, tensors, vocab_size, settings, share)
     }
 
@@ -239,6 +254,12 @@ impl Planned {
         let device = describe(device, settings);
         Ok(Self { device, weights: formats, parameters, bytes_per_step, memory })
     }
+}
+
+/// What a model that is one of several asks for.
+fn demand_on<F: Footprint>(model: &Model, tensors: &Tensors<'_>, memory: Memory, settings: &EngineSettings) -> Result<Demand, Failure> {
+    let weights = sized::<F>(model, tensors, settings.quantization)?.weight_bytes;
+    MemoryPlan::demand::<F>(&model.spec, weights, memory, settings)
 }
 
 /// The size of a model's weights.
@@ -327,7 +348,7 @@ struct DeviceRunner<B: Backend> {
     /// The tokens whose logits are computed next, as indices into the step.
     positions: Vec<usize>,
     /// The result of each row of logits. The computing threads write them, and they are read when all of them are done.
-    results: [Mutex<Option<RowResult>>; LOGITS_ROWS],
+    results: Vec<Mutex<Option<RowResult>>>,
     /// An output that was read, kept for its memory.
     spare: Output,
     /// Ids below the vocabulary's size that have no token.
@@ -378,7 +399,7 @@ impl<B: Backend> DeviceRunner<B> {
             caches,
             rows: Vec::new(),
             positions: Vec::new(),
-            results: Default::default(),
+            results: (0..plan.result_rows).map(|_| Mutex::default()).collect(),
             spare: Output::default(),
             unassigned,
             prefaulted: Prefaulted { buffers: 0, bytes: 0, since: Instant::now() },
@@ -435,6 +456,13 @@ impl<B: Backend> DeviceRunner<B> {
         let vocab = self.plan.shape.vocab_size;
         let these = || wanted(plan).skip(first).take(count);
         let unassigned = self.unassigned.as_slice();
+        if B::SAMPLES
+            && let Some(rows) = these().map(|(_, wanted)| wanted.on_device()).collect::<Option<Vec<_>>>()
+            && let Some(tokens) = self.backend.sample(self.decoder.logits(), vocab, unassigned, &rows)?
+        {
+            tokens.into_iter().for_each(|token| RowResult::Sampled(token.map(|token| (token, None))).put(output));
+            return Ok(());
+        }
         let plain = |wanted: &Wanted<'_>| matches!(wanted, Wanted::Sample(sampling, _) if sampling.is_plain_greedy() && sampling.params.logprobs.is_none());
         if these().all(|(_, wanted)| plain(&wanted))
             && let Some(tokens) = self.backend.argmax(self.decoder.logits(), vocab, unassigned)?
@@ -464,7 +492,7 @@ impl<B: Backend> LogitsRunner for DeviceRunner<B> {
         self.forward(plan).map_err(device_failure)?;
         let (vocab, mut all) = (self.plan.shape.vocab_size, Vec::new());
         let positions: Vec<usize> = wanted(plan).map(|(token, _)| token).collect();
-        for part in positions.chunks(LOGITS_ROWS) {
+        for part in positions.chunks(self.results.len()) {
             self.decoder.head(&mut self.backend, part).map_err(device_failure)?;
             let rows: Vec<Mutex<Vec<f32>>> = part.iter().map(|_| Mutex::default()).collect();
             let read = self.backend.each_row(self.decoder.logits(), &|row, logits| {
@@ -508,6 +536,14 @@ impl RowResult {
 }
 
 impl Wanted<'_> {
+    /// What a device that samples needs; `None`: more is wanted.
+    fn on_device(&self) -> Option<RowSampling> {
+        match self {
+            Self::Sample(sampling, nth) => sampling.on_device(*nth),
+            Self::Score(..) => None,
+        }
+    }
+
     fn compute(&self, logits: &mut [f32], unassigned: &[u32]) -> RowResult {
         match self {
             Self::Sample(sampling, nth) => RowResult::Sampled(sample::sample(logits, unassigned, sampling, *nth)),
@@ -550,8 +586,9 @@ impl<B: Backend> Runner for DeviceRunner<B> {
         output.clear();
         self.pool(plan, &mut output).map_err(step_error)?;
         let all = wanted(plan).count();
-        for first in (0..all).step_by(LOGITS_ROWS) {
-            let count = LOGITS_ROWS.min(all - first);
+        let most = self.results.len();
+        for first in (0..all).step_by(most) {
+            let count = most.min(all - first);
             self.positions.clear();
             self.positions.extend(wanted(plan).skip(first).take(count).map(|(token, _)| token));
             self.decoder.head(&mut self.backend, &self.positions).map_err(step_error)?;
@@ -586,8 +623,8 @@ impl<B: Backend> Runner for DeviceRunner<B> {
             }
             (*done, *bytes) = (*done + 1, 0);
         }
-        if self.plan.step_bytes == 0 {
-            return false; // On a GPU memory is there when it is allocated.
+        if self.plan.memory.gpu {
+            return false; // There memory is there when it is allocated.
         }
         let mib = (self.plan.kv_bytes + self.plan.state_bytes + self.plan.step_bytes) >> 20;
         tracing::info!("memory: {mib} MiB of KV cache and step buffers resident, {} ms after the start", since.elapsed().as_millis());
