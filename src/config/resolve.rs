@@ -153,6 +153,7 @@ fn engine(given: &Given) -> EngineSettings {
             Some(0) => TensorParallel::Auto,
             ranks => TensorParallel::Ranks(ranks.unwrap_or(1)),
         },
+        candle_kernels: text(&table::KERNELS).is_some_and(|kernels| kernels == "candle"),
         threads: given.count(&table::THREADS),
         quantization: text(&table::QUANTIZATION).and_then(|name| parse::quantization(&name).ok()).unwrap_or_default(),
         prepared_cache: text(&table::PREPARED_CACHE).map(|value| parse::prepared_cache(&value)).unwrap_or_default(),

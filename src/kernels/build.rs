@@ -16,7 +16,7 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 const SOURCES: [&str; 10] = ["error", "rows", "embed", "gemv", "matmul", "rope", "attend", "attend_tiles", "experts", "sample"];
 /// Compute capabilities: A100, A10 and 3090, L4 and 4090, H100 and H200, B200, 5090.
 const ARCHITECTURES: &str = "80,86,89,90,100,120";
-const FLAGS: [&str; 7] = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-Xfatbin", "-compress-all", "-c"];
+const FLAGS: [&str; 8] = ["-std=c++17", "-O3", "--threads=0", "-Xcompiler", "-fPIC", "-Xfatbin", "-compress-all", "-c"];
 
 fn main() -> Result<()> {
     println!("cargo:rerun-if-changed=build.rs");
