@@ -38,7 +38,7 @@ fn settings(device: DeviceChoice, options: &Options) -> EngineSettings {
     EngineSettings {
         device,
         candle_kernels,
-        block_size: Some(BLOCK_SIZE),
+        block_size: BLOCK_SIZE,
         kv_cache_gb: Some(1.0),
         max_model_len: Some(1024),
         ..Default::default()

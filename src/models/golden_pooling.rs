@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::golden_families::{Golden, Sequence, base64, on_thread, settings};
+use super::golden_families::{Golden, Sequence, base64, divided, on_thread, settings};
 use super::pooling::Pooling;
 use super::runner::ModelRunner;
 use super::{Plan, Row, Runner};
@@ -107,6 +107,11 @@ fn check(golden: &Golden, files: &ModelFiles, name: &str) {
             add(&mut chunk, sequence, 17..sequence.ids.len(), 2);
             assert_eq!(results(&mut runner, &chunk), alone[..1], "{name}, in chunks");
         }
+    });
+    let ranks = EngineSettings { max_num_seqs: Some(4), ..divided(Quantization::AsStored, 2) };
+    on_thread(|| {
+        let mut runner = ModelRunner::load(files, || Ok(usize::MAX), &ranks).unwrap();
+        close(&together(&mut runner, golden), golden, &format!("{name}, 2 ranks"));
     });
     let reference = || ModelRunner::load_reference(files, &settings_of(Quantization::AsStored)).unwrap();
     on_thread(|| close(&together(&mut reference(), golden), golden, &format!("{name}, candle")));

@@ -11,8 +11,8 @@ use rayon::prelude::*;
 use super::device::{Allocation, Device, memory_of};
 use super::functions::{Ending, Functions, NULL, NormOf, Product, Rows};
 use crate::{
-    Activation, AttentionSpec, AttentionWeights, Backend, Batch, CausalConv, Columns, Epilogue, Experts, GatedDelta, HeadColumns, KvShape,
-    LatentSpec, Linear, MatrixSource, Norm, NormKind, RowSampling, RowVisitor, StepLimits, TableRow, WeightFormat,
+    Activation, AttentionSpec, AttentionWeights, Backend, Batch, CausalConv, Columns, Epilogue, Experts, GatedDelta, HeadColumns, KvDtype,
+    KvShape, LatentSpec, Linear, MatrixSource, Norm, NormKind, RowSampling, RowVisitor, StepLimits, TableRow, WeightFormat,
 };
 
 mod attention;
@@ -208,6 +208,10 @@ impl<D: Device> Backend for Cuda<D> {
     }
 
     fn kv_cache(&self, shape: KvShape) -> Result<Self::KvCache> {
+        let own = if self.dtype == Dtype::F32 { KvDtype::F32 } else { KvDtype::Bf16 };
+        if shape.dtype.is_some_and(|dtype| dtype != own) {
+            return Err(shape.not_held("CUDA"));
+        }
         let bytes = shape.blocks * shape.block_size * shape.kv_heads * shape.head_dim * self.dtype.bytes();
         // Of what no token has been written to nothing is read.
         let memory = |name| self.noted(self.device.allocate(bytes, name));
@@ -474,7 +478,7 @@ impl<D: Device> Cuda<D> {
 
     /// Keys and values of a whole cache, slot by slot: for comparisons.
     pub fn stored(&self, cache: &KvCache<D::Memory>) -> Result<(Vec<f32>, Vec<f32>)> {
-        let KvShape { blocks, block_size, kv_heads, head_dim } = cache.shape;
+        let KvShape { blocks, block_size, kv_heads, head_dim, .. } = cache.shape;
         let read = |memory| self.noted(self.dtype.read(&self.device, memory, blocks * block_size * kv_heads * head_dim));
         Ok((read(&cache.keys)?, read(&cache.values)?))
     }
