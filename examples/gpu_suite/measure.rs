@@ -17,6 +17,7 @@ use worker_candle::kernels::{Backend, Batch, BatchRow, Epilogue, Linear, Norm, N
 use worker_candle::models::decoder::{Decoder, LayerCache};
 use worker_candle::models::device::open_device;
 use worker_candle::models::families::Model;
+use worker_candle::models::shard::Shard;
 use worker_candle::models::tensors::Tensors;
 
 use crate::kernels::Random;
@@ -220,7 +221,7 @@ impl Step {
         let per_row = context.div_ceil(Self::BLOCK_SIZE);
         // Keys and values of an earlier context: small random numbers.
         let mut random = Random(5);
-        let caches = decoder.caches(&backend, rows * per_row, Self::BLOCK_SIZE, 0)?;
+        let caches = decoder.caches(&backend, [rows * per_row, Self::BLOCK_SIZE, 0], None)?;
         for cache in &caches {
             let LayerCache::Keys(cache) = cache else { continue };
             let filled = random.tensor(cache.k.dims())?.to_dtype(DType::BF16)?.to_device(device)?;
@@ -254,7 +255,7 @@ impl Step {
         let checkpoint = Checkpoint::open(&files, model.spec.quantized.as_deref())?;
         let tensors = Tensors::find(&checkpoint, &model)?;
         let limits = model.spec.step_limits(rows, rows, Self::BLOCK_SIZE);
-        Ok(Decoder::load(model.spec.clone(), &tensors, backend, Quantization::AsStored, &limits)?)
+        Ok(Decoder::load(model.spec.clone(), Shard::WHOLE, &tensors, backend, Quantization::AsStored, &limits)?)
     }
 
     /// The token ids that a step reads.

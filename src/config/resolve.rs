@@ -149,11 +149,11 @@ fn engine(given: &Given) -> EngineSettings {
     EngineSettings {
         device: text(&table::DEVICE).and_then(|device| parse::device(&device).ok()).unwrap_or_default(),
         gpu_required: false,
+        candle_kernels: text(&table::KERNELS).is_some_and(|kernels| kernels == "candle"),
         tensor_parallel: match given.count(&table::TENSOR_PARALLEL_SIZE) {
             Some(0) => TensorParallel::Auto,
             ranks => TensorParallel::Ranks(ranks.unwrap_or(1)),
         },
-        candle_kernels: text(&table::KERNELS).is_some_and(|kernels| kernels == "candle"),
         threads: given.count(&table::THREADS),
         quantization: text(&table::QUANTIZATION).and_then(|name| parse::quantization(&name).ok()).unwrap_or_default(),
         prepared_cache: text(&table::PREPARED_CACHE).map(|value| parse::prepared_cache(&value)).unwrap_or_default(),

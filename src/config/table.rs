@@ -68,15 +68,15 @@ settings! {
         /// `auto`, `cpu`, `cuda` or `cuda:N`.
         DEVICE = Setting::new(Kind::Device,
             Prose("auto: the first GPU in a CUDA build, else the CPU; a queue worker of a CUDA build does not start without a GPU"));
+        /// What computes: `auto`, kernels of our own (on a GPU where they have every operation of the model, and pass a check at the start), or
+        /// `candle`, candle's operations one by one, which are slower.
+        KERNELS = Setting::new(Kind::OneOf(&["auto", "candle"]), Text("auto"));
         /// Devices that compute the model together, each with a part of every layer: a number, or `auto` for all GPUs from `DEVICE` on (1 on the
         /// CPU). It must divide the heads and the inner columns of the model; what does not fit is refused with the numbers that do. On the CPU
         /// each such rank takes its part of `THREADS`, which is for tests and for processors with memories of their own, and slower elsewhere.
         /// More than 1: one model, and no prepared copy.
         TENSOR_PARALLEL_SIZE = Setting::new(Kind::Ranks, Count(1))
             .form(Form::new("GPUs per model", "GPUs that compute the model together; auto = all of the worker", Input::Text).filled("1").advanced());
-        /// What computes: `auto`, kernels of our own (on a GPU where they have every operation of the model, and pass a check at the start), or
-        /// `candle`, candle's operations one by one, which are slower.
-        KERNELS = Setting::new(Kind::OneOf(&["auto", "candle"]), Text("auto"));
         /// CPU threads that compute.
         THREADS = Setting::new(Kind::Count { least: 1, auto: AUTO_OR_ZERO }, Prose("auto: all cores")).also(&["RAYON_NUM_THREADS"]);
         /// Bits a weight: `BF16` keeps the weights as stored (those of a quantized checkpoint at 8 bits), `unquantized` widens a quantized

@@ -64,22 +64,22 @@ fn on_gpu(_device: &Device, _spec: &ModelSpec, _settings: &EngineSettings) -> (K
 
 #[cfg(feature = "cuda")]
 fn on_gpu(device: &Device, spec: &ModelSpec, settings: &EngineSettings) -> (Kernels, Option<String>) {
-    use crate::config::TensorParallel;
+    use crate::config::{KvCacheDtype, TensorParallel};
     use crate::models::device::{capability, device_count};
-    let several = match settings.tensor_parallel {
-        TensorParallel::Ranks(ranks) => ranks > 1,
-        TensorParallel::Auto => device_count() > 1,
+    let asked = match (settings.kv_cache_dtype, settings.tensor_parallel) {
+        (KvCacheDtype::Float32 | KvCacheDtype::Float16 | KvCacheDtype::Int8, _) => Some("KV_CACHE_DTYPE: they hold bfloat16 alone".into()),
+        (_, TensorParallel::Ranks(0 | 1)) => None,
+        (_, TensorParallel::Auto) if device_count() <= 1 => None,
+        _ => Some("TENSOR_PARALLEL_SIZE: they compute alone".into()),
     };
-    if several {
-        return (Kernels::Candle, Some("several GPUs compute it, and there is no CUDA kernel yet for their sums".into()));
-    }
     let lacks = first_missing(spec, cuda::MISSING).map(|need| format!("there is no CUDA kernel yet for {need}"));
-    let problem = lacks.or_else(|| cuda::too_large(&spec.step_limits(1, 1, 1), spec.hidden_size)).or_else(|| match capability(device) {
-        Some(card) if card < cuda::LEAST_CAPABILITY => {
-            Some(format!("this GPU has compute capability {}.{}, less than 8.0", card.0, card.1))
-        }
-        _ => None,
-    });
+    let problem =
+        asked.or(lacks).or_else(|| cuda::too_large(&spec.step_limits(1, 1, 1), spec.hidden_size)).or_else(|| match capability(device) {
+            Some(card) if card < cuda::LEAST_CAPABILITY => {
+                Some(format!("this GPU has compute capability {}.{}, less than 8.0", card.0, card.1))
+            }
+            _ => None,
+        });
     (if problem.is_some() { Kernels::Candle } else { Kernels::Cuda }, problem)
 }
 

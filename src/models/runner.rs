@@ -90,8 +90,7 @@ impl Beside {
             let model = Model::from_files(files)?.for_task(files, settings)?;
             let checkpoint = Checkpoint::open(files, model.spec.quantized.as_deref())?;
             let tensors = Tensors::find(&checkpoint, &model)?;
-            let kernels = Kernels::of(&device, &model.spec, settings).0;
-            let demand = match kernels {
+            let demand = match Kernels::of(&device, &model.spec, settings).0 {
                 Kernels::Cpu => demand_on::<Cpu>,
                 #[cfg(feature = "cuda")]
                 Kernels::Cuda => demand_on::<Cuda>,
@@ -171,19 +170,18 @@ impl ModelRunner {
         let others = Others { followers, member };
         let (limits, pool) = (loading.limits()?, loading_threads(memory::threads(settings))?);
         let vocabulary = || vocabulary().map(Into::into);
+        let (steps, candle) = ((&limits, &pool), || Candle::new(device));
         let model: Box<dyn LogitsRunner> = match kernels {
             Kernels::Cpu => {
                 let prepared = pool.install(|| PreparedCopy::open(files, settings));
                 let cpu = cpu_of(&limits, settings)?.with_store(prepared.clone().map(|copy| copy as Arc<dyn PackedStore>));
-                let runner = DeviceRunner::load(&loading, cpu, vocabulary, (&limits, &pool), others)?;
+                let runner = DeviceRunner::load(&loading, cpu, vocabulary, steps, others)?;
                 prepared.into_iter().for_each(|copy| copy.finish(settings.prepared_writing));
                 Box::new(runner)
             }
             #[cfg(feature = "cuda")]
-            Kernels::Cuda => {
-                Box::new(DeviceRunner::load(&loading, choice::open_kernels(device, &limits)?, vocabulary, (&limits, &pool), others)?)
-            }
-            Kernels::Candle => Box::new(DeviceRunner::load(&loading, Candle::new(device), vocabulary, (&limits, &pool), others)?),
+            Kernels::Cuda => Box::new(DeviceRunner::load(&loading, choice::open_kernels(device, &limits)?, vocabulary, steps, others)?),
+            Kernels::Candle => Box::new(DeviceRunner::load(&loading, candle(), vocabulary, steps, others)?),
         };
         Ok(Self { model, turns, about })
     }
@@ -305,8 +303,8 @@ impl<B: Backend> DeviceRunner<B> {
         plan.shape.vocab_size = size.min(plan.shape.vocab_size);
         unassigned.retain(|id| (*id as usize) < plan.shape.vocab_size);
         member.map_or(Ok(()), |member| own.connect(member))?;
-        let results = (0..plan.result_rows).map(|_| Mutex::default()).collect();
         let (positions, spare) = Default::default();
+        let results = (0..plan.result_rows).map(|_| Mutex::default()).collect();
         Ok(Self { own, followers, positions, results, spare, unassigned, since: Instant::now(), plan })
     }
 
@@ -416,8 +414,8 @@ impl<B: Backend> LogitsRunner for DeviceRunner<B> {
         self.forward(plan).map_err(device_failure)?;
         let (vocab, mut all) = (self.plan.shape.vocab_size, Vec::new());
         let positions: Vec<usize> = wanted(plan).map(|(token, _)| token).collect();
-        let (own, most) = (&mut self.own, self.results.len());
-        for part in positions.chunks(most) {
+        let own = &mut self.own;
+        for part in positions.chunks(self.results.len()) {
             own.decoder.head(&mut own.backend, part).map_err(device_failure)?;
             let rows: Vec<Mutex<Vec<f32>>> = part.iter().map(|_| Mutex::default()).collect();
             let read = own.backend.each_row(own.decoder.logits(), &|row, logits| {

@@ -11,8 +11,8 @@ use rayon::prelude::*;
 use super::device::{Allocation, Device, memory_of};
 use super::functions::{Ending, Functions, NULL, NormOf, Product, Rows};
 use crate::{
-    Activation, AttentionSpec, AttentionWeights, Backend, Batch, CausalConv, Columns, Epilogue, Experts, GatedDelta, HeadColumns, KvShape,
-    LatentSpec, Linear, MatrixSource, Norm, NormKind, RowSampling, RowVisitor, StepLimits, TableRow, WeightFormat,
+    Activation, AttentionSpec, AttentionWeights, Backend, Batch, CausalConv, Columns, Epilogue, Experts, GatedDelta, HeadColumns, KvDtype,
+    KvShape, LatentSpec, Linear, MatrixSource, Norm, NormKind, RowSampling, RowVisitor, StepLimits, TableRow, WeightFormat,
 };
 
 mod attention;
@@ -208,7 +208,8 @@ impl<D: Device> Backend for Cuda<D> {
     }
 
     fn kv_cache(&self, shape: KvShape) -> Result<Self::KvCache> {
-        if shape.dtype.is_some() {
+        let own = if self.dtype == Dtype::F32 { KvDtype::F32 } else { KvDtype::Bf16 };
+        if shape.dtype.is_some_and(|dtype| dtype != own) {
             return Err(shape.not_held("CUDA"));
         }
         let bytes = shape.blocks * shape.block_size * shape.kv_heads * shape.head_dim * self.dtype.bytes();

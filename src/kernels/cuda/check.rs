@@ -333,7 +333,7 @@ impl<D: Device> Cuda<D> {
     fn draw(&mut self, width: usize, rows: &[RowSampling; 2]) -> Result<Option<String>> {
         const STRIDE: usize = 96;
         let mut logits = self.logits_buffer(2, STRIDE)?;
-        let mut values = [0.5; 2 * STRIDE];
+        let mut values = [0.5f32; 2 * STRIDE];
         (values[41], values[47]) = (3.0, 3.0);
         // Beyond the width nothing counts.
         (values[STRIDE - 1], values[2 * STRIDE - 1]) = (9.0, 9.0);

@@ -29,9 +29,9 @@ pub struct Loading<'a> {
 impl Loading<'_> {
     /// How large its steps are. Results are made by the first rank alone.
     pub fn limits(&self) -> Result<StepLimits, Failure> {
-        let shape = &self.plan.shape;
+        let (spec, shape) = (&self.model.spec, &self.plan.shape);
         let results = if self.shard.leads() { self.plan.result_rows } else { 0 };
-        Ok(self.model.spec.for_shard(self.shard)?.step_limits(shape.max_num_batched_tokens, results, shape.block_size))
+        Ok(spec.for_shard(self.shard)?.step_limits(shape.max_num_batched_tokens, results, shape.block_size))
     }
 }
 
