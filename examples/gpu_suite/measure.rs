@@ -16,6 +16,7 @@ use worker_candle::kernels::{Backend, Batch, BatchRow, Epilogue, Linear, Norm, N
 use worker_candle::models::decoder::Decoder;
 use worker_candle::models::device::open_device;
 use worker_candle::models::families::Model;
+use worker_candle::models::shard::Shard;
 use worker_candle::models::tensors::Tensors;
 
 use crate::kernels::Random;
@@ -222,7 +223,7 @@ impl Step {
         let checkpoint = Checkpoint::open(&files, model.spec.quantized.as_deref())?;
         let tensors = Tensors::find(&checkpoint, &model)?;
         let limits = model.spec.step_limits(rows, rows, Self::BLOCK_SIZE);
-        Ok(Decoder::load(model.spec.clone(), &tensors, backend, Quantization::AsStored, &limits)?)
+        Ok(Decoder::load(model.spec.clone(), Shard::WHOLE, &tensors, backend, Quantization::AsStored, &limits)?)
     }
 
     /// The token ids that a step reads.
