@@ -175,6 +175,7 @@ impl Kind {
             Self::Seed => parse::seed(typed).map(|_| ()),
             Self::Device => parse::device(typed).map(|_| ()),
             Self::Speculative => parse::speculative(typed).map(|_| ()),
+            Self::KvCacheDtype => parse::kv_cache_dtype(typed).map(|_| ()),
             Self::Quantization => match parse::quantization(typed) {
                 Ok(_) => Ok(()),
                 Err(problem) => Err(format!("{problem}; use BF16 (weights as stored), wint8 or wint4")),
@@ -239,6 +240,7 @@ impl fmt::Display for Kind {
             Self::Device => f.write_str("`auto`, `cpu`, `cuda`, `cuda:N`"),
             Self::Quantization => f.write_str("`BF16`, `wint8`, `wint4`"),
             Self::Template => f.write_str("Jinja text or a file"),
+            Self::KvCacheDtype => f.write_str("`auto`, `float32`, `float16`, `bfloat16`, `int8`"),
             Self::MetricsPrefix => f.write_str("letters, digits, `_` and `:`"),
         }
     }

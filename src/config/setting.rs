@@ -94,6 +94,7 @@ pub enum Kind {
     Ranks,
     Device,
     Quantization,
+    KvCacheDtype,
     Speculative,
     /// Jinja text or a file.
     Template,

@@ -140,6 +140,14 @@ settings! {
                 let percent = defaults::CPU_KV_SHARE * 100.0;
                 format!("auto: {percent} % of what is free beside the weights on a CPU, what GPU_MEMORY_UTILIZATION leaves on a GPU")
             }));
+        /// What the keys and values of earlier tokens are held in: `auto`, `float32`, `float16`, `bfloat16`, or `int8` (on a CPU: a scale for
+        /// each 32 numbers). Narrower types hold two to almost four times as many tokens of context in the same memory, and long contexts are
+        /// read faster; what that does to answers is measured in `docs/quantization.md`.
+        KV_CACHE_DTYPE = Setting::new(Kind::KvCacheDtype, Prose("auto: float32 on a CPU, bfloat16 on a GPU"))
+            .form(Form::new("KV cache type",
+                "What earlier tokens' keys and values are held in; narrower types hold more context in the same memory",
+                Input::Options(&[("auto", "auto"), ("float16", "float16"), ("bfloat16", "bfloat16"), ("int8 (CPU)", "int8")]))
+                .filled("auto").advanced());
         /// Memory for the KV cache, in bytes (`KV_CACHE_GB` comes first).
         KV_CACHE_MEMORY_BYTES = Setting::new(COUNT, Text("auto"));
         /// Share of the GPU's memory that may be used, above 0 and at most 1. Without effect on a CPU: see `KV_CACHE_GB`.

@@ -2,7 +2,7 @@
 
 use candle_core::Device;
 
-use crate::config::{DeviceChoice, EngineSettings};
+use crate::config::{DeviceChoice, EngineSettings, KvCacheDtype};
 use crate::error::Failure;
 use crate::kernels::cpu;
 use crate::models::memory::{self, Memory};
@@ -65,6 +65,11 @@ pub fn device_of(settings: &EngineSettings) -> Result<Device, Failure> {
     }?;
     if let Some(name) = settings.quantization.name() {
         check_quantized(&device, &format!("QUANTIZATION={name}"))?;
+    }
+    if settings.kv_cache_dtype == KvCacheDtype::Int8 && !device.is_cpu() {
+        return Err(Failure::internal(
+            "KV_CACHE_DTYPE=int8: on a GPU keys and values are held in float16, bfloat16 or float32; set one of those, or auto",
+        ));
     }
     Ok(device)
 }

@@ -152,7 +152,7 @@ pub(super) fn settings(quantization: Quantization) -> EngineSettings {
     EngineSettings {
         device: DeviceChoice::Cpu,
         threads: Some(2),
-        block_size: Some(BLOCK),
+        block_size: BLOCK,
         kv_cache_gb: Some(0.002),
         quantization,
         ..Default::default()

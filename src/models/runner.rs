@@ -59,6 +59,8 @@ pub struct About {
     pub device: String,
     pub threads: usize,
     pub weights: String,
+    /// What the KV cache holds.
+    pub kv_cache_dtype: &'static str,
     pub parameters: usize,
     /// Bytes of weights a decode step reads.
     pub bytes_per_step: usize,

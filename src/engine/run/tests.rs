@@ -49,6 +49,7 @@ fn shape() -> Shape {
         vocab_size: 100,
         block_size: 4,
         blocks: 32,
+        kv_cache_dtype: "float32",
         state_slots: 0,
         max_num_seqs: 2,
         max_num_batched_tokens: 16,

@@ -1,6 +1,9 @@
+use std::sync::Arc;
+
 use super::*;
 use crate::engine::{Request, SamplingParams};
 use crate::models::{LogprobsMode, LogprobsSpec};
+use crate::models::{Output, Plan, Row};
 use proptest::prelude::*;
 use std::collections::HashMap;
 
@@ -27,6 +30,7 @@ fn shape(blocks: usize, block_size: usize, seqs: usize, batched: usize) -> Shape
         vocab_size: 100,
         block_size,
         blocks,
+        kv_cache_dtype: "float32",
         state_slots: 0,
         max_num_seqs: seqs,
         max_num_batched_tokens: batched,

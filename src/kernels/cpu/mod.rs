@@ -23,6 +23,7 @@ mod conv;
 mod delta;
 mod elementwise;
 mod experts;
+mod kv;
 mod latent;
 pub(crate) mod load;
 pub mod matmul;
@@ -33,7 +34,7 @@ pub(crate) mod simd;
 pub mod softmax;
 pub(crate) mod vectorize;
 
-pub use attention::KvCache;
+pub use kv::KvCache;
 use packed::{Packed, PackedStore};
 use pool::Pool;
 pub use simd::{Level, lanes, level};
@@ -169,7 +170,7 @@ impl Footprint for Cpu {
     }
 
     fn kv_block_bytes(shape: KvShape) -> usize {
-        attention::block_bytes(shape)
+        kv::block_bytes(shape)
     }
 
     fn buffer_bytes(rows: usize, width: usize) -> Option<usize> {
@@ -343,8 +344,8 @@ impl Backend for Cpu {
             unsafe {
                 let qkv = std::slice::from_raw_parts_mut(values.ptr().add(index * width), width);
                 row.prepare(index, positions[index], qkv);
-                let k = qkv[attention.q_width()..].as_ptr();
-                attention::store(&writer, slots[index] as usize, k, k.add(attention.kv_width()));
+                let (k, v) = qkv[attention.q_width()..].split_at(attention.kv_width());
+                writer.store(slots[index] as usize, k, v);
             }
         });
         Ok(())

@@ -10,7 +10,9 @@ use crate::checkpoint::StoredMatrix;
 use crate::config::Quantization;
 use crate::error::Failure;
 use crate::kernels::sizing::{self, Sizing};
-use crate::kernels::{Backend, Columns, Epilogue, Expert, Experts, Footprint, Linear, Norm, StepLimits, TableRow, WeightFormat};
+use crate::kernels::{
+    Backend, Columns, Epilogue, Expert, Experts, Footprint, KvDtype, KvShape, Linear, Norm, StepLimits, TableRow, WeightFormat,
+};
 use crate::models::device::without_backtrace;
 use crate::models::pooling;
 use crate::models::shard::Shard;
@@ -81,14 +83,19 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// Makes what each layer keeps: blocks of keys and values, or slots of states.
-    pub fn caches(&self, backend: &B, blocks: usize, block_size: usize, slots: usize) -> candle_core::Result<Vec<LayerCache<B>>> {
+    pub fn caches(
+        &self,
+        backend: &B,
+        [blocks, block_size, slots]: [usize; 3],
+        dtype: Option<KvDtype>,
+    ) -> candle_core::Result<Vec<LayerCache<B>>> {
         let cache = |layer: &LayerSpec| {
             if let Some((conv, recurrence)) = layer.mixer.state_widths() {
                 let recurrence = (recurrence > 0).then(|| backend.state(slots, recurrence)).transpose()?;
                 return Ok(LayerCache::States { conv: backend.state(slots, conv)?, recurrence });
             }
             let Some(attention) = layer.mixer.attention() else { candle_core::bail!("a layer that keeps nothing") };
-            backend.kv_cache(attention.kv_shape(blocks, block_size)).map(LayerCache::Keys)
+            backend.kv_cache(KvShape { dtype, ..attention.kv_shape(blocks, block_size) }).map(LayerCache::Keys)
         };
         self.spec.layers.iter().map(cache).collect()
     }
@@ -413,7 +420,7 @@ impl<B: Backend> Loader<'_, '_, B> {
     }
 
     fn vector(&self, name: &str, len: usize) -> Result<B::Vector, Failure> {
-        self.part_of_vector(name, len, &[0..len])
+        self.part_of_vector(name, len, std::slice::from_ref(&(0..len)))
     }
 
     /// These of a vector's `len` numbers.

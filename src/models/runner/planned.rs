@@ -114,6 +114,7 @@ impl Planned {
             device: self.device.clone(),
             threads: if device.is_cpu() { memory::threads(settings) } else { 0 },
             weights: self.weights.clone(),
+            kv_cache_dtype: self.memory.shape.kv_cache_dtype,
             parameters: self.parameters,
             bytes_per_step: self.bytes_per_step,
             memory: self.lines(),
@@ -167,7 +168,7 @@ pub fn sized<F: Footprint>(model: &Model, tensors: &Tensors<'_>, quantization: Q
     let ropes = &model.spec.ropes;
     let batch = Batch { tokens: &[0], positions: &[0], slots: &[0], types: &[], rows: &[row], ropes, states: &states };
     let mut run = || {
-        let mut caches = decoder.caches(&backend, 1, 1, 1)?;
+        let mut caches = decoder.caches(&backend, [1; 3], None)?;
         backend.begin(&batch)?;
         decoder.forward(&mut backend, &mut caches)?;
         match &model.spec.pooling {

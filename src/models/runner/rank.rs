@@ -12,7 +12,7 @@ use crate::models::Plan;
 use crate::models::decoder::{Decoder, LayerCache};
 use crate::models::device::{device_failure, without_backtrace};
 use crate::models::families::Model;
-use crate::models::memory::{self, MemoryPlan};
+use crate::models::memory::{self, MemoryPlan, kv_dtype};
 use crate::models::shard::Shard;
 use crate::models::tensors::Tensors;
 
@@ -65,9 +65,10 @@ impl<B: Backend> Rank<B> {
         let shape = &plan.shape;
         let spec = model.spec.clone().for_context(shape.max_model_len);
         let decoder = pool.install(|| Decoder::load(spec, *shard, tensors, &backend, settings.quantization, limits))?;
-        let caches = decoder.caches(&backend, shape.blocks, shape.block_size, shape.state_slots).map_err(|error| {
-            Failure::internal(format!("no memory for the KV cache: {}; lower {}", without_backtrace(&error), plan.kv_setting))
-        })?;
+        let caches =
+            decoder.caches(&backend, [shape.blocks, shape.block_size, shape.state_slots], kv_dtype(settings)).map_err(|error| {
+                Failure::internal(format!("no memory for the KV cache: {}; lower {}", without_backtrace(&error), plan.kv_setting))
+            })?;
         let (rows, prefaulted) = Default::default();
         Ok(Self { backend, decoder, caches, rows, prefaulted, not_send: PhantomData })
     }
