@@ -137,11 +137,20 @@ impl<B: Backend> Loader<'_, '_, B> {
         let name = self.in_layer(index, "self_attn.kv_b_proj");
         let (each, value) = (nope_dim + layer.value_dim, layer.value_dim);
         let plain = |source| self.linear(&source, Columns::Plain, Place::Layer, None);
+        // llama.cpp's converter turns each head's keys, and stores them apart from the values.
+        let part = |kind: &str, head: usize| self.in_layer(index, &format!("self_attn.{kind}_b_proj.{head}"));
+        let apart = self.tensors.is_stored(&part("k", 0));
         let keys = (0..heads).map(|head| {
+            if apart {
+                return plain(self.tensors.rows(&[(part("k", head), rank, 0..rank)], nope_dim)?);
+            }
             let columns = head * each..head * each + nope_dim;
             plain(self.tensors.transposed_rows(&name, heads * each, columns, rank)?)
         });
         let values = (0..heads).map(|head| {
+            if apart {
+                return plain(self.tensors.rows(&[(part("v", head), value, 0..value)], rank)?);
+            }
             let rows = head * each + nope_dim..(head + 1) * each;
             plain(self.tensors.rows(&[(name.clone(), heads * each, rows)], rank)?)
         });
