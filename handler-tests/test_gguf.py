@@ -91,7 +91,7 @@ def test_damage_and_what_is_not_served_are_named(tmp_path):
         ("other.gguf", b"PK" + whole[2:], "not a GGUF file"),
         ("arch.gguf", gguf.demo("BF16", general__architecture="mamba"), 'general.architecture "mamba" is not supported in GGUF files; this version serves llama'),
         ("pre.gguf", gguf.demo("BF16", tokenizer__ggml__model="gpt2", tokenizer__ggml__pre="klingon"), 'tokenizer.ggml.pre "klingon" is not supported'),
-        ("bert.gguf", gguf.demo("BF16", tokenizer__ggml__model="bert"), 'tokenizer.ggml.model "bert" is not supported'),
+        ("rwkv.gguf", gguf.demo("BF16", tokenizer__ggml__model="rwkv"), 'tokenizer.ggml.model "rwkv" is not supported'),
     ]:
         (tmp_path / name).write_bytes(data)
         done = run("check", "--model", str(tmp_path / name))

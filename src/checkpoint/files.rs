@@ -15,6 +15,17 @@ pub const INDEX: &str = "model.safetensors.index.json";
 /// Names under which a SentencePiece vocabulary lies beside a model, the usual one first. The others are those of older ERNIE releases.
 pub const SENTENCEPIECE_FILES: [&str; 3] = ["tokenizer.model", "spm.model", "ernie_token_100k.model"];
 
+/// Mistral's vocabulary.
+pub const TEKKEN: &str = "tekken.json";
+
+/// The files that a tokenizer may be read from, for messages.
+pub const TOKENIZERS: &str = "tokenizer.json, tekken.json, tokenizer.model, spm.model, ernie_token_100k.model or *.tiktoken";
+
+/// A vocabulary in tiktoken's form under a name of its own.
+pub fn is_tiktoken(name: &str) -> bool {
+    name.ends_with(".tiktoken") || name == "tiktoken.model"
+}
+
 /// Where the bytes of one file are.
 #[derive(Debug, Clone)]
 pub enum Source {

@@ -58,6 +58,14 @@ fn results(runner: &mut ModelRunner, plan: &Plan) -> Vec<Vec<f32>> {
     results
 }
 
+/// Results of the golden's sequences by a model in these files, vectors made to length 1 whatever the files say.
+pub(super) fn results_of(files: &ModelFiles, golden: &Golden) -> Vec<Vec<f32>> {
+    let embeds = golden.files.contains_key("modules.json");
+    let pooler = embeds.then(|| serde_json::json!({"normalize": true}).as_object().cloned()).flatten();
+    let settings = EngineSettings { pooler, ..settings_of(Quantization::AsStored) };
+    on_thread(|| together(&mut ModelRunner::load(files, || Ok(usize::MAX), &settings).unwrap(), golden))
+}
+
 fn settings_of(quantization: Quantization) -> EngineSettings {
     EngineSettings { max_num_seqs: Some(4), ..settings(quantization) }
 }

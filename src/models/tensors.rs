@@ -144,6 +144,11 @@ impl<'a> Tensors<'a> {
         names.into_iter().find(|name| self.checkpoint.contains(name)).unwrap_or_else(|| self.full(plain))
     }
 
+    /// Whether there is a matrix of this name.
+    pub fn is_stored(&self, name: &str) -> bool {
+        self.checkpoint.contains(&self.full(&format!("{name}.weight")))
+    }
+
     /// Whether the experts of a layer lie in one tensor of this name, with or without a suffix.
     pub fn is_stacked(&self, name: &str) -> bool {
         self.checkpoint.contains(&self.stacked_name(name))

@@ -1,28 +1,34 @@
 //! Text to token ids and back.
 //!
-//! Three ways lead to a [`Tokenizer`]: a `tokenizer.json`, run by the `tokenizers` crate ([`json`]), else a SentencePiece
-//! `tokenizer.model` with the special tokens that the files beside it name ([`crate::text::sentencepiece`], [`added`]), else the metadata of
-//! a GGUF file ([`gguf`]), which becomes the one or the other.
+//! Several ways lead to a [`Tokenizer`]: a `tokenizer.json`, run by the `tokenizers` crate ([`json`]), else Mistral's `tekken.json`
+//! ([`tekken`]), else a SentencePiece `tokenizer.model` with the special tokens that the files beside it name
+//! ([`crate::text::sentencepiece`], [`added`]), else a file of ranks in tiktoken's form ([`tiktoken`]), else the metadata of a GGUF file
+//! ([`gguf`]), which becomes the first or the third.
 
 use std::ops::Range;
 
 use aho_corasick::{AhoCorasick, Input, MatchKind};
 
-use crate::checkpoint::files::{ModelFiles, SENTENCEPIECE_FILES};
-use crate::checkpoint::gguf::{File, TOKENIZER};
+use crate::checkpoint::files::{ModelFiles, SENTENCEPIECE_FILES, TEKKEN, TOKENIZERS, is_tiktoken};
+use crate::checkpoint::gguf::{File, Header, TOKENIZER};
 use crate::error::Failure;
 use crate::models::Vocabulary;
-use crate::text::sentencepiece::{self, Bpe};
+use crate::text::sentencepiece;
 
 mod added;
 mod gguf;
 mod json;
 mod least;
 mod pre_tokenizers;
+mod ranks;
+mod tekken;
+mod tiktoken;
 mod token_bytes;
+mod wordpiece;
 
 use added::Added;
 use least::{Coverage, Spelling};
+use ranks::Ranks;
 use token_bytes::TokenBytes;
 
 /// How strings that spell a special token are read.
@@ -41,7 +47,7 @@ struct Part {
 }
 
 /// What a post-processor puts around two texts.
-#[derive(Debug, Default, PartialEq)]
+#[derive(Debug, Default, Clone, PartialEq)]
 pub struct AroundPair {
     pub before: Vec<u32>,
     pub between: Vec<u32>,
@@ -58,64 +64,92 @@ pub struct Tokenizer {
     matcher: AhoCorasick,
     vocabulary: Vocabulary,
     coverage: Coverage,
+    around: Around,
+}
+
+/// What is put around texts.
+#[derive(Default)]
+struct Around {
+    before: Vec<u32>,
+    after: Vec<u32>,
+    pair: AroundPair,
 }
 
 enum Encoder {
-    SentencePiece(Box<Bpe>),
+    SentencePiece {
+        encoder: Box<sentencepiece::Encoder>,
+        /// The space before a text's first word stands before the whole of it only, not behind each special token too.
+        once: bool,
+    },
+    Ranks(Box<Ranks>),
     Json(Box<json::Json>),
 }
 
 impl Tokenizer {
-    /// From `tokenizer.json`, else from `tokenizer.model` (SentencePiece), else from a GGUF file.
+    /// From the first that there is of `tokenizer.json`, `tekken.json`, `tokenizer.model` (SentencePiece, or ranks), a file of ranks, a GGUF
+    /// file.
     pub fn load(files: &ModelFiles) -> Result<Self, Failure> {
         let named = |file: &str| {
             let file = file.to_owned();
             move |error: String| Failure::internal(format!("{file} of {}: {error}", files.name))
         };
         if let Some(bytes) = files.read("tokenizer.json")? {
-            return Self::from_json(&bytes).map_err(named("tokenizer.json"));
+            return json::load(&bytes).and_then(Self::of_json).map_err(named("tokenizer.json"));
         }
-        for file in SENTENCEPIECE_FILES {
-            if let Some(bytes) = files.read(file)? {
-                let model = sentencepiece::Model::parse(&bytes).map_err(named(file))?;
-                let added = Added::beside_sentencepiece(&model, files)?;
-                return Self::from_sentencepiece(&model, added).map_err(named(file));
+        if let Some(bytes) = files.read(TEKKEN)? {
+            return tekken::read(&bytes).and_then(Self::of_ranks).map_err(named(TEKKEN));
+        }
+        let ranks = files.iter().map(|(name, _)| name).filter(|name| is_tiktoken(name));
+        for file in SENTENCEPIECE_FILES.into_iter().chain(ranks) {
+            let Some(bytes) = files.read(file)? else { continue };
+            if is_tiktoken(file) || tiktoken::is_ranks(&bytes) {
+                return Self::of_ranks(tiktoken::read(file, &bytes, files)?).map_err(named(file));
             }
+            let mut model = sentencepiece::Model::parse(&bytes).map_err(named(file))?;
+            let added = Added::beside_sentencepiece(&model, files)?;
+            let config = files.read_json("tokenizer_config.json")?.unwrap_or_default();
+            let is_off = |key: &str| config.get(key).and_then(serde_json::Value::as_bool) == Some(false);
+            model.normalizer.dummy_prefix &= !is_off("add_prefix_space");
+            return Self::of_sentencepiece(&model, added, is_off("legacy")).map_err(named(file));
         }
         if let Some(source) = files.get(TOKENIZER) {
             let file = File::open(source)?;
-            let vocabulary = file.header().and_then(|header| gguf::read(&header));
-            return vocabulary.and_then(Self::from_gguf).map_err(named("the tokenizer in the GGUF file"));
+            return file.header().and_then(|header| Self::of_gguf(&header)).map_err(named("the tokenizer in the GGUF file"));
         }
-        Err(Failure::internal(format!(
-            "model {} ({}) has no tokenizer: put its tokenizer.json, {} beside its weights",
-            files.name,
-            files.origin,
-            SENTENCEPIECE_FILES.join(" or ")
-        )))
+        Err(Failure::internal(format!("model {} ({}) has no tokenizer: put its {TOKENIZERS} beside its weights", files.name, files.origin)))
     }
 
-    fn from_json(bytes: &[u8]) -> Result<Self, String> {
-        Self::of_json(json::load(bytes)?)
-    }
-
-    fn from_gguf(vocabulary: gguf::Vocabulary<'_>) -> Result<Self, String> {
-        match vocabulary {
-            gguf::Vocabulary::SentencePiece(model) => Self::from_sentencepiece(&model, Added::of_pieces(&model)),
-            gguf::Vocabulary::Bytes(tokenizer) => Self::of_json(json::of(*tokenizer)?),
+    fn of_gguf(header: &Header<'_>) -> Result<Self, String> {
+        let mut tokenizer = match gguf::read(header)? {
+            gguf::Vocabulary::SentencePiece(model) => Self::of_sentencepiece(&model, Added::of_pieces(&model), false)?,
+            gguf::Vocabulary::Library(tokenizer) => Self::of_json(json::of(*tokenizer)?)?,
+        };
+        if tokenizer.around.after.is_empty() {
+            let (after, pair) = gguf::around(header)?;
+            tokenizer.around = Around { before: pair.before.clone(), after, pair };
         }
+        Ok(tokenizer)
     }
 
     fn of_json((json, bytes, added): (json::Json, TokenBytes, Added)) -> Result<Self, String> {
         let vocabulary = vocabulary(&bytes, &added, 0);
-        Self::assemble(Encoder::Json(Box::new(json)), bytes, added, vocabulary)
+        let (before, after) = json.around.clone();
+        let around = Around { before, after, pair: json.around_pair.clone() };
+        Ok(Self { around, ..Self::assemble(Encoder::Json(Box::new(json)), bytes, added, vocabulary)? })
     }
 
-    fn from_sentencepiece(model: &sentencepiece::Model<'_>, added: Added) -> Result<Self, String> {
-        let bpe = Bpe::new(model, |piece| added.id(piece.text).is_some())?;
+    fn of_ranks(ranks: ranks::Vocabulary) -> Result<Self, String> {
+        let bytes = ranks.bytes();
+        let vocabulary = vocabulary(&bytes, &ranks.added, 0);
+        let around = Around { before: ranks.before, ..Around::default() };
+        Ok(Self { around, ..Self::assemble(Encoder::Ranks(Box::new(ranks.ranks)), bytes, ranks.added, vocabulary)? })
+    }
+
+    fn of_sentencepiece(model: &sentencepiece::Model<'_>, added: Added, once: bool) -> Result<Self, String> {
+        let encoder = Box::new(sentencepiece::Encoder::new(model, |piece| added.id(piece.text).is_some())?);
         let bytes = TokenBytes::of_sentencepiece(model, &added);
         let vocabulary = vocabulary(&bytes, &added, model.pieces.len());
-        let tokenizer = Self::assemble(Encoder::SentencePiece(Box::new(bpe)), bytes, added, vocabulary)?;
+        let tokenizer = Self::assemble(Encoder::SentencePiece { encoder, once }, bytes, added, vocabulary)?;
         if model.pieces.len() == ernie::PIECES {
             ernie::self_test(&tokenizer);
         }
@@ -128,14 +162,14 @@ impl Tokenizer {
             .build(added.names())
             .map_err(|error| format!("its special tokens cannot be searched for: {error}"))?;
         let spelling = match &encoder {
-            // A run of unknown characters is one token.
-            Encoder::SentencePiece(bpe) => {
-                bpe.falls_back_to_bytes().then_some(Spelling { shrinks: 1, blocks: true, swallows_space: false })
+            Encoder::SentencePiece { encoder, .. } => {
+                encoder.is_lossless().then_some(Spelling { shrinks: 1, blocks: true, swallows_space: false })
             }
+            Encoder::Ranks(_) => Some(Spelling { shrinks: 1, blocks: false, swallows_space: false }),
             Encoder::Json(json) => json.spelling,
         };
         let coverage = Coverage::new(&bytes, spelling);
-        Ok(Self { encoder, bytes, added, matcher, vocabulary, coverage })
+        Ok(Self { encoder, bytes, added, matcher, vocabulary, coverage, around: Around::default() })
     }
 
     /// Token ids of `text`. No token is added around it.
@@ -181,16 +215,10 @@ impl Tokenizer {
 
     fn encode_parts(&self, text: &str, parts: &[Part]) -> Result<Vec<u32>, Failure> {
         match &self.encoder {
-            Encoder::SentencePiece(bpe) => {
-                let mut ids = Vec::new();
-                for part in parts {
-                    match part.token {
-                        Some(id) => ids.push(id),
-                        None => bpe.encode(&text[part.range.clone()], &mut ids),
-                    }
-                }
-                Ok(ids)
-            }
+            Encoder::SentencePiece { encoder, once } => Ok(Self::each_part(parts, |part, ids| {
+                encoder.encode(&text[part.clone()], !once || part.start == 0, ids);
+            })),
+            Encoder::Ranks(ranks) => Ok(Self::each_part(parts, |part, ids| ranks.encode(&text[part], ids))),
             Encoder::Json(json) => json.encode_parts(text, parts, &|piece, tokens| {
                 // The model itself (Unigram, WordLevel …) may have the special token's text as a piece: cut the text inside it.
                 tokens.iter().any(|id| self.added.contains(*id)).then(|| {
@@ -201,21 +229,27 @@ impl Tokenizer {
         }
     }
 
-    /// What the post-processor of `tokenizer.json` puts before and after a text: mostly the beginning-of-sequence token.
-    pub fn added_around(&self) -> (&[u32], &[u32]) {
-        match &self.encoder {
-            Encoder::SentencePiece(_) => (&[], &[]),
-            Encoder::Json(json) => json.added_around(),
+    /// The special tokens of `parts`, and between them what `encode` makes of plain ones.
+    fn each_part(parts: &[Part], encode: impl Fn(Range<usize>, &mut Vec<u32>)) -> Vec<u32> {
+        let mut ids = Vec::new();
+        for part in parts.iter().filter(|part| !part.range.is_empty()) {
+            match part.token {
+                Some(id) => ids.push(id),
+                None => encode(part.range.clone(), &mut ids),
+            }
         }
+        ids
+    }
+
+    /// What the tokenizer's own rules (the post-processor of `tokenizer.json`) put before and after a text: mostly the
+    /// beginning-of-sequence token.
+    pub fn added_around(&self) -> (&[u32], &[u32]) {
+        (&self.around.before, &self.around.after)
     }
 
     /// The same for two texts that are read together.
     pub fn around_pair(&self) -> &AroundPair {
-        const NOTHING: &AroundPair = &AroundPair { before: Vec::new(), between: Vec::new(), after: Vec::new(), has_types: false };
-        match &self.encoder {
-            Encoder::SentencePiece(_) => NOTHING,
-            Encoder::Json(json) => json.around_pair(),
-        }
+        &self.around.pair
     }
 
     /// The tokens whose ids are `rows` or more, with their text.
@@ -242,7 +276,8 @@ impl Tokenizer {
     /// The id of the token written `token` in the vocabulary (`▁the`, `<0x0A>`, `</s>`).
     pub fn token_id(&self, token: &str) -> Option<u32> {
         self.added.id(token).or_else(|| match &self.encoder {
-            Encoder::SentencePiece(bpe) => bpe.id_of(token),
+            Encoder::SentencePiece { encoder, .. } => encoder.id_of(token),
+            Encoder::Ranks(ranks) => ranks.id_of(token),
             Encoder::Json(json) => json.id(token),
         })
     }
@@ -331,5 +366,7 @@ mod ernie {
     }
 }
 
+#[cfg(test)]
+mod library_tests;
 #[cfg(test)]
 mod tests;

@@ -16,10 +16,29 @@ pub struct Architecture {
     pub fixed: &'static [(&'static str, bool)],
     /// Names of a layer's tensors, before those of [`TENSORS`].
     pub tensors: &'static [(&'static str, &'static str)],
+    /// Names of tensors beside the layers, before those of [`OUTSIDE`].
+    pub outside: &'static [(&'static str, &'static str)],
+    /// What stands before a layer's number.
+    pub layers: &'static str,
+    /// The type of layers that have no key/value heads.
+    pub without_heads: Option<&'static str>,
 }
 
-const LLAMA: Architecture =
-    Architecture { name: "llama", with: None, model_type: "llama", interleaved: false, keys: &[], fixed: &[], tensors: &[] };
+const LLAMA: Architecture = Architecture {
+    name: "llama",
+    with: None,
+    model_type: "llama",
+    interleaved: false,
+    keys: &[],
+    fixed: &[],
+    tensors: &[],
+    outside: &[],
+    layers: "model.layers",
+    without_heads: None,
+};
+
+/// Tensors beside the layers, without `.weight` or `.bias`.
+const OUTSIDE: &[(&str, &str)] = &[("token_embd", "model.embed_tokens"), ("output_norm", "model.norm"), ("output", "lm_head")];
 
 /// Keys of every architecture.
 pub const KEYS: &[(&str, &str)] = &[
@@ -46,6 +65,26 @@ pub const KEYS: &[(&str, &str)] = &[
     ("expert_group_count", "n_group"),
 ];
 
+const LFM2_KEYS: &[(&str, &str)] = &[
+    ("attention.layer_norm_rms_epsilon", "norm_eps"),
+    ("shortconv.l_cache", "conv_L_cache"),
+    ("expert_count", "num_experts"),
+    ("leading_dense_block_count", "num_dense_layers"),
+];
+const LFM2_OUTSIDE: &[(&str, &str)] = &[("token_embd_norm", "model.embedding_norm"), ("output_norm", "model.embedding_norm")];
+const LATENT_KEYS: &[(&str, &str)] = &[
+    ("attention.q_lora_rank", "q_lora_rank"),
+    ("attention.kv_lora_rank", "kv_lora_rank"),
+    ("rope.dimension_count", "qk_rope_head_dim"),
+    ("attention.value_length_mla", "v_head_dim"),
+    ("expert_count", "n_routed_experts"),
+    ("expert_shared_count", "n_shared_experts"),
+    ("expert_group_used_count", "topk_group"),
+    ("leading_dense_block_count", "first_k_dense_replace"),
+    ("expert_weights_scale", "routed_scaling_factor"),
+    ("expert_weights_norm", "norm_topk_prob"),
+];
+
 /// Tensors of a layer, without `.weight` or `.bias`.
 pub const TENSORS: &[(&str, &str)] = &[
     ("attn_norm", "input_layernorm"),
@@ -56,6 +95,7 @@ pub const TENSORS: &[(&str, &str)] = &[
     ("attn_output", "self_attn.o_proj"),
     ("attn_q_norm", "self_attn.q_norm"),
     ("attn_k_norm", "self_attn.k_norm"),
+    ("attn_sinks", "self_attn.sinks"),
     ("post_attention_norm", "post_attention_layernorm"),
     ("ffn_norm", "post_attention_layernorm"),
     ("post_ffw_norm", "post_feedforward_layernorm"),
@@ -79,6 +119,102 @@ const MIXTRAL_TENSORS: &[(&str, &str)] = &[
     ("ffn_gate_exps", "block_sparse_moe.experts.*.w1"),
     ("ffn_up_exps", "block_sparse_moe.experts.*.w3"),
     ("ffn_down_exps", "block_sparse_moe.experts.*.w2"),
+];
+const SHARED: &[(&str, &str)] = &[
+    ("ffn_gate_inp_shexp", "mlp.shared_expert_gate"),
+    ("ffn_gate_shexp", "mlp.shared_expert.gate_proj"),
+    ("ffn_up_shexp", "mlp.shared_expert.up_proj"),
+    ("ffn_down_shexp", "mlp.shared_expert.down_proj"),
+];
+const GRANITE: &[(&str, &str)] = &[
+    ("attention.scale", "attention_multiplier"),
+    ("embedding_scale", "embedding_multiplier"),
+    ("residual_scale", "residual_multiplier"),
+    ("logit_scale", "logits_scaling"),
+];
+const GRANITE_MOE: &[(&str, &str)] = &[
+    ("attention.scale", "attention_multiplier"),
+    ("embedding_scale", "embedding_multiplier"),
+    ("residual_scale", "residual_multiplier"),
+    ("logit_scale", "logits_scaling"),
+    ("expert_count", "num_local_experts"),
+];
+/// Keys and values are made of one vector; heads of the matrices that do it lie in one tensor each.
+const LATENT: &[(&str, &str)] = &[
+    ("attn_q_a", "self_attn.q_a_proj"),
+    ("attn_q_a_norm", "self_attn.q_a_layernorm"),
+    ("attn_q_b", "self_attn.q_b_proj"),
+    ("attn_kv_a_mqa", "self_attn.kv_a_proj_with_mqa"),
+    ("attn_kv_a_norm", "self_attn.kv_a_layernorm"),
+    ("attn_kv_b", "self_attn.kv_b_proj"),
+    ("attn_k_b", "self_attn.k_b_proj.*"),
+    ("attn_v_b", "self_attn.v_b_proj.*"),
+];
+const LFM2: &[(&str, &str)] = &[
+    ("attn_norm", "operator_norm"),
+    ("ffn_norm", "ffn_norm"),
+    ("attn_output", "self_attn.out_proj"),
+    ("attn_q_norm", "self_attn.q_layernorm"),
+    ("attn_k_norm", "self_attn.k_layernorm"),
+    ("shortconv.in_proj", "conv.in_proj"),
+    ("shortconv.conv", "conv.conv"),
+    ("shortconv.out_proj", "conv.out_proj"),
+    ("ffn_gate", "feed_forward.w1"),
+    ("ffn_up", "feed_forward.w3"),
+    ("ffn_down", "feed_forward.w2"),
+    ("ffn_gate_inp", "feed_forward.gate"),
+    ("exp_probs_b", "feed_forward.expert_bias"),
+    ("ffn_gate_exps", "feed_forward.experts.*.w1"),
+    ("ffn_up_exps", "feed_forward.experts.*.w3"),
+    ("ffn_down_exps", "feed_forward.experts.*.w2"),
+];
+const BERT: &[(&str, &str)] = &[
+    ("attn_q", "attention.self.query"),
+    ("attn_k", "attention.self.key"),
+    ("attn_v", "attention.self.value"),
+    ("attn_output", "attention.output.dense"),
+    ("attn_output_norm", "attention.output.LayerNorm"),
+    ("ffn_up", "intermediate.dense"),
+    ("ffn_down", "output.dense"),
+    ("layer_output_norm", "output.LayerNorm"),
+];
+const BERT_OUTSIDE: &[(&str, &str)] = &[
+    ("token_embd", "model.embeddings.word_embeddings"),
+    ("position_embd", "model.embeddings.position_embeddings"),
+    ("token_types", "model.embeddings.token_type_embeddings"),
+    ("token_embd_norm", "model.embeddings.LayerNorm"),
+    ("cls", "classifier.dense"),
+    ("cls.output", "classifier.out_proj"),
+];
+const NOMIC: &[(&str, &str)] = &[
+    ("attn_qkv", "attn.Wqkv"),
+    ("attn_output", "attn.out_proj"),
+    ("attn_output_norm", "norm1"),
+    ("ffn_up", "mlp.fc11"),
+    ("ffn_gate", "mlp.fc12"),
+    ("ffn_down", "mlp.fc2"),
+    ("layer_output_norm", "norm2"),
+];
+const NOMIC_OUTSIDE: &[(&str, &str)] = &[
+    ("token_embd", "model.embeddings.word_embeddings"),
+    ("token_types", "model.embeddings.token_type_embeddings"),
+    ("token_embd_norm", "model.emb_ln"),
+];
+const MODERN_BERT: &[(&str, &str)] = &[
+    ("attn_norm", "attn_norm"),
+    ("attn_qkv", "attn.Wqkv"),
+    ("attn_output", "attn.Wo"),
+    ("ffn_norm", "mlp_norm"),
+    ("ffn_up", "mlp.Wi"),
+    ("ffn_down", "mlp.Wo"),
+];
+const MODERN_BERT_OUTSIDE: &[(&str, &str)] = &[
+    ("token_embd", "model.embeddings.tok_embeddings"),
+    ("token_embd_norm", "model.embeddings.norm"),
+    ("output_norm", "model.final_norm"),
+    ("cls", "head.dense"),
+    ("cls.norm", "head.norm"),
+    ("cls.output", "classifier"),
 ];
 const SANDWICH: &[(&str, &str)] = &[("ffn_norm", "pre_feedforward_layernorm")];
 /// Gates and what they gate in one.
@@ -111,20 +247,76 @@ pub const ARCHITECTURES: &[Architecture] = &[
         fixed: &[("norm_topk_prob", true)],
         ..LLAMA
     },
+    Architecture {
+        name: "qwen2moe",
+        model_type: "qwen2_moe",
+        keys: &[("expert_count", "num_experts"), ("expert_shared_feed_forward_length", "shared_expert_intermediate_size")],
+        fixed: &[("norm_topk_prob", false)],
+        tensors: SHARED,
+        ..LLAMA
+    },
+    Architecture {
+        name: "gpt-oss",
+        model_type: "gpt_oss",
+        keys: &[("expert_count", "num_local_experts")],
+        tensors: &[("ffn_gate_inp", "mlp.router")],
+        ..LLAMA
+    },
+    Architecture {
+        name: "lfm2",
+        model_type: "lfm2",
+        keys: LFM2_KEYS,
+        fixed: &[("block_auto_adjust_ff_dim", false)],
+        tensors: LFM2,
+        outside: LFM2_OUTSIDE,
+        without_heads: Some("conv"),
+        ..LLAMA
+    },
+    Architecture {
+        name: "lfm2moe",
+        model_type: "lfm2_moe",
+        keys: LFM2_KEYS,
+        fixed: &[("norm_topk_prob", true)],
+        tensors: LFM2,
+        outside: LFM2_OUTSIDE,
+        without_heads: Some("conv"),
+        ..LLAMA
+    },
+    // Experts by sigmoids, in groups as good as their two best: told by the number of their function.
+    Architecture { name: "deepseek2", model_type: "deepseek_v3", keys: LATENT_KEYS, tensors: LATENT, ..LLAMA },
+    Architecture { name: "bert", model_type: "bert", tensors: BERT, outside: BERT_OUTSIDE, layers: "model.encoder.layer", ..LLAMA },
+    Architecture {
+        name: "nomic-bert",
+        model_type: "nomic_bert",
+        tensors: NOMIC,
+        outside: NOMIC_OUTSIDE,
+        layers: "model.encoder.layers",
+        ..LLAMA
+    },
+    Architecture {
+        name: "modern-bert",
+        model_type: "modernbert",
+        keys: &[
+            ("attention.layer_norm_rms_epsilon", "norm_eps"),
+            ("attention.sliding_window", "local_attention"),
+            ("attention.sliding_window_pattern", "global_attn_every_n_layers"),
+            ("hidden_activation", "hidden_activation"),
+        ],
+        tensors: MODERN_BERT,
+        outside: MODERN_BERT_OUTSIDE,
+        ..LLAMA
+    },
     Architecture { name: "gemma", model_type: "gemma", ..LLAMA },
     Architecture { name: "gemma2", model_type: "gemma2", tensors: SANDWICH, ..LLAMA },
     Architecture { name: "gemma3", model_type: "gemma3_text", tensors: SANDWICH, ..LLAMA },
     Architecture { name: "phi3", model_type: "phi3", tensors: FUSED, ..LLAMA },
+    Architecture { name: "granite", model_type: "granite", interleaved: true, keys: GRANITE, ..LLAMA },
     Architecture {
-        name: "granite",
-        model_type: "granite",
+        name: "granitemoe",
+        model_type: "granitemoe",
         interleaved: true,
-        keys: &[
-            ("attention.scale", "attention_multiplier"),
-            ("embedding_scale", "embedding_multiplier"),
-            ("residual_scale", "residual_multiplier"),
-            ("logit_scale", "logits_scaling"),
-        ],
+        keys: GRANITE_MOE,
+        tensors: &[("ffn_gate_inp", "block_sparse_moe.router.layer")],
         ..LLAMA
     },
     Architecture { name: "ernie4_5", model_type: "ernie4_5", interleaved: true, ..LLAMA },
@@ -207,6 +399,11 @@ impl Architecture {
             known.dedup();
             format!("general.architecture \"{name}\" is not supported in GGUF files; this version serves {}", known.join(", "))
         })
+    }
+
+    /// What a tensor beside the layers is called in Hugging Face's files.
+    pub fn outside(&self, name: &str) -> Option<&'static str> {
+        self.outside.iter().chain(OUTSIDE).find(|(theirs, _)| *theirs == name).map(|(_, ours)| *ours)
     }
 
     /// What a layer's tensor is called in Hugging Face's files.

@@ -73,6 +73,9 @@ pub fn model(header: &Header<'_>, file: &[u8]) -> Result<Json, String> {
     let mut config = Map::new();
     config.insert("model_type".into(), json!(architecture.model_type));
     for (theirs, ours) in KEYS.iter().chain(architecture.keys) {
+        if architecture.without_heads.is_some() && *theirs == "attention.head_count_kv" {
+            continue;
+        }
         if let Some(value) = scalar(header, &format!("{name}.{theirs}"))? {
             config.insert((*ours).to_owned(), value);
         }
@@ -87,6 +90,14 @@ pub fn model(header: &Header<'_>, file: &[u8]) -> Result<Json, String> {
     config.insert("num_hidden_layers".into(), json!(layers));
     for key in ["attention.head_count", "feed_forward_length"] {
         needed(header, &format!("{name}.{key}"))?;
+    }
+    if let Some(other) = architecture.without_heads {
+        layers_without_heads(header, name, other, &mut config)?;
+    }
+    match name {
+        "deepseek2" => latent(header, name, &mut config)?,
+        "bert" | "modern-bert" => encoder(header, name, &mut config)?,
+        _ => {}
     }
     let embedding = header.tensor("token_embd.weight").ok_or("tensor token_embd.weight is missing")?;
     if embedding.shape.get(1).map(|width| *width as u64) != Some(needed(header, &format!("{name}.embedding_length"))?) {
@@ -172,6 +183,91 @@ fn shapes(header: &Header<'_>, layers: u64, config: &mut Map<String, Json>) {
     }
 }
 
+/// Which layers have no key/value heads: those of another type.
+fn layers_without_heads(header: &Header<'_>, name: &str, other: &str, config: &mut Map<String, Json>) -> Result<(), String> {
+    let key = format!("{name}.attention.head_count_kv");
+    let wrong = || format!("metadata \"{key}\" must hold a number for each layer");
+    let heads: Option<Vec<u64>> = header.array(&key)?.ok_or_else(wrong)?.iter().map(Value::integer).collect();
+    let heads = heads.ok_or_else(wrong)?;
+    let some: Vec<u64> = heads.iter().copied().filter(|heads| *heads > 0).collect();
+    if some.windows(2).any(|pair| pair[0] != pair[1]) {
+        return Err(format!("metadata \"{key}\" differs between layers of attention, which is not supported"));
+    }
+    config.insert("num_key_value_heads".into(), json!(some.first()));
+    let kind = |heads: &u64| if *heads > 0 { "full_attention" } else { other };
+    config.insert("layer_types".into(), json!(heads.iter().map(kind).collect::<Vec<_>>()));
+    config.insert("conv_bias".into(), json!(header.tensors.iter().any(|tensor| tensor.name.ends_with("shortconv.conv.bias"))));
+    Ok(())
+}
+
+/// DeepSeek 2 and 3, which have one name: the older's experts are by softmax. Widths of keys and values are those of the one head that is
+/// cached, and what heads have stands beside them.
+fn latent(header: &Header<'_>, name: &str, config: &mut Map<String, Json>) -> Result<(), String> {
+    config.remove("head_dim");
+    let rope = needed(header, &format!("{name}.rope.dimension_count"))?;
+    // Files from before keys and values were cached as one vector have the heads' own widths.
+    let (keys, values) = (format!("{name}.attention.key_length_mla"), format!("{name}.attention.value_length_mla"));
+    let (keys, values) = match header.get(&keys) {
+        Some(_) => (keys, values),
+        None => (format!("{name}.attention.key_length"), format!("{name}.attention.value_length")),
+    };
+    let nope = needed(header, &keys)?.checked_sub(rope).ok_or_else(|| format!("metadata \"{keys}\" is less than what is rotated"))?;
+    config.insert("qk_nope_head_dim".into(), json!(nope));
+    config.insert("v_head_dim".into(), json!(needed(header, &values)?));
+    // Some converters leave the number out, and the tensors tell.
+    let layers = needed(header, &format!("{name}.block_count"))?.min(MOST_LAYERS);
+    let first = (0..layers).position(|layer| header.tensor(&format!("blk.{layer}.ffn_gate_inp.weight")).is_some());
+    config.insert("first_k_dense_replace".into(), json!(first.map_or(layers, |first| first as u64)));
+    const SIGMOID: u64 = 2;
+    let shifts_choice = header.tensors.iter().any(|tensor| tensor.name.ends_with(".exp_probs_b.bias"));
+    let is_newer = shifts_choice || header.integer(&format!("{name}.expert_gating_func"))? == Some(SIGMOID);
+    let normalizes = header.flag(&format!("{name}.expert_weights_norm"))?.unwrap_or(false);
+    config.insert("norm_topk_prob".into(), json!(normalizes));
+    if !is_newer {
+        config.insert("model_type".into(), json!("deepseek_v2"));
+        let groups = header.integer(&format!("{name}.expert_group_count"))?.unwrap_or(1);
+        config.insert("topk_method".into(), json!(if groups > 1 { "group_limited_greedy" } else { "greedy" }));
+    }
+    Ok(())
+}
+
+/// Types of tokens, and what scores: told by the tensors.
+fn encoder(header: &Header<'_>, name: &str, config: &mut Map<String, Json>) -> Result<(), String> {
+    let rows = |tensor: &str| header.tensor(tensor).and_then(|tensor| tensor.shape.first().copied());
+    config.insert("type_vocab_size".into(), json!(rows("token_types.weight").unwrap_or(0)));
+    config.insert("norm_bias".into(), json!(header.tensor("output_norm.bias").is_some()));
+    let Some(labels) = rows("cls.output.weight") else { return Ok(()) };
+    if header.tensor("cls.weight").is_none() {
+        return Err("tensor cls.output.weight is there without cls.weight: the converter left out what stands before the score".to_owned());
+    }
+    if name == "bert" {
+        config.insert("model_type".into(), json!("xlm-roberta"));
+    }
+    config.insert("num_labels".into(), json!(labels));
+    config.insert("architectures".into(), json!(["ForSequenceClassification"]));
+    let pooling = header.integer(&format!("{name}.classifier.pooling_type"))?;
+    config.insert("classifier_pooling".into(), json!(if pooling == Some(1) { "mean" } else { "cls" }));
+    config.insert("classifier_bias".into(), json!(header.tensor("cls.bias").is_some()));
+    Ok(())
+}
+
+/// The files of Sentence Transformers: how rows are pooled, where the metadata says it. llama.cpp makes vectors of length 1.
+pub fn modules(header: &Header<'_>) -> Result<Option<[(&'static str, Json); 2]>, String> {
+    let name = Architecture::of(header)?.name;
+    let key = format!("{name}.pooling_type");
+    let mode = match header.integer(&key)? {
+        Some(1) => "mean",
+        Some(2) => "cls",
+        Some(3) => "lasttoken",
+        // None, or what scores.
+        None | Some(0 | 4) => return Ok(None),
+        Some(other) => return Err(format!("metadata \"{key}\" is {other}, which is not known")),
+    };
+    let module = |kind: &str, path: &str| json!({"type": format!("sentence_transformers.models.{kind}"), "path": path});
+    let modules = json!([module("Transformer", ""), module("Pooling", "1_Pooling"), module("Normalize", "2_Normalize")]);
+    Ok(Some([("modules.json", modules), ("1_Pooling/config.json", json!({"pooling_mode": mode}))]))
+}
+
 /// Which layers see a window only.
 fn windows(header: &Header<'_>, name: &str, layers: u64, config: &mut Map<String, Json>) -> Result<(), String> {
     // Gemma 2 has windows whether its file says so or not.
@@ -244,9 +340,14 @@ fn rope_scaling(header: &Header<'_>, name: &str, file: &[u8]) -> Result<Option<J
         ("llama_4_scaling_beta", scalar(header, &format!("{name}.attention.temperature_scale"))?),
     ];
     scaling.extend(rows.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))));
-    if let Some(all) = get("yarn_log_multiplier")?.filter(|all| all.as_f64().is_some_and(|all| all > 0.0)) {
-        scaling.insert("mscale".into(), json!(1.0));
-        scaling.insert("mscale_all_dim".into(), all);
+    if let Some(all) = get("yarn_log_multiplier")?.and_then(|all| all.as_f64()).filter(|all| *all > 0.0) {
+        // The converter writes a tenth of it for DeepSeek, where both are the same.
+        let (mscale, all) = if name == "deepseek2" { ((all * 10.0) as f32, (all * 10.0) as f32) } else { (1.0, all as f32) };
+        scaling.insert("mscale".into(), json!(mscale));
+        scaling.insert("mscale_all_dim".into(), json!(all));
+    }
+    if name == "gpt-oss" {
+        scaling.insert("truncate".into(), json!(false));
     }
     Ok(Some(Json::Object(scaling)))
 }
@@ -256,6 +357,7 @@ fn refuse_odd(header: &Header<'_>, name: &str, config: &Map<String, Json>) -> Re
     let value_length = scalar(header, &format!("{name}.attention.value_length"))?;
     if let (Some(keys), Some(values)) = (config.get("head_dim"), &value_length)
         && keys != values
+        && !config.contains_key("kv_lora_rank")
     {
         return Err(format!("metadata \"{name}.attention.value_length\" is {values}, and keys have {keys}: both must be the same"));
     }

@@ -51,7 +51,8 @@ pub fn model_files(name: &str, origin: &str, files: Vec<(String, Source)>) -> Re
         ("generation_config.json", config::generation(&header)),
     ];
     let mut all = vec![(TOKENIZER.to_owned(), source)];
-    for (name, json) in made {
+    let modules = config::modules(&header).map_err(broken)?.into_iter().flatten().map(|(name, json)| (name, Ok(json)));
+    for (name, json) in made.into_iter().chain(modules) {
         let json: Json = json.map_err(broken)?;
         all.push((name.to_owned(), Source::Made(Arc::from(json.to_string().into_bytes()))));
     }

@@ -34,37 +34,45 @@ impl Naming {
             return Ok(Vec::new());
         }
         let whole = |name: String| vec![Part { name, shape: tensor.shape.clone(), range: tensor.range.clone() }];
-        let known = match tensor.name {
-            "token_embd.weight" => Some("model.embed_tokens.weight"),
-            "output_norm.weight" => Some("model.norm.weight"),
-            "output_norm.bias" => Some("model.norm.bias"),
-            "output.weight" => Some("lm_head.weight"),
-            _ => None,
-        };
-        if let Some(name) = known {
-            return Ok(whole(name.to_owned()));
-        }
         let Some((layer, rest)) = tensor.name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) else {
-            return Ok(whole(tensor.name.to_owned()));
+            let (name, suffix) = tensor.name.rsplit_once('.').unwrap_or((tensor.name, ""));
+            let known = self.architecture.outside(name).map(|ours| format!("{ours}.{suffix}"));
+            return Ok(whole(known.unwrap_or_else(|| tensor.name.to_owned())));
         };
         let (name, suffix) = rest.rsplit_once('.').unwrap_or((rest, ""));
+        let layer = format!("{}.{layer}", self.architecture.layers);
         if name == "ffn_gate_up_exps" && suffix == "weight" {
-            let (gate, up) = (self.experts(tensor, layer, "ffn_gate_exps", (0, 2))?, self.experts(tensor, layer, "ffn_up_exps", (1, 2))?);
-            return Ok(gate.into_iter().chain(up).collect());
+            let of = |name: &str, place| self.experts(tensor, &layer, (name, suffix), place);
+            return Ok(of("ffn_gate_exps", (0, 2))?.into_iter().chain(of("ffn_up_exps", (1, 2))?).collect());
         }
         match self.architecture.tensor(name) {
-            // A vector that has no suffix there.
-            Some(ours) if name == "exp_probs_b" => Ok(whole(format!("model.layers.{layer}.{ours}"))),
-            Some(ours) if ours.contains('*') && suffix == "weight" => self.experts(tensor, layer, name, (0, 1)),
-            Some(ours) => Ok(whole(format!("model.layers.{layer}.{ours}.{suffix}"))),
-            None => Ok(whole(format!("model.layers.{layer}.{rest}"))),
+            // Vectors that have no suffix there.
+            Some(ours) if matches!(name, "exp_probs_b" | "attn_sinks") => Ok(whole(format!("{layer}.{ours}"))),
+            Some(ours) if ours.contains('*') => self.experts(tensor, &layer, (name, suffix), (0, 1)),
+            Some(ours) => Ok(whole(format!("{layer}.{ours}.{suffix}"))),
+            None => Ok(whole(format!("{layer}.{rest}"))),
         }
     }
 
-    /// A tensor of all experts `[experts, out, in]`, one by one: of each expert's rows the part `index` of `parts` equal ones.
-    fn experts(self, tensor: &Tensor<'_>, layer: &str, name: &str, (index, parts): (usize, usize)) -> Result<Vec<Part>, String> {
-        let [experts, outputs, inputs] = tensor.shape[..] else {
-            return Err(format!("tensor {} has shape {:?}, and three dimensions are expected of experts", tensor.name, tensor.shape));
+    /// A tensor of all experts (or heads) `[experts, out, in]`, or their biases `[experts, out]`, one by one: of each expert's rows the part
+    /// `index` of `parts` equal ones.
+    fn experts(
+        self,
+        tensor: &Tensor<'_>,
+        layer: &str,
+        (name, suffix): (&str, &str),
+        (index, parts): (usize, usize),
+    ) -> Result<Vec<Part>, String> {
+        let (experts, outputs, inputs) = match (suffix, &tensor.shape[..]) {
+            ("weight", [experts, outputs, inputs]) => (*experts, *outputs, Some(*inputs)),
+            ("bias", [experts, outputs]) => (*experts, *outputs, None),
+            _ => {
+                let wanted = if suffix == "bias" { "two" } else { "three" };
+                return Err(format!(
+                    "tensor {} has shape {:?}, and {wanted} dimensions are expected of experts",
+                    tensor.name, tensor.shape
+                ));
+            }
         };
         if experts > MOST_EXPERTS || outputs % parts != 0 {
             return Err(format!("tensor {} has shape {:?}, which no model's experts have", tensor.name, tensor.shape));
@@ -73,8 +81,8 @@ impl Naming {
         let bytes = tensor.range.len() / experts / parts;
         let part = |expert: usize| {
             let from = tensor.range.start + (expert * parts + index) * bytes;
-            let name = format!("model.layers.{layer}.{}.weight", ours.replace('*', &expert.to_string()));
-            Part { name, shape: vec![outputs / parts, inputs], range: from..from + bytes }
+            let name = format!("{layer}.{}.{suffix}", ours.replace('*', &expert.to_string()));
+            Part { name, shape: std::iter::once(outputs / parts).chain(inputs).collect(), range: from..from + bytes }
         };
         Ok((0..experts).map(part).collect())
     }

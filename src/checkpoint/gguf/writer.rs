@@ -13,6 +13,7 @@ pub enum Value {
     Floats(Vec<f32>),
     Integers(Vec<i32>),
     Flags(Vec<bool>),
+    Bytes(Vec<u8>),
 }
 
 /// A tensor: its name, its shape with the slowest dimension first, its type's number and its bytes.
@@ -46,6 +47,7 @@ fn value(value: &Value, out: &mut Vec<u8>) {
         Value::Texts(texts) => array(8, texts, out, |string, out| text(string, out)),
         Value::Floats(numbers) => array(6, numbers, out, |number, out| out.extend(number.to_le_bytes())),
         Value::Integers(numbers) => array(5, numbers, out, |number, out| out.extend(number.to_le_bytes())),
+        Value::Bytes(bytes) => array(0, bytes, out, |byte, out| out.push(*byte)),
         Value::Flags(flags) => array(7, flags, out, |flag, out| out.push(u8::from(*flag))),
     }
 }

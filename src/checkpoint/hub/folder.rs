@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use super::unavailable;
-use crate::checkpoint::files::{INDEX, ModelFiles, SENTENCEPIECE_FILES, Source, is_module_file, weight_files};
+use crate::checkpoint::files::{
+    INDEX, ModelFiles, SENTENCEPIECE_FILES, Source, TEKKEN, TOKENIZERS, is_module_file, is_tiktoken, weight_files,
+};
 use crate::checkpoint::gguf;
 use crate::error::Failure;
 
@@ -65,6 +67,8 @@ pub fn wanted(name: &str, need: Need) -> bool {
 fn of_tokenizer(name: &str) -> bool {
     name.starts_with("tokenizer.")
         || SENTENCEPIECE_FILES.contains(&name)
+        || name == TEKKEN
+        || is_tiktoken(name)
         || name.ends_with(".jinja")
         || matches!(name, "tokenizer_config.json" | "special_tokens_map.json" | "added_tokens.json" | "chat_template.json")
 }
@@ -163,11 +167,9 @@ fn without_doubles(files: ModelFiles) -> ModelFiles {
 /// What is missing of `need`, in words; `None` when it is whole.
 pub fn missing(files: &ModelFiles, need: Need) -> Option<String> {
     let names: Vec<&str> = files.iter().map(|(name, _)| name).collect();
-    let tokenizer = files.get("tokenizer.json").is_some()
-        || files.get(gguf::TOKENIZER).is_some()
-        || SENTENCEPIECE_FILES.iter().any(|file| files.get(file).is_some());
-    if need != Need::Weights && !tokenizer {
-        return Some(format!("a tokenizer (tokenizer.json, {})", SENTENCEPIECE_FILES.join(" or ")));
+    let is_vocabulary = |name: &&str| ["tokenizer.json", TEKKEN, gguf::TOKENIZER].contains(name) || SENTENCEPIECE_FILES.contains(name);
+    if need != Need::Weights && !names.iter().any(|name| is_vocabulary(name) || is_tiktoken(name)) {
+        return Some(format!("a tokenizer ({TOKENIZERS})"));
     }
     if need == Need::Tokenizer {
         return None;

@@ -155,7 +155,9 @@ impl Model {
 fn roberta(config: Config<'_>, model: &mut Model) -> Result<(), String> {
     let hidden = model.spec.hidden_size;
     model.like_bert(config, BERT_NAMES)?;
-    model.add_positions(config, config.count("pad_token_id")?.unwrap_or(1) + 1)?;
+    // llama.cpp's converter leaves the rows out that no token has.
+    let first = if config.has("gguf") { 0 } else { config.count("pad_token_id")?.unwrap_or(1) + 1 };
+    model.add_positions(config, first)?;
     let dense = HeadLayer { activation: Some(Activation::Tanh), ..HeadLayer::new("classifier.dense", hidden, hidden) };
     model.classifier.layers = vec![dense, HeadLayer::new("classifier.out_proj", hidden, 1)];
     Ok(())

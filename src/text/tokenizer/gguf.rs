@@ -1,4 +1,5 @@
-//! The tokenizer in the metadata of a GGUF file: SentencePiece BPE (`llama`) or BPE over bytes (`gpt2`), cut as llama.cpp cuts.
+//! The tokenizer in the metadata of a GGUF file: SentencePiece BPE (`llama`) or BPE over bytes (`gpt2`), cut as llama.cpp cuts, or unigrams
+//! (`t5`) and WordPiece (`bert`), cut as the models' own libraries do.
 
 use tokenizers::AddedToken;
 use tokenizers::models::bpe::{BPE, Vocab};
@@ -8,9 +9,11 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 
+use super::AroundPair;
 use super::pre_tokenizers::{Pre, pre_tokenizer};
+use super::wordpiece;
 use crate::checkpoint::gguf::{Header, Value};
-use crate::text::sentencepiece::{self, Kind, Piece, byte_piece};
+use crate::text::sentencepiece::{self, Algorithm, Kind, NormalizerSpec, Piece, byte_piece};
 
 /// `tokenizer.ggml.token_type`.
 const NORMAL: u64 = 1;
@@ -21,19 +24,39 @@ const UNUSED: u64 = 5;
 /// What a file's metadata holds.
 pub enum Vocabulary<'a> {
     SentencePiece(sentencepiece::Model<'a>),
-    Bytes(Box<tokenizers::Tokenizer>),
+    Library(Box<tokenizers::Tokenizer>),
 }
 
 /// Reads the vocabulary. Kinds of tokenizers that are not known are refused by their names.
 pub fn read<'a>(header: &Header<'a>) -> Result<Vocabulary<'a>, String> {
+    let library = |tokenizer| Vocabulary::Library(Box::new(tokenizer));
     match header.text("tokenizer.ggml.model")? {
-        Some("llama") => sentencepiece(header).map(Vocabulary::SentencePiece),
-        Some("gpt2") => bytes(header).map(|tokenizer| Vocabulary::Bytes(Box::new(tokenizer))),
+        Some("llama") => sentencepiece(header, Algorithm::Bpe).map(Vocabulary::SentencePiece),
+        Some("t5") => sentencepiece(header, Algorithm::Unigram).map(Vocabulary::SentencePiece),
+        Some("gpt2") => bytes(header).map(library),
+        Some("bert") => wordpiece::read(header, &tokens(header)?).map(library),
         Some(other) => Err(format!(
-            "tokenizer.ggml.model \"{other}\" is not supported (llama and gpt2 are); set TOKENIZER to a model with a tokenizer.json"
+            "tokenizer.ggml.model \"{other}\" is not supported (llama, t5, gpt2 and bert are); set TOKENIZER to a model with a tokenizer.json"
         )),
         None => Err("it has no tokenizer (tokenizer.ggml.model); set TOKENIZER to a model with one".to_owned()),
     }
+}
+
+/// What the metadata wants around a text, beyond the token at its beginning that the configuration has, and around two texts.
+pub fn around(header: &Header<'_>) -> Result<(Vec<u32>, AroundPair), String> {
+    let flag = |key: &str, default| header.flag(key).map(|flag| flag.unwrap_or(default));
+    let id = |key: &str, wanted: bool| -> Result<Vec<u32>, String> {
+        let id = if wanted { header.integer(key)? } else { None };
+        Ok(id.into_iter().map(|id| id as u32).collect())
+    };
+    let unigram = header.text("tokenizer.ggml.model")? == Some("t5");
+    let after = id("tokenizer.ggml.eos_token_id", flag("tokenizer.ggml.add_eos_token", unigram)?)?;
+    let before = id("tokenizer.ggml.bos_token_id", flag("tokenizer.ggml.add_bos_token", false)?)?;
+    if !unigram {
+        return Ok((after, AroundPair::default()));
+    }
+    let between = [&after[..], &after[..]].concat();
+    Ok((after.clone(), AroundPair { before, between, after, has_types: false }))
 }
 
 /// Each token's text and type, in the order of ids.
@@ -57,7 +80,7 @@ fn tokens<'a>(header: &Header<'a>) -> Result<Vec<(&'a str, u64)>, String> {
     Ok(tokens)
 }
 
-fn sentencepiece<'a>(header: &Header<'a>) -> Result<sentencepiece::Model<'a>, String> {
+fn sentencepiece<'a>(header: &Header<'a>, algorithm: Algorithm) -> Result<sentencepiece::Model<'a>, String> {
     let tokens = tokens(header)?;
     let scores = header.array("tokenizer.ggml.scores")?.filter(|scores| scores.len >= tokens.len());
     let scores =
@@ -75,8 +98,28 @@ fn sentencepiece<'a>(header: &Header<'a>) -> Result<sentencepiece::Model<'a>, St
         Ok(Piece { text, score, kind })
     };
     let pieces = tokens.into_iter().zip(scores.iter()).map(piece).collect::<Result<Vec<_>, String>>()?;
-    let prefix = header.flag("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
-    Ok(sentencepiece::Model::of_pieces(pieces, prefix))
+    let dummy_prefix = header.flag("tokenizer.ggml.add_space_prefix")?.unwrap_or(algorithm == Algorithm::Bpe);
+    let mut normalizer = NormalizerSpec { charsmap: Default::default(), dummy_prefix, remove_extra_whitespaces: false };
+    if algorithm != Algorithm::Bpe {
+        normalizer.charsmap = charsmap(header)?.into();
+        normalizer.remove_extra_whitespaces = header.flag("tokenizer.ggml.remove_extra_whitespaces")?.unwrap_or(false);
+        if normalizer.remove_extra_whitespaces && !dummy_prefix {
+            // llama.cpp then puts a space before texts all the same, which the models do not.
+            return Err("tokenizer.ggml.remove_extra_whitespaces without add_space_prefix is not supported".to_owned());
+        }
+    }
+    Ok(sentencepiece::Model::of_pieces(pieces, algorithm, normalizer))
+}
+
+fn charsmap(header: &Header<'_>) -> Result<Vec<u8>, String> {
+    let Some(array) = header.array("tokenizer.ggml.precompiled_charsmap")? else { return Ok(Vec::new()) };
+    let byte = |value| match value {
+        Value::Unsigned(number) => u8::try_from(number).ok(),
+        Value::Signed(number) => i8::try_from(number).ok().map(i8::cast_unsigned),
+        _ => None,
+    };
+    let bytes: Option<Vec<u8>> = array.iter().map(byte).collect();
+    bytes.ok_or_else(|| "metadata \"tokenizer.ggml.precompiled_charsmap\" must hold bytes".to_owned())
 }
 
 fn bytes(header: &Header<'_>) -> Result<tokenizers::Tokenizer, String> {

@@ -20,8 +20,8 @@ pub struct Json {
     inner: tokenizers::Tokenizer,
     added: HashMap<u32, AddedToken>,
     /// What the post-processor puts before and after a text.
-    around: (Vec<u32>, Vec<u32>),
-    around_pair: AroundPair,
+    pub around: (Vec<u32>, Vec<u32>),
+    pub around_pair: AroundPair,
     /// `None`: tokens may stand for any amount of text.
     pub spelling: Option<Spelling>,
 }
@@ -147,14 +147,6 @@ impl Json {
         let start = if token.lstrip { before.trim_end().len() } else { found.start };
         let end = if token.rstrip { text.len() - after.trim_start().len() } else { found.end };
         Some(start..end)
-    }
-
-    pub fn added_around(&self) -> (&[u32], &[u32]) {
-        (&self.around.0, &self.around.1)
-    }
-
-    pub fn around_pair(&self) -> &AroundPair {
-        &self.around_pair
     }
 
     pub fn id(&self, token: &str) -> Option<u32> {
@@ -297,7 +289,7 @@ fn running_text(mut token: String, steps: &[Step], alphabet: &HashMap<char, u8>)
 }
 
 /// GPT-2's printable stand-in for each byte, the other way round.
-fn byte_level_alphabet() -> HashMap<char, u8> {
+pub fn byte_level_alphabet() -> HashMap<char, u8> {
     let printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
     let stand_ins = (256u32..).filter_map(char::from_u32);
     let plain = (0..=255u8).filter(|&byte| printable(byte)).map(|byte| (char::from(byte), byte));

@@ -140,15 +140,16 @@ fn models_that_cannot_be_honoured_are_refused_by_name() {
     assert!(sentencepiece::Model::parse(&proto(&bpe, &identity)).is_ok());
     let charsmap = [field(2, b"x"), identity.to_vec()].concat();
     let cases: [(Vec<u8>, &str); 6] = [
-        (proto(&[0x18, 1], &identity), "unigram"),
-        (proto(&[], &identity), "unigram"),
+        (proto(&[0x18, 3], &identity), "model_type 3 (word)"),
+        (proto(&[0x18, 4], &identity), "model_type 4 (char)"),
         (proto(&bpe, &charsmap), "precompiled_charsmap"),
-        (proto(&bpe, &[0x20, 0]), "add_dummy_prefix"),
-        (proto(&bpe, &[0x18, 0]), "remove_extra_whitespaces"),
+        (proto(&[0x18, 2, 0xc0, 1, 1], &identity), "treat_whitespace_as_suffix"),
+        (proto(&bpe, &[0x28, 0]), "escape_whitespaces"),
         (b"\x0a\x7fnot a model".to_vec(), "cut off"),
     ];
     for (file, reason) in cases {
-        let error = sentencepiece::Model::parse(&file).err().unwrap();
+        let loaded = sentencepiece::Model::parse(&file).and_then(|model| sentencepiece::Encoder::new(&model, |_| false).map(|_| ()));
+        let error = loaded.err().unwrap();
         assert!(error.contains(reason), "{error}");
     }
     assert!(embedded(&[]).err().unwrap().message.contains("has no tokenizer: put its tokenizer.json"));
@@ -176,7 +177,7 @@ fn without_byte_fallback_a_run_of_unknown_characters_is_one_token() {
     let file = proto(&[0x18, 2], &[0x18, 0, 0x20, 0]);
     let model = sentencepiece::Model::parse(&file).unwrap();
     let mut ids = Vec::new();
-    Bpe::new(&model, |_| false).unwrap().encode("axyaz", &mut ids);
+    sentencepiece::Encoder::new(&model, |_| false).unwrap().encode("axyaz", true, &mut ids);
     assert_eq!(ids, [1, 0, 1, 0]);
 }
 

@@ -168,12 +168,22 @@ impl<B: Backend> Loader<'_, '_, B> {
         let name = self.in_layer(index, "self_attn.kv_b_proj");
         let (each, value) = (nope_dim + layer.value_dim, layer.value_dim);
         let plain = |source| self.linear(&source, Columns::Plain, Place::Layer, None);
+        // llama.cpp's converter turns each head's keys, and stores them apart from the values.
+        let stored = |kind: &str, head: usize| self.in_layer(index, &format!("self_attn.{kind}_b_proj.{head}"));
+        let apart = self.tensors.is_stored(&stored("k", 0));
         let keys = own.clone().map(|head| {
+            if apart {
+                return plain(self.tensors.matrix(&[], &[Part::new(&stored("k", head), rank, 0..rank)], nope_dim.into())?);
+            }
             let columns = head * each..head * each + nope_dim;
             plain(self.tensors.transposed_rows(&name, heads * each, columns, rank)?)
         });
         let values = own.clone().map(|head| {
-            let part = Part::new(&name, heads * each, head * each + nope_dim..(head + 1) * each);
+            let alone = stored("v", head);
+            let part = match apart {
+                true => Part::new(&alone, value, 0..value),
+                false => Part::new(&name, heads * each, head * each + nope_dim..(head + 1) * each),
+            };
             plain(self.tensors.matrix(&[], &[part], rank.into())?)
         });
         let latent = Latent {
