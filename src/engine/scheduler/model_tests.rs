@@ -95,7 +95,7 @@ fn words(text: u32, len: usize) -> Vec<u32> {
 #[test]
 fn logits_are_bit_identical_with_and_without_the_prefix_cache() {
     for dtype in DTYPES {
-        with_files(&demo::files(), dtype, usize::MAX.into(), |runner| the_prefix_cache_changes_no_bit(runner));
+        with_files(&demo::files(), dtype, usize::MAX.into(), the_prefix_cache_changes_no_bit);
     }
 }
 

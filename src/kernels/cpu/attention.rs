@@ -543,12 +543,12 @@ unsafe fn accumulate<S: Simd, E: Element, const R: usize, const D: usize>(
             let mut value = [S::zero(); D];
             let mut scale = S::zero();
             for c in 0..D {
-                if c * S::LANES * size_of::<E>() % LINE == 0 {
+                if (c * S::LANES * size_of::<E>()).is_multiple_of(LINE) {
                     S::prefetch(next.wrapping_add((i * d + c * S::LANES) * size_of::<E>()));
                 }
                 value[c] = E::load::<S>(of.numbers.add(i * d + column + c * S::LANES));
                 if E::SCALED {
-                    if c * S::LANES % GROUP == 0 {
+                    if (c * S::LANES).is_multiple_of(GROUP) {
                         let bits = (*of.scales.add(i * groups + (column + c * S::LANES) / GROUP)).to_bits();
                         scale = S::splat(f32::from_bits(u32::from(bits) << 16));
                     }
