@@ -548,7 +548,7 @@ unsafe fn accumulate<S: Simd, E: Element, const R: usize, const D: usize>(
                 }
                 value[c] = E::load::<S>(of.numbers.add(i * d + column + c * S::LANES));
                 if E::SCALED {
-                    if c * S::LANES % GROUP == 0 {
+                    if (c * S::LANES).is_multiple_of(GROUP) {
                         let bits = (*of.scales.add(i * groups + (column + c * S::LANES) / GROUP)).to_bits();
                         scale = S::splat(f32::from_bits(u32::from(bits) << 16));
                     }
