@@ -50,6 +50,19 @@ def test_a_download_that_breaks_goes_on(hub, tmp_path, capital):
     assert not hub.cuts, "it did break"
 
 
+def test_a_model_from_modelscope(hub, tmp_path, capital):
+    settings = {"MODEL_SOURCE": "modelscope", "MODELSCOPE_ENDPOINT": hub.base, "HF_HOME": str(tmp_path / "hf")}
+    hub.cuts.add("model.safetensors")
+    with Server("http", "--model", NAME, env=settings) as server:
+        answers(server, capital, NAME)
+    assert not hub.cuts, "it did break"
+    assert all("/models/" in path for path in hub.asked), hub.asked
+    asked = len(hub.asked)
+    with Server("http", "--model", NAME, env={**settings, "HF_HUB_OFFLINE": "1"}) as server:
+        answers(server, capital, NAME)
+    assert len(hub.asked) == asked, "offline asks nobody"
+
+
 def test_pull_into_a_folder(hub, tmp_path, capital):
     folder = tmp_path / "model"
     done = run("pull", NAME, "--to", str(folder), env=env(hub, tmp_path))

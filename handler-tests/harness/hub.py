@@ -1,4 +1,4 @@
-"""A model hub on loopback, as far as downloads need one: the model's file list, and files by range."""
+"""A model hub on loopback, as far as downloads need one: the model's file list, and files by range; as Hugging Face has them and as ModelScope does."""
 from __future__ import annotations
 
 import hashlib
@@ -76,7 +76,11 @@ class Hub:
         if re.fullmatch(rf"/api/models/{self.repository}(/revision/(main|{COMMIT}))?", path):
             siblings = [{"rfilename": name} for name in self.files]
             return self.send(request, 200, json.dumps({"id": self.repository, "sha": COMMIT, "siblings": siblings}).encode())
-        match = re.fullmatch(rf"/{self.repository}/resolve/(?:main|{COMMIT})/(.+)", path)
+        # ModelScope's way of saying the same.
+        if path == f"/api/v1/models/{self.repository}/repo/files":
+            files = [{"Path": name, "Size": len(data), "Type": "blob", "Sha256": hashlib.sha256(data).hexdigest()} for name, data in self.files.items()]
+            return self.send(request, 200, json.dumps({"Code": 200, "Success": True, "Data": {"Files": files}}).encode())
+        match = re.fullmatch(rf"(?:/models)?/{self.repository}/resolve/(?:main|master|{COMMIT})/(.+)", path)
         if not match or match[1] not in self.files:
             return self.send(request, 404, b'{"error":"Entry not found"}')
         self.gate.wait()

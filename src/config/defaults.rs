@@ -9,6 +9,8 @@ pub const MODEL: &str = "baidu/ERNIE-4.5-0.3B-Paddle";
 /// The hub's branch.
 pub const REVISION: &str = "main";
 pub const HF_ENDPOINT: &str = "https://huggingface.co";
+pub const MODELSCOPE_ENDPOINT: &str = "https://www.modelscope.cn";
+pub const MODELSCOPE_REVISION: &str = "master";
 pub const LOCAL_MODEL_ROOT: &str = "/root/PaddlePaddle";
 /// Where the platform mounts the network volume.
 pub const BASE_PATH: &str = "/runpod-volume";

@@ -91,16 +91,34 @@ impl Settings {
     }
 }
 
+/// The hub that models are fetched from (`MODEL_SOURCE`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ModelSource {
+    #[default]
+    HuggingFace,
+    ModelScope,
+}
+
+impl ModelSource {
+    /// The branch that is meant where none is named.
+    pub fn default_revision(self) -> &'static str {
+        match self {
+            Self::HuggingFace => defaults::REVISION,
+            Self::ModelScope => defaults::MODELSCOPE_REVISION,
+        }
+    }
+}
+
 /// Where models come from.
-#[derive(Debug, Clone, SmartDefault)]
+#[derive(Debug, Clone, Default)]
 pub struct HubSettings {
+    pub source: ModelSource,
     pub revision: Option<String>,
     /// A tokenizer from elsewhere: hub id or folder.
     pub tokenizer: Option<String>,
     pub token: Option<SecretString>,
-    /// `HF_ENDPOINT`.
-    #[default(defaults::HF_ENDPOINT.to_owned())]
-    pub endpoint: String,
+    /// The source's address (`HF_ENDPOINT`, `MODELSCOPE_ENDPOINT`); its own where none is given.
+    pub endpoint: Option<String>,
     pub offline: bool,
     /// Hugging Face caches to look in, in order; downloads go to the first that can be written.
     pub caches: Vec<PathBuf>,

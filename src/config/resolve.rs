@@ -7,8 +7,8 @@ use super::given::Given;
 use super::sources::Merged;
 use super::{
     ApiSettings, Args, BatchGrowth, ConfigError, ConfigSources, ContentFormat, EngineSettings, HubSettings, KeysFile, LogLevel,
-    LogSettings, LogprobsMode, NativeFormat, PreparedWriting, ReasoningField, RunpodSettings, SecretString, ServerSettings, Settings,
-    TaskChoice, TensorParallel, TlsFiles, defaults, parse, policy, report, table,
+    LogSettings, LogprobsMode, ModelSource, NativeFormat, PreparedWriting, ReasoningField, RunpodSettings, SecretString, ServerSettings,
+    Settings, TaskChoice, TensorParallel, TlsFiles, defaults, parse, policy, report, table,
 };
 
 impl Settings {
@@ -126,14 +126,22 @@ fn hub(given: &Given) -> HubSettings {
             caches.push(path);
         }
     }
+    let source = match given.text(&table::MODEL_SOURCE).as_deref() {
+        Some("modelscope") => ModelSource::ModelScope,
+        _ => ModelSource::HuggingFace,
+    };
     let stored = || std::fs::read_to_string(expand_home(hf_home.join("token"), home.as_deref())).ok();
-    let token = given.text(&table::HF_TOKEN).or_else(stored).map(|token| token.trim().to_owned()).filter(|token| !token.is_empty());
-    let default = HubSettings::default();
+    let (token, endpoint) = match source {
+        ModelSource::HuggingFace => (given.text(&table::HF_TOKEN).or_else(stored), &table::HF_ENDPOINT),
+        ModelSource::ModelScope => (given.text(&table::MODELSCOPE_API_TOKEN), &table::MODELSCOPE_ENDPOINT),
+    };
+    let token = token.map(|token| token.trim().to_owned()).filter(|token| !token.is_empty());
     HubSettings {
+        source,
         revision: given.text(&table::REVISION),
         tokenizer: given.text(&table::TOKENIZER),
         token: token.map(SecretString::from),
-        endpoint: given.text(&table::HF_ENDPOINT).unwrap_or(default.endpoint),
+        endpoint: given.text(endpoint),
         offline: given.switch(&table::HF_HUB_OFFLINE).unwrap_or(false),
         caches,
         local_model_root: Some(path(&table::LOCAL_MODEL_ROOT).unwrap_or_else(|| defaults::LOCAL_MODEL_ROOT.into())),

@@ -36,7 +36,9 @@ settings! {
             .form(Form::new("Model",
                 "Hub id of a text model of a family that is served (ERNIE 4.5, Llama, Qwen, Gemma, Mistral and more: docs/models.md), a folder or GGUF file on the network volume, or demo",
                 Input::Model).required());
-        /// Branch, tag or commit of the model.
+        /// The hub that models are fetched from: `huggingface` or `modelscope`.
+        MODEL_SOURCE = Setting::new(Kind::OneOf(&["huggingface", "modelscope"]), Text("huggingface"));
+        /// Branch, tag or commit of the model (on ModelScope a branch or tag, `master` where none is named).
         REVISION = Setting::new(Kind::Text, Text(defaults::REVISION))
             .also(&["MODEL_REVISION"])
             .form(Form::new("Revision", "Branch, tag or commit of the model", Input::Text).filled("").advanced());
@@ -51,6 +53,10 @@ settings! {
             .form(Form::new("Hugging Face token", "For gated and private models; better set as a secret", Input::Text));
         /// The model hub's address.
         HF_ENDPOINT = Setting::new(Kind::Url, Text(defaults::HF_ENDPOINT));
+        /// Token for private models on ModelScope. Never shown.
+        MODELSCOPE_API_TOKEN = Setting::text().secret();
+        /// ModelScope's address.
+        MODELSCOPE_ENDPOINT = Setting::new(Kind::Url, Text(defaults::MODELSCOPE_ENDPOINT));
         /// Use no network: only what is on disk.
         HF_HUB_OFFLINE = Setting::switch(false).also(&["TRANSFORMERS_OFFLINE"]);
         /// Where downloads go, before every other cache.

@@ -193,7 +193,7 @@ impl Encoder {
             Algorithm::Unigram => Cutter::Unigram(Unigram::new(&model.pieces, &hidden)?),
         };
         let mut encoder = Self {
-            pieces: Pieces::new(&model.pieces, &hidden),
+            pieces: Pieces::new(&model.pieces, hidden),
             normalizer: Normalizer::new(&model.normalizer, &fixed)?,
             cutter,
             bytes: [None; 256],

@@ -14,17 +14,12 @@ use hf_hub::{Cache, Repo, RepoType};
 use indicatif::ProgressBar;
 
 use super::folder::{self, Need, Target};
-use super::unavailable;
-use crate::checkpoint::files::{INDEX, ModelFiles, Source, is_module_file, weight_files};
+use super::transfer::{self, QUESTION, STALL, TRIES, chain, choose, passing, pause, weights};
+use super::{modelscope, unavailable};
+use crate::checkpoint::files::{ModelFiles, Source};
 use crate::checkpoint::gguf;
-use crate::config::{ExposeSecret, HubSettings, defaults};
+use crate::config::{ExposeSecret, HubSettings, ModelSource, defaults};
 use crate::error::Failure;
-
-/// Tries per file and per question, the first included.
-const TRIES: u32 = 5;
-/// A download that brings nothing for so long is begun anew.
-const STALL: Duration = Duration::from_secs(60);
-const QUESTION: Duration = Duration::from_secs(30);
 
 /// Downloads what `need` asks for into the first cache that can be written.
 pub async fn into_cache(model: &str, settings: &HubSettings, need: Need, bars: bool) -> Result<ModelFiles, Failure> {
@@ -35,14 +30,21 @@ pub async fn into_cache(model: &str, settings: &HubSettings, need: Need, bars: b
             caches.join(", ")
         )));
     };
-    Download::new(model, settings, cache, bars)?.run(need).await
+    download(model, settings, cache, need, bars).await
+}
+
+async fn download(model: &str, settings: &HubSettings, cache: &Path, need: Need, bars: bool) -> Result<ModelFiles, Failure> {
+    match settings.source {
+        ModelSource::HuggingFace => Download::new(model, settings, cache, bars)?.run(need).await,
+        ModelSource::ModelScope => modelscope::Download::new(model, settings, cache, bars)?.run(need).await,
+    }
 }
 
 /// Downloads a model's files into `folder`. They come through a cache inside it, which goes when all are there, so that a second try
 /// goes on where the first ended.
 pub async fn into_folder(model: &str, settings: &HubSettings, folder: &Path) -> Result<ModelFiles, Failure> {
     let cache = folder.join(".download");
-    let files = Download::new(model, settings, &cache, true)?.run(Need::Model).await?;
+    let files = download(model, settings, &cache, Need::Model, true).await?;
     let broken =
         |error: std::io::Error| unavailable(format!("model {model} is fetched, but cannot be moved to {}: {error}", folder.display()));
     // A GGUF file is its own tokenizer.
@@ -81,7 +83,7 @@ struct Download<'a> {
 
 impl<'a> Download<'a> {
     fn new(model: &'a str, settings: &'a HubSettings, cache: &Path, bars: bool) -> Result<Self, Failure> {
-        let endpoint = settings.endpoint.clone();
+        let endpoint = settings.endpoint.clone().unwrap_or_else(|| defaults::HF_ENDPOINT.to_owned());
         let token = settings.token.as_ref().map(|token| token.expose_secret().to_owned());
         let has_token = token.is_some();
         let shown = endpoint.rsplit_once('@').map_or(endpoint.clone(), |(_, host)| host.to_owned());
@@ -107,15 +109,14 @@ impl<'a> Download<'a> {
         let repo = self.api.repo(self.repo(commit));
         let snapshot = Cache::new(self.cache.clone()).repo(self.repo(commit)).pointer_path(commit);
         let all: Vec<&str> = info.siblings.iter().map(|file| file.rfilename.as_str()).collect();
-        let names: Vec<&str> = all.iter().copied().filter(|name| folder::wanted(name, need)).collect();
-        let is_plain = |name: &&str| name.ends_with(".safetensors") || (need == Need::Tokenizer && name.starts_with("tokenizer."));
-        if self.target.gguf.is_some() || (!names.iter().any(is_plain) && all.iter().any(|path| gguf::is_model_part(path))) {
-            let files = gguf::pick(&all, self.target.gguf).map_err(|lost| self.cannot(format!("the repository lacks {lost}")))?;
-            for name in files {
+        let (first, has_weights) = choose(&all, &self.target, need).map_err(|lost| self.cannot(format!("the repository lacks {lost}")))?;
+        for name in first {
+            self.file(&repo, &snapshot, &name).await?;
+        }
+        if has_weights {
+            for name in weights(&snapshot, &all, need).map_err(|why| self.cannot(why))? {
                 self.file(&repo, &snapshot, &name).await?;
             }
-        } else {
-            self.plain_files(&repo, &snapshot, &names, need).await?;
         }
         let files = folder::read(&snapshot, &self.target, format!("download from {}, commit {commit}", self.endpoint))?;
         if let Some(what) = folder::missing(&files, need) {
@@ -125,31 +126,8 @@ impl<'a> Download<'a> {
         Ok(files)
     }
 
-    async fn plain_files(&self, repo: &ApiRepo, snapshot: &Path, names: &[&str], need: Need) -> Result<(), Failure> {
-        for name in names.iter().filter(|name| !name.ends_with(".safetensors") || is_module_file(name)) {
-            self.file(repo, snapshot, name).await?;
-        }
-        if need != Need::Tokenizer {
-            for name in self.weights(snapshot, names)? {
-                self.file(repo, snapshot, &name).await?;
-            }
-        }
-        Ok(())
-    }
-
     fn repo(&self, revision: &str) -> Repo {
         Repo::with_revision(self.target.place.to_owned(), RepoType::Model, revision.to_owned())
-    }
-
-    fn weights(&self, snapshot: &Path, names: &[&str]) -> Result<Vec<String>, Failure> {
-        let index = if names.contains(&INDEX) {
-            let read = std::fs::read(snapshot.join(INDEX)).map_err(|error| error.to_string());
-            let parsed = read.and_then(|bytes| serde_json::from_slice(&bytes).map_err(|error| error.to_string()));
-            Some(parsed.map_err(|error| self.cannot(format!("{INDEX}: {error}")))?)
-        } else {
-            None
-        };
-        weight_files(names, index.as_ref()).map_err(|lost| self.cannot(format!("the repository lacks {lost}")))
     }
 
     /// The repository's files and commit.
@@ -231,22 +209,13 @@ impl<'a> Download<'a> {
         }
     }
 
-    /// Writes the reference by which caches find a commit. Renamed into place, since others may read it now.
+    /// Writes the reference by which caches find a commit.
     fn point_to(&self, commit: &str) -> Result<(), Failure> {
         if self.revision == commit {
             return Ok(());
         }
         let repository = self.cache.join(self.repo(commit).folder_name());
-        let path = repository.join("refs").join(self.revision);
-        let write = || {
-            if let Some(parent) = path.parent() {
-                std::fs::create_dir_all(parent)?;
-            }
-            let beside = repository.join(format!(".ref-{}", uuid::Uuid::new_v4()));
-            std::fs::write(&beside, commit)?;
-            std::fs::rename(&beside, &path)
-        };
-        write().map_err(|error: std::io::Error| self.cannot(format!("{}: {error}", path.display())))
+        transfer::point_to(&repository, self.revision, commit).map_err(|why| self.cannot(why))
     }
 
     /// The hub says no: what that means, and what to do.
@@ -299,26 +268,6 @@ fn without_address(text: &str, error: &reqwest::Error) -> String {
         Some(url) => text.replace(&format!(" for url ({url})"), "").replace(url.as_str(), "the file"),
         None => text.to_owned(),
     }
-}
-
-/// An error with its causes: reqwest's own text names none.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
-}
-
-/// Worth another try.
-fn passing(status: u16) -> bool {
-    matches!(status, 408 | 425 | 429 | 500..)
-}
-
-fn pause(tries: u32) -> Duration {
-    Duration::from_millis(500 << (tries - 1).min(4))
 }
 
 /// Progress of one file: a bar, or a log line every few seconds; and when the last bytes came.

@@ -1,4 +1,5 @@
-//! Finding a model: a GGUF file, a local folder, `LOCAL_MODEL_ROOT`, the Hugging Face caches (the platform's store among them), else a download.
+//! Finding a model: a GGUF file, a local folder, `LOCAL_MODEL_ROOT`, the Hugging Face caches (the platform's store among them), else a
+//! download from the hub that `MODEL_SOURCE` names.
 //!
 //! What lies on disk is used without asking the network, so that a cold start with a cached model needs none. A snapshot with a file
 //! missing counts as not found, and a download completes it.
@@ -15,8 +16,12 @@ use crate::error::{Failure, Kind};
 mod cache;
 mod download;
 mod folder;
+mod modelscope;
+#[cfg(test)]
+mod modelscope_tests;
 #[cfg(test)]
 mod tests;
+mod transfer;
 
 use cache::Search;
 use folder::{Need, Target};

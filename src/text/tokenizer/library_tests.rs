@@ -233,6 +233,7 @@ fn vocabularies_that_cannot_be_exact_are_refused() {
         ("/config/default_vocab_size", serde_json::json!(10), "do not fit"),
         ("/config/default_vocab_size", serde_json::json!(100_000), "do not fit"),
         ("/config/default_num_special_tokens", serde_json::json!(3), "6 special tokens"),
+        ("/config/default_num_special_tokens", serde_json::json!(1_u64 << 40), "more than any vocabulary has"),
         ("/config/pattern", serde_json::json!("(a"), "no regular expression"),
         ("/special_tokens", Json::Null, "no special_tokens"),
         ("/vocab/5/rank", serde_json::json!(7), "vocab[5] has rank 7"),
@@ -248,6 +249,47 @@ fn vocabularies_that_cannot_be_exact_are_refused() {
     cased.remove("normalizer.lowercase");
     let metadata: Vec<_> = cased.iter().map(|(key, json)| (format!("tokenizer.ggml.{key}"), value(key, json))).collect();
     assert!(refused(&[(TOKENIZER, writer::write(&metadata, &[]))]).contains("capitals"));
+}
+
+/// Bytes changed, cut off, doubled: an error, or a tokenizer that cuts some text. `FUZZ_SECONDS=60` goes on for so long.
+#[test]
+fn damaged_vocabularies_never_panic() {
+    let seconds = std::env::var("FUZZ_SECONDS").ok().and_then(|seconds| seconds.parse().ok()).unwrap_or(0);
+    let (begun, mut state) = (std::time::Instant::now(), 7u64);
+    let mut next = |below: usize| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % below.max(1)
+    };
+    let cases = fixture().cases;
+    let mut rounds = 0;
+    while rounds < 20 || begun.elapsed().as_secs() < seconds {
+        rounds += 1;
+        for case in &cases {
+            let mut files: Vec<(String, Vec<u8>)> = case.files.iter().map(|(name, text)| (name.clone(), decode(text))).collect();
+            let Some((_, bytes)) = files.iter_mut().max_by_key(|(_, bytes)| bytes.len()) else { continue };
+            for _ in 0..1 + next(3) {
+                let at = next(bytes.len());
+                match next(4) {
+                    0 => bytes.truncate(at),
+                    1 => bytes.extend_from_within(at..(at + next(40)).min(bytes.len())),
+                    // The end of a SentencePiece model, where its settings and tables are.
+                    2 => {
+                        let from = bytes.len().saturating_sub(300);
+                        let at = from + next(bytes.len() - from);
+                        bytes.get_mut(at).into_iter().for_each(|byte| *byte = next(256) as u8);
+                    }
+                    _ => bytes.get_mut(at).into_iter().for_each(|byte| *byte ^= 1 << next(8)),
+                }
+            }
+            let files = files.into_iter().map(|(name, bytes)| (name, Source::Made(bytes.into()))).collect();
+            if let Ok(tokenizer) = Tokenizer::load(&ModelFiles::new("damaged", "test", files)) {
+                let text = "Hello ﬁne  中文 ① e\u{301}12 <s>\n";
+                let ids = tokenizer.encode(text, Special::Control).unwrap();
+                assert!(ids.iter().all(|id| tokenizer.token_bytes(*id).is_some()), "{}", case.name);
+                assert!(tokenizer.least_tokens(text) <= ids.len(), "{}", case.name);
+            }
+        }
+    }
 }
 
 /// The space before the first word: behind each special token, or before the whole text alone (`legacy: false`), or not at all.

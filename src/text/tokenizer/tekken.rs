@@ -61,6 +61,8 @@ const OLDEST: [&str; 20] = [
 ];
 /// Versions of such files.
 const WITHOUT_LIST: [&str; 5] = ["v1", "v2", "v3", "v3_tekken", "v7"];
+/// More than any vocabulary has: such a file is damaged, and not worth tables of that size.
+const MOST_SPECIALS: usize = 1 << 20;
 /// Stands before every text.
 const BEGIN: &str = "<s>";
 
@@ -68,6 +70,9 @@ const BEGIN: &str = "<s>";
 pub fn read(file: &[u8]) -> Result<Vocabulary, String> {
     let file: File = serde_json::from_slice(file).map_err(|error| format!("not a tekken vocabulary: {error}"))?;
     let first = file.config.default_num_special_tokens;
+    if first > MOST_SPECIALS {
+        return Err(format!("default_num_special_tokens is {first}, more than any vocabulary has"));
+    }
     let count = file.config.default_vocab_size.checked_sub(first).filter(|count| *count <= file.vocab.len()).ok_or_else(|| {
         let Config { default_vocab_size, .. } = file.config;
         format!("default_vocab_size {default_vocab_size} and default_num_special_tokens {first} do not fit its {} tokens", file.vocab.len())
