@@ -18,8 +18,9 @@ use candle_core::Result;
 
 pub mod candle;
 pub mod cpu;
-#[cfg(test)]
-mod cuda;
+#[cfg(any(test, feature = "emulator"))]
+#[doc(hidden)]
+pub mod cuda;
 pub mod ops;
 pub mod quantize;
 pub mod sizing;

@@ -8,6 +8,7 @@ use super::runner::ModelRunner;
 use super::{Plan, Row, Runner};
 use crate::checkpoint::files::ModelFiles;
 use crate::config::{EngineSettings, Quantization, TaskChoice};
+use crate::kernels::cuda::backend::Dtype;
 
 const TOLERANCE: f32 = 2e-6;
 const BLOCK: usize = 4;
@@ -124,6 +125,14 @@ fn check(golden: &Golden, files: &ModelFiles, name: &str) {
     });
 }
 
+/// All sequences in one step, through the CUDA kernels, emulated on this processor.
+fn check_emulated(name: &str, golden: &Golden, files: &ModelFiles) {
+    on_thread(|| {
+        let Some(runner) = ModelRunner::load_emulated(files, &settings_of(Quantization::AsStored), Dtype::F32) else { return };
+        close(&together(&mut runner.unwrap(), golden), golden, &format!("{name}, CUDA kernels"));
+    });
+}
+
 fn model(name: &str) {
     let golden = Golden::read_from("pooling", name);
     check(&golden, &golden.files(), name);
@@ -136,6 +145,14 @@ macro_rules! models {
         fn $test() {
             model($name);
         })*
+
+        mod emulated {
+            $(#[test]
+            fn $test() {
+                let golden = super::Golden::read_from("pooling", $name);
+                super::check_emulated($name, &golden, &golden.files());
+            })*
+        }
 
         #[test]
         fn every_golden_is_tested() {

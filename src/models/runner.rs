@@ -14,6 +14,8 @@ use crate::error::Failure;
 use crate::kernels::candle::Candle;
 use crate::kernels::cpu::packed::PackedStore;
 use crate::kernels::cpu::{self, Cpu};
+#[cfg(test)]
+use crate::kernels::cuda;
 use crate::kernels::sizing::Operation;
 use crate::kernels::sizing::Sizing;
 use crate::kernels::{Backend, Batch, BatchRow, ComputeDtype, Footprint, StepLimits, StepStates};
@@ -33,6 +35,18 @@ pub struct ModelRunner {
     turns: Option<Arc<Turns>>,
     /// What was loaded, for logs and reports.
     pub about: About,
+}
+
+/// What a model is computed with.
+#[derive(Clone, Copy)]
+enum Kernels {
+    /// Ours for CPUs.
+    Cpu,
+    /// Candle's operations.
+    Candle,
+    /// Ours for CUDA, on this processor.
+    #[cfg(test)]
+    Emulated(&'static cuda::emulator::Emulator, cuda::backend::Dtype),
 }
 
 /// A runner that can also return its logits, for comparisons.
@@ -103,20 +117,26 @@ impl ModelRunner {
         beside: Option<Beside>,
     ) -> Result<Self, Failure> {
         let device = device_of(settings)?;
-        let ours = device.is_cpu();
-        Self::load_on(&device, ours, files, vocabulary, settings, beside)
+        let kernels = if device.is_cpu() { Kernels::Cpu } else { Kernels::Candle };
+        Self::load_on(&device, kernels, files, vocabulary, settings, beside)
     }
 
     /// Loads the model on a CPU with candle's operations instead of our kernels: the reference that they are compared with.
     #[cfg(test)]
     pub fn load_reference(files: &ModelFiles, settings: &EngineSettings) -> Result<Self, Failure> {
-        Self::load_on(&Device::Cpu, false, files, || Ok(usize::MAX), settings, None)
+        Self::load_on(&Device::Cpu, Kernels::Candle, files, || Ok(usize::MAX), settings, None)
     }
 
-    /// `ours`: with the kernels for CPUs.
+    /// Loads the model on the CUDA kernels as this processor runs them. `None` where there is no C++ compiler, which is said.
+    #[cfg(test)]
+    pub fn load_emulated(files: &ModelFiles, settings: &EngineSettings, dtype: cuda::backend::Dtype) -> Option<Result<Self, Failure>> {
+        let kernels = Kernels::Emulated(cuda::emulator::Emulator::here()?, dtype);
+        Some(Self::load_on(&Device::Cpu, kernels, files, || Ok(usize::MAX), settings, None))
+    }
+
     fn load_on<V: Into<Vocabulary>>(
         device: &Device,
-        ours: bool,
+        kernels: Kernels,
         files: &ModelFiles,
         vocabulary: impl FnOnce() -> Result<V, Failure>,
         settings: &EngineSettings,
@@ -149,16 +169,21 @@ impl ModelRunner {
         };
         let loading = Loading { model, tensors, vocabulary: || vocabulary().map(Into::into), plan: planned.memory, settings };
         let pool = loading_threads(threads)?;
-        let model: Box<dyn LogitsRunner> = if ours {
-            let prepared = pool.install(|| PreparedCopy::open(files, settings));
-            let cpu = Cpu::new(&limits, threads, compute_dtype(settings));
-            let cpu = cpu.map_err(|error| Failure::internal(format!("cannot start {threads} computing threads: {error}")))?;
-            let cpu = cpu.with_store(prepared.clone().map(|copy| copy as Arc<dyn PackedStore>));
-            let runner = DeviceRunner::load(loading, cpu, &limits, &pool)?;
-            prepared.into_iter().for_each(|copy| copy.finish(settings.prepared_writing));
-            Box::new(runner)
-        } else {
-            Box::new(DeviceRunner::load(loading, Candle::new(device), &limits, &pool)?)
+        let model: Box<dyn LogitsRunner> = match kernels {
+            Kernels::Cpu => {
+                let prepared = pool.install(|| PreparedCopy::open(files, settings));
+                let cpu = Cpu::new(&limits, threads, compute_dtype(settings));
+                let cpu = cpu.map_err(|error| Failure::internal(format!("cannot start {threads} computing threads: {error}")))?;
+                let cpu = cpu.with_store(prepared.clone().map(|copy| copy as Arc<dyn PackedStore>));
+                let runner = DeviceRunner::load(loading, cpu, &limits, &pool)?;
+                prepared.into_iter().for_each(|copy| copy.finish(settings.prepared_writing));
+                Box::new(runner)
+            }
+            Kernels::Candle => Box::new(DeviceRunner::load(loading, Candle::new(device), &limits, &pool)?),
+            #[cfg(test)]
+            Kernels::Emulated(emulator, dtype) => {
+                Box::new(DeviceRunner::load(loading, cuda::backend::Cuda::new(emulator, dtype), &limits, &pool)?)
+            }
         };
         Ok(Self { model, turns, about })
     }

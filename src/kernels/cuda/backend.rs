@@ -1,21 +1,24 @@
 //! The kernels behind [`Backend`], so that what proves the CPU's operations proves these. Its memory is the emulator's.
 
-use std::convert::Infallible;
 use std::ffi::{CStr, c_int, c_void};
 use std::ops::Range;
 
 use candle_core::{Error, Result};
 
 use super::emulator::{Emulator, Memory};
-use super::functions::{Attention, Ending, NULL, NormOf, Preparation, Product, Rows};
+use super::functions::{Attention, Ending, Functions, NULL, NormOf, Preparation, Product, Rows};
 use crate::{
     Activation, AttentionSpec, AttentionWeights, Backend, Batch, BatchRow, CausalConv, Columns, Epilogue, Experts, GatedDelta, HeadColumns,
     KvShape, LatentSpec, Linear, MatrixSource, Norm, NormExtent, NormKind, Pairing, RowVisitor, TableRow, WeightFormat,
 };
 
 mod experts;
+mod latent;
+mod states;
 mod weights;
 
+pub use states::State;
+use states::StatesOfStep;
 pub use weights::{Dtype, Weight};
 
 /// Which kernels are taken where several would do, and how finely contexts are cut.
@@ -62,9 +65,11 @@ struct Step {
     highest_slot: u32,
     sequences: Memory,
     visible: Memory,
+    contexts: Memory,
     tables: Memory,
     max_blocks: usize,
     rows: Vec<BatchRow>,
+    states: Option<StatesOfStep>,
     /// Of each rope table: cosines, sines, pairs.
     angles: Vec<(Memory, Memory, usize)>,
 }
@@ -84,9 +89,9 @@ fn norm_of(norm: &Norm<Memory>) -> NormOf {
     NormOf { weight: norm.weight.ptr(), bias, epsilon: norm.eps, is_layer: c_int::from(norm.kind == NormKind::Layer) }
 }
 
-/// The error of an operation without a kernel.
-fn not_yet(what: &str) -> Error {
-    Error::Msg(format!("the CUDA kernels do not have this operation yet: {what}"))
+/// The address of a memory, for reading.
+fn at(memory: &Memory) -> *const c_void {
+    memory.ptr()
 }
 
 fn ending(epilogue: Epilogue) -> Ending {
@@ -115,6 +120,10 @@ impl Cuda {
         Memory::new(self.emulator, numbers * self.dtype.bytes(), name)
     }
 
+    fn launch(&self, call: impl FnOnce(&Functions, *mut c_void) -> c_int) -> Result<()> {
+        self.emulator.check(call(&self.emulator.functions, NO_STREAM))
+    }
+
     fn step(&self) -> Result<&Step> {
         self.step.as_ref().ok_or_else(|| Error::Msg("no step has begun".into()))
     }
@@ -127,7 +136,10 @@ impl Cuda {
     /// One product, by the kernel for so many rows.
     pub fn product(&self, product: &Product, form: c_int, out_dtype: c_int) -> Result<()> {
         let functions = &self.emulator.functions;
-        let tiles = self.dtype == Dtype::Bf16 && form != 0 && (form != 1 || product.w.k % 8 == 0);
+        let rows = &product.rows;
+        // Tensor cores read whole pieces of 16 bytes.
+        let aligned = rows.x_stride % 8 == 0 && rows.x_step % 8 == 0 && (product.x as usize).is_multiple_of(16);
+        let tiles = aligned && self.dtype == Dtype::Bf16 && form != 0 && (form != 1 || product.w.k % 8 == 0);
         // SAFETY: pointers and sizes of memory that outlives the launch.
         self.emulator.check(unsafe {
             if tiles && product.rows.count as usize > self.choices.gemv_rows {
@@ -154,13 +166,16 @@ impl Cuda {
             q_stride: q_stride as c_int,
             scale: spec.scale,
             soft_cap: spec.soft_cap.unwrap_or(0.0),
-            window: spec.window.unwrap_or(0) as c_int,
+            causal: c_int::from(spec.causal),
+            // Twice as much as any context: a sum with it must not overflow.
+            window: spec.window.map_or(0, |window| window.min(1 << 30) as c_int),
             sinks: sinks.map_or(NULL, Memory::ptr),
             block_size: shape.block_size as c_int,
             max_blocks: step.max_blocks as c_int,
             tables: step.tables.ptr(),
             sequences: step.sequences.ptr(),
             visible: step.visible.ptr(),
+            contexts: step.contexts.ptr(),
             splits: self.choices.splits as c_int,
             parts: parts.ptr_mut(),
         })
@@ -209,8 +224,7 @@ impl Backend for Cuda {
     type Weight = Weight;
     type Vector = Memory;
     type KvCache = KvCache;
-    /// There are none: no operation that needs one can be reached.
-    type State = Infallible;
+    type State = State;
 
     fn buffer(&self, rows: usize, width: usize) -> Result<Buffer> {
         Ok(Buffer { memory: self.memory(rows * width, c"rows"), rows, width })
@@ -230,8 +244,8 @@ impl Backend for Cuda {
         Ok(KvCache { keys: self.memory(numbers, c"keys"), values: self.memory(numbers, c"values"), shape })
     }
 
-    fn state(&self, _slots: usize, _width: usize) -> Result<Infallible> {
-        Err(not_yet("states"))
+    fn state(&self, slots: usize, width: usize) -> Result<State> {
+        Ok(State { memory: Memory::of(self.emulator, &vec![0f32; slots * width], c"states"), slots, width })
     }
 
     fn begin(&mut self, batch: &Batch<'_>) -> Result<()> {
@@ -279,9 +293,11 @@ impl Backend for Cuda {
             highest_slot: highest(batch.slots),
             sequences: of(&sequences, c"sequences"),
             visible: of(&visible, c"visible"),
+            contexts: of(&batch.rows.iter().map(|row| row.context as u32).collect::<Vec<_>>(), c"contexts"),
             tables: of(&tables, c"tables"),
             max_blocks,
             rows: batch.rows.to_vec(),
+            states: StatesOfStep::of(self.emulator, batch),
             angles,
         });
         Ok(())
@@ -352,7 +368,7 @@ impl Backend for Cuda {
             of_experts: NULL,
             biases: NULL,
             bias: linear.bias.as_ref().map_or(NULL, Memory::ptr),
-            rows: Rows { visits: NULL, offsets: NULL, count: x.rows as c_int, per_row: 1 },
+            rows: Rows::dense(x.rows, w.k, width),
             epilogue: ending(epilogue),
             out: out.memory.ptr_mut(),
             experts: 0,
@@ -415,9 +431,6 @@ impl Backend for Cuda {
         cache: &KvCache,
         out: &mut Buffer,
     ) -> Result<()> {
-        if !attention.causal {
-            return Err(not_yet("attention that is not causal"));
-        }
         let (t, splits) = (qkv.rows, self.choices.splits);
         self.resize(out, t, attention.q_width());
         let parts =
@@ -440,47 +453,47 @@ impl Backend for Cuda {
         self.emulator.check(unsafe { (functions.attend)(NO_STREAM, dtype, q, keys, values, &a, to, t as c_int) })
     }
 
-    fn copy_states(&mut self, state: &mut Infallible) -> Result<()> {
-        match *state {}
+    fn copy_states(&mut self, state: &mut State) -> Result<()> {
+        self.copy_slots(state)
     }
 
-    fn causal_conv(&mut self, _: &Buffer, _: &CausalConv<Memory>, state: &mut Infallible, _: &mut Buffer) -> Result<()> {
-        match *state {}
+    fn causal_conv(&mut self, x: &Buffer, conv: &CausalConv<Memory>, state: &mut State, out: &mut Buffer) -> Result<()> {
+        self.convolve(x, conv, state, out)
     }
 
     fn gated_delta(
         &mut self,
-        _qkv: &mut Buffer,
-        _gates: &mut Buffer,
-        _z: &Buffer,
-        _delta: &GatedDelta<Memory>,
-        state: &mut Infallible,
-        _out: &mut Buffer,
+        qkv: &mut Buffer,
+        gates: &mut Buffer,
+        z: &Buffer,
+        delta: &GatedDelta<Memory>,
+        state: &mut State,
+        out: &mut Buffer,
     ) -> Result<()> {
-        match *state {}
+        self.delta_rule([qkv, gates, z], delta, state, out)
     }
 
     fn linear_heads(
         &mut self,
-        _x: &Buffer,
-        _columns: HeadColumns,
-        _weights: &[Linear<Weight, Memory>],
+        x: &Buffer,
+        columns: HeadColumns,
+        weights: &[Linear<Weight, Memory>],
         _scratch: &mut [Buffer; 2],
-        _out: &mut Buffer,
+        out: &mut Buffer,
     ) -> Result<()> {
-        Err(not_yet("linear_heads"))
+        self.products_of_heads(x, columns, weights, out)
     }
 
     fn latent_rows(
         &mut self,
-        _q: &Buffer,
-        _absorbed: &Buffer,
-        _latent: &Buffer,
-        _spec: &LatentSpec,
-        _norm: &Memory,
-        _out: &mut Buffer,
+        q: &Buffer,
+        absorbed: &Buffer,
+        latent: &Buffer,
+        spec: &LatentSpec,
+        norm: &Memory,
+        out: &mut Buffer,
     ) -> Result<()> {
-        Err(not_yet("latent_rows"))
+        self.rows_of_latent([q, absorbed, latent], spec, norm, out)
     }
 
     fn experts(

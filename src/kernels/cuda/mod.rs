@@ -10,8 +10,10 @@
 //! | `matmul.cu` | products of many rows on tensor cores, weights of 8 and 4 bits unpacked on the way; of experts, too |
 //! | `rope.cu` | norms of heads, rotation, keys and values into pages |
 //! | `attend.cu` | paged attention, a token at a time, any head size and type; merges of a context that was cut |
-//! | `attend_tiles.cu` | paged attention on tensor cores, for prompts and for decoding |
+//! | `attend_tiles.cu`, `attend_wide.h` | paged attention on tensor cores, for prompts and for decoding; over latent attention's wide heads |
 //! | `experts.cu` | routing, the order of visits, the sum over experts |
+//! | `conv.cu`, `delta.cu`, `states.h` | what keeps states in slots: convolutions, the gated delta rule |
+//! | `latent.cu` | rows of latent attention; its products for each head are those of `gemv.cu` and `matmul.cu` |
 //! | `sample.cu` | what changes logits, argmax, the draw |
 //! | `device.h`, `tensor.h`, `emulate/` | what two compilers need to take them alike; a launch on a CPU |
 //!
@@ -22,7 +24,8 @@
 //!
 //! `scripts/cuda-mutants` breaks the kernels in one place at a time and shows which of it the tests notice.
 
-mod backend;
-mod emulator;
-mod functions;
+pub mod backend;
+pub mod emulator;
+pub mod functions;
+#[cfg(test)]
 mod tests;

@@ -4,13 +4,15 @@ use std::ffi::{c_int, c_void};
 
 use candle_core::{Error, Result};
 
-use super::{Buffer, Cuda, NO_STREAM, Weight, ending, not_yet};
+use super::{Buffer, Cuda, NO_STREAM, Weight, ending};
 use crate::cuda::emulator::Memory;
 use crate::cuda::functions::{Ending, F32, NULL, Product, Routing, Rows};
 use crate::{Epilogue, Experts, Linear, RouterScore, RoutingSpec};
 
 /// Visits of tokens to experts, on the device.
 struct Visits {
+    /// `[tokens · top_k]`: the experts of each token, ascending.
+    picked: Memory,
     /// `[tokens · top_k]`: what each counts.
     weights: Memory,
     /// `[experts + 1]`: where those of an expert begin in `list`.
@@ -27,6 +29,7 @@ struct Part<'a> {
     per_row: usize,
     epilogue: Ending,
     out: &'a Memory,
+    out_width: usize,
     out_dtype: c_int,
 }
 
@@ -43,29 +46,35 @@ fn routing_of(spec: &RoutingSpec) -> Routing {
         epsilon: spec.normalize.map_or(0.0, |normalize| normalize.epsilon),
         least: spec.normalize.map_or(0.0, |normalize| normalize.least),
         scale: spec.scale,
+        groups: spec.groups.map_or(0, |groups| groups.count as c_int),
+        keep: spec.groups.map_or(0, |groups| groups.keep as c_int),
+        best: spec.groups.map_or(0, |groups| groups.best as c_int),
     }
 }
 
 impl Cuda {
     fn route(&self, router: &Buffer, spec: &RoutingSpec, choice_bias: Option<&Memory>) -> Result<Visits> {
-        if spec.groups.is_some() {
-            return Err(not_yet("groups of experts"));
-        }
         let ints = |count: usize, name| Memory::new(self.emulator, count * 4, name);
         let (t, count) = (router.rows, router.rows * spec.top_k);
-        let (picked, counts) = (ints(count, c"picked"), ints(spec.experts, c"counts"));
+        let counts = ints(spec.experts, c"counts");
         let visits = Visits {
+            picked: ints(count, c"picked"),
             weights: ints(count, c"weights of experts"),
             offsets: ints(spec.experts + 1, c"offsets"),
             list: ints(count, c"visits"),
         };
         let (dtype, logits, bias) = (self.dtype.code(), router.memory.ptr(), choice_bias.map_or(NULL, Memory::ptr));
         let (weights, offsets, list) = (visits.weights.ptr_mut(), visits.offsets.ptr_mut(), visits.list.ptr_mut());
-        let (picked, counts, routing, t) = (picked.ptr_mut(), counts.ptr_mut(), routing_of(spec), t as c_int);
+        let (picked, counts, routing, t) = (visits.picked.ptr_mut(), counts.ptr_mut(), routing_of(spec), t as c_int);
         let route = self.emulator.functions.route;
         // SAFETY: pointers and sizes of memory that outlives the launch.
         self.emulator.check(unsafe { route(NO_STREAM, dtype, logits, bias, &routing, picked, weights, counts, offsets, list, t) })?;
         Ok(visits)
+    }
+
+    /// For tests: `[tokens · top_k]`.
+    pub fn picked_experts(&self, router: &Buffer, spec: &RoutingSpec, choice_bias: Option<&Memory>) -> Result<Vec<u32>> {
+        Ok(self.route(router, spec, choice_bias)?.picked.read(router.rows * spec.top_k))
     }
 
     fn product_of_experts(&self, visits: &Visits, tokens: usize, part: &Part<'_>) -> Result<()> {
@@ -79,7 +88,16 @@ impl Cuda {
             of_experts: table.ptr(),
             biases: of_biases.ptr(),
             bias: NULL,
-            rows: Rows { visits: visits.list.ptr(), offsets: visits.offsets.ptr(), count: tokens as c_int, per_row: part.per_row as c_int },
+            rows: Rows {
+                visits: visits.list.ptr(),
+                offsets: visits.offsets.ptr(),
+                count: tokens as c_int,
+                per_row: part.per_row as c_int,
+                x_stride: first.weight.k as c_int,
+                out_stride: part.out_width as c_int,
+                x_step: 0,
+                out_step: 0,
+            },
             epilogue: part.epilogue,
             out: part.out.ptr_mut(),
             experts: matrices.len() as c_int,
@@ -108,6 +126,7 @@ impl Cuda {
             per_row: top_k,
             epilogue: ending(Epilogue::Gated(experts.activation)),
             out: &gated,
+            out_width: intermediate,
             out_dtype: self.dtype.code(),
         };
         self.product_of_experts(&visits, t, &gate_up)?;
@@ -117,6 +136,7 @@ impl Cuda {
             per_row: 1,
             epilogue: ending(Epilogue::Store),
             out: &results,
+            out_width: x.width,
             out_dtype: F32,
         };
         self.product_of_experts(&visits, t, &down)?;
