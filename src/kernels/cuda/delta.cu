@@ -43,7 +43,7 @@ template <class T, int KEY> __device__ __forceinline__ void prepare(const T* qkv
 
 // PIECES times four rows of the state a lane, THREADS / 4 columns a block. Block (columns, head, row).
 template <class T, int PIECES, int THREADS>
-__global__ void __launch_bounds__(THREADS) delta_rule(const T* qkv, const T* gates, const T* z, Delta d, States states, float* state, T* out) {
+__global__ void __launch_bounds__(THREADS, THREADS > 128 ? 1 : PIECES > 8 ? 2 : 4) delta_rule(const T* qkv, const T* gates, const T* z, Delta d, States states, float* state, T* out) {
   constexpr int KEY = PIECES * 4 * GROUPS;
   DYNAMIC_SHARED(float, memory);
   SHARED(float, partial, [2][WARP]);
