@@ -127,6 +127,13 @@ def answer(http, server, door: str, route: str, body: dict):
 
 
 @pytest.mark.parametrize("door", DOORS)
+def test_the_moments_of_a_request(http, server, door):
+    metrics = answer(http, server, door, CHAT, {**CAPITAL.body, "collect_metrics": True})["metrics"]
+    moments = [metrics[name] for name in ("arrival_time", "preprocess_end_time", "inference_start_time", "engine_recv_first_token_time", "engine_recv_latest_token_time")]
+    assert moments == sorted(moments) and metrics["first_token_time"] <= metrics["model_forward_time"] <= metrics["model_execute_time"], metrics
+
+
+@pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("name", FEATURES)
 def test_at_every_door(http, server, name, door):
     question, route, fields, came_true = FEATURES[name]

@@ -213,7 +213,7 @@ def arguments():
     add("--rounds", type=int, default=3, help="how often each measurement is repeated, in turn with the others (default: 3)")
     add("--threads", type=int, default=os.cpu_count(), help="threads of every side (default: all cores)")
     add("--bin", help="our binary (default: `cargo build --release`, then that)")
-    add("--preset", default="ernie-0.3b", help="checkpoint made by scripts/make_checkpoint.py (default: ernie-0.3b)")
+    add("--preset", default="ernie-0.3b", help="shape of the checkpoint that scripts/make_checkpoint.py makes: ernie-0.3b (default), qwen3-0.6b, llama-1b, gemma3-1b, qwen3-30b-a3b-4l …")
     add("--checkpoint", help="a checkpoint instead; with --gguf, the same weights in bf16")
     add("--gguf")
     add("--torch-python", metavar="PYTHON", help="a Python with torch and transformers: they take part; else they do not")

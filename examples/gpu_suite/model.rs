@@ -33,7 +33,7 @@ pub fn folder(path: &Path) -> Result<ModelFiles, Fail> {
 }
 
 fn settings(device: DeviceChoice) -> EngineSettings {
-    EngineSettings { device, block_size: Some(BLOCK_SIZE), kv_cache_gb: Some(1.0), max_model_len: Some(1024), ..Default::default() }
+    EngineSettings { device, block_size: BLOCK_SIZE, kv_cache_gb: Some(1.0), max_model_len: Some(1024), ..Default::default() }
 }
 
 /// Loads the folder's model on a thread of its own, which alone touches its tensors, and works with it there.

@@ -14,7 +14,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use worker_candle::checkpoint::files::ModelFiles;
 use worker_candle::checkpoint::hub;
-use worker_candle::config::{DeviceChoice, EngineSettings, HubSettings, Quantization, quantization};
+use worker_candle::config::{DeviceChoice, EngineSettings, HubSettings, kv_cache_dtype, quantization};
 use worker_candle::models::quality::{Comparison, logits_of};
 use worker_candle::models::runner::{About, ModelRunner};
 use worker_candle::text::tokenizer::{Special, Tokenizer};
@@ -35,6 +35,9 @@ struct Options {
     /// Measures `DTYPE=bfloat16`, too: weights as stored, activations rounded where this processor multiplies bf16.
     #[arg(long)]
     bf16_activations: bool,
+    /// Types of the KV cache to measure, beside weights as stored.
+    #[arg(long, value_delimiter = ',')]
+    kv_cache_dtype: Vec<String>,
     /// Texts: paragraphs of a text file, or the questions and answers of a JSON file like `handler-tests/fixtures/demo-model/questions.json`.
     #[arg(long, default_value = "examples/quality/texts.txt")]
     texts: PathBuf,
@@ -56,40 +59,32 @@ fn run(options: &Options) -> Result<(), Fail> {
     let tokenizer = Tokenizer::load(&files)?;
     let texts = read_texts(&options.texts)?;
     let ids = texts.iter().map(|text| tokenizer.encode(text, Special::Control)).collect::<Result<Vec<_>, _>>()?;
-    let (original, about) = logits(&files, &tokenizer, &ids, Quantization::AsStored, false)?;
+    let usual = EngineSettings::default;
+    let (original, about) = logits(&files, &tokenizer, &ids, usual())?;
     let positions = ids.iter().map(Vec::len).sum::<usize>();
     println!("{}: {} parameters, {}, {positions} positions of {}", files.name, about.parameters, about.device, options.texts.display());
-    println!("| {:<58} | MiB read per token | KL mean | KL p95 | KL max | same top token |", "weights");
-    println!("|---|---|---|---|---|---|");
+    println!("| {:<58} | MiB read per token | KL mean | KL p95 | KL max | same top token | logits at most |", "weights");
+    println!("|---|---|---|---|---|---|---|");
     row(&about.weights, &about, &compare(&original, &original));
     if options.bf16_activations {
-        let (other, about) = logits(&files, &tokenizer, &ids, Quantization::AsStored, true)?;
+        let (other, about) = logits(&files, &tokenizer, &ids, EngineSettings { bf16_activations: true, ..usual() })?;
         row(&format!("{} on {}", about.weights, about.device), &about, &compare(&original, &other));
     }
+    for name in &options.kv_cache_dtype {
+        let (other, about) = logits(&files, &tokenizer, &ids, EngineSettings { kv_cache_dtype: kv_cache_dtype(name)?, ..usual() })?;
+        row(&format!("{}, KV cache {}", about.weights, about.kv_cache_dtype), &about, &compare(&original, &other));
+    }
     for name in &options.quantization {
-        let (other, about) = logits(&files, &tokenizer, &ids, quantization(name)?, false)?;
+        let (other, about) = logits(&files, &tokenizer, &ids, EngineSettings { quantization: quantization(name)?, ..usual() })?;
         row(&about.weights, &about, &compare(&original, &other));
     }
     Ok(())
 }
 
 /// Every text's logits, from a runner on a thread of its own.
-fn logits(
-    files: &ModelFiles,
-    tokenizer: &Tokenizer,
-    ids: &[Vec<u32>],
-    form: Quantization,
-    bf16_activations: bool,
-) -> Result<(Logits, About), Fail> {
+fn logits(files: &ModelFiles, tokenizer: &Tokenizer, ids: &[Vec<u32>], settings: EngineSettings) -> Result<(Logits, About), Fail> {
     let longest = ids.iter().map(Vec::len).max().unwrap_or(1);
-    let settings = EngineSettings {
-        device: DeviceChoice::Cpu,
-        quantization: form,
-        bf16_activations,
-        max_model_len: Some(longest),
-        max_num_seqs: Some(1),
-        ..Default::default()
-    };
+    let settings = EngineSettings { device: DeviceChoice::Cpu, max_model_len: Some(longest), max_num_seqs: Some(1), ..settings };
     let work = || -> Result<_, worker_candle::error::Failure> {
         let mut runner = ModelRunner::load(files, || Ok(tokenizer.vocab_size()), &settings)?;
         let logits = ids.iter().map(|ids| logits_of(&mut runner, ids)).collect::<Result<Vec<_>, _>>()?;
@@ -109,13 +104,14 @@ fn compare(original: &Logits, other: &Logits) -> Comparison {
 
 fn row(label: &str, about: &About, comparison: &Comparison) {
     println!(
-        "| {:<58} | {:.1} | {:.6} | {:.6} | {:.6} | {:.2}% |",
+        "| {:<58} | {:.1} | {:.2e} | {:.2e} | {:.2e} | {:.2}% | {:.2e} |",
         label,
         about.bytes_per_step as f64 / (1 << 20) as f64,
         comparison.mean(),
         comparison.quantile(0.95),
         comparison.quantile(1.0),
-        100.0 * comparison.agreement()
+        100.0 * comparison.agreement(),
+        comparison.farthest
     );
 }
 

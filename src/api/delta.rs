@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::api::logprobs::TokenLogprobs;
+use crate::api::times::Times;
 use crate::models::Logprobs;
 
 /// Something new of one choice.
@@ -69,6 +70,8 @@ pub struct Usage {
     pub reasoning_tokens: Option<usize>,
     /// Prompt tokens that were found in the prefix cache.
     pub cached_tokens: usize,
+    /// When it all happened, where the request asks for that.
+    pub times: Option<Times>,
 }
 
 /// The deltas of one choice put together: all that are ready of a stream, or all there are.

@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use crate::api::fields::{Field, Fields, invalid, wrong_type};
-use crate::config::{ApiSettings, defaults};
+use crate::config::ApiSettings;
 use crate::error::Failure;
 use crate::models::{Logprobs, LogprobsSpec};
 use crate::text::detokenize::Detokenizer;
@@ -89,7 +89,7 @@ impl LogprobsRequest {
 /// A number of alternatives; −1 = the whole vocabulary, where that is allowed.
 fn alternatives(field: Option<Field<'_>>, settings: &ApiSettings) -> Result<Option<u32>, Failure> {
     let Some(field) = field else { return Ok(None) };
-    let most = settings.max_logprobs.unwrap_or(defaults::MAX_LOGPROBS);
+    let most = settings.max_logprobs;
     let number = field.value.as_f64().filter(|number| number.fract() == 0.0).ok_or_else(|| wrong_type(&field, "an integer"))?;
     let name = &field.name;
     if number == -1.0 && most == u32::MAX {

@@ -50,6 +50,7 @@ mod service;
 pub mod tally;
 #[cfg(test)]
 mod tests;
+mod times;
 mod tools;
 
 pub use model::ModelInfo;

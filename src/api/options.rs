@@ -9,7 +9,7 @@ use crate::api::fields::{self, Field, Fields, invalid, wrong_type};
 use crate::api::grammar::{self, CompiledGrammar, Grammar};
 use crate::api::length;
 use crate::api::logprobs::{LogprobsForm, LogprobsRequest};
-use crate::config::{ApiSettings, defaults};
+use crate::config::ApiSettings;
 use crate::engine::{Limits, SamplingParams};
 use crate::error::{Failure, Kind};
 use crate::models::LogprobsSpec;
@@ -117,6 +117,8 @@ pub struct GenerationOptions {
     pub skip_special_tokens: bool,
     pub truncate: Option<Truncate>,
     pub return_token_ids: bool,
+    /// The answer tells its times.
+    pub collect_metrics: bool,
     pub add_special_tokens: Option<bool>,
     /// Sequences drawn for each prompt, of which the most probable `n` are given (`best_of`). At least `n`.
     pub candidates: usize,
@@ -154,7 +156,7 @@ impl GenerationOptions {
     /// Reads and checks all of them.
     pub fn read(fields: &Fields<'_>, form: LogprobsForm, context: &Context<'_>) -> Result<Self, Failure> {
         let n = fields.count_or_default("n")?;
-        let max_n = context.settings.max_n.unwrap_or(defaults::MAX_N);
+        let max_n = context.settings.max_n;
         if let (true, Some(field)) = (n > max_n, fields.get("n")) {
             return Err(invalid(&field, format!("{n} is greater than the maximum of {max_n} (MAX_N) - '{}'", field.name)));
         }
@@ -175,11 +177,12 @@ impl GenerationOptions {
             include_usage: include_usage || context.settings.force_include_usage,
             continuous_usage,
             max_tokens,
-            stops: fields.stop(context.settings.max_stop_strings.unwrap_or(defaults::MAX_STOP_STRINGS))?,
+            stops: fields.stop(context.settings.max_stop_strings)?,
             include_stop: fields.flag("include_stop_str_in_output")?,
             skip_special_tokens: fields.flag("skip_special_tokens")?,
             truncate: truncate(fields)?,
             return_token_ids: fields.flag("return_token_ids")?,
+            collect_metrics: fields.flag("collect_metrics")?,
             add_special_tokens: fields.bool("add_special_tokens")?,
             candidates,
             logprobs,
@@ -315,7 +318,7 @@ mod tests {
     use serde_json::json;
 
     fn read(body: Value) -> Result<GenerationOptions, Failure> {
-        let settings = ApiSettings { max_n: Some(4), ..ApiSettings::default() };
+        let settings = ApiSettings { max_n: 4, ..ApiSettings::default() };
         let defaults = SamplingDefaults::new(&json!({"temperature": 0.8, "top_p": 0.7, "top_k": 50}), &settings).unwrap();
         let limits = Limits { max_model_len: 64, vocab_size: 10, max_num_seqs: 4, max_waiting: 4, memory_bound: None, pooling: None };
         // One token a letter.

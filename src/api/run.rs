@@ -17,6 +17,7 @@ use crate::api::request::GenerationRequest;
 use crate::api::running::{Registered, Running};
 use crate::api::sequence_task::{Opening, Progress, SequenceTask, TextOptions};
 use crate::api::tally::Tally;
+use crate::api::times::Times;
 use crate::engine::{Handle, Request};
 use crate::error::Failure;
 use crate::text::tokenizer::Tokenizer;
@@ -99,6 +100,9 @@ pub struct RequestStream {
     candidates: usize,
     /// Prompt tokens found in the prefix cache, by prompt; the first of its choices to run says how many.
     cached: Vec<Option<usize>>,
+    times: Times,
+    /// The answer tells them.
+    tells_times: bool,
     /// The model's own log probabilities of each sequence's tokens added up, as far as they are known.
     logprob_sums: Vec<f64>,
 }
@@ -150,6 +154,7 @@ impl RequestStream {
         let prompt_tokens = request.prompts.iter().map(|prompt| prompt.ids.len()).sum();
         let tally = Tally::current();
         tally.add_prompt(prompt_tokens);
+        let times = Times { arrived: tally.began(), submitted: Instant::now(), started: None, first_token: None, last_token: None };
         Ok(Self {
             progress,
             task,
@@ -164,6 +169,8 @@ impl RequestStream {
             n: options.n,
             candidates: options.candidates,
             cached: vec![None; request.prompts.len()],
+            times,
+            tells_times: options.collect_metrics,
             logprob_sums: vec![0.0; open],
         })
     }
@@ -176,6 +183,7 @@ impl RequestStream {
             completion_tokens: self.completion_tokens,
             reasoning_tokens: self.reasoning_tokens,
             cached_tokens: self.cached.iter().flatten().sum(),
+            times: self.tells_times.then_some(self.times),
         }
     }
 
@@ -219,6 +227,7 @@ impl RequestStream {
             let known = &mut self.cached[progress.choices.start / self.candidates];
             *known = Some(known.map_or(cached, |known| known.min(cached)));
         }
+        self.times.started = self.times.started.or(progress.started);
         if let Some(tokens) = &mut self.reasoning_tokens {
             *tokens += progress.reasoning_tokens;
         }
@@ -226,6 +235,7 @@ impl RequestStream {
         for delta in &progress.deltas {
             match &delta.kind {
                 DeltaKind::Tokens { ids, .. } => {
+                    self.times.token();
                     self.completion_tokens += ids.len();
                     self.tally.add_output(ids.len());
                     self.registered.output_tokens.fetch_add(ids.len(), Ordering::Relaxed);

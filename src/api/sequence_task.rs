@@ -3,6 +3,7 @@
 use std::collections::{HashSet, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 use tokio::sync::{mpsc, watch};
 
@@ -47,6 +48,8 @@ pub struct Progress {
     pub choices: Range<usize>,
     /// Prompt tokens found in the prefix cache, told once, with the first token.
     pub cached_tokens: Option<usize>,
+    /// When the sequence left the queue, told with the first token.
+    pub started: Option<Instant>,
     /// The model's own log probability of the token, where it is known.
     pub logprob: f64,
     /// Tokens of thoughts, of all `choices` together.
@@ -68,6 +71,7 @@ pub struct SequenceTask {
     reports: Reports,
     produced: usize,
     cached_tokens: Option<usize>,
+    started: Option<Instant>,
 }
 
 /// What one event comes to, before the parser has seen its text.
@@ -85,7 +89,7 @@ impl SequenceTask {
         let detokenizer = Detokenizer::new(&options.stops, options.include_stop);
         let reports = Reports { offset: opening.echo.chars().count(), keep_hidden: options.report_hidden, ..Reports::default() };
         let opening = Some(opening);
-        Self { choices, options, parser, opening, detokenizer, reports, produced: 0, cached_tokens: None }
+        Self { choices, options, parser, opening, detokenizer, reports, produced: 0, cached_tokens: None, started: None }
     }
 
     /// A stop string ends the sequence here, before the engine knows; and so does `aborted`, when it becomes true.
@@ -106,7 +110,7 @@ impl SequenceTask {
                 }
                 Event::Started { cached_tokens } => {
                     // Told with the first token: without one it would open a stream too early.
-                    self.cached_tokens = Some(cached_tokens);
+                    (self.cached_tokens, self.started) = (Some(cached_tokens), Some(Instant::now()));
                     continue;
                 }
                 Event::Token(token) if !self.options.score_only => self.token(token),
@@ -128,7 +132,8 @@ impl SequenceTask {
             // The tokens that open and close a thought are part of it.
             let reasoning_tokens = if thought || self.parser.in_reasoning() { tokens } else { 0 };
             let cached_tokens = self.cached_tokens.take();
-            let progress = Progress { choices: self.choices.clone(), cached_tokens, logprob, reasoning_tokens, deltas };
+            let started = self.started.take();
+            let progress = Progress { choices: self.choices.clone(), cached_tokens, started, logprob, reasoning_tokens, deltas };
             if sender.send(Ok(progress)).is_err() {
                 return;
             }

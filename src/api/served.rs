@@ -17,7 +17,7 @@ use crate::api::prompt::guard::Guard;
 use crate::api::prompt::infill_tokens::InfillTokens;
 use crate::api::prompt::template::{self, ChatTemplate};
 use crate::api::response_store::{ResponseStore, StoreLimits};
-use crate::config::{ApiSettings, defaults};
+use crate::config::ApiSettings;
 use crate::engine::Limits;
 use crate::error::{Failure, Kind};
 use crate::text::tokenizer::{Special, Tokenizer};
@@ -166,7 +166,7 @@ impl ServedModel {
 
     /// Who answers in chats.
     pub fn response_role(&self) -> &str {
-        self.settings.response_role.as_deref().unwrap_or(defaults::RESPONSE_ROLE)
+        self.settings.response_role.as_str()
     }
 
     /// The template with the form of contents that it takes, or a 400 that says what to set.
@@ -220,9 +220,9 @@ impl ServedModel {
 /// Where responses are kept, unless the settings say that they are not.
 fn response_store(settings: &ApiSettings) -> Option<Arc<ResponseStore>> {
     let limits = StoreLimits {
-        entries: settings.responses_store_entries.unwrap_or(defaults::RESPONSES_STORE_ENTRIES),
-        bytes: settings.responses_store_mb.unwrap_or(defaults::RESPONSES_STORE_MB).saturating_mul(1 << 20),
-        ttl: settings.responses_store_ttl.unwrap_or(defaults::RESPONSES_STORE_TTL),
+        entries: settings.responses_store_entries,
+        bytes: settings.responses_store_mb.saturating_mul(1 << 20),
+        ttl: settings.responses_store_ttl,
     };
     settings.responses_store.unwrap_or(true).then(|| Arc::new(ResponseStore::new(limits)))
 }

@@ -108,7 +108,7 @@ impl Service {
     pub fn body_limits(&self) -> BodyLimits {
         let of = |model: &Model| BodyLimits::of_model(&model.served.limits, model.served.tokenizer.longest_token());
         let limits = self.models.iter().map(of).reduce(BodyLimits::widest).unwrap_or_default();
-        BodyLimits { depth: self.settings.max_json_depth.unwrap_or(limits.depth), ..limits }
+        BodyLimits { depth: self.settings.max_json_depth, ..limits }
     }
 
     #[cfg(test)]

@@ -54,6 +54,11 @@ impl Tally {
         Self { began: Instant::now(), prompt_tokens: AtomicUsize::new(0), output_tokens: AtomicUsize::new(0), key }
     }
 
+    /// When the request came.
+    pub fn began(&self) -> Instant {
+        self.began
+    }
+
     pub fn key(&self) -> Option<&str> {
         self.key.as_deref()
     }

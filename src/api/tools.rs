@@ -6,7 +6,6 @@ use crate::api::fields::{Field, Fields, invalid, missing, wrong_type};
 use crate::api::parse::tools::request::{Tool, ToolChoice, ToolRequest};
 use crate::api::parse::tools::table::ToolFormat;
 use crate::api::served::{ServedModel, ToolSupport};
-use crate::config::defaults;
 use crate::error::Failure;
 
 /// OpenAI's bound.
@@ -15,7 +14,7 @@ const LONGEST_NAME: usize = 64;
 /// What the request says of tools; `None` when it has none. `tools` wins over the older `functions`.
 pub fn read(served: &ServedModel, fields: &Fields<'_>) -> Result<Option<ToolRequest>, Failure> {
     let choice = choice(fields)?;
-    let given = given(fields, served.settings.max_tools.unwrap_or(defaults::MAX_TOOLS))?;
+    let given = given(fields, served.settings.max_tools)?;
     let parallel = fields.bool("parallel_tool_calls")?.unwrap_or(true);
     let Some((field, definitions)) = given else {
         return match choice {

@@ -166,14 +166,14 @@ impl Target {
             Self::Engine { about, bandwidth: Some(bandwidth), .. } => Some(figures.steps_s * about.bytes_per_step as f64 / bandwidth),
             _ => None,
         };
-        let (weights, threads, device) = match self {
-            Self::Engine { about, .. } => (json!(about.weights), json!(about.threads), json!(about.device)),
-            Self::Server { .. } => (Value::Null, Value::Null, Value::Null),
+        let [weights, kv_cache_dtype, threads, device] = match self {
+            Self::Engine { about, .. } => [json!(about.weights), json!(about.kv_cache_dtype), json!(about.threads), json!(about.device)],
+            Self::Server { .. } => [const { Value::Null }; 4],
         };
         let peak = matches!(self, Self::Engine { .. }).then(memory::peak_rss_mb).flatten();
         json!({"prompt_tokens": bench.prompt_tokens, "output_tokens": bench.output_tokens, "concurrency": concurrency,
             "prefill_tok_s": round(figures.prefill_tok_s), "decode_tok_s": Some(figures.decode_tok_s).filter(|rate| *rate > 0.0).map(round), "ttft_ms": percentiles(figures.ttft), "itl_ms": percentiles(figures.itl),
-            "peak_rss_mb": peak, "limit_share": limit_share.map(|share| (share * 1000.0).round() / 1000.0), "weights": weights, "threads": threads, "device": device})
+            "peak_rss_mb": peak, "limit_share": limit_share.map(|share| (share * 1000.0).round() / 1000.0), "weights": weights, "threads": threads, "device": device, "kv_cache_dtype": kv_cache_dtype})
     }
 }
 

@@ -76,8 +76,8 @@ fn model(files: &ModelFiles, settings: &Settings, share: Option<Share>) -> Resul
     say(&format!("device: {}", plan.device));
     say(&format!("weights held as: {}", plan.weights));
     say(&prepared::describe(files, &settings.engine));
-    plan.memory.lines().iter().for_each(|line| say(line));
-    tensors.warnings.iter().chain(&plan.memory.warnings).for_each(|warning| say(&format!("warning: {warning}")));
+    plan.lines().iter().for_each(|line| say(line));
+    tensors.warnings.iter().chain(plan.warnings()).for_each(|warning| say(&format!("warning: {warning}")));
     Ok(())
 }
 

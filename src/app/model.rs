@@ -79,7 +79,7 @@ pub async fn start_engine(
     };
     let defaults = engine::EngineOptions::default();
     let options = engine::EngineOptions {
-        max_waiting: settings.engine.max_waiting.unwrap_or(defaults.max_waiting),
+        max_waiting: settings.engine.max_waiting,
         prefix_caching: settings.engine.prefix_caching.unwrap_or(defaults.prefix_caching),
         proposer: settings.engine.speculative.map(|given| engine::NgramProposer {
             draft_len: given.tokens,

@@ -145,7 +145,7 @@ pub async fn http(settings: Settings) -> Result<ExitCode, Failure> {
 
 /// Waits until the engines have answered what they hold, and tells how it ended after all.
 async fn drained(service: &Service, ended: Ended, settings: &Settings) -> Ended {
-    let limit = settings.runpod.drain_timeout.unwrap_or(defaults::DRAIN_TIMEOUT);
+    let limit = settings.runpod.drain_timeout;
     // A broken engine has nothing more to compute: its failures only have to be written.
     let idle = service.engines().map(|(_, engine)| engine.idle(if engine.failure().is_some() { limit.min(RESPONSES_END) } else { limit }));
     join_all(idle).await;
@@ -187,7 +187,7 @@ impl Direct {
     /// With the engine's figures at `/metrics` and `/load`; none before the model is there.
     fn options(&self, settings: &Settings) -> ServerOptions {
         let service = self.service.clone();
-        let prefix = settings.server.metrics_prefix.clone().unwrap_or_else(|| defaults::METRICS_PREFIX.to_owned());
+        let prefix = settings.server.metrics_prefix.clone();
         let text = move || service.get().map_or(String::new(), |service| exposition(service, &prefix));
         let service = self.service.clone();
         let load = move || service.get().map_or(0, |service| service.load());
@@ -277,16 +277,15 @@ impl Drop for Closing {
 
 /// How many connections there may be, by the settings and the system.
 fn connection_limits(settings: &ServerSettings, options: &ServerOptions) -> ConnectionLimits {
-    let default = ConnectionLimits::default();
-    let timeout = |given: Option<Duration>, default| given.map_or(default, |given| Some(given).filter(|given| !given.is_zero()));
+    let timeout = |given: Duration| Some(given).filter(|given| !given.is_zero());
     let possible = open_files::raise().map(open_files::connections);
     let wanted = settings.max_connections;
     if let (Some(wanted), Some(possible)) = (wanted, possible.filter(|possible| wanted.is_some_and(|wanted| wanted > *possible))) {
         tracing::warn!("MAX_CONNECTIONS={wanted} is more than the system's limit of open files allows; there may be {possible} at once");
     }
     ConnectionLimits {
-        header_timeout: timeout(settings.header_timeout, default.header_timeout),
-        idle_timeout: timeout(settings.keep_alive_timeout, default.idle_timeout),
+        header_timeout: timeout(settings.header_timeout),
+        idle_timeout: timeout(settings.keep_alive_timeout),
         most: wanted.unwrap_or(usize::MAX).min(possible.unwrap_or(MOST_CONNECTIONS)),
         health_path: options.health_path.clone(),
     }
@@ -420,6 +419,7 @@ mod tests {
             vocab_size: tokenizer.vocab_size(),
             block_size: 16,
             blocks: 16,
+            kv_cache_dtype: "float32",
             state_slots: 0,
             max_num_seqs: 4,
             max_num_batched_tokens: 64,

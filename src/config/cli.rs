@@ -495,6 +495,7 @@ mod tests {
             (&table::PORT, "8180"),
             (&table::MAX_MODEL_LEN, "4096"),
             (&table::MAX_NUM_SEQS, "32"),
+            (&table::TENSOR_PARALLEL_SIZE, "1"),
             (&table::QUANTIZATION, "wint4"),
             (&table::ENABLE_PREFIX_CACHING, "true"),
             (&table::VLLM_CONFIG_FILE, "fd.yaml"),
@@ -533,9 +534,9 @@ mod tests {
 
     #[test]
     fn flags_of_other_engines() {
-        let args = parse(&["serve", "--enforce-eager", "--tensor-parallel-size", "2", "--no-enable-lora", "--swap-space=4"]);
+        let args = parse(&["serve", "--enforce-eager", "--data-parallel-size", "2", "--no-enable-lora", "--swap-space=4"]);
         let foreign: Vec<_> = args.foreign.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
-        assert_eq!(foreign, [("ENFORCE_EAGER", "true"), ("TENSOR_PARALLEL_SIZE", "2"), ("ENABLE_LORA", "false"), ("SWAP_SPACE", "4")]);
+        assert_eq!(foreign, [("ENFORCE_EAGER", "true"), ("DATA_PARALLEL_SIZE", "2"), ("ENABLE_LORA", "false"), ("SWAP_SPACE", "4")]);
         assert_eq!(args.command, Some(Command::Serve(ModelArgument::default())));
     }
 

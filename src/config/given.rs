@@ -115,6 +115,8 @@ impl Kind {
         let value = match self {
             Self::Count { least, auto } => Value::Count(count(typed, least, auto)?),
             Self::CountOf { of, auto } => Value::Count(count_of(typed, of, auto)?),
+            Self::Ranks if typed.eq_ignore_ascii_case("auto") => Value::Count(0),
+            Self::Ranks => Value::Count(count(typed, 1, &["auto"])?),
             Self::CountOrAll if typed == "-1" => Value::Count(usize::MAX),
             Self::CountOrAll => Value::Count(count(typed, 0, &[])?),
             Self::Number { range, .. } => {
@@ -173,6 +175,7 @@ impl Kind {
             Self::Seed => parse::seed(typed).map(|_| ()),
             Self::Device => parse::device(typed).map(|_| ()),
             Self::Speculative => parse::speculative(typed).map(|_| ()),
+            Self::KvCacheDtype => parse::kv_cache_dtype(typed).map(|_| ()),
             Self::Quantization => match parse::quantization(typed) {
                 Ok(_) => Ok(()),
                 Err(problem) => Err(format!("{problem}; use BF16 (weights as stored), wint8 or wint4")),
@@ -233,9 +236,11 @@ impl fmt::Display for Kind {
             Self::Url => f.write_str("URL"),
             Self::UrlPath => f.write_str("path"),
             Self::Seed => f.write_str("whole number from 0"),
+            Self::Ranks => f.write_str("whole number from 1, or `auto`"),
             Self::Device => f.write_str("`auto`, `cpu`, `cuda`, `cuda:N`"),
             Self::Quantization => f.write_str("`BF16`, `wint8`, `wint4`"),
             Self::Template => f.write_str("Jinja text or a file"),
+            Self::KvCacheDtype => f.write_str("`auto`, `float32`, `float16`, `bfloat16`, `int8`"),
             Self::MetricsPrefix => f.write_str("letters, digits, `_` and `:`"),
         }
     }

@@ -8,6 +8,8 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use smart_default::SmartDefault;
+
 mod cli;
 pub mod defaults;
 mod given;
@@ -23,7 +25,7 @@ pub mod tls;
 
 pub use cli::{Args, BenchArgs, Command, Flags, ModelArgument, PullArgs, RunBatchArgs};
 pub use keys_file::{ClientKey, KeysFile};
-pub use parse::quantization;
+pub use parse::{kv_cache_dtype, quantization};
 pub use report::report;
 /// Keys and tokens: never shown, and wiped when dropped.
 pub use secrecy::{ExposeSecret, SecretString};
@@ -90,14 +92,15 @@ impl Settings {
 }
 
 /// Where models come from.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, SmartDefault)]
 pub struct HubSettings {
     pub revision: Option<String>,
     /// A tokenizer from elsewhere: hub id or folder.
     pub tokenizer: Option<String>,
     pub token: Option<SecretString>,
-    /// `HF_ENDPOINT`; default [`defaults::HF_ENDPOINT`].
-    pub endpoint: Option<String>,
+    /// `HF_ENDPOINT`.
+    #[default(defaults::HF_ENDPOINT.to_owned())]
+    pub endpoint: String,
     pub offline: bool,
     /// Hugging Face caches to look in, in order; downloads go to the first that can be written.
     pub caches: Vec<PathBuf>,
@@ -139,6 +142,32 @@ impl Quantization {
     }
 }
 
+/// How many devices compute a model together (`TENSOR_PARALLEL_SIZE`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TensorParallel {
+    /// All GPUs that there are; one on the CPU.
+    Auto,
+    Ranks(usize),
+}
+
+impl Default for TensorParallel {
+    fn default() -> Self {
+        Self::Ranks(1)
+    }
+}
+
+/// What keys and values of earlier tokens are held in (`KV_CACHE_DTYPE`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KvCacheDtype {
+    /// The device's own: float32 on a CPU, bfloat16 on a GPU.
+    #[default]
+    Auto,
+    Float32,
+    Float16,
+    Bfloat16,
+    Int8,
+}
+
 /// Where the weights are kept in the form that our kernels read (`PREPARED_CACHE`).
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum PreparedCache {
@@ -174,7 +203,7 @@ pub enum TaskChoice {
 }
 
 /// `None` = auto.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, SmartDefault)]
 pub struct EngineSettings {
     pub task: TaskChoice,
     /// Laid over what the model's files say of its pooling (`POOLER_CONFIG`).
@@ -182,6 +211,7 @@ pub struct EngineSettings {
     pub device: DeviceChoice,
     /// `DEVICE=auto` means a GPU, and never falls back to the CPU: so in a queue worker of a CUDA build.
     pub gpu_required: bool,
+    pub tensor_parallel: TensorParallel,
     pub threads: Option<usize>,
     pub quantization: Quantization,
     pub prepared_cache: PreparedCache,
@@ -191,15 +221,19 @@ pub struct EngineSettings {
     pub max_model_len: Option<usize>,
     pub max_num_seqs: Option<usize>,
     pub max_num_batched_tokens: Option<usize>,
-    pub block_size: Option<usize>,
+    #[default(defaults::BLOCK_SIZE)]
+    pub block_size: usize,
     pub num_blocks: Option<usize>,
     /// In GiB.
     pub kv_cache_gb: Option<f64>,
+    pub kv_cache_dtype: KvCacheDtype,
+    /// Default [`defaults::GPU_UTILIZATION`]; who gives it for a CPU is told that it does nothing there.
     pub gpu_memory_utilization: Option<f64>,
     pub prefix_caching: Option<bool>,
     pub speculative: Option<Speculative>,
     pub disable_log_stats: bool,
-    pub max_waiting: Option<usize>,
+    #[default(defaults::MAX_WAITING)]
+    pub max_waiting: usize,
     /// Seconds a request may take in all.
     pub request_timeout: Option<Duration>,
     pub seed: Option<u64>,
@@ -268,7 +302,7 @@ pub enum ContentFormat {
     OpenAi,
 }
 
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, SmartDefault)]
 pub struct ApiSettings {
     /// The names clients may use; the first is the one answers carry. Empty = the model's own name.
     pub served_names: Vec<String>,
@@ -291,26 +325,32 @@ pub struct ApiSettings {
     /// `REASONING_PARSER`, as `TOOL_CALL_PARSER`.
     pub reasoning_parser: Option<String>,
     pub reasoning_field: ReasoningField,
-    /// Default [`defaults::RESPONSE_ROLE`].
-    pub response_role: Option<String>,
+    /// Who answers, as messages say it.
+    #[default(defaults::RESPONSE_ROLE.to_owned())]
+    pub response_role: String,
     /// Sampling defaults from the model's generation_config.json (true unless `GENERATION_CONFIG=vllm`).
     pub ignore_generation_config: bool,
     /// `OVERRIDE_GENERATION_CONFIG`: a JSON object laid over it.
     pub override_generation_config: Option<serde_json::Map<String, serde_json::Value>>,
-    /// Most choices a request may ask for; default [`defaults::MAX_N`].
-    pub max_n: Option<usize>,
+    /// Most choices a request may ask for.
+    #[default(defaults::MAX_N)]
+    pub max_n: usize,
     /// Most messages of a chat; default none.
     pub max_messages: Option<usize>,
-    /// Most tools of a request; default [`defaults::MAX_TOOLS`].
-    pub max_tools: Option<usize>,
-    /// Most stop strings of a request; default [`defaults::MAX_STOP_STRINGS`].
-    pub max_stop_strings: Option<usize>,
-    /// Deepest nesting of a request's JSON; default [`defaults::MAX_JSON_DEPTH`].
-    pub max_json_depth: Option<usize>,
+    /// Most tools of a request.
+    #[default(defaults::MAX_TOOLS)]
+    pub max_tools: usize,
+    /// Most stop strings of a request.
+    #[default(defaults::MAX_STOP_STRINGS)]
+    pub max_stop_strings: usize,
+    /// Deepest nesting of a request's JSON.
+    #[default(defaults::MAX_JSON_DEPTH)]
+    pub max_json_depth: usize,
     /// `ENABLE_LOGPROB=false`: requests for log probabilities are refused.
     pub refuse_logprobs: bool,
-    /// Most alternatives a request may ask for at each token; default [`defaults::MAX_LOGPROBS`], `u32::MAX` = the whole vocabulary.
-    pub max_logprobs: Option<u32>,
+    /// Most alternatives a request may ask for at each token; `u32::MAX` = the whole vocabulary.
+    #[default(defaults::MAX_LOGPROBS)]
+    pub max_logprobs: u32,
     pub logprobs_mode: LogprobsMode,
     /// `RETURN_TOKENS_AS_TOKEN_IDS`.
     pub tokens_as_ids: bool,
@@ -320,12 +360,12 @@ pub struct ApiSettings {
     pub hide_prompt_tokens_details: bool,
     /// `RESPONSES_STORE`: responses of `/v1/responses` are kept. `None`: unless this is a queue worker.
     pub responses_store: Option<bool>,
-    /// Default [`defaults::RESPONSES_STORE_ENTRIES`].
-    pub responses_store_entries: Option<usize>,
-    /// Default [`defaults::RESPONSES_STORE_MB`].
-    pub responses_store_mb: Option<usize>,
-    /// Default [`defaults::RESPONSES_STORE_TTL`].
-    pub responses_store_ttl: Option<Duration>,
+    #[default(defaults::RESPONSES_STORE_ENTRIES)]
+    pub responses_store_entries: usize,
+    #[default(defaults::RESPONSES_STORE_MB)]
+    pub responses_store_mb: usize,
+    #[default(defaults::RESPONSES_STORE_TTL)]
+    pub responses_store_ttl: Duration,
     /// Engine's `SEED`: base of the seeds picked for requests without one.
     pub seed: Option<u64>,
     pub request_timeout: Option<Duration>,
@@ -340,15 +380,16 @@ pub enum ReasoningField {
     Reasoning,
 }
 
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, SmartDefault)]
 pub struct RunpodSettings {
     /// URL templates, unsubstituted (`RUNPOD_WEBHOOK_*`).
     pub get_job: Option<String>,
     pub post_output: Option<String>,
     pub post_stream: Option<String>,
     pub ping: Option<String>,
-    /// Default [`defaults::PING_INTERVAL`]. (The variable is in milliseconds.)
-    pub ping_interval: Option<Duration>,
+    /// The variable is in milliseconds; zero is none.
+    #[default(defaults::PING_INTERVAL)]
+    pub ping_interval: Duration,
     pub api_key: Option<SecretString>,
     /// `RUNPOD_POD_ID`, else `HOSTNAME`, else a UUID.
     pub worker_id: Option<String>,
@@ -356,10 +397,12 @@ pub struct RunpodSettings {
     pub endpoint_id: Option<String>,
     /// Jobs at once; `None` = max_num_seqs and one more for every [`defaults::SEQS_PER_WAITING_JOB`].
     pub max_concurrency: Option<usize>,
-    /// How long SIGTERM waits for running jobs; default [`defaults::DRAIN_TIMEOUT`].
-    pub drain_timeout: Option<Duration>,
-    /// Least time between two stream posts of one job; default [`defaults::STREAM_INTERVAL`]. The first goes at once.
-    pub stream_interval: Option<Duration>,
+    /// How long SIGTERM waits for running jobs.
+    #[default(defaults::DRAIN_TIMEOUT)]
+    pub drain_timeout: Duration,
+    /// Least time between two stream posts of one job. The first goes at once.
+    #[default(defaults::STREAM_INTERVAL)]
+    pub stream_interval: Duration,
     /// Tokens to gather before a stream post (the reference workers' batching), when set.
     pub batch: Option<BatchGrowth>,
     /// `runpod_version` in pings; default this crate's version.
@@ -375,14 +418,15 @@ pub struct BatchGrowth {
     pub max: usize,
 }
 
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, SmartDefault)]
 pub struct ServerSettings {
     pub host: Option<String>,
     pub port: Option<u16>,
     /// `PORT_HEALTH`, when it differs from the port.
     pub health_port: Option<u16>,
-    /// `HEALTH_CHECK_PATH`; default [`defaults::HEALTH_PATH`].
-    pub health_path: Option<String>,
+    /// `HEALTH_CHECK_PATH`.
+    #[default(defaults::HEALTH_PATH.to_owned())]
+    pub health_path: String,
     /// Empty = open.
     pub api_keys: Vec<SecretString>,
     /// Keys of clients with their limits; none of them opens what `api_keys` do not.
@@ -391,16 +435,19 @@ pub struct ServerSettings {
     pub tls: Option<TlsFiles>,
     /// CORS; empty = `*`.
     pub allowed_origins: Vec<String>,
-    /// How long the head of a request may take; default [`defaults::HEADER_TIMEOUT`], zero = for ever.
-    pub header_timeout: Option<Duration>,
-    /// How long a connection is kept between two requests; default [`defaults::KEEP_ALIVE_TIMEOUT`], zero = for ever.
-    pub keep_alive_timeout: Option<Duration>,
+    /// How long the head of a request may take; zero = for ever.
+    #[default(defaults::HEADER_TIMEOUT)]
+    pub header_timeout: Duration,
+    /// How long a connection is kept between two requests; zero = for ever.
+    #[default(defaults::KEEP_ALIVE_TIMEOUT)]
+    pub keep_alive_timeout: Duration,
     /// Connections at once; default as many as the limit of open files allows.
     pub max_connections: Option<usize>,
     /// The local endpoint answers failed OpenAI calls with 500, as the cloud is reported to do.
     pub cloud_errors: bool,
-    /// Begins every name at `/metrics`; default [`defaults::METRICS_PREFIX`].
-    pub metrics_prefix: Option<String>,
+    /// Begins every name at `/metrics`.
+    #[default(defaults::METRICS_PREFIX.to_owned())]
+    pub metrics_prefix: String,
 }
 
 #[derive(Debug, Clone, Default)]

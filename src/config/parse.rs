@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::{DeviceChoice, PreparedCache, Quantization, Speculative};
+use super::{DeviceChoice, KvCacheDtype, PreparedCache, Quantization, Speculative};
 
 /// Not given, as platforms write it: empty, blanks, or `None`.
 pub fn unset(value: &str) -> bool {
@@ -119,6 +119,21 @@ pub fn quantization(value: &str) -> Result<Quantization, String> {
             Some((known, needs)) => format!("FastDeploy's {known} ({needs}) is not supported here"),
             None => format!("{name:?} is not supported here"),
         }),
+    }
+}
+
+/// A type of the KV cache by vLLM's name or torch's, in any case; what is wrong with it otherwise.
+pub fn kv_cache_dtype(value: &str) -> Result<KvCacheDtype, String> {
+    let lower = value.trim().to_ascii_lowercase();
+    match lower.as_str() {
+        "auto" => Ok(KvCacheDtype::Auto),
+        "float32" | "float" | "fp32" => Ok(KvCacheDtype::Float32),
+        "float16" | "half" | "fp16" => Ok(KvCacheDtype::Float16),
+        "bfloat16" | "bf16" => Ok(KvCacheDtype::Bfloat16),
+        // vLLM's int8 has a scale for each token and head; ours has finer ones.
+        "int8" | "int8_per_token_head" => Ok(KvCacheDtype::Int8),
+        _ if lower.starts_with("fp8") => Err(format!("{value:?} (8-bit floats) is not held here; use int8, which takes as little")),
+        _ => Err(format!("{value:?} is not possible; use one of auto, float32, float16, bfloat16, int8")),
     }
 }
 
@@ -294,10 +309,30 @@ mod tests {
         }
     }
 
+    #[test]
+    fn types_of_the_kv_cache() {
+        for (value, meaning) in [
+            ("auto", KvCacheDtype::Auto),
+            ("Float32", KvCacheDtype::Float32),
+            ("half", KvCacheDtype::Float16),
+            ("BF16", KvCacheDtype::Bfloat16),
+            ("int8", KvCacheDtype::Int8),
+            ("int8_per_token_head", KvCacheDtype::Int8),
+        ] {
+            assert_eq!(kv_cache_dtype(value), Ok(meaning), "{value}");
+        }
+        for value in ["fp8", "FP8_E4M3", "fp8_e5m2", "fp8_inc", "fp8_ds_mla"] {
+            assert!(kv_cache_dtype(value).expect_err(value).contains("use int8"), "{value}");
+        }
+        for value in ["", "int4", "nvfp4", "float64"] {
+            assert!(kv_cache_dtype(value).expect_err(value).contains("float16, bfloat16, int8"), "{value}");
+        }
+    }
+
     proptest! {
         #[test]
         fn never_panics(value in "\\PC*") {
-            let _ = (unset(&value), boolean(&value), count(&value), list(&value), quantization(&value));
+            let _ = (kv_cache_dtype(&value), unset(&value), boolean(&value), count(&value), list(&value), quantization(&value));
         }
 
         #[test]

@@ -8,7 +8,7 @@ use super::sources::Merged;
 use super::{
     ApiSettings, Args, BatchGrowth, ConfigError, ConfigSources, ContentFormat, EngineSettings, HubSettings, KeysFile, LogLevel,
     LogSettings, LogprobsMode, NativeFormat, PreparedWriting, ReasoningField, RunpodSettings, SecretString, ServerSettings, Settings,
-    TaskChoice, TlsFiles, defaults, parse, policy, report, table,
+    TaskChoice, TensorParallel, TlsFiles, defaults, parse, policy, report, table,
 };
 
 impl Settings {
@@ -97,6 +97,12 @@ fn of_several_models(given: &Given, models: usize, merged: &mut Merged) {
     if given.text(&table::TOKENIZER).is_some() {
         merged.refuse(table::TOKENIZER.name, "MODEL names several models, which have tokenizers of their own; unset it");
     }
+    if given.count(&table::TENSOR_PARALLEL_SIZE).is_some_and(|ranks| ranks != 1) {
+        merged.refuse(
+            table::TENSOR_PARALLEL_SIZE.name,
+            "MODEL names several models, which share one device; set it to 1, or serve one model",
+        );
+    }
     if given.text(&table::REVISION).is_some_and(|revision| revision != defaults::REVISION) {
         let message = format!("MODEL names several models, and a revision is one model's; unset it, or set {}", defaults::REVISION);
         merged.refuse(table::REVISION.name, message);
@@ -122,11 +128,12 @@ fn hub(given: &Given) -> HubSettings {
     }
     let stored = || std::fs::read_to_string(expand_home(hf_home.join("token"), home.as_deref())).ok();
     let token = given.text(&table::HF_TOKEN).or_else(stored).map(|token| token.trim().to_owned()).filter(|token| !token.is_empty());
+    let default = HubSettings::default();
     HubSettings {
         revision: given.text(&table::REVISION),
         tokenizer: given.text(&table::TOKENIZER),
         token: token.map(SecretString::from),
-        endpoint: given.text(&table::HF_ENDPOINT),
+        endpoint: given.text(&table::HF_ENDPOINT).unwrap_or(default.endpoint),
         offline: given.switch(&table::HF_HUB_OFFLINE).unwrap_or(false),
         caches,
         local_model_root: Some(path(&table::LOCAL_MODEL_ROOT).unwrap_or_else(|| defaults::LOCAL_MODEL_ROOT.into())),
@@ -138,9 +145,14 @@ fn engine(given: &Given) -> EngineSettings {
     // The opposite in SGLang's words comes second.
     let uncached = given.switch(&table::DISABLE_RADIX_CACHE);
     let text = |setting| given.text(setting);
+    let default = EngineSettings::default();
     EngineSettings {
         device: text(&table::DEVICE).and_then(|device| parse::device(&device).ok()).unwrap_or_default(),
         gpu_required: false,
+        tensor_parallel: match given.count(&table::TENSOR_PARALLEL_SIZE) {
+            Some(0) => TensorParallel::Auto,
+            ranks => TensorParallel::Ranks(ranks.unwrap_or(1)),
+        },
         threads: given.count(&table::THREADS),
         quantization: text(&table::QUANTIZATION).and_then(|name| parse::quantization(&name).ok()).unwrap_or_default(),
         prepared_cache: text(&table::PREPARED_CACHE).map(|value| parse::prepared_cache(&value)).unwrap_or_default(),
@@ -151,14 +163,15 @@ fn engine(given: &Given) -> EngineSettings {
         max_model_len: given.count(&table::MAX_MODEL_LEN),
         max_num_seqs: given.count(&table::MAX_NUM_SEQS),
         max_num_batched_tokens: given.count(&table::MAX_NUM_BATCHED_TOKENS),
-        block_size: given.count(&table::BLOCK_SIZE),
+        block_size: given.count(&table::BLOCK_SIZE).unwrap_or(default.block_size),
         num_blocks: given.count(&table::NUM_GPU_BLOCKS_OVERRIDE),
         kv_cache_gb: given.number(&table::KV_CACHE_GB).or(bytes),
+        kv_cache_dtype: text(&table::KV_CACHE_DTYPE).and_then(|name| parse::kv_cache_dtype(&name).ok()).unwrap_or_default(),
         gpu_memory_utilization: given.number(&table::GPU_MEMORY_UTILIZATION),
         prefix_caching: given.switch(&table::ENABLE_PREFIX_CACHING).or(uncached.map(|uncached| !uncached)),
         speculative: text(&table::SPECULATIVE_CONFIG).and_then(|config| parse::speculative(&config).ok()).flatten(),
         disable_log_stats: given.switch(&table::DISABLE_LOG_STATS).unwrap_or(false),
-        max_waiting: given.count(&table::MAX_WAITING),
+        max_waiting: given.count(&table::MAX_WAITING).unwrap_or(default.max_waiting),
         request_timeout: match given.number(&table::REQUEST_TIMEOUT) {
             Some(0.0) => None,
             seconds => Some(seconds.map_or(defaults::REQUEST_TIMEOUT, Duration::from_secs_f64)),
@@ -182,6 +195,7 @@ fn task(given: &Given) -> TaskChoice {
 fn api(given: &Given, merged: &mut Merged) -> ApiSettings {
     let switch = |setting| given.switch(setting).unwrap_or(false);
     let text = |setting| given.text(setting);
+    let default = ApiSettings::default();
     ApiSettings {
         served_names: given.list(&table::SERVED_MODEL_NAME),
         any_model_name: switch(&table::ANY_MODEL_NAME),
@@ -208,16 +222,16 @@ fn api(given: &Given, merged: &mut Merged) -> ApiSettings {
             Some("reasoning") => ReasoningField::Reasoning,
             _ => ReasoningField::Both,
         },
-        response_role: text(&table::RESPONSE_ROLE),
+        response_role: text(&table::RESPONSE_ROLE).unwrap_or(default.response_role),
         ignore_generation_config: text(&table::GENERATION_CONFIG).is_some_and(|source| source == "vllm"),
         override_generation_config: text(&table::OVERRIDE_GENERATION_CONFIG).and_then(|object| parse::object(&object).ok()),
-        max_n: given.count(&table::MAX_N),
+        max_n: given.count(&table::MAX_N).unwrap_or(default.max_n),
         max_messages: given.count(&table::MAX_MESSAGES),
-        max_tools: given.count(&table::MAX_TOOLS),
-        max_stop_strings: given.count(&table::MAX_STOP_STRINGS),
-        max_json_depth: given.count(&table::MAX_JSON_DEPTH),
+        max_tools: given.count(&table::MAX_TOOLS).unwrap_or(default.max_tools),
+        max_stop_strings: given.count(&table::MAX_STOP_STRINGS).unwrap_or(default.max_stop_strings),
+        max_json_depth: given.count(&table::MAX_JSON_DEPTH).unwrap_or(default.max_json_depth),
         refuse_logprobs: given.switch(&table::ENABLE_LOGPROB) == Some(false),
-        max_logprobs: given.count(&table::MAX_LOGPROBS).map(|most| u32::try_from(most).unwrap_or(u32::MAX)),
+        max_logprobs: given.count(&table::MAX_LOGPROBS).map(|most| u32::try_from(most).unwrap_or(u32::MAX)).unwrap_or(default.max_logprobs),
         logprobs_mode: match text(&table::LOGPROBS_MODE).as_deref() {
             Some("raw_logits") => LogprobsMode::RawLogits,
             Some("processed_logprobs") => LogprobsMode::ProcessedLogprobs,
@@ -228,9 +242,9 @@ fn api(given: &Given, merged: &mut Merged) -> ApiSettings {
         force_include_usage: switch(&table::ENABLE_FORCE_INCLUDE_USAGE),
         hide_prompt_tokens_details: given.switch(&table::ENABLE_PROMPT_TOKENS_DETAILS) == Some(false),
         responses_store: given.switch(&table::RESPONSES_STORE),
-        responses_store_entries: given.count(&table::RESPONSES_STORE_ENTRIES),
-        responses_store_mb: given.count(&table::RESPONSES_STORE_MB),
-        responses_store_ttl: given.number(&table::RESPONSES_STORE_TTL).map(Duration::from_secs_f64),
+        responses_store_entries: given.count(&table::RESPONSES_STORE_ENTRIES).unwrap_or(default.responses_store_entries),
+        responses_store_mb: given.count(&table::RESPONSES_STORE_MB).unwrap_or(default.responses_store_mb),
+        responses_store_ttl: given.number(&table::RESPONSES_STORE_TTL).map(Duration::from_secs_f64).unwrap_or(default.responses_store_ttl),
         seed: None,
         request_timeout: None,
     }
@@ -241,19 +255,20 @@ fn runpod(given: &Given) -> RunpodSettings {
     let text = |setting| given.text(setting);
     let agent = text(&table::RUNPOD_USER_AGENT);
     let default_agent = concat!("worker-candle/", env!("CARGO_PKG_VERSION"));
+    let default = RunpodSettings::default();
     RunpodSettings {
         get_job: text(&table::RUNPOD_WEBHOOK_GET_JOB),
         post_output: text(&table::RUNPOD_WEBHOOK_POST_OUTPUT),
         post_stream: text(&table::RUNPOD_WEBHOOK_POST_STREAM),
         ping: text(&table::RUNPOD_WEBHOOK_PING),
-        ping_interval: milliseconds(&table::RUNPOD_PING_INTERVAL),
+        ping_interval: milliseconds(&table::RUNPOD_PING_INTERVAL).filter(|interval| !interval.is_zero()).unwrap_or(default.ping_interval),
         api_key: text(&table::RUNPOD_AI_API_KEY).map(SecretString::from),
         worker_id: text(&table::RUNPOD_POD_ID).or_else(|| text(&table::HOSTNAME)),
         gpu_type_id: text(&table::RUNPOD_GPU_TYPE_ID),
         endpoint_id: text(&table::RUNPOD_ENDPOINT_ID),
         max_concurrency: given.count(&table::MAX_CONCURRENCY),
-        drain_timeout: given.number(&table::DRAIN_TIMEOUT).map(Duration::from_secs_f64),
-        stream_interval: milliseconds(&table::STREAM_INTERVAL_MS),
+        drain_timeout: given.number(&table::DRAIN_TIMEOUT).map(Duration::from_secs_f64).unwrap_or(default.drain_timeout),
+        stream_interval: milliseconds(&table::STREAM_INTERVAL_MS).unwrap_or(default.stream_interval),
         batch: batch(given),
         reported_version: text(&table::RUNPOD_REPORTED_VERSION),
         user_agent: match text(&table::RUNPOD_UA_INTEGRATION) {
@@ -279,20 +294,21 @@ fn server(given: &Given) -> ServerSettings {
     let port = |setting| given.count(setting).and_then(|port| u16::try_from(port).ok());
     let seconds = |setting| given.number(setting).map(Duration::from_secs_f64);
     let own = port(&table::PORT);
+    let default = ServerSettings::default();
     ServerSettings {
         host: given.text(&table::HOST),
         port: own,
         health_port: port(&table::PORT_HEALTH).filter(|health| Some(*health) != own),
-        health_path: given.text(&table::HEALTH_CHECK_PATH),
+        health_path: given.text(&table::HEALTH_CHECK_PATH).unwrap_or(default.health_path),
         api_keys: Vec::new(),
         keys_file: None,
         tls: None,
         allowed_origins: given.list(&table::ALLOWED_ORIGINS).into_iter().filter(|origin| origin != "*").collect(),
-        header_timeout: seconds(&table::HEADER_TIMEOUT),
-        keep_alive_timeout: seconds(&table::KEEP_ALIVE_TIMEOUT),
+        header_timeout: seconds(&table::HEADER_TIMEOUT).unwrap_or(default.header_timeout),
+        keep_alive_timeout: seconds(&table::KEEP_ALIVE_TIMEOUT).unwrap_or(default.keep_alive_timeout),
         max_connections: given.count(&table::MAX_CONNECTIONS),
         cloud_errors: given.switch(&table::CLOUD_ERRORS).unwrap_or(false),
-        metrics_prefix: given.text(&table::METRICS_PREFIX),
+        metrics_prefix: given.text(&table::METRICS_PREFIX).unwrap_or(default.metrics_prefix),
     }
 }
 

@@ -90,8 +90,11 @@ pub enum Kind {
     /// The path of a URL.
     UrlPath,
     Seed,
+    /// How many devices compute a model: a whole number from 1, or `auto`, which is read as 0.
+    Ranks,
     Device,
     Quantization,
+    KvCacheDtype,
     Speculative,
     /// Jinja text or a file.
     Template,

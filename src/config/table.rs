@@ -68,6 +68,12 @@ settings! {
         /// `auto`, `cpu`, `cuda` or `cuda:N`.
         DEVICE = Setting::new(Kind::Device,
             Prose("auto: the first GPU in a CUDA build, else the CPU; a queue worker of a CUDA build does not start without a GPU"));
+        /// Devices that compute the model together, each with a part of every layer: a number, or `auto` for all GPUs from `DEVICE` on (1 on the
+        /// CPU). It must divide the heads and the inner columns of the model; what does not fit is refused with the numbers that do. On the CPU
+        /// each such rank takes its part of `THREADS`, which is for tests and for processors with memories of their own, and slower elsewhere.
+        /// More than 1: one model, and no prepared copy.
+        TENSOR_PARALLEL_SIZE = Setting::new(Kind::Ranks, Count(1))
+            .form(Form::new("GPUs per model", "GPUs that compute the model together; auto = all of the worker", Input::Text).filled("1").advanced());
         /// CPU threads that compute.
         THREADS = Setting::new(Kind::Count { least: 1, auto: AUTO_OR_ZERO }, Prose("auto: all cores")).also(&["RAYON_NUM_THREADS"]);
         /// Bits a weight: `BF16` keeps the weights as stored (those of a quantized checkpoint at 8 bits), `unquantized` widens a quantized
@@ -127,13 +133,21 @@ settings! {
                 Input::Options(&[("16", "16"), ("32", "32"), ("48", "48"), ("64", "64")])).advanced());
         /// Blocks in the KV cache, instead of what memory allows. Of several models each has so many.
         NUM_GPU_BLOCKS_OVERRIDE = Setting::new(COUNT, Prose("what memory allows"));
-        /// Memory for the KV cache, in GiB; of several models for all of them together. `auto` takes no more than `MAX_NUM_SEQS` sequences
+        /// Memory for the KV cache, in GiB; of several models for all of them together, of several GPUs on each. `auto` takes no more than `MAX_NUM_SEQS` sequences
         /// can use.
         KV_CACHE_GB = Setting::new(Kind::Number { range: Range::Positive, auto: AUTO },
             Computed(|| {
                 let percent = defaults::CPU_KV_SHARE * 100.0;
                 format!("auto: {percent} % of what is free beside the weights on a CPU, what GPU_MEMORY_UTILIZATION leaves on a GPU")
             }));
+        /// What the keys and values of earlier tokens are held in: `auto`, `float32`, `float16`, `bfloat16`, or `int8` (on a CPU: a scale for
+        /// each 32 numbers). Narrower types hold two to almost four times as many tokens of context in the same memory, and long contexts are
+        /// read faster; what that does to answers is measured in `docs/quantization.md`.
+        KV_CACHE_DTYPE = Setting::new(Kind::KvCacheDtype, Prose("auto: float32 on a CPU, bfloat16 on a GPU"))
+            .form(Form::new("KV cache type",
+                "What earlier tokens' keys and values are held in; narrower types hold more context in the same memory",
+                Input::Options(&[("auto", "auto"), ("float16", "float16"), ("bfloat16", "bfloat16"), ("int8 (CPU)", "int8")]))
+                .filled("auto").advanced());
         /// Memory for the KV cache, in bytes (`KV_CACHE_GB` comes first).
         KV_CACHE_MEMORY_BYTES = Setting::new(COUNT, Text("auto"));
         /// Share of the GPU's memory that may be used, above 0 and at most 1. Without effect on a CPU: see `KV_CACHE_GB`.

@@ -61,8 +61,8 @@ fn extra_arguments_beat_the_environment_and_meet_the_policy() {
     let settings = env(&[("VLLM_EXTRA_ARGS", extra), ("MAX_MODEL_LEN", "2048")]);
     assert_eq!(settings.engine.max_model_len, Some(4000));
     assert!(settings.warnings.iter().any(|warning| warning.contains("ENFORCE_EAGER")), "{:?}", settings.warnings);
-    let found = mistakes(&[("VLLM_EXTRA_ARGS", "--tensor-parallel-size 4 --no-such-thing 1")]);
-    assert!(found[0].starts_with("--tensor-parallel-size in VLLM_EXTRA_ARGS: one device"), "{found:?}");
+    let found = mistakes(&[("VLLM_EXTRA_ARGS", "--data-parallel-size 4 --no-such-thing 1")]);
+    assert!(found[0].starts_with("--data-parallel-size in VLLM_EXTRA_ARGS: a worker has one engine"), "{found:?}");
     assert!(found[1].starts_with("--no-such-thing in VLLM_EXTRA_ARGS: not a setting"), "{found:?}");
     assert!(mistakes(&[("VLLM_EXTRA_ARGS", "--model 'a")])[0].contains("quote"));
 }
@@ -162,10 +162,12 @@ fn all_mistakes_at_once_under_the_names_typed() {
 
 #[test]
 fn refused_unless_it_asks_for_what_happens_anyway() {
-    let harmless = [("TENSOR_PARALLEL_SIZE", "1"), ("ENABLE_LORA", "No"), ("GUIDED_DECODING_BACKEND", "off")];
+    let harmless = [("DATA_PARALLEL_SIZE", "1"), ("ENABLE_LORA", "No"), ("GUIDED_DECODING_BACKEND", "off")];
     assert!(env(&harmless).warnings.is_empty());
     for (name, value) in [
-        ("TENSOR_PARALLEL_SIZE", "2"),
+        ("DATA_PARALLEL_SIZE", "2"),
+        ("TENSOR_PARALLEL_SIZE", "0"),
+        ("TENSOR_PARALLEL_SIZE", "many"),
         ("ENABLE_LORA", "true"),
         ("SPECULATIVE_CONFIG", r#"{"method":"mtp","num_speculative_tokens":1}"#),
         ("SPECULATIVE_METHOD", "ngram"),
@@ -182,6 +184,19 @@ fn refused_unless_it_asks_for_what_happens_anyway() {
         let found = mistakes(&[(name, value)]);
         assert!(found.len() == 1 && found[0].starts_with(&format!("{name}: ")), "{found:?}");
     }
+}
+
+#[test]
+fn a_model_is_divided_as_told() {
+    let ranks = |value| env(&[("TENSOR_PARALLEL_SIZE", value)]).engine.tensor_parallel;
+    for (value, meant) in [("", TensorParallel::Ranks(1)), ("2", TensorParallel::Ranks(2)), ("Auto", TensorParallel::Auto)] {
+        assert_eq!(ranks(value), meant, "{value}");
+    }
+    let extra = env(&[("VLLM_EXTRA_ARGS", "-tp 4"), ("TENSOR_PARALLEL_SIZE", "2")]);
+    assert_eq!(extra.engine.tensor_parallel, TensorParallel::Ranks(4));
+    let several = mistakes(&[("MODEL", "a/b,c/d"), ("TENSOR_PARALLEL_SIZE", "auto")]);
+    assert!(several.len() == 1 && several[0].starts_with("TENSOR_PARALLEL_SIZE: MODEL names several models"), "{several:?}");
+    env(&[("MODEL", "a/b,c/d"), ("TENSOR_PARALLEL_SIZE", "1")]);
 }
 
 /// What the reference workers' forms send when nobody touches them.
@@ -294,7 +309,7 @@ fn values() {
     assert_eq!((settings.engine.quantization, settings.engine.bf16_activations), (Quantization::Wint4, true));
     assert!(!env(&[("DTYPE", "auto")]).engine.bf16_activations);
     assert!(mistakes(&[("DTYPE", "float16")])[0].contains("auto, bfloat16, bf16"));
-    assert_eq!(settings.runpod.ping_interval, Some(Duration::from_secs(4)));
+    assert_eq!(settings.runpod.ping_interval, Duration::from_secs(4));
     assert_eq!(settings.runpod.batch, Some(BatchGrowth { min: 2, growth: 1.3, max: 50 }));
     assert_eq!((settings.server.port, settings.server.health_port), (Some(8000), None));
     assert_eq!(settings.server.allowed_origins, ["https://a.example"]);

@@ -176,6 +176,9 @@ impl Stats {
         text.gauge("num_requests_waiting", "Sequences waiting to be computed.", self.waiting as f64);
         text.gauge("kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.", self.kv_usage());
         text.gauge("kv_cache_blocks", "Blocks of the KV cache.", self.blocks_total as f64);
+        let block_size = self.block_size.to_string();
+        let of_cache = [("cache_dtype", self.kv_cache_dtype), ("block_size", &block_size)];
+        text.info("cache_config_info", "What the KV cache holds, and tokens in a block.", &of_cache);
         text.gauge("kv_cache_cached_blocks", "Blocks that nobody uses and the prefix cache keeps.", self.blocks_cached as f64);
         text.gauge("healthy", "1, or 0 after a fault that needs a restart.", f64::from(u8::from(self.healthy)));
         let resident = f64::from(u8::from(self.memory_resident));
@@ -336,9 +339,14 @@ mod tests {
 
     #[test]
     fn every_metric_once_and_under_vllms_names() {
-        let stats = Stats { running: 2, blocks_total: 8, blocks_free: 2, healthy: true, ..Default::default() };
+        let cache = Stats { blocks_total: 8, blocks_free: 2, block_size: 32, kv_cache_dtype: "float16", ..Default::default() };
+        let stats = Stats { running: 2, healthy: true, ..cache };
         let text = stats.exposition("vllm:", "demo");
-        for line in ["vllm:num_requests_running{model_name=\"demo\"} 2", "vllm:kv_cache_usage_perc{model_name=\"demo\"} 0.75"] {
+        for line in [
+            "vllm:num_requests_running{model_name=\"demo\"} 2",
+            "vllm:kv_cache_usage_perc{model_name=\"demo\"} 0.75",
+            "vllm:cache_config_info{model_name=\"demo\",cache_dtype=\"float16\",block_size=\"32\"} 1",
+        ] {
             assert!(text.lines().any(|present| present == line), "{line} in {text}");
         }
         let mut names: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")).collect();

@@ -146,6 +146,9 @@ pub struct Stats {
     pub running: usize,
     pub waiting: usize,
     pub blocks_total: usize,
+    pub block_size: usize,
+    /// What the KV cache holds, as settings spell it.
+    pub kv_cache_dtype: &'static str,
     /// Blocks that can be taken now: empty ones, and cached ones that no sequence holds.
     pub blocks_free: usize,
     /// Those of the free blocks that the prefix cache keeps.

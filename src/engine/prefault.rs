@@ -109,6 +109,7 @@ mod tests {
             vocab_size: 100,
             block_size: 16,
             blocks: 10_000,
+            kv_cache_dtype: "float32",
             state_slots: 0,
             max_num_seqs: 2,
             max_num_batched_tokens: 16,

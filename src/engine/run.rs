@@ -387,6 +387,7 @@ impl<R: Runner> Worker<R> {
         stats.running = self.scheduler.running();
         stats.waiting = self.scheduler.waiting();
         stats.blocks_total = pool.total();
+        (stats.block_size, stats.kv_cache_dtype) = self.scheduler.cache_config();
         stats.blocks_free = pool.available();
         stats.blocks_cached = pool.idle();
         stats.preempted = totals.preempted;

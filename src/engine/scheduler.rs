@@ -182,6 +182,11 @@ impl Scheduler {
         &self.pool
     }
 
+    /// Tokens in a block of the KV cache, and what it holds.
+    pub fn cache_config(&self) -> (usize, &'static str) {
+        (self.shape.block_size, self.shape.kv_cache_dtype)
+    }
+
     pub fn totals(&self) -> Totals {
         self.totals
     }

@@ -9,24 +9,30 @@ use candle_core::quantized::QTensor;
 use candle_core::{D, DType, Device, Error, Result, Tensor};
 
 use super::ops::{
-    Activation, AttentionSpec, AttentionWeights, Batch, BatchRow, Columns, Epilogue, Experts, KvShape, Linear, Norm, NormExtent, NormKind,
-    Pairing, QkNorm, TableRow, WeightFormat,
+    Activation, AttentionSpec, AttentionWeights, Batch, BatchRow, Columns, Epilogue, Experts, KvDtype, KvShape, Linear, Norm, NormExtent,
+    NormKind, Pairing, QkNorm, TableRow, WeightFormat,
 };
+use super::ranks::Member;
 use super::{Backend, CausalConv, Footprint, GatedDelta, HeadColumns, LatentSpec, MatrixSource, RowVisitor, StepLimits, StepStates};
 
 mod attention;
 mod conv;
 mod delta;
 mod load;
+#[cfg(feature = "cuda")]
+mod nccl;
+mod ranks;
 
 pub use attention::{Bounds, Group};
+use ranks::Communicator;
+pub use ranks::has_nccl;
 
 /// Keys and values of one layer.
 #[derive(Debug, Clone)]
 pub struct KvCache {
-    /// `[blocks, block_size, kv, d]`
+    /// `[blocks, block_size, kv, d]`, in the type that it is held in.
     pub k: Tensor,
-    /// `[blocks, block_size, kv, d]`
+    /// The same of values.
     pub v: Tensor,
 }
 
@@ -92,12 +98,14 @@ pub struct Candle {
     pub dtype: DType,
     pub bounds: Bounds,
     step: Option<Step>,
+    /// Where its sums meet those of others that compute the same model.
+    communicator: Option<Communicator>,
 }
 
 impl Candle {
     pub fn new(device: &Device) -> Self {
         let dtype = if device.is_cpu() { DType::F32 } else { DType::BF16 };
-        Self { device: device.clone(), dtype, bounds: Bounds::default(), step: None }
+        Self { device: device.clone(), dtype, bounds: Bounds::default(), step: None, communicator: None }
     }
 
     /// The token ids of the step at hand, `[t]` in u32, on the device: a captured graph reads them there, so others can be written in place.
@@ -110,6 +118,17 @@ impl Candle {
     }
 }
 
+/// What a cache is held in; `own`: where its shape leaves that to the device.
+fn kv_dtype(shape: KvShape, own: DType) -> Result<DType> {
+    match shape.dtype {
+        None => Ok(own),
+        Some(KvDtype::F32) => Ok(DType::F32),
+        Some(KvDtype::F16) => Ok(DType::F16),
+        Some(KvDtype::Bf16) => Ok(DType::BF16),
+        Some(KvDtype::Int8) => Err(shape.not_held("candle")),
+    }
+}
+
 impl Footprint for Candle {
     fn weight_bytes(rows: usize, width: usize, _is_bf16: bool, format: Option<WeightFormat>, _columns: Columns) -> (WeightFormat, usize) {
         // As on a GPU: what is not quantized is bf16.
@@ -118,7 +137,9 @@ impl Footprint for Candle {
     }
 
     fn kv_block_bytes(shape: KvShape) -> usize {
-        2 * shape.block_size * shape.kv_heads * shape.head_dim * DType::BF16.size_in_bytes()
+        // On a GPU, as far as can be known without one.
+        let dtype = kv_dtype(shape, DType::BF16).unwrap_or(DType::BF16);
+        2 * shape.block_size * shape.kv_heads * shape.head_dim * dtype.size_in_bytes()
     }
 
     /// Made anew by every operation, so nothing is planned.
@@ -163,7 +184,8 @@ impl Backend for Candle {
                 "the KV cache of one layer would hold more numbers ({dims:?}) than candle's CUDA kernels can address (2^32)"
             )));
         }
-        let zeros = || Tensor::zeros(dims, self.dtype, &self.device);
+        let dtype = kv_dtype(shape, self.dtype)?;
+        let zeros = || Tensor::zeros(dims, dtype, &self.device);
         Ok(KvCache { k: zeros()?, v: zeros()? })
     }
 
@@ -421,6 +443,17 @@ impl Backend for Candle {
         let ((rows, width), parts) = (values.dims2()?, gates.dim(1)?);
         let factors = candle_nn::ops::sigmoid(gates)?.reshape((rows, parts, 1))?;
         x.tensor = Some(values.reshape((rows, parts, width / parts))?.broadcast_mul(&factors)?.reshape((rows, width))?);
+        Ok(())
+    }
+
+    fn connect(&mut self, member: Member) -> Result<()> {
+        self.communicator = Some(Communicator::connect(&self.device, member)?);
+        Ok(())
+    }
+
+    fn all_reduce(&mut self, x: &mut Buffer) -> Result<()> {
+        let Some(communicator) = &mut self.communicator else { return Err(Error::Msg("no other ranks".into())) };
+        x.tensor = Some(communicator.sum(x.tensor()?)?);
         Ok(())
     }
 

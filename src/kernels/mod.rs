@@ -18,11 +18,11 @@ use candle_core::Result;
 
 pub mod candle;
 pub mod cpu;
-#[cfg(any(test, feature = "emulator"))]
-#[doc(hidden)]
+#[cfg(any(test, feature = "cuda", feature = "emulator"))]
 pub mod cuda;
 pub mod ops;
 pub mod quantize;
+pub mod ranks;
 pub mod sizing;
 pub mod states;
 #[doc(hidden)]
@@ -31,9 +31,9 @@ pub mod testing;
 mod twin_tests;
 
 pub use ops::{
-    Activation, AttentionSpec, AttentionWeights, Batch, BatchRow, Columns, ComputeDtype, Epilogue, Expert, ExpertGroups, Experts, KvShape,
-    Linear, Norm, NormExtent, NormKind, Normalize, Pairing, QkNorm, QueryGrowth, Rope, RopeTable, RouterScore, RoutingSpec, TableRow,
-    WeightFormat,
+    Activation, AttentionSpec, AttentionWeights, Batch, BatchRow, Columns, ComputeDtype, Epilogue, Expert, ExpertGroups, Experts, KvDtype,
+    KvShape, Linear, Need, Norm, NormExtent, NormKind, Normalize, Pairing, QkNorm, QueryGrowth, Rope, RopeTable, RouterScore, RoutingSpec,
+    TableRow, WeightFormat,
 };
 
 pub use states::{CausalConv, ConvKind, ConvSpec, DeltaSpec, GatedDelta, HeadColumns, LatentSpec, StateSave, StepStates};
@@ -112,7 +112,7 @@ pub trait Backend {
 
     fn vector(&self, values: Vec<f32>) -> Result<Self::Vector>;
 
-    /// An empty cache.
+    /// An empty cache. An error where the shape's type is not held here.
     fn kv_cache(&self, shape: KvShape) -> Result<Self::KvCache>;
 
     /// Zeros.
@@ -242,6 +242,16 @@ pub trait Backend {
 
     /// `x = x · sigmoid(gates)`: each of a row's `n` gates is for an nth part of the row, which lie side by side.
     fn gate_rows(&mut self, gates: &Self::Buffer, x: &mut Self::Buffer) -> Result<()>;
+
+    /// Takes its place among the ranks that compute a model together ([`ranks`]), when all of them are there.
+    fn connect(&mut self, _member: ranks::Member) -> Result<()> {
+        Err(candle_core::Error::Msg("this backend computes alone".into()))
+    }
+
+    /// `x = Σ x` over the ranks, the same bits on each of them. Every rank calls it in the same order.
+    fn all_reduce(&mut self, _x: &mut Self::Buffer) -> Result<()> {
+        Err(candle_core::Error::Msg("this backend computes alone".into()))
+    }
 
     /// The index of the greatest number of each row, the lowest on ties; `None` for a row that holds something that is not finite. Columns from `width` on and
     /// those in `masked` do not count. `None`: this device leaves it to the host.

@@ -5,6 +5,28 @@ use std::sync::Arc;
 
 use crate::StepStates;
 
+/// What some models need of a backend beyond what all do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Need {
+    /// Of sequences, kept by slot, and the convolutions and recurrences over them.
+    States,
+    LatentAttention,
+    /// Attention that is not causal.
+    AttentionBothWays,
+    ExpertGroups,
+}
+
+impl std::fmt::Display for Need {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::States => "layers that keep a state",
+            Self::LatentAttention => "latent attention",
+            Self::AttentionBothWays => "attention that is not causal",
+            Self::ExpertGroups => "groups of experts",
+        })
+    }
+}
+
 /// One sequence's part of a step.
 #[derive(Debug, Clone)]
 pub struct BatchRow {
@@ -229,9 +251,9 @@ impl AttentionSpec {
         self.kv_heads * self.head_dim
     }
 
-    /// The shape of a layer's cache.
+    /// The shape of a layer's cache, of the device's own type.
     pub fn kv_shape(&self, blocks: usize, block_size: usize) -> KvShape {
-        KvShape { blocks, block_size, kv_heads: self.kv_heads, head_dim: self.head_dim }
+        KvShape { blocks, block_size, kv_heads: self.kv_heads, head_dim: self.head_dim, dtype: None }
     }
 
     /// Width of queries, keys and values side by side.
@@ -297,6 +319,37 @@ pub struct KvShape {
     pub block_size: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
+    /// `None`: the type that the device computes attention with.
+    pub dtype: Option<KvDtype>,
+}
+
+/// In what the cache holds keys and values. A backend refuses those that it cannot hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum KvDtype {
+    F32,
+    F16,
+    Bf16,
+    /// Components of a head in groups of up to 32, each with an f16 scale.
+    Int8,
+}
+
+impl KvDtype {
+    /// As settings spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "float32",
+            Self::F16 => "float16",
+            Self::Bf16 => "bfloat16",
+            Self::Int8 => "int8",
+        }
+    }
+}
+
+impl KvShape {
+    /// The error of a backend that has no cache of this type.
+    pub fn not_held(&self, by: &str) -> candle_core::Error {
+        candle_core::Error::Msg(format!("{by} has no KV cache of {}", self.dtype.map_or("its own type", KvDtype::name)))
+    }
 }
 
 /// How a router picks experts for a token and weighs them.

@@ -6,6 +6,7 @@ use candle_core::Result;
 
 use crate::kernels::{Backend, Epilogue, Experts, Linear, Norm, TableRow};
 use crate::models::pooling::Pooling;
+use crate::models::shard::Shard;
 use crate::models::spec::ModelSpec;
 
 mod load;
@@ -21,9 +22,11 @@ use mixer::{Mixer, MixerBuffers};
 type LinearOf<B> = Linear<<B as Backend>::Weight, <B as Backend>::Vector>;
 type NormOf<B> = Norm<<B as Backend>::Vector>;
 
-/// A model with its weights and the buffers of a step, on one device.
+/// A model with its weights and the buffers of a step, on one device; or a rank's part of it.
 pub struct Decoder<B: Backend> {
+    /// Of this part.
     pub spec: ModelSpec,
+    shard: Shard,
     /// `[vocab, hidden]`
     embedding: LinearOf<B>,
     /// What is added to embeddings: rows of each table `[rows, hidden]`.
@@ -31,7 +34,7 @@ pub struct Decoder<B: Backend> {
     embedding_norm: Option<NormOf<B>>,
     layers: Vec<Layer<B>>,
     norm: Option<NormOf<B>>,
-    /// `[vocab, hidden]`; `None`: the embedding.
+    /// `[vocab, hidden]`; `None`: the embedding, or another rank's.
     head: Option<LinearOf<B>>,
     /// Behind the pooling.
     pooling_head: Vec<HeadLayer<B>>,
@@ -40,6 +43,8 @@ pub struct Decoder<B: Backend> {
 
 struct Layer<B: Backend> {
     mixer: Mixer<B>,
+    /// What of the mixer this is.
+    mixer_shard: Shard,
     /// `[hidden, output width]`; of attention `[hidden, h·d]`.
     output: LinearOf<B>,
     mixer_norms: BranchNorms<B>,
@@ -126,6 +131,9 @@ struct Buffers<T> {
 
 impl<B: Backend> Decoder<B> {
     /// Runs the tokens that the backend was begun with, writing their keys, values and states. Leaves the residual stream before the final norm.
+    ///
+    /// Of several ranks each computes a part of every branch, and all get the sum. Only the first adds to the residual stream; the others
+    /// put their parts where it was, so that the sum over the ranks is the stream with all parts added.
     pub fn forward(&mut self, backend: &mut B, caches: &mut [LayerCache<B>]) -> Result<()> {
         let Buffers { x, normed, mixer, hidden, branch, router, .. } = &mut self.buffers;
         backend.embed(&self.embedding.weight, self.spec.embedding_scale, x)?;
@@ -136,31 +144,41 @@ impl<B: Backend> Decoder<B> {
             normalize(backend, norm, x, normed)?;
         }
         for (layer, cache) in self.layers.iter().zip(caches) {
-            let add = Epilogue::Add(layer.residual_scale);
+            let (scale, of_mixer, of_network) = (layer.residual_scale, layer.mixer_shard, self.shard);
 
             layer.mixer_norms.before(backend, x, normed)?;
             let mixed = layer.mixer.run(backend, normed, cache, mixer)?;
             match &layer.mixer_norms.after {
-                After::Add => backend.linear(mixed, &layer.output, add, x)?,
+                After::Add => {
+                    backend.linear(mixed, &layer.output, adds(of_mixer, scale), x)?;
+                    sum(backend, of_mixer, scale, x)?;
+                }
                 After::NormAdd(norm) => {
                     backend.linear(mixed, &layer.output, Epilogue::Store, branch)?;
-                    backend.norm_add(branch, norm, layer.residual_scale, x)?;
+                    sum(backend, of_mixer, 1.0, branch)?;
+                    backend.norm_add(branch, norm, scale, x)?;
                 }
                 After::AddNorm(norm) => {
-                    backend.linear(mixed, &layer.output, add, x)?;
+                    backend.linear(mixed, &layer.output, adds(of_mixer, scale), x)?;
+                    sum(backend, of_mixer, scale, x)?;
                     normalize(backend, norm, x, normed)?;
                 }
             }
 
             layer.feed_forward_norms.before(backend, x, normed)?;
             match &layer.feed_forward_norms.after {
-                After::Add => layer.feed_forward.run(backend, normed, router, hidden, add, x)?,
+                After::Add => {
+                    layer.feed_forward.run(backend, normed, router, hidden, adds(of_network, scale), x)?;
+                    sum(backend, of_network, scale, x)?;
+                }
                 After::NormAdd(norm) => {
                     layer.feed_forward.run(backend, normed, router, hidden, Epilogue::Store, branch)?;
-                    backend.norm_add(branch, norm, layer.residual_scale, x)?;
+                    sum(backend, of_network, 1.0, branch)?;
+                    backend.norm_add(branch, norm, scale, x)?;
                 }
                 After::AddNorm(norm) => {
-                    layer.feed_forward.run(backend, normed, router, hidden, add, x)?;
+                    layer.feed_forward.run(backend, normed, router, hidden, adds(of_network, scale), x)?;
+                    sum(backend, of_network, scale, x)?;
                     normalize(backend, norm, x, normed)?;
                 }
             }
@@ -216,6 +234,22 @@ impl<B: Backend> Decoder<B> {
     pub fn logits(&mut self) -> &mut B::Buffer {
         &mut self.buffers.logits
     }
+}
+
+/// How a branch, times `scale`, meets the residual stream on this rank.
+fn adds(shard: Shard, scale: f32) -> Epilogue {
+    if shard.leads() { Epilogue::Add(scale) } else { Epilogue::Store }
+}
+
+/// Makes `x`, to which [`adds`] has led, the sum over all ranks.
+fn sum<B: Backend>(backend: &mut B, shard: Shard, scale: f32, x: &mut B::Buffer) -> Result<()> {
+    if shard.is_whole() {
+        return Ok(());
+    }
+    if scale != 1.0 && !shard.leads() {
+        backend.scale(x, scale)?;
+    }
+    backend.all_reduce(x)
 }
 
 /// `x = norm(x)`. Leaves the same in `normed`, for a branch that reads the residual stream as it is.

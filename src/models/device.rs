@@ -2,7 +2,7 @@
 
 use candle_core::Device;
 
-use crate::config::{DeviceChoice, EngineSettings};
+use crate::config::{DeviceChoice, EngineSettings, KvCacheDtype};
 use crate::error::Failure;
 use crate::kernels::cpu;
 use crate::models::memory::{self, Memory};
@@ -65,6 +65,11 @@ pub fn device_of(settings: &EngineSettings) -> Result<Device, Failure> {
     }?;
     if let Some(name) = settings.quantization.name() {
         check_quantized(&device, &format!("QUANTIZATION={name}"))?;
+    }
+    if settings.kv_cache_dtype == KvCacheDtype::Int8 && !device.is_cpu() {
+        return Err(Failure::internal(
+            "KV_CACHE_DTYPE=int8: on a GPU keys and values are held in float16, bfloat16 or float32; set one of those, or auto",
+        ));
     }
     Ok(device)
 }
@@ -130,6 +135,23 @@ pub fn device_memory(device: &Device) -> Memory {
     if device.is_cpu() { memory::host_memory() } else { cuda::memory() }
 }
 
+/// GPUs that this process sees.
+pub fn device_count() -> usize {
+    cuda::count()
+}
+
+/// The memory of that of these GPUs which has least free. `device` is the one that this thread goes on with.
+pub fn least_memory(device: &Device, gpus: impl Iterator<Item = DeviceChoice>) -> Result<Memory, Failure> {
+    let mut least: Option<Memory> = None;
+    for choice in gpus {
+        let other = open_device(choice)?;
+        let memory = device_memory(&other);
+        least = Some(least.filter(|least| least.free <= memory.free).unwrap_or(memory));
+    }
+    cuda::bind(device).map_err(|error| Failure::internal(format!("the GPU is lost: {error}")))?;
+    Ok(least.unwrap_or_else(|| device_memory(device)))
+}
+
 #[cfg(not(feature = "cuda"))]
 mod cuda {
     use candle_core::Device;
@@ -152,13 +174,21 @@ mod cuda {
     pub fn memory() -> Memory {
         host_memory()
     }
+
+    pub fn count() -> usize {
+        0
+    }
+
+    pub fn bind(_device: &Device) -> Result<(), String> {
+        Ok(())
+    }
 }
 
 #[cfg(feature = "cuda")]
 mod cuda {
     use candle_core::Device;
     use candle_core::cuda_backend::CudaDevice;
-    use candle_core::cuda_backend::cudarc::driver::{DriverError, result, sys};
+    use candle_core::cuda_backend::cudarc::driver::{CudaContext, DriverError, result, sys};
 
     use crate::models::memory::Memory;
 
@@ -210,6 +240,18 @@ mod cuda {
     pub fn memory() -> Memory {
         let (free, total) = result::mem_get_info().unwrap_or((0, 0));
         Memory { gpu: true, total, free }
+    }
+
+    pub fn count() -> usize {
+        CudaContext::device_count().map_or(0, |count| usize::try_from(count).unwrap_or(0))
+    }
+
+    /// Makes the device this thread's again, after another one was.
+    pub fn bind(device: &Device) -> Result<(), String> {
+        match device {
+            Device::Cuda(cuda) => cuda.cuda_stream().context().bind_to_thread().map_err(|error| error.to_string()),
+            _ => Ok(()),
+        }
     }
 }
 

@@ -147,7 +147,7 @@ fn on_thread<T: Send>(f: impl FnOnce() -> T + Send) -> T {
 
 fn load(files: &ModelFiles) -> Result<ModelRunner, crate::error::Failure> {
     let settings =
-        EngineSettings { device: DeviceChoice::Cpu, threads: Some(2), block_size: Some(4), kv_cache_gb: Some(0.001), ..Default::default() };
+        EngineSettings { device: DeviceChoice::Cpu, threads: Some(2), block_size: 4, kv_cache_gb: Some(0.001), ..Default::default() };
     ModelRunner::load(files, || Ok(usize::MAX), &settings)
 }
 

@@ -11,8 +11,8 @@ use super::quality::{Comparison, logits_of};
 use super::runner::ModelRunner;
 use super::{Plan, Row, StateSave};
 use crate::checkpoint::files::{ModelFiles, Source};
-use crate::config::{DeviceChoice, EngineSettings, Quantization};
-use crate::kernels::cuda::backend::Dtype;
+use crate::config::{DeviceChoice, EngineSettings, Quantization, TensorParallel};
+use crate::kernels::cuda::Dtype;
 
 const TOLERANCE: f32 = 1e-4;
 const BLOCK: usize = 4;
@@ -153,11 +153,18 @@ pub(super) fn settings(quantization: Quantization) -> EngineSettings {
     EngineSettings {
         device: DeviceChoice::Cpu,
         threads: Some(2),
-        block_size: Some(BLOCK),
+        block_size: BLOCK,
         kv_cache_gb: Some(0.002),
         quantization,
         ..Default::default()
     }
+}
+
+/// The same for a model that `ranks` compute together, each with as much memory.
+pub(super) fn divided(quantization: Quantization, ranks: usize) -> EngineSettings {
+    let alone = settings(quantization);
+    let kv_cache_gb = alone.kv_cache_gb.map(|gb| gb * ranks as f64);
+    EngineSettings { tensor_parallel: TensorParallel::Ranks(ranks), kv_cache_gb, ..alone }
 }
 
 /// Adds `ids[from..to]` of the sequence in place `place` to a plan, with a draw after every token.

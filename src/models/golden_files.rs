@@ -25,7 +25,7 @@ fn with_runner(files: &ModelFiles, f: impl FnOnce(&mut ModelRunner) + Send) {
     let settings = EngineSettings {
         device: DeviceChoice::Cpu,
         threads: Some(2),
-        block_size: Some(BLOCK),
+        block_size: BLOCK,
         kv_cache_gb: Some(0.02),
         max_num_batched_tokens: Some(1024),
         ..Default::default()

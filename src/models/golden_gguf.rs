@@ -10,7 +10,7 @@ use super::families::Model;
 use super::golden_families::{Golden, check, on_thread, settings};
 use super::quality::{Comparison, logits_of};
 use super::runner::ModelRunner;
-use super::tensors::Tensors;
+use super::tensors::{Part, Tensors};
 use crate::checkpoint::files::{ModelFiles, Source};
 use crate::checkpoint::gguf::{self, writer};
 use crate::checkpoint::{Checkpoint, StoredMatrix, Tiles, demo};
@@ -174,10 +174,12 @@ fn demo_tensors() -> Vec<(String, usize, Vec<f32>)> {
         for (ours, part) in [("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm")] {
             all.push((theirs(part), 0, tensors.vector(&name(&format!("{ours}.weight")), hidden).unwrap()));
         }
-        let qkv = read(&tensors.matrix(&[name("self_attn.qkv_proj")], &[("", q), ("", kv), ("", kv)], hidden).unwrap());
-        let gate_up = read(&tensors.matrix(&[name("mlp.up_gate_proj")], &[("", inner), ("", inner)], hidden).unwrap());
-        let output = read(&tensors.matrix(&[], &[(&name("self_attn.o_proj"), hidden)], q).unwrap());
-        let down = read(&tensors.matrix(&[], &[(&name("mlp.down_proj"), hidden)], inner).unwrap());
+        let qkv =
+            read(&tensors.matrix(&[name("self_attn.qkv_proj")], &[q, kv, kv].map(|out| Part::whole("", out)), hidden.into()).unwrap());
+        let gate_up =
+            read(&tensors.matrix(&[name("mlp.up_gate_proj")], &[inner, inner].map(|out| Part::whole("", out)), hidden.into()).unwrap());
+        let output = read(&tensors.matrix(&[], &[Part::whole(&name("self_attn.o_proj"), hidden)], q.into()).unwrap());
+        let down = read(&tensors.matrix(&[], &[Part::whole(&name("mlp.down_proj"), hidden)], inner.into()).unwrap());
         let parts = [("attn_q", 0..q), ("attn_k", q..q + kv), ("attn_v", q + kv..q + 2 * kv)];
         all.extend(parts.map(|(part, rows)| (theirs(part), hidden, qkv[rows.start * hidden..rows.end * hidden].to_vec())));
         let parts = [("ffn_gate", 0..inner), ("ffn_up", inner..2 * inner)];

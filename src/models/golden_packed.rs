@@ -4,7 +4,7 @@
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::golden_families::{Golden, Sequence, Tensor, base64, check, on_thread, settings};
+use super::golden_families::{Golden, Sequence, Tensor, base64, check, divided, on_thread, settings};
 use super::quality::{Comparison, logits_of};
 use super::runner::ModelRunner;
 use crate::checkpoint::files::{ModelFiles, Source};
@@ -56,6 +56,11 @@ fn packed_models_give_the_references_logits() {
             let mut runner = ModelRunner::load(&files, || Ok(usize::MAX), &settings(Quantization::Unquantized)).unwrap();
             assert_eq!(runner.about.weights, "f32", "{name}");
             check(&mut runner, &golden, &name);
+        });
+        // Their heads, blocks and groups are cut in two.
+        let what = format!("{name}, 2 ranks");
+        on_thread(|| {
+            check(&mut ModelRunner::load(&files, || Ok(usize::MAX), &divided(Quantization::Unquantized, 2)).unwrap(), &golden, &what)
         });
         let what = format!("{name}, candle");
         on_thread(|| check(&mut ModelRunner::load_reference(&files, &settings(Quantization::Unquantized)).unwrap(), &golden, &what));

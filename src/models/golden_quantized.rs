@@ -12,6 +12,7 @@ use super::decoder::{Decoder, Place, format_of};
 use super::families::Model;
 use super::quality::{Comparison, logits_of};
 use super::runner::{self, ModelRunner};
+use super::shard::Shard;
 use super::tensors::Tensors;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::demo;
@@ -173,10 +174,10 @@ fn the_plan_is_what_is_held() {
     let tensors = Tensors::find(&checkpoint, &model).unwrap();
     let mut sizes = Vec::new();
     for quantization in STRATEGIES {
-        let sized = runner::sized::<Cpu>(&model, &tensors, quantization).unwrap();
+        let sized = runner::sized::<Cpu>(&model, &tensors, quantization, Shard::WHOLE).unwrap();
         let limits = model.spec.step_limits(1, 1, 16);
         let cpu = Cpu::new(&limits, 1, ComputeDtype::F32).unwrap();
-        let decoder = Decoder::load(model.spec.clone(), &tensors, &cpu, quantization, &limits).unwrap();
+        let decoder = Decoder::load(model.spec.clone(), Shard::WHOLE, &tensors, &cpu, quantization, &limits).unwrap();
         assert_eq!(sized.weight_bytes, decoder.weight_bytes());
         sizes.push((sized.formats, sized.weight_bytes));
     }

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use crate::config::{EngineSettings, defaults};
+use crate::config::{EngineSettings, KvCacheDtype, defaults};
 use crate::error::Failure;
-use crate::kernels::Footprint;
+use crate::kernels::{AttentionSpec, Footprint, KvDtype, KvShape};
 use crate::models::decoder::buffer_bytes;
 use crate::models::spec::ModelSpec;
 use crate::models::{Shape, sample};
@@ -37,6 +37,17 @@ pub struct Memory {
     pub total: usize,
     /// What is free now, in bytes.
     pub free: usize,
+}
+
+/// What the KV cache is to hold; `None`: what the device computes attention with.
+pub fn kv_dtype(settings: &EngineSettings) -> Option<KvDtype> {
+    match settings.kv_cache_dtype {
+        KvCacheDtype::Auto => None,
+        KvCacheDtype::Float32 => Some(KvDtype::F32),
+        KvCacheDtype::Float16 => Some(KvDtype::F16),
+        KvCacheDtype::Bfloat16 => Some(KvDtype::Bf16),
+        KvCacheDtype::Int8 => Some(KvDtype::Int8),
+    }
 }
 
 /// How many bytes each purpose takes, and the shape of the engine that they allow.
@@ -102,6 +113,7 @@ impl MemoryPlan {
             max_num_seqs: batch.seqs,
             max_num_batched_tokens: batch.tokens,
             memory_bound: room < wanted,
+            kv_cache_dtype: kv_dtype(settings).unwrap_or(if memory.gpu { KvDtype::Bf16 } else { KvDtype::F32 }).name(),
             pooling: model.pooling.clone().map(Arc::new),
             whole_prompts: model.runs_whole(),
         };
@@ -130,6 +142,11 @@ impl MemoryPlan {
         Ok(Demand { fixed: need.fixed(), block: need.block_bytes, useful })
     }
 
+    /// The same plan for another rank, whose weights take so many bytes.
+    pub fn with_weights(&self, weights_bytes: usize) -> Self {
+        Self { weights_bytes, ..self.clone() }
+    }
+
     /// One line per purpose, for the log and `check`.
     pub fn lines(&self) -> Vec<String> {
         let s = &self.shape;
@@ -138,11 +155,12 @@ impl MemoryPlan {
             format!("weights: {}", mib(self.weights_bytes)),
             format!("step buffers: {}", mib(self.step_bytes)),
             format!(
-                "KV cache: {} = {} blocks of {} tokens ({} bytes per token)",
+                "KV cache: {} = {} blocks of {} tokens ({} bytes per token, {})",
                 mib(self.kv_bytes),
                 s.blocks,
                 s.block_size,
-                self.kv_bytes_per_token
+                self.kv_bytes_per_token,
+                s.kv_cache_dtype
             ),
             format!(
                 "limits: context {} tokens, {} sequences at once, {} tokens per step{}",
@@ -265,7 +283,7 @@ impl<'a> Need<'a> {
         settings: &'a EngineSettings,
         share: Option<Share>,
     ) -> Result<Self, Failure> {
-        let block_size = settings.block_size.unwrap_or(defaults::BLOCK_SIZE);
+        let block_size = settings.block_size;
         let mut batch = Batch::new(memory.gpu, settings)?;
         if model.runs_whole() && settings.max_num_batched_tokens.is_none() {
             batch.tokens = batch.tokens.max(settings.max_model_len.unwrap_or(model.max_positions));
@@ -274,7 +292,8 @@ impl<'a> Need<'a> {
             batch.seqs = batch.seqs.max(defaults::POOLING_SEQS).min(batch.tokens);
         }
         let usual = Batch::new(memory.gpu, &EngineSettings::default())?;
-        let block_bytes = model.attentions().map(|attention| F::kv_block_bytes(attention.kv_shape(1, block_size))).sum();
+        let kv_shape = |attention: &AttentionSpec| KvShape { dtype: kv_dtype(settings), ..attention.kv_shape(1, block_size) };
+        let block_bytes = model.attentions().map(|attention| F::kv_block_bytes(kv_shape(attention))).sum();
         let slot_bytes = size_of::<f32>() * model.state_width();
         let threads = threads(settings);
         let step_bytes = |tokens: usize| {

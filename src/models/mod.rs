@@ -26,6 +26,7 @@ pub mod quality;
 mod rope;
 pub mod runner;
 pub mod sample;
+pub mod shard;
 pub mod spec;
 mod task;
 pub mod tensors;
@@ -165,6 +166,8 @@ pub struct Shape {
     pub block_size: usize,
     /// Blocks in the KV pool.
     pub blocks: usize,
+    /// What it holds, as settings spell it.
+    pub kv_cache_dtype: &'static str,
     /// Slots for the states of layers that keep no keys: at least one for each sequence of a step, the others for the prefix cache and for draft
     /// tokens. 0 where a model has no such layers.
     pub state_slots: usize,
@@ -253,6 +256,8 @@ pub(crate) mod golden_families;
 mod golden_files;
 #[cfg(test)]
 mod golden_gguf;
+#[cfg(test)]
+mod golden_kv;
 #[cfg(test)]
 mod golden_packed;
 #[cfg(test)]

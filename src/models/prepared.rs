@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use crate::checkpoint::files::{ModelFiles, Source, is_module_file};
-use crate::config::{EngineSettings, PreparedCache, PreparedWriting, Quantization};
+use crate::config::{EngineSettings, PreparedCache, PreparedWriting, Quantization, TensorParallel};
 use crate::kernels::cpu;
 use crate::kernels::cpu::packed::{PackedBytes, PackedShape, PackedStore};
 
@@ -41,7 +41,7 @@ pub struct PreparedCopy {
 impl PreparedCopy {
     /// Opens and checks the copy, if there is one; on all of rayon's threads. `None`: there is to be none.
     pub fn open(files: &ModelFiles, settings: &EngineSettings) -> Option<Arc<Self>> {
-        let (path, is_beside) = path(files, &settings.prepared_cache, settings.quantization)?;
+        let (path, is_beside) = path(files, settings)?;
         let opened = match Opened::read(&path) {
             Ok(opened) => opened,
             Err(problem) => {
@@ -140,11 +140,16 @@ impl PackedStore for PreparedCopy {
     }
 }
 
-/// The copy's file, and whether it lies beside the model. Models that are in no file have none.
-fn path(files: &ModelFiles, setting: &PreparedCache, quantization: Quantization) -> Option<(PathBuf, bool)> {
+/// The copy's file, and whether it lies beside the model. Models that are in no file have none, nor have those that several ranks divide: each
+/// reads its part from the model's own files.
+fn path(files: &ModelFiles, settings: &EngineSettings) -> Option<(PathBuf, bool)> {
+    let EngineSettings { prepared_cache: setting, quantization, tensor_parallel, .. } = settings;
+    if *tensor_parallel != TensorParallel::Ranks(1) {
+        return None;
+    }
     let weights = weight_paths(files)?;
     let first = weights.first()?;
-    let held = match quantization {
+    let held = match *quantization {
         Quantization::Unquantized => "unquantized",
         other => other.name().unwrap_or("stored"),
     };
@@ -171,12 +176,12 @@ pub fn weight_paths(files: &ModelFiles) -> Option<Vec<PathBuf>> {
 
 /// The copy's file, when it is there.
 pub fn existing(files: &ModelFiles, settings: &EngineSettings) -> Option<PathBuf> {
-    path(files, &settings.prepared_cache, settings.quantization).map(|(path, _)| path).filter(|path| path.exists())
+    path(files, settings).map(|(path, _)| path).filter(|path| path.exists())
 }
 
 /// What `check` says of it.
 pub fn describe(files: &ModelFiles, settings: &EngineSettings) -> String {
-    match path(files, &settings.prepared_cache, settings.quantization) {
+    match path(files, settings) {
         None => "prepared copy: none".to_owned(),
         Some((path, _)) => match std::fs::metadata(&path) {
             Ok(data) => format!("prepared copy: {} ({} MB)", path.display(), data.len() / 1_000_000),

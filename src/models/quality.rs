@@ -48,6 +48,8 @@ pub struct Comparison {
     pub divergences: Vec<f64>,
     /// How many positions have the same most probable token in both.
     pub same_top: usize,
+    /// The greatest distance of a logit from the original's.
+    pub farthest: f32,
 }
 
 impl Comparison {
@@ -61,6 +63,9 @@ impl Comparison {
         // The divergence is never negative, but rounding can make it so.
         self.divergences.push(original.iter().zip(other).map(term).sum::<f64>().max(0.0));
         self.same_top += usize::from(argmax(original) == argmax(other));
+        // Ids that are never sampled have no logit.
+        let distances = original.iter().zip(other).filter(|(a, _)| a.is_finite()).map(|(a, b)| (a - b).abs());
+        self.farthest = distances.fold(self.farthest, f32::max);
     }
 
     pub fn mean(&self) -> f64 {
@@ -98,7 +103,7 @@ mod tests {
         let three = 3f32.ln();
         comparison.add(&[three, 0.0], &[0.0, three]);
         assert!((comparison.mean() - 0.5 * 3f64.ln()).abs() < 1e-6);
-        assert_eq!(comparison.agreement(), 0.0);
+        assert_eq!((comparison.agreement(), comparison.farthest), (0.0, three));
         // A shift of all logits changes nothing.
         comparison.add(&[5.0, 1.0, 0.0], &[105.0, 101.0, 100.0]);
         assert!(comparison.divergences[1] < 1e-9);

@@ -6,7 +6,7 @@ use half::{bf16, f16};
 
 use crate::checkpoint::{Checkpoint, Slice, StoredMatrix, Tiles};
 use crate::error::Failure;
-use crate::kernels::{Columns, MatrixSource};
+use crate::kernels::MatrixSource;
 use crate::models::families::{Model, TensorNames};
 use crate::models::spec::{AttentionLayer, FeedForward, ModelSpec};
 
@@ -16,8 +16,37 @@ const PREFIXES: [&str; 9] = ["model.", "ernie.", "", "language_model.model.", "m
 /// What a pooling model was trained with beside what it is used for, and positions that some versions stored.
 const OTHER_HEADS: [&str; 8] = ["lm_head.", "cls.", "pooler.", "classifier.", "head.", "decoder.", "score.", "position_ids"];
 
-/// A part of a fused matrix: its name below the prefix, without `.weight`, and its output width.
-pub type Part<'a> = (&'a str, usize);
+/// Rows of a matrix: its name below the prefix, without `.weight`, how many rows it has in all, and which of them.
+#[derive(Debug, Clone)]
+pub struct Part<'a> {
+    pub name: &'a str,
+    pub out: usize,
+    pub rows: Range<usize>,
+}
+
+impl<'a> Part<'a> {
+    pub fn new(name: &'a str, out: usize, rows: Range<usize>) -> Self {
+        Self { name, out, rows }
+    }
+
+    pub fn whole(name: &'a str, out: usize) -> Self {
+        Self::new(name, out, 0..out)
+    }
+}
+
+/// The columns of a matrix: how many it has in all, and which of them.
+#[derive(Debug, Clone)]
+pub struct Inputs {
+    pub width: usize,
+    pub columns: Range<usize>,
+}
+
+/// All of them.
+impl From<usize> for Inputs {
+    fn from(width: usize) -> Self {
+        Self { width, columns: 0..width }
+    }
+}
 
 /// See the module.
 pub struct Tensors<'a> {
@@ -125,38 +154,52 @@ impl<'a> Tensors<'a> {
         if self.checkpoint.contains(&plain) { plain } else { format!("{plain}.weight") }
     }
 
-    /// The matrix `[out, input]` of one expert, `(number, experts)`, from a tensor `[experts, out, input]`; rows that take turns come one kind
-    /// after the other.
+    /// The matrix of one expert, `(number, experts)`, from a tensor `[experts, out, inputs]`. `gated`: half of its rows are gates, in turns or
+    /// before the others, and these of the gates and of what they gate are wanted, one kind after the other.
     pub fn stacked(
         &self,
         name: &str,
         (number, experts): (usize, usize),
         out: usize,
-        input: usize,
-        columns: Columns,
+        inputs: Inputs,
+        gated: Option<Range<usize>>,
     ) -> Result<StoredMatrix<'a>, Failure> {
         let (name, in_turns) = (self.stacked_name(name), self.names.stacked_in_turns);
         let whole = if in_turns && !self.checkpoint.is_packed(&name) {
-            Slice { stack: Some((number, experts)), ..Slice::whole(name, out, input, true) }
+            Slice { stack: Some((number, experts)), ..Slice::whole(name, out, inputs.width, true) }
         } else {
-            Slice { rows: number * out..(number + 1) * out, ..Slice::whole(name, experts * out, input, false) }
+            Slice { rows: number * out..(number + 1) * out, ..Slice::whole(name, experts * out, inputs.width, false) }
         };
-        if columns == Columns::Plain || !in_turns {
-            return self.checkpoint.matrix(&[whole]);
-        }
-        let turn = |first: usize| Slice { rows: whole.rows.start + first..whole.rows.end, step: 2, ..whole.clone() };
-        self.checkpoint.matrix(&[turn(0), turn(1)])
+        let whole = Slice { columns: inputs.columns, ..whole };
+        let Some(wanted) = gated else { return self.checkpoint.matrix(&[whole]) };
+        let kind = |nth: usize| {
+            let (rows, step) = self.gated_rows(nth, out, &wanted);
+            Slice { rows: whole.rows.start + rows.start..whole.rows.start + rows.end, step, ..whole.clone() }
+        };
+        self.checkpoint.matrix(&[kind(0), kind(1)])
     }
 
-    /// The bias `[out]` that belongs to [`Tensors::stacked`].
-    pub fn stacked_bias(&self, name: &str, (number, experts): (usize, usize), out: usize, columns: Columns) -> Result<Vec<f32>, Failure> {
+    /// Of the `out` rows of an expert's gates (0) or what they gate (1) those `wanted`, and their distance.
+    fn gated_rows(&self, kind: usize, out: usize, wanted: &Range<usize>) -> (Range<usize>, usize) {
+        match self.names.stacked_in_turns {
+            true => (2 * wanted.start + kind..2 * wanted.end, 2),
+            false => (kind * out / 2 + wanted.start..kind * out / 2 + wanted.end, 1),
+        }
+    }
+
+    /// The bias that belongs to [`Tensors::stacked`].
+    pub fn stacked_bias(
+        &self,
+        name: &str,
+        (number, experts): (usize, usize),
+        out: usize,
+        gated: Option<Range<usize>>,
+    ) -> Result<Vec<f32>, Failure> {
         let whole = Slice::whole(self.full(&format!("{name}_bias")), experts, out, false);
         let values = self.checkpoint.matrix(&[Slice { rows: number..number + 1, ..whole }])?.row(0, &mut Tiles::default()).to_vec();
-        if columns == Columns::Plain || !self.names.stacked_in_turns {
-            return Ok(values);
-        }
-        let turn = |first: usize| values.iter().skip(first).step_by(2).copied();
-        Ok(turn(0).chain(turn(1)).collect())
+        let Some(wanted) = gated else { return Ok(values) };
+        let kinds = [0, 1].map(|kind| self.gated_rows(kind, out, &wanted));
+        Ok(kinds.into_iter().flat_map(|(rows, step)| values[rows].iter().step_by(step).copied()).collect())
     }
 
     /// The embedding, `[vocab, hidden]` in every layout.
@@ -181,10 +224,10 @@ impl<'a> Tensors<'a> {
         self.checkpoint.matrix(&[Slice::whole(self.full(&format!("{name}.weight")), rows, width, false)])
     }
 
-    /// Gates and what they gate, of a tensor that has the gates last.
-    pub fn gates_first(&self, name: &str, inner: usize, input: usize) -> Result<StoredMatrix<'a>, Failure> {
+    /// The `wanted` ones of gates and of what they gate, `inner` each, of a tensor that has the gates last.
+    pub fn gates_first(&self, name: &str, inner: usize, wanted: Range<usize>, input: usize) -> Result<StoredMatrix<'a>, Failure> {
         let half = |rows| Slice { rows, ..Slice::whole(self.full(&format!("{name}.weight")), 2 * inner, input, self.transposed) };
-        self.checkpoint.matrix(&[half(inner..2 * inner), half(0..inner)])
+        self.checkpoint.matrix(&[half(inner + wanted.start..inner + wanted.end), half(wanted)])
     }
 
     /// The matrix `[out, input]` of a layer behind the pooling. Heads stand beside the model or in it, and modules of Sentence
@@ -207,9 +250,11 @@ impl<'a> Tensors<'a> {
         self.checkpoint.vector(&self.full(name), len)
     }
 
-    /// A tensor `[channels, 1, kernel]` with all channels of its first column first.
-    pub fn taps(&self, name: &str, channels: usize, kernel: usize) -> Result<Vec<f32>, Failure> {
-        let source = self.checkpoint.matrix(&[Slice::whole(self.full(name), channels, kernel, false)])?;
+    /// These channels of a tensor `[all, 1, kernel]`, with those of its first column first.
+    pub fn taps(&self, name: &str, all: usize, wanted: &[Range<usize>], kernel: usize) -> Result<Vec<f32>, Failure> {
+        let slice = |rows: &Range<usize>| Slice { rows: rows.clone(), ..Slice::whole(self.full(name), all, kernel, false) };
+        let source = self.checkpoint.matrix(&wanted.iter().map(slice).collect::<Vec<_>>())?;
+        let channels = source.rows();
         let (mut taps, mut reader) = (vec![0.0; channels * kernel], Reader::default());
         for channel in 0..channels {
             let row = MatrixSource::row_f32(&source, channel, &mut reader);
@@ -218,28 +263,24 @@ impl<'a> Tensors<'a> {
         Ok(taps)
     }
 
-    /// A matrix of rows of several tensors: of each its name, how many rows it has in all, and which of them.
-    pub fn rows(&self, parts: &[(String, usize, Range<usize>)], input: usize) -> Result<StoredMatrix<'a>, Failure> {
-        let slice = |(name, out, rows): &(String, usize, Range<usize>)| {
-            let whole = Slice::whole(self.full(&format!("{name}.weight")), *out, input, self.transposed);
-            Slice { rows: rows.clone(), ..whole }
-        };
-        self.checkpoint.matrix(&parts.iter().map(slice).collect::<Vec<_>>())
-    }
-
     /// Some rows of a matrix `[out, input]`, turned into columns: `[input, rows]`.
     pub fn transposed_rows(&self, name: &str, out: usize, rows: Range<usize>, input: usize) -> Result<StoredMatrix<'a>, Failure> {
         let whole = Slice::whole(self.full(&format!("{name}.weight")), input, out, !self.transposed);
         self.checkpoint.matrix(&[Slice { columns: rows, ..whole }])
     }
 
-    /// A matrix `[Σ out, input]` from its separate `parts`, or from one stored tensor that holds them in this order.
-    pub fn matrix(&self, fused: &[String], parts: &[Part<'_>], input: usize) -> Result<StoredMatrix<'a>, Failure> {
-        let slice = |name: &str, out: usize| Slice::whole(self.full(&format!("{name}.weight")), out, input, self.transposed);
+    /// A matrix of these rows of its `parts`, one part below the other, from a tensor for each, or from one that holds them all in this order.
+    pub fn matrix(&self, fused: &[String], parts: &[Part<'_>], inputs: Inputs) -> Result<StoredMatrix<'a>, Failure> {
+        let input = inputs.width;
+        let slice = |name: &str, out: usize, rows: Range<usize>| {
+            let whole = Slice::whole(self.full(&format!("{name}.weight")), out, input, self.transposed);
+            Slice { rows, columns: inputs.columns.clone(), ..whole }
+        };
         if let Some(name) = self.stored_fused(fused, "weight") {
-            return self.checkpoint.matrix(&[slice(name, parts.iter().map(|part| part.1).sum())]);
+            let all: usize = parts.iter().map(|part| part.out).sum();
+            return self.checkpoint.matrix(&places(parts).map(|rows| slice(name, all, rows)).collect::<Vec<_>>());
         }
-        let slices: Vec<Slice> = parts.iter().map(|(name, out)| slice(name, *out)).collect();
+        let slices: Vec<Slice> = parts.iter().map(|part| slice(part.name, part.out, part.rows.clone())).collect();
         if let Some(missing) = slices.iter().find(|slice| !self.checkpoint.contains(&slice.name)) {
             let fused: Vec<String> = fused.iter().map(|name| self.full(&format!("{name}.weight"))).collect();
             let names: Vec<&str> = std::iter::once(missing.name.as_str()).chain(fused.iter().map(String::as_str)).collect();
@@ -248,13 +289,14 @@ impl<'a> Tensors<'a> {
         self.checkpoint.matrix(&slices)
     }
 
-    /// Biases `[Σ out]` belonging to [`Tensors::matrix`].
+    /// Biases belonging to [`Tensors::matrix`].
     pub fn bias(&self, fused: &[String], parts: &[Part<'_>]) -> Result<Vec<f32>, Failure> {
         if let Some(name) = self.stored_fused(fused, "bias") {
-            return self.vector(&format!("{name}.bias"), parts.iter().map(|part| part.1).sum());
+            let all = self.vector(&format!("{name}.bias"), parts.iter().map(|part| part.out).sum())?;
+            return Ok(places(parts).flat_map(|rows| all[rows].iter().copied()).collect());
         }
-        let parts = parts.iter().map(|(name, out)| self.vector(&format!("{name}.bias"), *out)).collect::<Result<Vec<_>, _>>()?;
-        Ok(parts.concat())
+        let bias = |part: &Part<'_>| Ok(self.vector(&format!("{}.bias", part.name), part.out)?[part.rows.clone()].to_vec());
+        Ok(parts.iter().map(bias).collect::<Result<Vec<_>, Failure>>()?.concat())
     }
 
     fn stored_fused<'n>(&self, fused: &'n [String], suffix: &str) -> Option<&'n String> {
@@ -291,6 +333,14 @@ impl<'a> Tensors<'a> {
         let packed = self.checkpoint.packed_forms().map_or(String::new(), |forms| format!(", {forms}"));
         format!("prefix \"{}\", {layout}{packed}", self.prefix)
     }
+}
+
+/// Where the parts' rows are in a tensor that holds all of them.
+fn places<'p>(parts: &'p [Part<'_>]) -> impl Iterator<Item = Range<usize>> + 'p {
+    parts.iter().scan(0, |before, part| {
+        let first = std::mem::replace(before, *before + part.out);
+        Some(first + part.rows.start..first + part.rows.end)
+    })
 }
 
 /// What a thread keeps between the rows it reads.

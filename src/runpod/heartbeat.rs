@@ -11,7 +11,7 @@ use super::client::{describe, http_client};
 use super::in_flight::InFlight;
 use super::retry::retry;
 use super::urls::{self, encode, with_query};
-use crate::config::{RunpodSettings, defaults};
+use crate::config::RunpodSettings;
 
 const PING_RETRIES: u32 = 3;
 /// Most bytes of job ids in one ping, as they stand in its address: long ones are refused on the way.
@@ -47,7 +47,7 @@ pub(crate) fn start(settings: &RunpodSettings, in_flight: Arc<InFlight>, retry: 
         .enable_all()
         .build()
         .map_err(|error| format!("cannot set up the heartbeat's runtime: {error}"))?;
-    let interval = settings.ping_interval.filter(|interval| !interval.is_zero()).unwrap_or(defaults::PING_INTERVAL);
+    let interval = settings.ping_interval;
     let pinger = Pinger { http: http_client(settings)?, url, version: version(settings), in_flight, told: None, interval, retry };
     let (alive, ended) = oneshot::channel();
     std::thread::Builder::new()

@@ -11,7 +11,7 @@ use super::outbox::Rules;
 use super::poll::Ended;
 use super::retry::RetryPolicy;
 use super::{Handler, heartbeat, poll, stop};
-use crate::config::{RunpodSettings, defaults};
+use crate::config::RunpodSettings;
 use crate::engine::Health;
 
 /// A queue worker, ready to [`run`](Worker::run).
@@ -68,7 +68,7 @@ impl Worker {
             in_flight: Arc::clone(&in_flight),
             handler: self.handler,
             health: self.health.clone(),
-            rules: Rules { interval: settings.stream_interval.unwrap_or(defaults::STREAM_INTERVAL), batch: settings.batch },
+            rules: Rules { interval: settings.stream_interval, batch: settings.batch },
             expired: watch::Sender::new(false),
         });
         let health = self.health;
@@ -77,7 +77,7 @@ impl Worker {
             async move { heartbeat::report_unhealthy(&settings, "engine", &health.failed().await.message).await }
         });
         let stops = tokio::spawn(stop::listen(client, in_flight));
-        let drain_timeout = settings.drain_timeout.unwrap_or(defaults::DRAIN_TIMEOUT);
+        let drain_timeout = settings.drain_timeout;
         let ended = poll::run(&jobs, self.concurrency, drain_timeout, shutdown).await;
         stops.abort();
         drop(heartbeat);

@@ -96,7 +96,7 @@ impl From<&ServerSettings> for ServerOptions {
             api_keys: settings.api_keys.clone(),
             keys_file: settings.keys_file.clone(),
             allowed_origins: settings.allowed_origins.clone(),
-            health_path: settings.health_path.clone().unwrap_or(default.health_path),
+            health_path: settings.health_path.clone(),
             ..default
         }
     }

@@ -106,6 +106,13 @@ impl Exposition {
         self.line(name, "", value);
     }
 
+    /// 1, with facts as labels.
+    pub fn info(&mut self, name: &str, help: &str, facts: &[(&str, &str)]) {
+        self.head(name, help, "gauge");
+        let facts: Vec<_> = facts.iter().map(|(name, value)| format!("{name}=\"{}\"", escaped(value))).collect();
+        self.line(name, &facts.join(","), 1.0);
+    }
+
     pub fn histogram(&mut self, name: &str, help: &str, histogram: &Histogram) {
         self.head(name, help, "histogram");
         let bucket = format!("{name}_bucket");

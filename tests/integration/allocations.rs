@@ -76,7 +76,7 @@ fn settings(quantization: Quantization) -> EngineSettings {
     EngineSettings {
         device: DeviceChoice::Cpu,
         threads: Some(2),
-        block_size: Some(BLOCK),
+        block_size: BLOCK,
         num_blocks: Some(SEQUENCES * BLOCKS),
         max_model_len: Some(BLOCK * BLOCKS),
         quantization,

@@ -127,7 +127,7 @@ impl Infilling {
     }
 
     /// The same of a choice that has ended so. `stop` comes last: the end of a stream is told by it.
-    fn ended(&mut self, update: &ChoiceUpdate, end: &EndReason) -> Value {
+    fn ended(&mut self, update: &ChoiceUpdate, end: &EndReason, usage: Usage) -> Value {
         let mut part = self.part(update);
         let (stop_type, word) = match end {
             EndReason::Stop => ("eos", String::new()),
@@ -140,6 +140,9 @@ impl Infilling {
         part.insert("model".to_owned(), json!(self.model));
         if self.return_token_ids {
             part.insert("prompt_token_ids".to_owned(), json!(self.prompt));
+        }
+        if let Some(times) = usage.times {
+            times.put(&mut part);
         }
         part.insert("has_new_line".to_owned(), json!(has_new_line));
         part.insert("truncated".to_owned(), json!(self.truncated));
@@ -170,15 +173,15 @@ impl Infilling {
 
 impl Dialect for Infilling {
     /// One object; of several choices a list, as llama.cpp answers them.
-    fn whole(&mut self, choices: Vec<ChoiceUpdate>, _: Usage) -> Value {
+    fn whole(&mut self, choices: Vec<ChoiceUpdate>, usage: Usage) -> Value {
         let mut answers: Vec<Value> =
-            choices.iter().map(|choice| self.ended(choice, choice.end.as_ref().unwrap_or(&EndReason::Abort))).collect();
+            choices.iter().map(|choice| self.ended(choice, choice.end.as_ref().unwrap_or(&EndReason::Abort), usage)).collect();
         if answers.len() == 1 { answers.remove(0) } else { Value::Array(answers) }
     }
 
     fn open(&mut self, _: Usage) {}
 
-    fn delta(&mut self, deltas: Vec<Delta>, _: Usage) {
+    fn delta(&mut self, deltas: Vec<Delta>, usage: Usage) {
         for mut update in by_choice(deltas) {
             let end = update.end.take();
             let shows = update.has_content() || !update.logprobs.is_empty() || self.return_token_ids;
@@ -191,7 +194,7 @@ impl Dialect for Infilling {
                 update = ChoiceUpdate::of(update.choice);
             }
             if let Some(end) = end {
-                let last = self.ended(&update, &end);
+                let last = self.ended(&update, &end, usage);
                 self.frame(&last);
             }
         }

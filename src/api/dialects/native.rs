@@ -50,7 +50,7 @@ impl Dialect for Native {
         self.opening = true;
     }
 
-    fn delta(&mut self, deltas: Vec<Delta>, _: Usage) {
+    fn delta(&mut self, deltas: Vec<Delta>, usage: Usage) {
         let first = std::mem::take(&mut self.opening);
         let mut updates = by_choice(deltas);
         if first {
@@ -68,7 +68,7 @@ impl Dialect for Native {
         if choices.is_empty() {
             return;
         }
-        let mut chunk = self.objects.chunk(choices);
+        let mut chunk = self.objects.chunk(choices, usage);
         if first {
             self.objects.put_chat_prompt_ids(&mut chunk);
         }

@@ -111,6 +111,7 @@ impl Objects {
         object.insert("choices".to_owned(), choices.iter().map(|choice| self.whole_choice(choice)).collect());
         object.insert("usage".to_owned(), self.usage(usage));
         self.put_chat_prompt_ids(&mut object);
+        put_times(&mut object, usage);
         if let (Some(scores), true) = (choices.first().and_then(|choice| self.prompt_logprobs(choice)), is_chat) {
             object.insert("prompt_logprobs".to_owned(), scores);
         }
@@ -136,12 +137,13 @@ impl Objects {
     }
 
     /// One chunk of a stream, around `choices`.
-    pub fn chunk(&self, choices: Vec<Value>) -> Map<String, Value> {
+    pub fn chunk(&self, choices: Vec<Value>, usage: Usage) -> Map<String, Value> {
         let mut chunk = self.head(match self.surface {
             Surface::Chat { .. } => "chat.completion.chunk",
             Surface::Text => "text_completion",
         });
         chunk.insert("choices".to_owned(), Value::Array(choices));
+        put_times(&mut chunk, usage);
         chunk
     }
 
@@ -289,6 +291,12 @@ impl Objects {
             ReasoningField::ReasoningContent => &["reasoning_content"],
             ReasoningField::Reasoning => &["reasoning"],
         }
+    }
+}
+
+fn put_times(object: &mut Map<String, Value>, usage: Usage) {
+    if let Some(times) = usage.times {
+        times.put(object);
     }
 }
 

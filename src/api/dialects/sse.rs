@@ -29,7 +29,7 @@ impl Sse {
     }
 
     fn chunk(&mut self, choice: Value, usage: Usage) {
-        let chunk = self.objects.chunk(vec![choice]);
+        let chunk = self.objects.chunk(vec![choice], usage);
         self.frame(chunk, usage);
     }
 
@@ -56,7 +56,7 @@ impl Dialect for Sse {
             return;
         }
         for choice in 0..self.objects.choices() {
-            let mut chunk = self.objects.chunk(vec![self.objects.chunk_choice(&ChoiceUpdate::of(choice), true, true)]);
+            let mut chunk = self.objects.chunk(vec![self.objects.chunk_choice(&ChoiceUpdate::of(choice), true, true)], usage);
             if choice == 0 {
                 self.objects.put_chat_prompt_ids(&mut chunk);
             }
@@ -82,7 +82,7 @@ impl Dialect for Sse {
 
     fn end(&mut self, usage: Usage) {
         if self.include_usage {
-            let mut chunk = self.objects.chunk(Vec::new());
+            let mut chunk = self.objects.chunk(Vec::new(), usage);
             chunk.insert("usage".to_owned(), self.objects.usage(usage));
             self.write(&Value::Object(chunk));
         }

@@ -6,7 +6,7 @@ use crate::api::delta::{Delta, DeltaKind, EndReason, ToolCallPart, Usage, by_cho
 use crate::api::dialects::{Prepared, chat, native, tokens};
 use crate::api::tests::saying;
 
-const USAGE: Usage = Usage { prompt_tokens: 3, completion_tokens: 4, reasoning_tokens: None, cached_tokens: 0 };
+const USAGE: Usage = Usage { prompt_tokens: 3, completion_tokens: 4, reasoning_tokens: None, cached_tokens: 0, times: None };
 
 /// A thought, then two calls of tools; each list came at once.
 fn calling() -> Vec<Vec<Delta>> {

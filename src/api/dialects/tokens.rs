@@ -1,7 +1,7 @@
 //! A job's own input, answered in the older form: `{"choices":[{"tokens":[…]}],"usage":{"input","output"}}`, whole and streamed. Each
 //! entry of `tokens` is a text: the whole answer, or what one step brought.
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::api::delta::{ChoiceUpdate, Delta, DeltaKind, Usage};
 use crate::api::dialects::{Dialect, Prepared, job_request};
@@ -63,7 +63,12 @@ impl Dialect for Tokens {
     fn take(&mut self) -> Option<Value> {
         let usage = self.usage.take()?;
         let choices: Vec<Value> = self.texts.iter_mut().map(|texts| json!({"tokens": std::mem::take(texts)})).collect();
-        Some(json!({"choices": choices, "usage": {"input": usage.prompt_tokens, "output": usage.completion_tokens}}))
+        let counts = json!({"input": usage.prompt_tokens, "output": usage.completion_tokens});
+        let mut item = Map::from_iter([("choices".to_owned(), Value::Array(choices)), ("usage".to_owned(), counts)]);
+        if let Some(times) = usage.times {
+            times.put(&mut item);
+        }
+        Some(Value::Object(item))
     }
 
     fn error(&self, failure: &Failure) -> Value {

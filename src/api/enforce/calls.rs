@@ -40,7 +40,7 @@ pub struct CallGrammars {
 }
 
 struct Trigger {
-    mark: &'static str,
+    mark: String,
     /// It opens a call at the beginning of an answer alone, and white space in it means nothing.
     bare: bool,
     /// One of these must stand behind the mark, of which it is no part. Empty: anything may.
@@ -91,7 +91,7 @@ impl CallGrammars {
 
     /// What the end of an answer's text has come to. `begun`: something that is no call has been said.
     pub fn opened(&self, text: &str, begun: &mut bool) -> Opened<'_> {
-        let found = |trigger: &'_ Trigger| text.find(trigger.mark).map(|at| (at, at + trigger.mark.len()));
+        let found = |trigger: &'_ Trigger| text.find(&trigger.mark).map(|at| (at, at + trigger.mark.len()));
         let marked = self.triggers.iter().filter(|trigger| !trigger.bare).filter_map(|trigger| Some((found(trigger)?, trigger)));
         // Of two at one place the longer one.
         if let Some(((_, after), trigger)) = marked.min_by_key(|((at, after), _)| (*at, usize::MAX - after)) {
@@ -104,8 +104,8 @@ impl CallGrammars {
         let start = text.len() - text.trim_start_matches(is_separator).len();
         let mut perhaps = false;
         for trigger in self.triggers.iter().filter(|trigger| trigger.bare) {
-            let Some(Some(after)) = without_blanks(&text[start..], trigger.mark) else {
-                perhaps |= without_blanks(&text[start..], trigger.mark).is_some();
+            let Some(Some(after)) = without_blanks(&text[start..], &trigger.mark) else {
+                perhaps |= without_blanks(&text[start..], &trigger.mark).is_some();
                 continue;
             };
             let next: Vec<_> = trigger.next.iter().filter_map(|next| without_blanks(&text[start + after..], next)).collect();
@@ -254,9 +254,10 @@ impl<'a> Writer<'a> {
         let names: Vec<String> = (0..tools.len()).map(|at| format!("tool_{at}")).collect();
         lark.named("tool", &names.join(" | "));
         lark.named("call", &format!("{before} tool"));
-        for ((tool, schema), name) in tools.iter().zip(names) {
+        for (at, ((tool, schema), name)) in tools.iter().zip(names).enumerate() {
             let arguments = self.arguments(&mut lark, schema).map_err(|error| refused(tool, &error))?;
-            lark.named(&name, &format!("{} {arguments} {after}", self.name(tool)));
+            lark.named(&format!("arguments_{at}"), &arguments);
+            lark.named(&name, &format!("{} arguments_{at} {after}", self.name(tool)));
         }
         Ok(format!("{WHITE_SPACE}{}", lark.text()))
     }
@@ -395,17 +396,28 @@ impl<'a> Writer<'a> {
     }
 
     /// Where calls begin in free text, what must stand there, and the first rule of what follows.
-    fn rests(&self) -> Vec<(&'static str, bool, Vec<String>, String)> {
-        let marked = self.format.call.open.iter().enumerate().map(|(place, mark)| (*mark, false, Vec::new(), self.rest(place)));
+    fn rests(&self) -> Vec<(String, bool, Vec<String>, String)> {
+        let marked =
+            self.format.call.open.iter().enumerate().map(|(place, mark)| ((*mark).to_owned(), false, Vec::new(), self.rest(place)));
         let mut all: Vec<_> = marked.collect();
         let others = self.others();
         match (self.format.written, self.layout()) {
-            (Written::Bare, Layout::Object(_)) => all.push(("{\"name\":", true, Vec::new(), "ws tool".to_owned())),
+            (Written::Bare, Layout::Object(_)) => all.push(("{\"name\":".to_owned(), true, Vec::new(), "ws tool".to_owned())),
+            // A name alone is a call where its arguments follow it.
+            (Written::Bare, Layout::Named(named)) => {
+                let end = self.mark(named.end);
+                let of_tool = |(at, (tool, _)): (usize, &(&Tool, Value))| {
+                    (tool.name.clone(), true, vec!["{".to_owned()], format!("{end} arguments_{at}"))
+                };
+                all.extend(self.tools.iter().enumerate().map(of_tool));
+            }
+            // Behind a prompt that ends with `<|start|>assistant`.
+            (_, Layout::Harmony) => all.push(("to=functions.".to_owned(), true, Vec::new(), self.rest(0))),
             (Written::BareList, Layout::Literal(_)) => {
                 let names = self.tools.iter().map(|(tool, _)| format!("{}(", tool.name)).collect();
-                all.push(("[", true, names, format!("ws call {others} ws \"]\"")));
+                all.push(("[".to_owned(), true, names, format!("ws call {others} ws \"]\"")));
             }
-            (Written::BareList, _) => all.push(("[{\"name\":", true, Vec::new(), format!("ws tool {others} ws \"]\""))),
+            (Written::BareList, _) => all.push(("[{\"name\":".to_owned(), true, Vec::new(), format!("ws tool {others} ws \"]\""))),
             _ => {}
         }
         all

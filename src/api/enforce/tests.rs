@@ -362,6 +362,7 @@ fn marks_of_text_and_calls_without_marks_are_found() {
             "<minimax:tool_call>\n<invoke name=\"get_time\">\n<parameter name=\"zone\">UTC</parameter>\n</invoke>\n</minimax:tool_call>",
         ),
         ("glm45", "Ok <tool_call>get_time\n<arg_key>zone</arg_key>\n<arg_value>UTC</arg_value>\n</tool_call> so"),
+        ("glm4", "get_time\n{\"zone\": \"UTC\"}"),
         (
             "deepseek_v32",
             "<｜DSML｜function_calls>\n<｜DSML｜invoke name=\"get_time\">\n<｜DSML｜parameter name=\"zone\" string=\"true\">UTC</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜function_calls>",
@@ -372,6 +373,8 @@ fn marks_of_text_and_calls_without_marks_are_found() {
         ("functiongemma", "<start_function_call>call:get_time{zone:<escape>UTC<escape>}<end_function_call>"),
         ("gemma4", "<|tool_call>call:get_time{zone:<|\"|>UTC<|\"|>}<tool_call|>"),
         ("openai", "<|channel|>commentary to=functions.get_time <|constrain|>json<|message|>{\"zone\": \"UTC\"}<|call|>"),
+        ("openai", " to=functions.get_time<|channel|>commentary json<|message|>{\"zone\": \"UTC\"}<|call|>"),
+        ("functionary", "<function=get_time>{\"zone\": \"UTC\"}</function>"),
         ("openai", "<|start|>assistant to=functions.get_time<|channel|>commentary json<|message|>{\"zone\": \"UTC\"}<|call|>"),
     ] {
         let request = request(format, ToolChoice::Auto, true);
@@ -395,6 +398,18 @@ fn brackets_that_open_no_call_are_text() {
     for text in ["[1] is a note.", "[get_moon(a=1)]", "[get_time is a function]"] {
         assert_eq!(written(&rules, text), text);
     }
+}
+
+#[test]
+fn a_name_alone_is_a_call_where_its_arguments_follow() {
+    let request = request("glm4", ToolChoice::Auto, true);
+    let rules = rules(&parsing(None), Wishes { calls: calls(&request, false), ..Wishes::default() });
+    for text in ["get_time is a function", "get_times\n{\"zone\": 3}", "I call get_time\n{\"zone\": 3}", "get_time {"] {
+        assert_eq!(written(&rules, text), text);
+    }
+    let parsing = Parsing { tools: Some(Arc::new(request)), ..Parsing::default() };
+    let answer = read(&parsing, &written(&rules, "get_time\n{\"zone\": 3, \"place\": null}"));
+    assert!(matches!(&answer.tool_calls[..], [call] if fits("get_time", &call.arguments)), "{answer:?}");
 }
 
 const ANALYSIS: &str = "<|channel|>analysis<|message|>hm, a < b.";

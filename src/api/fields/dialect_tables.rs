@@ -37,6 +37,7 @@ pub const RESPONSES: &[FieldSpec] = &[
     unsupported("logprobs", Neutral::Empty, ANSWER),
     unsupported("prompt_logprobs", Neutral::Empty, ANSWER),
     unsupported("return_token_ids", Neutral::Empty, ANSWER),
+    unsupported("collect_metrics", Neutral::Empty, ANSWER),
 ];
 
 /// Fields of `/v1/messages` and `/v1/messages/count_tokens`.
@@ -64,6 +65,7 @@ pub const MESSAGES: &[FieldSpec] = &[
     unsupported("top_logprobs", Neutral::Number(0.0), ANSWER),
     unsupported("prompt_logprobs", Neutral::Empty, ANSWER),
     unsupported("return_token_ids", Neutral::Empty, ANSWER),
+    unsupported("collect_metrics", Neutral::Empty, ANSWER),
 ];
 
 const ORDER: &str = "requests are served in the order they come";

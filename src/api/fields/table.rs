@@ -213,6 +213,7 @@ pub const FIELDS: &[FieldSpec] = &[
     row("top_logprobs", Other("a number of at least 0"), Chat, "Alternatives at each token, at most 20 or `MAX_LOGPROBS`."),
     row("prompt_logprobs", Other("a number of at least 0"), All, "How probable the prompt's tokens were. Not for streams."),
     row("return_tokens_as_token_ids", Bool(None), All, "Tokens are named `token_id:N`. Without it: as `RETURN_TOKENS_AS_TOKEN_IDS` says."),
+    row("collect_metrics", Bool(Some(false)), All, "`metrics` in the answer or in each chunk: when the request came, was begun and had its tokens, in FastDeploy's names."),
     row("return_token_ids", Bool(Some(false)), All, "`token_ids` and `prompt_token_ids` in the answer."),
     row("skip_special_tokens", Bool(Some(true)), All, "Control tokens are no part of the text."),
     // llama.cpp's /infill.

@@ -11,12 +11,17 @@ use crate::api::parse::tools::json::{Next, Scanner};
 use crate::api::parse::tools::request::{ToolRequest, call_id};
 use crate::api::parse::tools::table::{CallIds, HARMONY_MARKS};
 
+/// What names the recipient of a message.
+const RECIPIENT: &str = "to=";
+
 pub struct Harmony {
     /// Calls are wanted.
     tools: Option<Arc<ToolRequest>>,
     /// Thoughts are kept apart: whether they are told at all.
     reasoning: Option<bool>,
     buffer: String,
+    /// Something has come: only the first message may begin within its header.
+    opened: bool,
     state: State,
     calls: usize,
     /// The call at hand has arguments.
@@ -36,10 +41,25 @@ enum State {
 
 impl Harmony {
     pub fn new(tools: Option<Arc<ToolRequest>>, reasoning: Option<bool>) -> Self {
-        Self { tools, reasoning, buffer: String::new(), state: State::Answer, calls: 0, argued: false, scanner: None }
+        Self { tools, reasoning, buffer: String::new(), opened: false, state: State::Answer, calls: 0, argued: false, scanner: None }
+    }
+
+    /// The prompt ends with `<|start|>assistant`: what a call's header has behind that, the recipient, comes without a mark.
+    fn open(&mut self, ended: bool) -> bool {
+        let text = self.buffer.trim_start();
+        if text.starts_with(RECIPIENT) {
+            self.state = State::Header(String::new());
+        } else if RECIPIENT.starts_with(text) && !ended {
+            return false;
+        }
+        self.opened = true;
+        true
     }
 
     fn step(&mut self, ended: bool, deltas: &mut Vec<DeltaKind>) -> bool {
+        if !self.opened && !self.open(ended) {
+            return false;
+        }
         self.arguments(deltas);
         if self.scanner.is_some() {
             return false;
@@ -113,7 +133,7 @@ impl Harmony {
     /// What follows a header.
     fn message(&mut self, header: &str, deltas: &mut Vec<DeltaKind>) -> State {
         let channel = header.split("<|channel|>").nth(1).unwrap_or_default();
-        let recipient = header.split("to=").nth(1).map(|rest| rest.split([' ', '\n', '<']).next().unwrap_or_default());
+        let recipient = header.split(RECIPIENT).nth(1).map(|rest| rest.split([' ', '\n', '<']).next().unwrap_or_default());
         if let (Some(name), true) = (recipient.filter(|name| !name.is_empty()), self.tools.is_some()) {
             self.calls += 1;
             self.argued = false;

@@ -11,6 +11,22 @@ pub mod marks;
 pub mod reasoning;
 pub mod tools;
 
+/// Whether a row of a table is called so, in any case and with hyphens or underscores.
+fn is_called(asked: &str, name: &str, aliases: &[&str]) -> bool {
+    let asked = asked.to_ascii_lowercase().replace('-', "_");
+    asked == name || aliases.contains(&asked.as_str())
+}
+
+/// All names of such rows, for messages.
+fn all_names(rows: impl Iterator<Item = (&'static str, &'static [&'static str])>) -> Vec<&'static str> {
+    rows.flat_map(|(name, aliases)| std::iter::once(name).chain(aliases.iter().copied())).collect()
+}
+
+/// Whether a chat template holds all strings of one of the groups.
+fn shows(template: &str, groups: &[&[&str]]) -> bool {
+    groups.iter().any(|group| group.iter().all(|mark| template.contains(mark)))
+}
+
 /// Takes the text of one sequence apart. Its deltas are of the kinds `Text`, `Reasoning` and `ToolCall`.
 pub trait Parser: Send {
     /// Adds what is certain after this piece of text; what may yet turn out to be a mark waits.

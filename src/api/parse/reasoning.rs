@@ -2,6 +2,7 @@
 
 use crate::api::delta::DeltaKind;
 use crate::api::parse::marks::{Begins, Found, begins, find};
+use crate::api::parse::{all_names, is_called, shows};
 
 /// How a model marks its thoughts.
 #[derive(Debug)]
@@ -75,18 +76,17 @@ pub const FORMATS: &[ReasoningFormat] = &[
 
 /// The format of a name, in any case and with hyphens or underscores.
 pub fn find_format(name: &str) -> Option<&'static ReasoningFormat> {
-    let name = name.to_ascii_lowercase().replace('-', "_");
-    FORMATS.iter().find(|format| format.name == name || format.aliases.contains(&name.as_str()))
+    FORMATS.iter().find(|format| is_called(name, format.name, format.aliases))
 }
 
 /// All names, for messages.
 pub fn names() -> Vec<&'static str> {
-    FORMATS.iter().flat_map(|format| std::iter::once(format.name).chain(format.aliases.iter().copied())).collect()
+    all_names(FORMATS.iter().map(|format| (format.name, format.aliases)))
 }
 
 /// The format of a chat template.
 pub fn detect(template: &str) -> Option<&'static ReasoningFormat> {
-    FORMATS.iter().find(|format| format.detect.iter().any(|group| group.iter().all(|mark| template.contains(mark))))
+    FORMATS.iter().find(|format| shows(template, format.detect))
 }
 
 /// Where an answer begins.

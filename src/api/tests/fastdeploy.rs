@@ -119,6 +119,37 @@ async fn fastdeploys_form_is_beside_the_other() {
     assert!(events.iter().all(|event| event["choices"][0].get("arrival_time").is_none()), "not unless the settings ask for it");
 }
 
+#[tokio::test]
+async fn metrics_tell_the_moments_of_a_request_in_order() {
+    let world = saying("Hello world").await;
+    let number = |metrics: &Value, name: &str| metrics[name].as_f64().unwrap_or_else(|| panic!("{name}: {metrics}"));
+    let check = |metrics: &Value| {
+        let order = [
+            "arrival_time",
+            "preprocess_end_time",
+            "inference_start_time",
+            "engine_recv_first_token_time",
+            "engine_recv_latest_token_time",
+        ];
+        let moments = order.map(|name| number(metrics, name));
+        assert!(moments.is_sorted_by(|a, b| a <= &(b + 1e-3)) && moments[0] > 1.7e9, "{metrics}");
+        let parts = ["preprocess_cost_time", "time_in_queue", "model_forward_time"].map(|name| number(metrics, name));
+        assert!((parts.iter().sum::<f64>() - number(metrics, "model_execute_time")).abs() < 1e-6, "{metrics}");
+        assert!(number(metrics, "first_token_time") <= parts[2]);
+    };
+    check(&world.chat(json!({"collect_metrics": true})).await.unwrap()["metrics"]);
+    check(&world.complete(json!({"collect_metrics": true})).await.unwrap()["metrics"]);
+    for (path, prompt) in [("/v1/chat/completions", "messages"), ("/v1/completions", "prompt")] {
+        let events = world.events(path, json!({prompt: "Hi", "seed": 0, "collect_metrics": true})).await;
+        let with_tokens: Vec<&Value> =
+            events.iter().map(|event| &event["metrics"]).filter(|metrics| metrics["first_token_time"].is_f64()).collect();
+        assert!(with_tokens.len() >= 2, "{events:?}");
+        with_tokens.into_iter().for_each(check);
+    }
+    assert!(world.chat(json!({})).await.unwrap().get("metrics").is_none());
+    assert_eq!(world.chat(json!({"collect_metrics": 1})).await.unwrap_err().param.as_deref(), Some("collect_metrics"));
+}
+
 const LONG: &str = "abcdefghijklmnopqrstuvwxyzabcdefghijklmnopqrstuvwxyz";
 
 /// Sends a slow request, and gives its answer when it has ended.

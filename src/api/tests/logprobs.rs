@@ -301,10 +301,10 @@ async fn the_best_are_ranked_by_the_models_own_probabilities_in_every_mode() {
 #[tokio::test]
 async fn numbers_may_be_limited_or_refused_by_settings() {
     let world_of = async |settings: ApiSettings| world_with(&[vec![Say::Text("a")]], settings, files(&[]), Duration::ZERO).await.unwrap();
-    let all = world_of(ApiSettings { max_logprobs: Some(u32::MAX), ..ApiSettings::default() }).await;
+    let all = world_of(ApiSettings { max_logprobs: u32::MAX, ..ApiSettings::default() }).await;
     let answer = all.chat(json!({"logprobs": true, "top_logprobs": -1})).await.unwrap();
     assert_eq!(answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"].as_array().unwrap().len(), 3, "all that the model gave");
-    let few = world_of(ApiSettings { max_logprobs: Some(2), ..ApiSettings::default() }).await;
+    let few = world_of(ApiSettings { max_logprobs: 2, ..ApiSettings::default() }).await;
     let failure = few.chat(json!({"logprobs": true, "top_logprobs": 3})).await.unwrap_err();
     assert_eq!(failure.message, "Invalid value for 'top_logprobs': must be <= 2.");
     let failure = few.complete(json!({"prompt_logprobs": -2})).await.unwrap_err();

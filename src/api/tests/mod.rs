@@ -22,6 +22,7 @@ mod logprobs;
 mod native;
 mod pooling;
 mod prompts;
+mod round_trip;
 mod streams;
 mod tools;
 mod whole;
@@ -144,6 +145,7 @@ pub async fn world_with(says: &[Vec<Say>], settings: ApiSettings, files: ModelFi
         vocab_size: tokenizer.vocab_size(),
         block_size: 16,
         blocks: 64,
+        kv_cache_dtype: "float32",
         state_slots: 0,
         max_num_seqs: 8,
         max_num_batched_tokens: 64,

@@ -50,6 +50,7 @@ async fn pooling_world(spec: PoolingSpec, extra: &[(&str, &str)]) -> World {
         block_size: 16,
         state_slots: 0,
         blocks: 16,
+        kv_cache_dtype: "float32",
         max_num_seqs: 2,
         max_num_batched_tokens: 32,
         memory_bound: false,

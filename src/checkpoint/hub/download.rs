@@ -81,7 +81,7 @@ struct Download<'a> {
 
 impl<'a> Download<'a> {
     fn new(model: &'a str, settings: &'a HubSettings, cache: &Path, bars: bool) -> Result<Self, Failure> {
-        let endpoint = settings.endpoint.clone().unwrap_or_else(|| defaults::HF_ENDPOINT.to_owned());
+        let endpoint = settings.endpoint.clone();
         let token = settings.token.as_ref().map(|token| token.expose_secret().to_owned());
         let has_token = token.is_some();
         let shown = endpoint.rsplit_once('@').map_or(endpoint.clone(), |(_, host)| host.to_owned());

@@ -129,7 +129,7 @@ async fn resolve(
 }
 
 fn settings(cache: &TempDir, endpoint: &str) -> HubSettings {
-    HubSettings { endpoint: Some(endpoint.to_owned()), caches: vec![cache.path().to_owned()], ..HubSettings::default() }
+    HubSettings { endpoint: endpoint.to_owned(), caches: vec![cache.path().to_owned()], ..HubSettings::default() }
 }
 
 fn offline(cache: &TempDir) -> HubSettings {

@@ -111,6 +111,7 @@ fn shape(blocks: usize, block_size: usize, seqs: usize, batched: usize) -> Shape
         vocab_size: 100,
         block_size,
         blocks,
+        kv_cache_dtype: "float32",
         state_slots: 0,
         max_num_seqs: seqs,
         max_num_batched_tokens: batched,

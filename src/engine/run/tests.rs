@@ -1,5 +1,8 @@
 use super::*;
+use crate::checkpoint::demo;
+use crate::config::{DeviceChoice, EngineSettings, TensorParallel};
 use crate::engine::{Generation, Request, SamplingParams};
+use crate::models::runner::{Break, ModelRunner};
 use crate::models::{Fault, Plan, Shape, StepError};
 use std::time::Duration;
 
@@ -46,6 +49,7 @@ fn shape() -> Shape {
         vocab_size: 100,
         block_size: 4,
         blocks: 32,
+        kv_cache_dtype: "float32",
         state_slots: 0,
         max_num_seqs: 2,
         max_num_batched_tokens: 16,
@@ -83,6 +87,28 @@ async fn collect(mut generation: Generation) -> (Vec<u32>, Result<Finish, Failur
             Event::Failed(failure) => return (tokens, Err(failure)),
         }
     }
+}
+
+/// One of two ranks ends while the other waits for its part of a sum: the request is told, and the engine computes no more.
+#[tokio::test]
+async fn a_rank_that_fails_fails_the_engine() {
+    let load = || {
+        let settings = EngineSettings {
+            device: DeviceChoice::Cpu,
+            threads: Some(2),
+            kv_cache_gb: Some(0.02),
+            tensor_parallel: TensorParallel::Ranks(2),
+            ..Default::default()
+        };
+        let runner = ModelRunner::load(&demo::files(), || Ok(usize::MAX), &settings)?;
+        runner.break_rank(1, Break::Panic);
+        Ok(runner)
+    };
+    let engine = start(load, EngineOptions::default()).await.unwrap();
+    let (tokens, end) = collect(engine.submit(request(&[300, 301], 5)).unwrap()).await;
+    assert!(tokens.is_empty() && end.unwrap_err().message.contains("rank 1 has panicked"));
+    assert!(engine.failed().await.message.contains("must be restarted"));
+    assert!(engine.submit(request(&[300], 1)).is_err());
 }
 
 #[tokio::test]

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::*;
 use crate::checkpoint::demo;
 use crate::checkpoint::files::ModelFiles;
-use crate::config::{DeviceChoice, EngineSettings};
+use crate::config::{DeviceChoice, EngineSettings, KvCacheDtype};
 use crate::engine::{Request, SamplingParams};
 use crate::models::golden_families::Golden;
 use crate::models::runner::ModelRunner;
@@ -21,16 +21,25 @@ fn with_model<T: Send>(f: impl FnOnce(&mut ModelRunner) -> T + Send) -> T {
 }
 
 fn with_vocabulary<T: Send>(vocabulary: Vocabulary, f: impl FnOnce(&mut ModelRunner) -> T + Send) -> T {
-    with_files(&demo::files(), vocabulary, f)
+    with_files(&demo::files(), KvCacheDtype::Auto, vocabulary, f)
 }
 
-fn with_files<T: Send>(files: &ModelFiles, vocabulary: Vocabulary, f: impl FnOnce(&mut ModelRunner) -> T + Send) -> T {
+/// What the KV cache can hold.
+const DTYPES: [KvCacheDtype; 4] = [KvCacheDtype::Float32, KvCacheDtype::Float16, KvCacheDtype::Bfloat16, KvCacheDtype::Int8];
+
+fn with_files<T: Send>(
+    files: &ModelFiles,
+    kv_cache_dtype: KvCacheDtype,
+    vocabulary: Vocabulary,
+    f: impl FnOnce(&mut ModelRunner) -> T + Send,
+) -> T {
     let body = || {
         let settings = EngineSettings {
             device: DeviceChoice::Cpu,
             threads: Some(2),
             kv_cache_gb: Some(0.02),
-            block_size: Some(16),
+            kv_cache_dtype,
+            block_size: 16,
             max_num_batched_tokens: Some(64),
             ..Default::default()
         };
@@ -85,30 +94,34 @@ fn words(text: u32, len: usize) -> Vec<u32> {
 
 #[test]
 fn logits_are_bit_identical_with_and_without_the_prefix_cache() {
-    with_model(|runner| {
-        // Prompts that share beginnings of several lengths, in blocks and out of step with them.
-        let prompts: Vec<Vec<u32>> =
-            [(0, 100, 1, 5), (0, 100, 2, 40), (0, 48, 3, 3), (0, 47, 4, 20), (5, 16, 6, 1), (0, 100, 1, 5), (0, 90, 7, 30)]
-                .map(|(shared, len, own, more)| [words(shared, len), words(own, more)].concat())
-                .to_vec();
-        let (mut plain, mut cached, mut warm) = (Sampled::new(), Sampled::new(), Sampled::new());
+    for dtype in DTYPES {
+        with_files(&demo::files(), dtype, usize::MAX.into(), |runner| the_prefix_cache_changes_no_bit(runner));
+    }
+}
+
+fn the_prefix_cache_changes_no_bit(runner: &mut ModelRunner) {
+    // Prompts that share beginnings of several lengths, in blocks and out of step with them.
+    let prompts: Vec<Vec<u32>> =
+        [(0, 100, 1, 5), (0, 100, 2, 40), (0, 48, 3, 3), (0, 47, 4, 20), (5, 16, 6, 1), (0, 100, 1, 5), (0, 90, 7, 30)]
+            .map(|(shared, len, own, more)| [words(shared, len), words(own, more)].concat())
+            .to_vec();
+    let (mut plain, mut cached, mut warm) = (Sampled::new(), Sampled::new(), Sampled::new());
+    for (id, prompt) in prompts.iter().enumerate() {
+        let mut alone = Scheduler::new(runner.shape().clone(), false, None);
+        alone.add(sequence(id as u64, prompt.clone(), 12, 0.0));
+        run(&mut alone, runner, &mut plain);
+    }
+    let mut scheduler = Scheduler::new(runner.shape().clone(), true, None);
+    for sampled in [&mut cached, &mut warm] {
         for (id, prompt) in prompts.iter().enumerate() {
-            let mut alone = Scheduler::new(runner.shape().clone(), false, None);
-            alone.add(sequence(id as u64, prompt.clone(), 12, 0.0));
-            run(&mut alone, runner, &mut plain);
+            scheduler.add(sequence(id as u64, prompt.clone(), 12, 0.0));
         }
-        let mut scheduler = Scheduler::new(runner.shape().clone(), true, None);
-        for sampled in [&mut cached, &mut warm] {
-            for (id, prompt) in prompts.iter().enumerate() {
-                scheduler.add(sequence(id as u64, prompt.clone(), 12, 0.0));
-            }
-            run(&mut scheduler, runner, sampled);
-        }
-        assert!(scheduler.totals().prefix_hits > 800, "{:?}", scheduler.totals());
-        assert!(plain.values().all(|sampled| sampled.len() == 12));
-        assert!(plain == cached, "sharing among prompts changed a bit");
-        assert!(plain == warm, "blocks from earlier requests changed a bit");
-    });
+        run(&mut scheduler, runner, sampled);
+    }
+    assert!(scheduler.totals().prefix_hits > 800, "{:?}", scheduler.totals());
+    assert!(plain.values().all(|sampled| sampled.len() == 12));
+    assert!(plain == cached, "sharing among prompts changed a bit");
+    assert!(plain == warm, "blocks from earlier requests changed a bit");
 }
 
 /// Prompts that repeat themselves, as copied text does.
@@ -304,8 +317,8 @@ fn alone(runner: &mut ModelRunner, prompts: &[Vec<u32>], max_tokens: usize) -> S
 }
 
 /// Alone, in company, with shared beginnings, with drafts, with too few blocks or slots: the same bits.
-fn whatever_is_decided_the_bits_are_the_same(family: &str) {
-    with_files(&Golden::read(family).files(), usize::MAX.into(), |runner| {
+fn whatever_is_decided_the_bits_are_the_same(family: &str, dtype: KvCacheDtype) {
+    with_files(&Golden::read(family).files(), dtype, usize::MAX.into(), |runner| {
         let whole = runner.shape().clone();
         let proposer = Some(NgramProposer { max_rows: 16, min: 1, ..Default::default() });
         let prompts = tiny_prompts();
@@ -340,15 +353,28 @@ fn whatever_is_decided_the_bits_are_the_same(family: &str) {
 
 #[test]
 fn bits_of_short_convolutions_are_the_same_however_they_are_run() {
-    whatever_is_decided_the_bits_are_the_same("lfm2");
+    whatever_is_decided_the_bits_are_the_same("lfm2", KvCacheDtype::Auto);
 }
 
 #[test]
 fn bits_of_gated_delta_nets_are_the_same_however_they_are_run() {
-    whatever_is_decided_the_bits_are_the_same("qwen3_5_text");
+    whatever_is_decided_the_bits_are_the_same("qwen3_5_text", KvCacheDtype::Auto);
 }
 
 #[test]
 fn bits_of_latent_attention_are_the_same_however_it_is_run() {
-    whatever_is_decided_the_bits_are_the_same("deepseek_v3");
+    whatever_is_decided_the_bits_are_the_same("deepseek_v3", KvCacheDtype::Auto);
+}
+
+/// Of a cache of fewer bits: attention with windows and sinks, and latent attention.
+#[test]
+fn bits_of_narrower_caches_are_the_same_however_they_are_run() {
+    for (family, dtype) in [
+        ("ernie4_5", KvCacheDtype::Bfloat16),
+        ("gpt_oss", KvCacheDtype::Float16),
+        ("gemma3_text", KvCacheDtype::Int8),
+        ("deepseek_v3", KvCacheDtype::Int8),
+    ] {
+        whatever_is_decided_the_bits_are_the_same(family, dtype);
+    }
 }

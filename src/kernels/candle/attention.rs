@@ -75,7 +75,7 @@ impl Group {
         let (_, block_size, kv, d) = cache.k.dims4()?;
         let (n, len, context, group) = (self.rows, self.len, self.context, spec.heads / kv);
         let gather = |cache: &Tensor| -> Result<Tensor> {
-            let blocks = cache.index_select(&self.blocks, 0)?;
+            let blocks = cache.index_select(&self.blocks, 0)?.to_dtype(q.dtype())?;
             let keys = blocks.reshape((n, blocks.dim(0)? / n * block_size, kv, d))?.narrow(1, 0, context)?;
             keys.transpose(1, 2)?.contiguous()?.reshape((n * kv, context, d))
         };

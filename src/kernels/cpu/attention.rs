@@ -4,63 +4,26 @@
 //! fixed positions, keeping the greatest score, the sum of exponentials and of weighted values as it goes, and every sum runs in one lane
 //! in order of positions. So a token's result depends on its own context alone: not on the chunk it came in, nor on other rows.
 //!
-//! Keys lie transposed in their block, so that a vector holds one component of neighbouring positions and no sum crosses lanes.
+//! Keys lie transposed in their block, so that a vector holds one component of neighbouring positions and no sum crosses lanes. Where the cache
+//! holds narrower numbers they become f32 as they are loaded.
+
+use half::{bf16, f16};
 
 use super::elementwise::{exp, tanh};
+use super::kv::{Element, GROUP, KvCache, Numbers, PAD, Plane, groups, padded};
 use super::matmul::tile_rows;
-use super::packed::pages;
 use super::pool::Pool;
 use super::prefault;
 use super::simd::{Simd, dispatch};
 use super::{Ptr, PtrMut};
-use crate::{AttentionSpec, BatchRow, KvShape};
+use crate::{AttentionSpec, BatchRow, KvDtype, KvShape};
 
 /// Positions of a segment, as far as blocks fill it evenly.
 const SEGMENT: usize = 256;
 /// Query heads times tokens of a task, about: they share every key that is read.
 const TASK_ROWS: usize = 32;
-/// Positions of a block are padded to whole vectors of the widest kind.
-const PAD: usize = 16;
-
-/// Keys and values of one layer, in f32: keys `[blocks, kv, d, block_size padded to 16]`, values `[blocks, kv, block_size, d]`.
-pub struct KvCache {
-    k: memmap2::MmapMut,
-    v: memmap2::MmapMut,
-    pub shape: KvShape,
-}
-
-/// Numbers from one component of a block's keys to the next.
-fn padded(shape: KvShape) -> usize {
-    shape.block_size.next_multiple_of(PAD)
-}
-
-/// Bytes of a block of one layer.
-pub fn block_bytes(shape: KvShape) -> usize {
-    4 * shape.kv_heads * shape.head_dim * (padded(shape) + shape.block_size)
-}
-
-impl KvCache {
-    /// Zeroed; pages are taken when they are first written, or by [`super::prefault::touch`].
-    pub fn new(shape: KvShape) -> std::io::Result<Self> {
-        let width = 4 * shape.blocks * shape.kv_heads * shape.head_dim;
-        Ok(Self { k: pages(width * padded(shape))?, v: pages(width * shape.block_size)?, shape })
-    }
-
-    /// The memory of keys and of values.
-    pub fn memory(&mut self) -> [&mut [u8]; 2] {
-        [&mut self.k, &mut self.v]
-    }
-
-    /// A key, and a value, of one slot and head, for tests.
-    pub fn read(&self, slot: usize, head: usize) -> (Vec<f32>, Vec<f32>) {
-        let KvShape { kv_heads: kv, head_dim: d, block_size, .. } = self.shape;
-        let (block, offset) = (slot / block_size, slot % block_size);
-        let number = |map: &[u8], at: usize| f32::from_le_bytes([map[4 * at], map[4 * at + 1], map[4 * at + 2], map[4 * at + 3]]);
-        let key = (0..d).map(|i| number(&self.k, ((block * kv + head) * d + i) * padded(self.shape) + offset)).collect();
-        let value = (0..d).map(|i| number(&self.v, ((block * kv + head) * block_size + offset) * d + i)).collect();
-        (key, value)
-    }
-}
+/// Bytes of a cache line, as prefetching takes them.
+const LINE: usize = 64;
 
 /// Some tokens of one row.
 #[derive(Debug, Clone, Copy)]
@@ -153,8 +116,8 @@ struct AttentionJob<'a> {
     q: Ptr<f32>,
     /// Numbers from one token's queries to the next's.
     q_stride: usize,
-    k: Ptr<f32>,
-    v: Ptr<f32>,
+    k: Plane<Ptr<u8>>,
+    v: Plane<Ptr<u8>>,
     out: PtrMut<f32>,
     spec: &'a AttentionSpec,
     /// `[heads]`
@@ -162,6 +125,8 @@ struct AttentionJob<'a> {
     shape: KvShape,
     layout: Layout,
     rows: &'a [BatchRow],
+    /// Tasks that share the query rows of a tile and a head.
+    parts: usize,
 }
 
 /// `q`: rows of `q_stride` numbers that begin with `heads · d` queries → `out [t, heads·d]`; `sinks [heads]`.
@@ -192,40 +157,54 @@ pub fn paged(
     scratch.cut(rows, spec);
     let numbers = PtrMut(scratch.numbers.as_mut_ptr());
     let tiles = &scratch.tiles;
-    let job = AttentionJob {
-        q: Ptr(q.as_ptr()),
-        q_stride,
-        k: Ptr(cache.k.as_ptr().cast()),
-        v: Ptr(cache.v.as_ptr().cast()),
-        out: PtrMut(out.as_mut_ptr()),
-        spec,
-        sinks,
-        shape,
-        layout,
-        rows,
-    };
-    let tasks = tiles.len() * shape.kv_heads;
+    let ([k, v], heads) = (cache.pointers(), tiles.len() * shape.kv_heads);
+    // Fewer heads than threads, as of one sequence of a model with one head of keys: they share its query rows, and read the keys together.
+    let parts = pool.threads().div_ceil(heads.max(1)).min(spec.heads / spec.kv_heads);
+    let job = AttentionJob { q: Ptr(q.as_ptr()), q_stride, k, v, out: PtrMut(out.as_mut_ptr()), spec, sinks, shape, layout, rows, parts };
+    let (tasks, dtype) = (heads * parts, cache.dtype);
     pool.run(tasks, &|task, thread| {
         // The last tokens of a prompt see most: they go first, so that threads end together.
         let task = tasks - 1 - task;
-        let (tile, head) = (tiles[task / shape.kv_heads], task % shape.kv_heads);
+        let (part, head) = (task % parts, task / parts);
+        let tile = tiles[head / shape.kv_heads];
+        let at = Part { tile, head: head % shape.kv_heads, part };
         let numbers = PtrMut(numbers.ptr().wrapping_add(thread * layout.numbers()));
-        dispatch!(attend::<>(job: AttentionJob<'_>, tile: Tile, head: usize, numbers: PtrMut<f32>));
+        match dtype {
+            KvDtype::F32 => dispatch!(attend::<f32>(job: AttentionJob<'_>, at: Part, numbers: PtrMut<f32>)),
+            KvDtype::F16 => dispatch!(attend::<f16>(job: AttentionJob<'_>, at: Part, numbers: PtrMut<f32>)),
+            KvDtype::Bf16 => dispatch!(attend::<bf16>(job: AttentionJob<'_>, at: Part, numbers: PtrMut<f32>)),
+            KvDtype::Int8 => dispatch!(attend::<i8>(job: AttentionJob<'_>, at: Part, numbers: PtrMut<f32>)),
+        }
     });
 }
 
+/// What one task computes.
+#[derive(Clone, Copy)]
+struct Part {
+    tile: Tile,
+    /// Of keys and values.
+    head: usize,
+    part: usize,
+}
+
 /// # Safety
-/// The job's pointers are valid for its shapes, blocks lie in the cache, nobody else writes this tile's heads or these numbers.
+/// The job's pointers are valid for its shapes, blocks lie in the cache, which holds `E`; nobody else writes this part's rows or these numbers.
 #[inline(always)]
-unsafe fn attend<S: Simd>(job: AttentionJob<'_>, tile: Tile, head: usize, numbers: PtrMut<f32>) {
+unsafe fn attend<S: Simd, E: Element>(job: AttentionJob<'_>, at: Part, numbers: PtrMut<f32>) {
+    let Part { tile, head, part } = at;
     let KvShape { kv_heads: kv, head_dim: d, block_size, .. } = job.shape;
     let padded = padded(job.shape);
     let group = job.spec.heads / kv;
     let row = &job.rows[tile.row];
-    let count = tile.tokens * group;
+    let (all, per_part) = (tile.tokens * group, (tile.tokens * group).div_ceil(job.parts));
+    let first = (part * per_part).min(all);
+    let count = per_part.min(all - first);
+    if count == 0 {
+        return;
+    }
     let before = row.context - row.len + tile.first;
     // The positions that query row `r` sees.
-    let seen = |r: usize| job.spec.visible(before + r / group, row.context);
+    let seen = |r: usize| job.spec.visible(before + (first + r) / group, row.context);
     let stride = job.layout.stride();
     // SAFETY: `paged` has checked that every block lies in the cache and every row in q and out. `numbers` holds what `Layout::numbers` counts:
     // queries, sums, scores, maxima and totals, one after another, for at most `layout.rows` rows, and `count` is no more than that.
@@ -234,11 +213,12 @@ unsafe fn attend<S: Simd>(job: AttentionJob<'_>, tile: Tile, head: usize, number
         let (acc, scores) = (q.add(rows * d), q.add(2 * rows * d));
         let max = scores.add(rows * stride);
         let sum = max.add(rows);
-        let offset = |r: usize| (row.start + tile.first + r / group, (head * group + r % group) * d);
+        let query_head = |r: usize| head * group + (first + r) % group;
+        let offset = |r: usize| (row.start + tile.first + (first + r) / group, query_head(r) * d);
         gather_queries::<S>(&job, count, &offset, q);
         for r in 0..count {
             // A sink is a key seen before all others, whose value is zero.
-            let sink = job.sinks.map(|sinks| sinks[head * group + r % group]);
+            let sink = job.sinks.map(|sinks| sinks[query_head(r)]);
             (*max.add(r), *sum.add(r)) = sink.map_or((f32::NEG_INFINITY, 0.0), |sink| (sink, 1.0));
         }
         std::slice::from_raw_parts_mut(acc, count * d).fill(0.0);
@@ -248,13 +228,12 @@ unsafe fn attend<S: Simd>(job: AttentionJob<'_>, tile: Tile, head: usize, number
         while start < longest {
             let len = job.layout.segment.min(longest - start);
             let blocks = &row.blocks[start / block_size..(start + len).div_ceil(block_size)];
-            let keys = |block: u32| job.k.0.add((block as usize * kv + head) * d * padded);
             for (i, block) in blocks.iter().enumerate() {
                 // The next block may lie anywhere, so it is prefetched while this one is computed; after the last block, the first values.
-                let next =
-                    blocks.get(i + 1).map_or_else(|| job.v.0.add((blocks[0] as usize * kv + head) * block_size * d), |next| keys(*next));
+                let next = blocks.get(i + 1).map_or_else(|| job.v.head(blocks[0], head), |next| job.k.head(*next, head));
                 let count_here = block_size.min(len - i * block_size);
-                block_scores::<S>(q, keys(*block), next, scores.add(i * block_size), count, count_here, d, padded, stride);
+                let keys = job.k.numbers::<E>(*block, head);
+                block_scores::<S, E>(q, keys, next, scores.add(i * block_size), count, count_here, d, padded, stride);
             }
             for r in 0..count {
                 let visible = seen(r).end.saturating_sub(start).min(len);
@@ -266,7 +245,7 @@ unsafe fn attend<S: Simd>(job: AttentionJob<'_>, tile: Tile, head: usize, number
                 let acc = std::slice::from_raw_parts_mut(acc.add(r * d), d);
                 exponentiate::<S>(scores, job.spec.soft_cap, &mut *max.add(r), &mut *sum.add(r), acc);
             }
-            Segment { job: &job, row, head, start, len }.weighted_values::<S>(scores, count, acc);
+            Segment { job: &job, row, head, start, len }.weighted_values::<S, E>(scores, count, acc);
             start += len;
         }
         for r in 0..count {
@@ -328,10 +307,10 @@ unsafe fn gather_queries<S: Simd>(job: &AttentionJob<'_>, count: usize, offset: 
 /// vectors are written. `next` is only prefetched.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
-unsafe fn block_scores<S: Simd>(
+unsafe fn block_scores<S: Simd, E: Element>(
     q: *const f32,
-    keys: *const f32,
-    next: *const f32,
+    keys: Numbers<E>,
+    next: *const u8,
     scores: *mut f32,
     rows: usize,
     count: usize,
@@ -345,26 +324,27 @@ unsafe fn block_scores<S: Simd>(
             let tile = tile_rows(rows - r, S::MR);
             let (q, scores) = (q.add(r * d), scores.add(r * stride));
             // Only the first rows need to prefetch it.
-            let next = if r == 0 { next } else { keys };
+            let next = if r == 0 { next } else { keys.numbers.cast() };
             let mut i = 0;
             while i < count {
                 let wide = i + S::LANES < count;
-                let (keys, next, scores) = (keys.add(i), next.wrapping_add(i), scores.add(i));
+                let keys = Numbers { scales: keys.scales.wrapping_add(i), numbers: keys.numbers.add(i) };
+                let (next, scores) = (next.wrapping_add(i * size_of::<E>()), scores.add(i));
                 match (tile, wide) {
-                    (12, true) => dots::<S, 12, 2>(q, keys, next, scores, d, padded, stride),
-                    (12, false) => dots::<S, 12, 1>(q, keys, next, scores, d, padded, stride),
-                    (8, true) => dots::<S, 8, 2>(q, keys, next, scores, d, padded, stride),
-                    (8, false) => dots::<S, 8, 1>(q, keys, next, scores, d, padded, stride),
-                    (6, true) => dots::<S, 6, 2>(q, keys, next, scores, d, padded, stride),
-                    (6, false) => dots::<S, 6, 1>(q, keys, next, scores, d, padded, stride),
-                    (4, true) => dots::<S, 4, 2>(q, keys, next, scores, d, padded, stride),
-                    (4, false) => dots::<S, 4, 1>(q, keys, next, scores, d, padded, stride),
-                    (3, true) => dots::<S, 3, 2>(q, keys, next, scores, d, padded, stride),
-                    (3, false) => dots::<S, 3, 1>(q, keys, next, scores, d, padded, stride),
-                    (2, true) => dots::<S, 2, 2>(q, keys, next, scores, d, padded, stride),
-                    (2, false) => dots::<S, 2, 1>(q, keys, next, scores, d, padded, stride),
-                    (_, true) => dots::<S, 1, 2>(q, keys, next, scores, d, padded, stride),
-                    (_, false) => dots::<S, 1, 1>(q, keys, next, scores, d, padded, stride),
+                    (12, true) => dots::<S, E, 12, 2>(q, keys, next, scores, d, padded, stride),
+                    (12, false) => dots::<S, E, 12, 1>(q, keys, next, scores, d, padded, stride),
+                    (8, true) => dots::<S, E, 8, 2>(q, keys, next, scores, d, padded, stride),
+                    (8, false) => dots::<S, E, 8, 1>(q, keys, next, scores, d, padded, stride),
+                    (6, true) => dots::<S, E, 6, 2>(q, keys, next, scores, d, padded, stride),
+                    (6, false) => dots::<S, E, 6, 1>(q, keys, next, scores, d, padded, stride),
+                    (4, true) => dots::<S, E, 4, 2>(q, keys, next, scores, d, padded, stride),
+                    (4, false) => dots::<S, E, 4, 1>(q, keys, next, scores, d, padded, stride),
+                    (3, true) => dots::<S, E, 3, 2>(q, keys, next, scores, d, padded, stride),
+                    (3, false) => dots::<S, E, 3, 1>(q, keys, next, scores, d, padded, stride),
+                    (2, true) => dots::<S, E, 2, 2>(q, keys, next, scores, d, padded, stride),
+                    (2, false) => dots::<S, E, 2, 1>(q, keys, next, scores, d, padded, stride),
+                    (_, true) => dots::<S, E, 1, 2>(q, keys, next, scores, d, padded, stride),
+                    (_, false) => dots::<S, E, 1, 1>(q, keys, next, scores, d, padded, stride),
                 }
                 i += if wide { 2 * S::LANES } else { S::LANES };
             }
@@ -377,10 +357,10 @@ unsafe fn block_scores<S: Simd>(
 /// As for [`block_scores`], for `R` rows and `V` vectors of positions.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
-unsafe fn dots<S: Simd, const R: usize, const V: usize>(
+unsafe fn dots<S: Simd, E: Element, const R: usize, const V: usize>(
     q: *const f32,
-    keys: *const f32,
-    next: *const f32,
+    keys: Numbers<E>,
+    next: *const u8,
     scores: *mut f32,
     d: usize,
     padded: usize,
@@ -388,22 +368,34 @@ unsafe fn dots<S: Simd, const R: usize, const V: usize>(
 ) {
     unsafe {
         let mut acc = [[S::zero(); V]; R];
-        for i in 0..d {
-            let keys = keys.add(i * padded);
-            S::prefetch(next.wrapping_add(i * padded));
-            if V > 1 {
-                S::prefetch(next.wrapping_add(i * padded + S::LANES));
-            }
-            let mut key = [S::zero(); V];
-            for v in 0..V {
-                key[v] = S::load(keys.add(v * S::LANES));
-            }
-            for r in 0..R {
-                let query = S::splat(*q.add(i * R + r));
+        let mut from = 0;
+        while from < d {
+            let to = if E::SCALED { d.min(from + GROUP) } else { d };
+            let mut scale = [S::zero(); V];
+            if E::SCALED {
                 for v in 0..V {
-                    acc[r][v] = S::mul_add(query, key[v], acc[r][v]);
+                    scale[v] = S::load_bf16(keys.scales.add(from / GROUP * padded + v * S::LANES));
                 }
             }
+            for i in from..to {
+                let next = next.wrapping_add(i * padded * size_of::<E>());
+                S::prefetch(next);
+                if V > 1 && S::LANES * size_of::<E>() >= LINE {
+                    S::prefetch(next.wrapping_add(LINE));
+                }
+                let mut key = [S::zero(); V];
+                for v in 0..V {
+                    let number = E::load::<S>(keys.numbers.add(i * padded + v * S::LANES));
+                    key[v] = if E::SCALED { S::mul(number, scale[v]) } else { number };
+                }
+                for r in 0..R {
+                    let query = S::splat(*q.add(i * R + r));
+                    for v in 0..V {
+                        acc[r][v] = S::mul_add(query, key[v], acc[r][v]);
+                    }
+                }
+            }
+            from = to;
         }
         for (r, acc) in acc.iter().enumerate() {
             for (v, acc) in acc.iter().enumerate() {
@@ -463,19 +455,16 @@ impl Segment<'_> {
     /// # Safety
     /// As for [`attend`]; `weights` holds `count` rows of `stride` weights, and `acc` as many rows of one head.
     #[inline(always)]
-    unsafe fn weighted_values<S: Simd>(&self, weights: *const f32, count: usize, acc: *mut f32) {
-        let KvShape { kv_heads: kv, head_dim: d, block_size, .. } = self.job.shape;
-        let stride = self.job.layout.stride();
+    unsafe fn weighted_values<S: Simd, E: Element>(&self, weights: *const f32, count: usize, acc: *mut f32) {
+        let KvShape { head_dim: d, block_size, .. } = self.job.shape;
+        let (stride, groups) = (self.job.layout.stride(), groups(self.job.shape));
         unsafe {
             let mut from = 0;
             while from < self.len {
-                let block = self.row.blocks[(self.start + from) / block_size] as usize;
-                let values = self.job.v.0.add((block * kv + self.head) * block_size * d);
+                let at = (self.start + from) / block_size;
+                let values = self.job.v.numbers::<E>(self.row.blocks[at], self.head);
                 let positions = block_size.min(self.len - from);
-                let next = match self.row.blocks.get((self.start + from) / block_size + 1) {
-                    Some(next) => self.job.v.0.add((*next as usize * kv + self.head) * block_size * d),
-                    None => values,
-                };
+                let next = self.row.blocks.get(at + 1).map_or(values.numbers.cast(), |next| self.job.v.head(*next, self.head));
                 let mut r = 0;
                 while r < count {
                     let rows = match count - r {
@@ -484,18 +473,19 @@ impl Segment<'_> {
                         _ => 1,
                     };
                     let (weights, acc) = (weights.add(r * stride + from), acc.add(r * d));
-                    let next = if r == 0 { next } else { values };
+                    let next = if r == 0 { next } else { values.numbers.cast() };
                     let mut column = 0;
                     while column + S::LANES <= d {
                         let many = column + 4 * S::LANES <= d;
-                        let (values, next, acc) = (values.add(column), next.wrapping_add(column), acc.add(column));
+                        let values = Values { of: values, column, groups };
+                        let (next, acc) = (next.wrapping_add(column * size_of::<E>()), acc.add(column));
                         match (rows, many) {
-                            (4, true) => accumulate::<S, 4, 4>(weights, stride, values, next, positions, d, acc),
-                            (4, false) => accumulate::<S, 4, 1>(weights, stride, values, next, positions, d, acc),
-                            (2, true) => accumulate::<S, 2, 4>(weights, stride, values, next, positions, d, acc),
-                            (2, false) => accumulate::<S, 2, 1>(weights, stride, values, next, positions, d, acc),
-                            (_, true) => accumulate::<S, 1, 4>(weights, stride, values, next, positions, d, acc),
-                            (_, false) => accumulate::<S, 1, 1>(weights, stride, values, next, positions, d, acc),
+                            (4, true) => accumulate::<S, E, 4, 4>(weights, stride, values, next, positions, d, acc),
+                            (4, false) => accumulate::<S, E, 4, 1>(weights, stride, values, next, positions, d, acc),
+                            (2, true) => accumulate::<S, E, 2, 4>(weights, stride, values, next, positions, d, acc),
+                            (2, false) => accumulate::<S, E, 2, 1>(weights, stride, values, next, positions, d, acc),
+                            (_, true) => accumulate::<S, E, 1, 4>(weights, stride, values, next, positions, d, acc),
+                            (_, false) => accumulate::<S, E, 1, 1>(weights, stride, values, next, positions, d, acc),
                         }
                         column += if many { 4 * S::LANES } else { S::LANES };
                     }
@@ -503,7 +493,9 @@ impl Segment<'_> {
                         for r in 0..rows {
                             let acc = acc.add(r * d + column);
                             for i in 0..positions {
-                                *acc += *weights.add(r * stride + i) * *values.add(i * d + column);
+                                let value = (*values.numbers.add(i * d + column)).read();
+                                let scale = if E::SCALED { (*values.scales.add(i * groups + column / GROUP)).to_f32() } else { 1.0 };
+                                *acc += *weights.add(r * stride + i) * (value * scale);
                             }
                         }
                     }
@@ -515,17 +507,26 @@ impl Segment<'_> {
     }
 }
 
+/// Some columns of the values of a block.
+#[derive(Clone, Copy)]
+struct Values<E> {
+    of: Numbers<E>,
+    /// The first of them. Of several vectors it begins a group.
+    column: usize,
+    groups: usize,
+}
+
 /// Adds `positions` weighted values to `R` rows of sums, `D` vectors of each.
 ///
 /// # Safety
 /// `weights` and `acc` hold `R` rows, `values` holds `positions` rows of `d` numbers, and `D` vectors lie inside a row. `next` is only prefetched.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
-unsafe fn accumulate<S: Simd, const R: usize, const D: usize>(
+unsafe fn accumulate<S: Simd, E: Element, const R: usize, const D: usize>(
     weights: *const f32,
     stride: usize,
-    values: *const f32,
-    next: *const f32,
+    values: Values<E>,
+    next: *const u8,
     positions: usize,
     d: usize,
     acc: *mut f32,
@@ -538,13 +539,21 @@ unsafe fn accumulate<S: Simd, const R: usize, const D: usize>(
             }
         }
         for i in 0..positions {
-            let values = values.add(i * d);
-            for c in 0..D {
-                S::prefetch(next.wrapping_add(i * d + c * S::LANES));
-            }
+            let Values { of, column, groups } = values;
             let mut value = [S::zero(); D];
+            let mut scale = S::zero();
             for c in 0..D {
-                value[c] = S::load(values.add(c * S::LANES));
+                if (c * S::LANES * size_of::<E>()).is_multiple_of(LINE) {
+                    S::prefetch(next.wrapping_add((i * d + c * S::LANES) * size_of::<E>()));
+                }
+                value[c] = E::load::<S>(of.numbers.add(i * d + column + c * S::LANES));
+                if E::SCALED {
+                    if c * S::LANES % GROUP == 0 {
+                        let bits = (*of.scales.add(i * groups + (column + c * S::LANES) / GROUP)).to_bits();
+                        scale = S::splat(f32::from_bits(u32::from(bits) << 16));
+                    }
+                    value[c] = S::mul(value[c], scale);
+                }
             }
             for r in 0..R {
                 let weight = S::splat(*weights.add(r * stride + i));
@@ -558,38 +567,5 @@ unsafe fn accumulate<S: Simd, const R: usize, const D: usize>(
                 S::store(acc.add(r * d + c * S::LANES), sums[r][c]);
             }
         }
-    }
-}
-
-/// Copies rotated keys, and values, of one token to their slot.
-///
-/// # Safety
-/// `k` and `v` hold `kv · d` numbers, the slot is inside the cache, and nobody else writes it.
-pub(super) unsafe fn store(cache: &CachePtr, slot: usize, k: *const f32, v: *const f32) {
-    let KvShape { kv_heads: kv, head_dim: d, block_size, .. } = cache.shape;
-    let (block, offset, padded) = (slot / block_size, slot % block_size, padded(cache.shape));
-    unsafe {
-        for head in 0..kv {
-            let keys = cache.k.0.add((block * kv + head) * d * padded + offset);
-            for i in 0..d {
-                *keys.add(i * padded) = *k.add(head * d + i);
-            }
-            let values = cache.v.0.add(((block * kv + head) * block_size + offset) * d);
-            std::ptr::copy_nonoverlapping(v.add(head * d), values, d);
-        }
-    }
-}
-
-/// A cache that the tasks of one kernel write, each to slots of its own.
-#[derive(Clone, Copy)]
-pub(super) struct CachePtr {
-    k: PtrMut<f32>,
-    v: PtrMut<f32>,
-    shape: KvShape,
-}
-
-impl KvCache {
-    pub(super) fn writer(&mut self) -> CachePtr {
-        CachePtr { k: PtrMut(self.k.as_mut_ptr().cast()), v: PtrMut(self.v.as_mut_ptr().cast()), shape: self.shape }
     }
 }

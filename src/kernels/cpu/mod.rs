@@ -13,6 +13,7 @@ use super::ops::{
     AttentionSpec, AttentionWeights, Batch, BatchRow, Columns, ComputeDtype, Epilogue, Experts, KvShape, Linear, Norm, NormExtent,
     NormKind, QkNorm, QueryGrowth, TableRow, WeightFormat,
 };
+use super::ranks::Member;
 use super::{
     Backend, CausalConv, DeltaSpec, Footprint, GatedDelta, HeadColumns, LatentSpec, MatrixSource, RowVisitor, StepLimits, StepStates,
 };
@@ -22,6 +23,7 @@ mod conv;
 mod delta;
 mod elementwise;
 mod experts;
+mod kv;
 mod latent;
 pub(crate) mod load;
 pub mod matmul;
@@ -32,7 +34,7 @@ pub(crate) mod simd;
 pub mod softmax;
 pub(crate) mod vectorize;
 
-pub use attention::KvCache;
+pub use kv::KvCache;
 use packed::{Packed, PackedStore};
 use pool::Pool;
 pub use simd::{Level, lanes, level};
@@ -124,6 +126,8 @@ pub struct Cpu {
     limits: StepLimits,
     /// Where packed weights are kept from one start to the next.
     store: Option<Arc<dyn PackedStore>>,
+    /// Its place among others that compute the same model.
+    member: Option<Member>,
     scratch: matmul::Scratch,
     attention: attention::Scratch,
     experts: experts::Scratch,
@@ -148,6 +152,7 @@ impl Cpu {
             experts: experts::Scratch::new(t, limits.experts),
             limits: limits.clone(),
             store: None,
+            member: None,
             pool,
         })
     }
@@ -165,7 +170,7 @@ impl Footprint for Cpu {
     }
 
     fn kv_block_bytes(shape: KvShape) -> usize {
-        attention::block_bytes(shape)
+        kv::block_bytes(shape)
     }
 
     fn buffer_bytes(rows: usize, width: usize) -> Option<usize> {
@@ -339,8 +344,8 @@ impl Backend for Cpu {
             unsafe {
                 let qkv = std::slice::from_raw_parts_mut(values.ptr().add(index * width), width);
                 row.prepare(index, positions[index], qkv);
-                let k = qkv[attention.q_width()..].as_ptr();
-                attention::store(&writer, slots[index] as usize, k, k.add(attention.kv_width()));
+                let (k, v) = qkv[attention.q_width()..].split_at(attention.kv_width());
+                writer.store(slots[index] as usize, k, v);
             }
         });
         Ok(())
@@ -507,6 +512,17 @@ impl Backend for Cpu {
             }
         });
         Ok(())
+    }
+
+    fn connect(&mut self, member: Member) -> Result<()> {
+        member.meet().map_err(Error::Msg)?;
+        self.member = Some(member);
+        Ok(())
+    }
+
+    fn all_reduce(&mut self, x: &mut Buffer) -> Result<()> {
+        let Some(member) = &mut self.member else { return Err(Error::Msg("no other ranks".into())) };
+        member.all_reduce(x.values_mut()).map_err(Error::Msg)
     }
 
     fn gate_rows(&mut self, gates: &Buffer, x: &mut Buffer) -> Result<()> {

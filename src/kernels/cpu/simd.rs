@@ -32,7 +32,9 @@ pub trait Simd: Copy {
     unsafe fn load(p: *const f32) -> Self::V;
     /// `LANES` pairs of bf16: the first of each, the second of each.
     unsafe fn load_bf16_pairs(p: *const bf16) -> (Self::V, Self::V);
+    unsafe fn load_bf16(p: *const bf16) -> Self::V;
     unsafe fn load_f16(p: *const f16) -> Self::V;
+    unsafe fn load_i8(p: *const i8) -> Self::V;
     unsafe fn load_u8(p: *const u8) -> Self::V;
     unsafe fn store(p: *mut f32, v: Self::V);
     /// `a · b + c`

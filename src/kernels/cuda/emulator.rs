@@ -11,6 +11,7 @@ use std::sync::OnceLock;
 
 use candle_core::{Error, Result};
 
+use super::device::{Allocation, Device, Input, Place, RowWriter};
 use super::functions::Functions;
 
 const SOURCES: [&str; 14] = [
@@ -184,6 +185,92 @@ impl Memory {
 unsafe impl Send for Memory {}
 // SAFETY: as above.
 unsafe impl Sync for Memory {}
+
+impl Allocation for Memory {
+    fn address(&self) -> *mut c_void {
+        self.address.cast()
+    }
+
+    fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+/// Inputs lie in memories of their own, so that what is beyond each is guarded.
+impl Device for &'static Emulator {
+    type Memory = Memory;
+    type Inputs = Vec<Memory>;
+
+    fn functions(&self) -> &Functions {
+        &self.functions
+    }
+
+    fn stream(&self) -> *mut c_void {
+        std::ptr::null_mut()
+    }
+
+    fn multiprocessors(&self) -> usize {
+        1
+    }
+
+    fn check(&self, code: c_int) -> Result<()> {
+        Emulator::check(self, code)
+    }
+
+    fn is_fatal(error: &Error) -> bool {
+        error.to_string().contains(FATAL)
+    }
+
+    fn allocate(&self, bytes: usize, name: &'static CStr) -> Result<Memory> {
+        Ok(Memory::new(self, bytes, name))
+    }
+
+    fn resize(&self, memory: &mut Memory, bytes: usize, name: &'static CStr) -> Result<()> {
+        *memory = Memory::new(self, bytes, name);
+        Ok(())
+    }
+
+    fn zero(&self, memory: &Memory) -> Result<()> {
+        self.write(memory, &vec![0; memory.bytes])
+    }
+
+    fn write(&self, memory: &Memory, bytes: &[u8]) -> Result<()> {
+        assert!(bytes.len() <= memory.bytes);
+        // SAFETY: inside the memory, as was just asserted.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), memory.address, bytes.len()) };
+        Ok(())
+    }
+
+    fn read(&self, memory: &Memory, to: &mut [u8]) -> Result<()> {
+        to.copy_from_slice(&memory.read::<u8>(to.len()));
+        Ok(())
+    }
+
+    /// In parts of a few rows, as a GPU with little room on the host would.
+    fn fill(&self, memories: [(&Memory, usize); 3], rows: usize, write: RowWriter<'_>) -> Result<()> {
+        for first in (0..rows).step_by(PART_ROWS) {
+            let range = first..rows.min(first + PART_ROWS);
+            let part = |(memory, row_bytes): (&Memory, usize)| {
+                assert!(range.end * row_bytes <= memory.bytes);
+                // SAFETY: inside the memory, as was just asserted; the three memories are different ones.
+                unsafe { std::slice::from_raw_parts_mut(memory.address.add(range.start * row_bytes), range.len() * row_bytes) }
+            };
+            write(range.clone(), memories.map(part))?;
+        }
+        Ok(())
+    }
+
+    fn stage(&self, inputs: &mut Vec<Memory>, values: &[Input<'_>]) -> Result<Vec<Place>> {
+        *inputs = values.iter().map(|input| Memory::of(self, input.values, input.name)).collect();
+        Ok(inputs.iter().map(|memory| Place(memory.ptr())).collect())
+    }
+}
+
+/// Rows that [`Device::fill`] asks for at a time.
+const PART_ROWS: usize = 48;
+
+/// What an error says in tests that stand for a lost device.
+pub const FATAL: &str = "the device is lost";
 
 impl Drop for Memory {
     fn drop(&mut self) {

@@ -214,6 +214,8 @@ pub struct Changes {
 }
 
 /// `Sampling`
+// Draws are made by tests alone so far.
+#[cfg_attr(not(test), allow(dead_code))]
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct Sampling {
@@ -229,15 +231,44 @@ macro_rules! functions {
     ($($name:ident($($argument:ident: $type:ty),* $(,)?);)*) => {
         /// Each returns 0, or an error. The first argument of all is the stream.
         #[allow(clippy::type_complexity)]
+        #[derive(Clone, Copy)]
         pub struct Functions {
             $(pub $name: unsafe extern "C" fn(*mut c_void, $($type),*) -> c_int,)*
         }
 
         impl Functions {
+            /// Those that the build has linked; see `build.rs`.
+            #[cfg(feature = "cuda")]
+            pub fn linked() -> Self {
+                unsafe extern "C" {
+                    $(#[link_name = concat!("wc_", stringify!($name))] fn $name(stream: *mut c_void, $($argument: $type),*) -> c_int;)*
+                }
+                Self { $($name,)* }
+            }
+
+            #[cfg(test)]
+            pub const NAMES: &'static [&'static str] = &[$(stringify!($name)),*];
+
+            /// The same with one that computes nothing and says whether that went well.
+            #[cfg(test)]
+            pub fn without(mut self, name: &str, goes_well: bool) -> Self {
+                $(if name == stringify!($name) {
+                    unsafe extern "C" fn nothing(_: *mut c_void, $(_: $type),*) -> c_int {
+                        0
+                    }
+                    unsafe extern "C" fn fault(_: *mut c_void, $(_: $type),*) -> c_int {
+                        700
+                    }
+                    self.$name = if goes_well { nothing } else { fault };
+                })*
+                self
+            }
+
             /// `symbol` finds a function by its name.
             ///
             /// # Safety
             /// What it finds must be the kernels' own functions.
+            #[cfg(any(test, feature = "emulator"))]
             #[allow(clippy::missing_transmute_annotations)]
             pub unsafe fn load<E>(symbol: impl Fn(&str) -> Result<*mut c_void, E>) -> Result<Self, E> {
                 // SAFETY: the caller's promise; the signatures are those of the sources.

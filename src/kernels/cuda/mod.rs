@@ -15,6 +15,8 @@
 //! | `conv.cu`, `delta.cu`, `states.h` | what keeps states in slots: convolutions, the gated delta rule |
 //! | `latent.cu` | rows of latent attention; its products for each head are those of `gemv.cu` and `matmul.cu` |
 //! | `sample.cu` | what changes logits, argmax, the draw |
+//! | `backend.rs`, `backend/` | the host side: what is launched for an operation of [`crate::Backend`], and from what memory |
+//! | `device.rs` | what the host side needs of a device; `emulator.rs` is one for tests |
 //! | `device.h`, `tensor.h`, `emulate/` | what two compilers need to take them alike; a launch on a CPU |
 //!
 //! The tests build them with the host's C++ compiler and compare each with its CPU twin, on random shapes and in three orders of threads.
@@ -24,8 +26,49 @@
 //!
 //! `scripts/cuda-mutants` breaks the kernels in one place at a time and shows which of it the tests notice.
 
-pub mod backend;
+mod backend;
+mod check;
+mod device;
+#[cfg(any(test, feature = "emulator"))]
+#[doc(hidden)]
 pub mod emulator;
-pub mod functions;
+mod functions;
+#[cfg(feature = "cuda")]
+mod gpu;
 #[cfg(test)]
 mod tests;
+
+pub use backend::{Choices, Cuda, Dtype};
+pub use check::Disagreement;
+pub use device::Device;
+#[cfg(feature = "cuda")]
+pub use gpu::Gpu;
+
+use crate::{Need, NormExtent, StepLimits};
+
+/// What models may need that there is no kernel for yet. They run on candle's operations.
+pub const MISSING: &[Need] = &[];
+
+/// Older cards have no arithmetic of bf16.
+pub const LEAST_CAPABILITY: (u32, u32) = (8, 0);
+
+/// Bytes of shared memory that a block of threads can have on every card from [`LEAST_CAPABILITY`] on.
+const SHARED_BYTES: usize = 99 << 10;
+
+/// What about a model of these sizes is more than the kernels hold in a block of threads.
+pub fn too_large(limits: &StepLimits, hidden: usize) -> Option<String> {
+    let bytes = |numbers: usize| numbers * size_of::<f32>();
+    let attention = limits.attention.iter().find_map(|spec| match spec {
+        spec if spec.head_dim > 768 => Some(format!("heads of {} numbers are more than the CUDA kernels' 768", spec.head_dim)),
+        // Only a norm over all heads needs all of them in one block.
+        spec if spec.qk_norm.is_some_and(|norm| norm.extent == NormExtent::Token) && bytes(spec.qkv_width()) > SHARED_BYTES => {
+            Some(format!("{} heads of {} are too many for a CUDA kernel", spec.heads, spec.head_dim))
+        }
+        _ => None,
+    });
+    let experts = limits.experts.filter(|experts| experts.top_k > 32 || experts.experts > 1024);
+    let experts =
+        experts.map(|experts| format!("{} of {} experts are more than the CUDA kernels' 32 of 1024", experts.top_k, experts.experts));
+    let wide = (bytes(hidden) > 96 << 10).then(|| format!("rows of {hidden} numbers are too wide for a CUDA kernel"));
+    attention.or(experts).or(wide)
+}

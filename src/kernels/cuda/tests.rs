@@ -3,8 +3,8 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-use super::backend::{Choices, Cuda, Dtype};
-use super::emulator::{Emulator, ORDERS};
+use super::backend::{self, Choices, Dtype};
+use super::emulator::{Emulator, Memory, ORDERS};
 use crate::cpu::Cpu;
 use crate::testing::{TestMatrix, plain_attention, read, write, write_over};
 use crate::twin_tests::{Case, assert_close, cpu, experts_on, limits_of, random, rows_on, rows_through, step};
@@ -14,7 +14,19 @@ mod faults;
 mod logits;
 mod products;
 mod roofline;
+mod self_check;
 mod states;
+
+/// The kernels on this machine's processor.
+pub type Cuda = backend::Cuda<&'static Emulator>;
+
+/// Numbers as memory of a type.
+pub fn memory(emulator: &Emulator, dtype: Dtype, values: &[f32], name: &'static std::ffi::CStr) -> Memory {
+    match dtype {
+        Dtype::F32 => Memory::of(emulator, values, name),
+        Dtype::Bf16 => Memory::of(emulator, &values.iter().map(|value| half::bf16::from_f32(*value)).collect::<Vec<_>>(), name),
+    }
+}
 
 /// Random choices, repeatable by their seed.
 pub struct Dice(pub u64);
@@ -156,7 +168,7 @@ fn norms_with_what_surrounds_them() {
         let mut ours = Cuda::new(emulator, dtype);
         let (branch, mut residual) = (write(&mut ours, &x, width), write(&mut ours, &before, width));
         let (first, second) = (ours.vector(first).unwrap(), ours.vector(second).unwrap());
-        let of = |weight: &super::emulator::Memory, there: bool| super::functions::NormOf {
+        let of = |weight: &Memory, there: bool| super::functions::NormOf {
             weight: if there { weight.ptr() } else { std::ptr::null() },
             bias: std::ptr::null(),
             epsilon: 1e-5,
@@ -221,12 +233,12 @@ fn attention_on(emulator: &'static Emulator, dice: &mut Dice, dtype: Dtype, size
     let mut cache = case.filled_cache(&mut twin, step.blocks);
     let (q, wanted) = case.run(&mut twin, &mut cache, &step.rows, places, &x);
     let mut ours = Cuda::new(emulator, dtype);
-    ours.choices = Choices { splits: dice.between(1, 5), ..Choices::default() };
+    ours.choices = Choices { splits: Some(dice.between(1, 5)), ..Choices::default() };
     let mut pages = case.filled_cache(&mut ours, step.blocks);
     let (our_q, attended) = case.run(&mut ours, &mut pages, &step.rows, places, &x);
     assert_close(&our_q, &q, tolerance, "q");
-    let (keys, values) =
-        (dtype.read(&pages.keys, step.blocks * block_size * kv * d), dtype.read(&pages.values, step.blocks * block_size * kv * d));
+    let stored = |memory: &Memory| dtype.read(&emulator, memory, step.blocks * block_size * kv * d).unwrap();
+    let (keys, values) = (stored(&pages.keys), stored(&pages.values));
     for slot in step.slots {
         for head in 0..kv {
             let (key, value) = cache.read(slot as usize, head);

@@ -1,6 +1,7 @@
 //! From a spec and a checkpoint to a decoder on a device.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 use super::{
     After, Before, BranchNorms, Buffers, Decoder, Dense, FeedForward, HeadLayer, Layer, LayerCache, LinearOf, MixerBuffers, NormOf,
@@ -9,11 +10,14 @@ use crate::checkpoint::StoredMatrix;
 use crate::config::Quantization;
 use crate::error::Failure;
 use crate::kernels::sizing::{self, Sizing};
-use crate::kernels::{Backend, Columns, Epilogue, Expert, Experts, Footprint, Linear, Norm, StepLimits, TableRow, WeightFormat};
+use crate::kernels::{
+    Backend, Columns, Epilogue, Expert, Experts, Footprint, KvDtype, KvShape, Linear, Norm, StepLimits, TableRow, WeightFormat,
+};
 use crate::models::device::without_backtrace;
 use crate::models::pooling;
+use crate::models::shard::Shard;
 use crate::models::spec::{DenseSpec, ExpertsSpec, FeedForward as FeedForwardSpec, LayerSpec, ModelSpec, Residual};
-use crate::models::tensors::{Part, Tensors};
+use crate::models::tensors::{Inputs, Part, Tensors};
 
 mod mixers;
 
@@ -49,18 +53,21 @@ fn held(quantization: Quantization, source: &StoredMatrix<'_>) -> Quantization {
 }
 
 impl<B: Backend> Decoder<B> {
-    /// Reads the weights and makes the buffers of steps up to `limits`.
+    /// Reads the weights of a rank's part of the model, and makes the buffers of steps up to `limits`. `spec` is the whole model's. What
+    /// makes results of the residual stream is the first rank's alone.
     pub fn load(
         mut spec: ModelSpec,
+        shard: Shard,
         tensors: &Tensors<'_>,
         backend: &B,
         quantization: Quantization,
         limits: &StepLimits,
     ) -> Result<Self, Failure> {
         spec.tied = tensors.tied;
-        let loader = Loader { spec: &spec, tensors, backend, quantization };
+        let part = spec.for_shard(shard)?;
+        let loader = Loader { spec: &spec, shard, tensors, backend, quantization };
         let embedding = loader.linear(&tensors.embedding(&spec)?, Columns::Plain, Place::Vocabulary, None)?;
-        let head = match spec.tied {
+        let head = match spec.tied || !shard.leads() {
             true => None,
             false => Some(loader.linear(&tensors.head(&spec)?, Columns::Plain, Place::Vocabulary, None)?),
         };
@@ -68,21 +75,27 @@ impl<B: Backend> Decoder<B> {
         let names = &tensors.names;
         let embedding_norm = spec.embeddings.norm.then(|| loader.norm(names.embedding_norm)).transpose()?;
         let norm = spec.final_norm.then(|| loader.norm(names.final_norm)).transpose()?;
-        let pooling_head = spec.pooling.iter().flat_map(|pooling| &pooling.head).map(|layer| loader.head_layer(layer));
+        let pooling = spec.pooling.as_ref().filter(|_| shard.leads());
+        let pooling_head = pooling.into_iter().flat_map(|pooling| &pooling.head).map(|layer| loader.head_layer(layer));
         let (tables, pooling_head) = (loader.tables()?, pooling_head.collect::<Result<_, _>>()?);
-        let buffers = Buffers::new(&spec, limits, |rows, width| backend.buffer(rows, width).map_err(failure))?;
-        Ok(Self { embedding, tables, embedding_norm, layers, norm, head, pooling_head, buffers, spec })
+        let buffers = Buffers::new(&part, limits, |rows, width| backend.buffer(rows, width).map_err(failure))?;
+        Ok(Self { spec: part, shard, embedding, tables, embedding_norm, layers, norm, head, pooling_head, buffers })
     }
 
     /// Makes what each layer keeps: blocks of keys and values, or slots of states.
-    pub fn caches(&self, backend: &B, blocks: usize, block_size: usize, slots: usize) -> candle_core::Result<Vec<LayerCache<B>>> {
+    pub fn caches(
+        &self,
+        backend: &B,
+        [blocks, block_size, slots]: [usize; 3],
+        dtype: Option<KvDtype>,
+    ) -> candle_core::Result<Vec<LayerCache<B>>> {
         let cache = |layer: &LayerSpec| {
             if let Some((conv, recurrence)) = layer.mixer.state_widths() {
                 let recurrence = (recurrence > 0).then(|| backend.state(slots, recurrence)).transpose()?;
                 return Ok(LayerCache::States { conv: backend.state(slots, conv)?, recurrence });
             }
             let Some(attention) = layer.mixer.attention() else { candle_core::bail!("a layer that keeps nothing") };
-            backend.kv_cache(attention.kv_shape(blocks, block_size)).map(LayerCache::Keys)
+            backend.kv_cache(KvShape { dtype, ..attention.kv_shape(blocks, block_size) }).map(LayerCache::Keys)
         };
         self.spec.layers.iter().map(cache).collect()
     }
@@ -189,17 +202,20 @@ fn failure(error: candle_core::Error) -> Failure {
 }
 
 struct Loader<'a, 'c, B> {
+    /// Of the whole model.
     spec: &'a ModelSpec,
+    /// What of it is loaded.
+    shard: Shard,
     tensors: &'a Tensors<'c>,
     backend: &'a B,
     quantization: Quantization,
 }
 
-/// A projection under its names in fused checkpoints, and under the names and widths of its parts.
+/// A projection under its names in fused checkpoints, and under the names and rows of its parts.
 struct Projection<'a> {
     fused: &'a [&'static str],
     parts: &'a [Part<'a>],
-    input: usize,
+    inputs: Inputs,
     columns: Columns,
     bias: bool,
 }
@@ -242,7 +258,8 @@ impl<B: Backend> Loader<'_, '_, B> {
 
     fn layer(&self, index: usize, layer: &LayerSpec) -> Result<Layer<B>, Failure> {
         let names = &self.tensors.names;
-        let (mixer, output) = self.mixer(index, &layer.mixer)?;
+        let mixer_shard = layer.mixer.shard(self.shard);
+        let (mixer, output) = self.mixer(index, &layer.mixer, mixer_shard)?;
         let in_layer = |name: &str| self.in_layer(index, name);
         let norm = |name: &str| self.norm(&in_layer(name));
         let norms = |first: &str, last: &str| -> Result<BranchNorms<B>, Failure> {
@@ -269,6 +286,7 @@ impl<B: Backend> Loader<'_, '_, B> {
         };
         Ok(Layer {
             mixer,
+            mixer_shard,
             output,
             mixer_norms,
             feed_forward: self.feed_forward(index, layer)?,
@@ -288,13 +306,13 @@ impl<B: Backend> Loader<'_, '_, B> {
             FeedForwardSpec::Experts(experts) => experts,
         };
         let router_name = self.in_layer(index, names.router);
-        let router_parts = [(router_name.as_str(), experts.routing.experts)];
-        let router = self.tensors.matrix(&[], &router_parts, self.spec.hidden_size)?;
+        let router_parts = [Part::whole(&router_name, experts.routing.experts)];
+        let router = self.tensors.matrix(&[], &router_parts, self.spec.hidden_size.into())?;
         let router_bias = experts.router_bias.then(|| self.tensors.bias(&[], &router_parts)).transpose()?;
         let shared =
             experts.shared.as_ref().map(|dense| self.dense(index, dense, &[], names.expert.map(|part| format!("{}.{part}", names.shared))));
-        let gate =
-            experts.shared_gate.then(|| self.tensors.matrix(&[], &[(&self.in_layer(index, names.shared_gate), 1)], self.spec.hidden_size));
+        let gate_name = self.in_layer(index, names.shared_gate);
+        let gate = experts.shared_gate.then(|| self.tensors.matrix(&[], &[Part::whole(&gate_name, 1)], self.spec.hidden_size.into()));
         let gate = gate.transpose()?.map(|gate| self.linear(&gate, Columns::Plain, Place::Router, None));
         Ok(FeedForward::Experts {
             router: self.linear(&router, Columns::Plain, Place::Router, router_bias)?,
@@ -306,19 +324,26 @@ impl<B: Backend> Loader<'_, '_, B> {
 
     fn dense(&self, index: usize, dense: &DenseSpec, fused: &[&'static str], [gate, up, down]: [String; 3]) -> Result<Dense<B>, Failure> {
         let (hidden, inner, bias) = (self.spec.hidden_size, dense.intermediate, dense.bias);
-        let down = Projection { fused: &[], parts: &[(&down, hidden)], input: inner, columns: Columns::Plain, bias: dense.down_bias };
+        let own = self.shard.of(inner);
+        let down = Projection {
+            fused: &[],
+            parts: &[Part::whole(&down, hidden)],
+            inputs: Inputs { width: inner, columns: own.clone() },
+            columns: Columns::Plain,
+            bias: dense.down_bias && self.shard.leads(),
+        };
         if let Some(name) = self.tensors.names.up_gate.filter(|_| dense.gated) {
-            let up = self.tensors.gates_first(&self.in_layer(index, name), inner, hidden)?;
+            let up = self.tensors.gates_first(&self.in_layer(index, name), inner, own, hidden)?;
             let up = self.linear(&up, Columns::Gated, Place::Layer, None)?;
             return Ok(Dense { up, epilogue: Epilogue::Gated(dense.activation), down: self.projection(index, &down)? });
         }
-        let parts = [(gate.as_str(), inner), (up.as_str(), inner)];
+        let parts = [&gate, &up].map(|name| Part::new(name, inner, own.clone()));
         let (fused, parts, columns, epilogue) = match dense.gated {
             true => (fused, &parts[..], Columns::Gated, Epilogue::Gated(dense.activation)),
             false => (&[][..], &parts[1..], Columns::Plain, Epilogue::Activate(dense.activation)),
         };
         Ok(Dense {
-            up: self.projection(index, &Projection { fused, parts, input: hidden, columns, bias })?,
+            up: self.projection(index, &Projection { fused, parts, inputs: hidden.into(), columns, bias })?,
             epilogue,
             down: self.projection(index, &down)?,
         })
@@ -331,15 +356,16 @@ impl<B: Backend> Loader<'_, '_, B> {
         let expert = |number: usize| -> Result<Expert<B::Weight, B::Vector>, Failure> {
             if is_stacked {
                 let (inner, hidden) = (spec.intermediate, self.spec.hidden_size);
-                let place = (number, spec.routing.experts);
-                let of = |name: &str, out, input, columns| {
-                    let source = self.tensors.stacked(name, place, out, input, columns)?;
-                    let bias = spec.bias.then(|| self.tensors.stacked_bias(name, place, out, columns)).transpose()?;
-                    self.linear(&source, columns, Place::Layer, bias)
-                };
+                let (place, own, [gate_up, down]) = ((number, spec.routing.experts), self.shard.of(inner), &stacked);
+                let up = self.tensors.stacked(gate_up, place, 2 * inner, hidden.into(), Some(own.clone()))?;
+                let up_bias = spec.bias.then(|| self.tensors.stacked_bias(gate_up, place, 2 * inner, Some(own.clone()))).transpose()?;
+                let inputs = Inputs { width: inner, columns: own };
+                let back = self.tensors.stacked(down, place, hidden, inputs, None)?;
+                let has_bias = spec.bias && self.shard.leads();
+                let back_bias = has_bias.then(|| self.tensors.stacked_bias(down, place, hidden, None)).transpose()?;
                 return Ok(Expert {
-                    gate_up: of(&stacked[0], 2 * inner, hidden, Columns::Gated)?,
-                    down: of(&stacked[1], hidden, inner, Columns::Plain)?,
+                    gate_up: self.linear(&up, Columns::Gated, Place::Layer, up_bias)?,
+                    down: self.linear(&back, Columns::Plain, Place::Layer, back_bias)?,
                 });
             }
             let parts = names.expert.map(|part| format!("{}.{number}.{part}", names.experts));
@@ -360,10 +386,11 @@ impl<B: Backend> Loader<'_, '_, B> {
     fn projection(&self, index: usize, projection: &Projection<'_>) -> Result<LinearOf<B>, Failure> {
         let full = |name: &str| self.in_layer(index, name);
         let fused: Vec<String> = projection.fused.iter().map(|name| full(name)).collect();
-        let parts: Vec<(String, usize)> = projection.parts.iter().map(|(part, out)| (full(part), *out)).collect();
-        let parts: Vec<Part<'_>> = parts.iter().map(|(part, out)| (part.as_str(), *out)).collect();
+        let names: Vec<String> = projection.parts.iter().map(|part| full(part.name)).collect();
+        let parts = names.iter().zip(projection.parts).map(|(name, part)| Part { name, ..part.clone() });
+        let parts: Vec<Part<'_>> = parts.collect();
         let bias = projection.bias.then(|| self.tensors.bias(&fused, &parts)).transpose()?;
-        self.linear(&self.tensors.matrix(&fused, &parts, projection.input)?, projection.columns, Place::Layer, bias)
+        self.linear(&self.tensors.matrix(&fused, &parts, projection.inputs.clone())?, projection.columns, Place::Layer, bias)
     }
 
     fn linear(&self, source: &StoredMatrix<'_>, columns: Columns, place: Place, bias: Option<Vec<f32>>) -> Result<LinearOf<B>, Failure> {
@@ -393,7 +420,13 @@ impl<B: Backend> Loader<'_, '_, B> {
     }
 
     fn vector(&self, name: &str, len: usize) -> Result<B::Vector, Failure> {
-        self.backend.vector(self.tensors.vector(name, len)?).map_err(failure)
+        self.part_of_vector(name, len, &[0..len])
+    }
+
+    /// These of a vector's `len` numbers.
+    fn part_of_vector(&self, name: &str, len: usize, parts: &[Range<usize>]) -> Result<B::Vector, Failure> {
+        let all = self.tensors.vector(name, len)?;
+        self.backend.vector(parts.iter().flat_map(|part| &all[part.clone()]).copied().collect()).map_err(failure)
     }
 }
 

@@ -1,6 +1,7 @@
 use serde_json::json;
 
 use super::*;
+
 use crate::kernels::candle::Candle;
 use crate::kernels::cpu::Cpu;
 use crate::models::families::Model;
@@ -55,6 +56,23 @@ fn no_more_blocks_than_sequences_can_use() {
     // A size that was given is kept to: the rest holds prefixes.
     let given = plan(&EngineSettings { kv_cache_gb: Some(1.0), ..asked }, 64 * GIB).unwrap();
     assert!(given.kv_bytes <= GIB && given.kv_bytes > GIB - 2 * 32 * given.kv_bytes_per_token, "{given:?}");
+}
+
+#[test]
+fn narrower_types_hold_more_tokens() {
+    let blocks = |kv_cache_dtype| {
+        let plan = plan(&EngineSettings { kv_cache_gb: Some(1.0), kv_cache_dtype, ..settings() }, 16 * GIB).unwrap();
+        (plan.shape.blocks, plan.shape.kv_cache_dtype, plan.lines().into_iter().find(|line| line.starts_with("KV cache")).unwrap())
+    };
+    let (all, name, _) = blocks(KvCacheDtype::Auto);
+    assert_eq!(name, "float32");
+    for (dtype, name, times) in
+        [(KvCacheDtype::Float16, "float16", 2.0), (KvCacheDtype::Bfloat16, "bfloat16", 2.0), (KvCacheDtype::Int8, "int8", 3.76)]
+    {
+        let (more, found, line) = blocks(dtype);
+        assert!(found == name && line.ends_with(&format!("bytes per token, {name})")), "{line}");
+        assert!((more as f64 / all as f64 - times).abs() < 0.01, "{name}: {more} blocks, {all} of float32");
+    }
 }
 
 #[test]

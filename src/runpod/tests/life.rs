@@ -120,7 +120,7 @@ async fn a_last_poll_that_never_ends_is_dropped() {
     for learned in [false, true] {
         let queue = Queue::start().await;
         let mut settings = settings(&queue.base);
-        settings.drain_timeout = Some(Duration::from_millis(if learned { 60_000 } else { 100 }));
+        settings.drain_timeout = Duration::from_millis(if learned { 60_000 } else { 100 });
         let policy = RetryPolicy { unknown_hold: Duration::from_secs(60), ..policy() };
         let mut running = Running::worker(&queue, Worker::new(&settings, 4, echo()).retry_policy(policy));
         if learned {
@@ -139,7 +139,7 @@ async fn what_is_unfinished_at_the_deadline_fails() {
     let dropped = Arc::new(AtomicUsize::new(0));
     let queue = Queue::start().await;
     let mut settings = settings(&queue.base);
-    settings.drain_timeout = Some(Duration::from_millis(30));
+    settings.drain_timeout = Duration::from_millis(30);
     let mut running = Running::worker(&queue, Worker::new(&settings, 4, endless(&dropped)).retry_policy(policy()));
     queue.script(Route::Take, [ScriptedReply::Json(json!([{"id": "a", "input": 1}, {"id": "b", "input": 2}]))]);
     queue.wait(Route::Stream, 2).await;
@@ -160,7 +160,7 @@ async fn hearts_beat_while_handlers_block_every_thread() {
     let queue = Queue::start_on_own_runtime();
     let mut settings = settings(&queue.base);
     settings.ping = Some(format!("{}/ping/$RUNPOD_POD_ID?gpu=RTX+A5000", queue.base));
-    settings.ping_interval = Some(Duration::from_millis(5));
+    settings.ping_interval = Duration::from_millis(5);
     settings.reported_version = Some("1.2.3".into());
     let beats = queue.clone();
     let blocking = handler(move |_| {

@@ -30,7 +30,7 @@ fn settings(base: &str) -> RunpodSettings {
         post_stream: Some(format!("{base}/job-stream/$RUNPOD_POD_ID/$ID?gpu=RTX+A5000")),
         api_key: Some(SecretString::from("key-1")),
         worker_id: Some("pod1".into()),
-        stream_interval: Some(Duration::from_millis(1)),
+        stream_interval: Duration::from_millis(1),
         ..Default::default()
     }
 }

@@ -11,7 +11,7 @@ use crate::api::fields::rows::Rows;
 use crate::api::tests::{World, items, named_events, saying, with};
 use crate::error::Failure;
 
-const USAGE: Usage = Usage { prompt_tokens: 5, completion_tokens: 4, reasoning_tokens: None, cached_tokens: 2 };
+const USAGE: Usage = Usage { prompt_tokens: 5, completion_tokens: 4, reasoning_tokens: None, cached_tokens: 2, times: None };
 
 /// A thought, a text, two calls of tools; each list came at once.
 fn batches(end: EndReason) -> Vec<Vec<Delta>> {

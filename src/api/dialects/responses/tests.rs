@@ -9,7 +9,7 @@ use crate::api::{Call, Reply};
 use crate::config::ApiSettings;
 use crate::error::Failure;
 
-const USAGE: Usage = Usage { prompt_tokens: 3, completion_tokens: 4, reasoning_tokens: None, cached_tokens: 1 };
+const USAGE: Usage = Usage { prompt_tokens: 3, completion_tokens: 4, reasoning_tokens: None, cached_tokens: 1, times: None };
 
 /// A thought, a text, two calls of tools, a text again; each list came at once.
 fn batches(end: EndReason) -> Vec<Vec<Delta>> {

@@ -1,5 +1,7 @@
 //! The formats in which models write tool calls, one row each. What a row cannot say is code: the [`Body`] kinds.
 
+use crate::api::parse::{all_names, is_called, shows};
+
 /// How a model writes its tool calls.
 #[derive(Debug)]
 pub struct ToolFormat {
@@ -289,6 +291,10 @@ pub const FORMATS: &[ToolFormat] = &[
         written: Written::List, ..JSON
     },
     ToolFormat {
+        name: "functionary", aliases: &["functionary_v31"], detect: &[&["<function=", "</function>", "<|python_tag|>"]],
+        call: pair(&["<function="], &["</function>"]), body: Body::Named(Named { end: ">", ..NAMED }), ..JSON
+    },
+    ToolFormat {
         name: "llama3_json", aliases: &["llama3", "llama4_json"], detect: &[&["<|python_tag|>"], &["ipython", "\"parameters\""]],
         call: pair(&["<|python_tag|>"], &[]), bare: &[Bare::Object], separators: &[";", ","], body: Body::Json(PARAMETERS),
         written: Written::Bare, ..JSON
@@ -305,19 +311,21 @@ pub const FORMATS: &[ToolFormat] = &[
 
 /// The format of a name, in any case and with hyphens or underscores.
 pub fn find(name: &str) -> Option<&'static ToolFormat> {
-    let name = name.to_ascii_lowercase().replace('-', "_");
-    FORMATS.iter().find(|format| format.name == name || format.aliases.contains(&name.as_str()))
+    FORMATS.iter().find(|format| is_called(name, format.name, format.aliases))
 }
 
 /// All names, for messages.
 pub fn names() -> Vec<&'static str> {
-    FORMATS.iter().flat_map(|format| std::iter::once(format.name).chain(format.aliases.iter().copied())).collect()
+    all_names(FORMATS.iter().map(|format| (format.name, format.aliases)))
 }
+
+/// MiniMax M3's calls are no format of these, and have others' marks in them.
+const MINIMAX_M3: &str = "]<]minimax[>[";
 
 /// The format of a chat template, which must know tools at all.
 pub fn detect(template: &str) -> Option<&'static ToolFormat> {
-    let fits = |format: &&ToolFormat| format.detect.iter().any(|group| group.iter().all(|mark| template.contains(mark)));
-    if template.contains("tools") { FORMATS.iter().find(fits) } else { None }
+    let is_known = template.contains("tools") && !template.contains(MINIMAX_M3);
+    FORMATS.iter().find(|format| is_known && shows(template, format.detect))
 }
 
 impl ToolFormat {

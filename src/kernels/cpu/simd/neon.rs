@@ -51,6 +51,21 @@ macro_rules! neon {
                 }
             }
             #[inline(always)]
+            unsafe fn load_bf16(p: *const bf16) -> Self::V {
+                unsafe {
+                    let x = vld1q_u16(p.cast());
+                    let wide = (vshll_n_u16(vget_low_u16(x), 16), vshll_high_n_u16(x, 16));
+                    both!(vreinterpretq_f32_u32(wide))
+                }
+            }
+            #[inline(always)]
+            unsafe fn load_i8(p: *const i8) -> Self::V {
+                unsafe {
+                    let x = vmovl_s8(vld1_s8(p));
+                    (vcvtq_f32_s32(vmovl_s16(vget_low_s16(x))), vcvtq_f32_s32(vmovl_high_s16(x)))
+                }
+            }
+            #[inline(always)]
             unsafe fn load_f16(p: *const f16) -> Self::V {
                 unsafe {
                     let x = vld1q_u16(p.cast());

@@ -33,6 +33,14 @@ impl Simd for Portable {
         (pairs.map(|pair| f32::from_bits(pair << 16)), pairs.map(|pair| f32::from_bits(pair & 0xffff_0000)))
     }
     #[inline(always)]
+    unsafe fn load_bf16(p: *const bf16) -> [f32; 8] {
+        unsafe { p.cast::<[u16; 8]>().read_unaligned() }.map(|bits| f32::from_bits(u32::from(bits) << 16))
+    }
+    #[inline(always)]
+    unsafe fn load_i8(p: *const i8) -> [f32; 8] {
+        unsafe { p.cast::<[i8; 8]>().read_unaligned() }.map(f32::from)
+    }
+    #[inline(always)]
     unsafe fn load_f16(p: *const f16) -> [f32; 8] {
         unsafe { p.cast::<[f16; 8]>().read_unaligned() }.map(f16::to_f32)
     }

@@ -79,6 +79,8 @@ unsafe fn floats<S: Simd>(fused: bool, state: &mut u64) {
         }
         let bytes: Vec<u8> = (0..S::LANES).map(|_| bits(state) as u8).collect();
         same::<S>(unaligned(&bytes, |p| S::load_u8(p)), |i| f32::from(bytes[i]));
+        same::<S>(unaligned(&bytes, |p| S::load_i8(p.cast())), |i| f32::from(bytes[i] as i8));
+        same::<S>(unaligned(&pairs, |p| S::load_bf16(p)), |i| pairs[i].to_f32());
     }
 }
 

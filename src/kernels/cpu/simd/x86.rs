@@ -50,6 +50,14 @@ macro_rules! avx2 {
                 }
             }
             #[inline(always)]
+            unsafe fn load_bf16(p: *const bf16) -> __m256 {
+                unsafe { _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())), 16)) }
+            }
+            #[inline(always)]
+            unsafe fn load_i8(p: *const i8) -> __m256 {
+                unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))) }
+            }
+            #[inline(always)]
             unsafe fn load_f16(p: *const f16) -> __m256 {
                 unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
             }
@@ -178,6 +186,14 @@ macro_rules! avx512 {
                     let odd = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000u32 as i32));
                     (_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)), _mm512_castsi512_ps(odd))
                 }
+            }
+            #[inline(always)]
+            unsafe fn load_bf16(p: *const bf16) -> __m512 {
+                unsafe { _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())), 16)) }
+            }
+            #[inline(always)]
+            unsafe fn load_i8(p: *const i8) -> __m512 {
+                unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) }
             }
             #[inline(always)]
             unsafe fn load_f16(p: *const f16) -> __m512 {

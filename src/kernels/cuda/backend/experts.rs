@@ -4,31 +4,33 @@ use std::ffi::{c_int, c_void};
 
 use candle_core::{Error, Result};
 
-use super::{Buffer, Cuda, NO_STREAM, Weight, ending};
-use crate::cuda::emulator::Memory;
+use super::{Buffer, Cuda, Use, Weight, at, at_or_null, ending};
+use crate::cuda::device::Allocation;
+use crate::cuda::device::{Device, bytes_of};
 use crate::cuda::functions::{Ending, F32, NULL, Product, Routing, Rows};
 use crate::{Epilogue, Experts, Linear, RouterScore, RoutingSpec};
 
 /// Visits of tokens to experts, on the device.
 struct Visits {
     /// `[tokens · top_k]`: the experts of each token, ascending.
-    picked: Memory,
+    #[cfg_attr(not(test), allow(dead_code))]
+    picked: *const c_void,
     /// `[tokens · top_k]`: what each counts.
-    weights: Memory,
+    weights: *const c_void,
     /// `[experts + 1]`: where those of an expert begin in `list`.
-    offsets: Memory,
+    offsets: *const c_void,
     /// `[tokens · top_k]`: their numbers, by expert.
-    list: Memory,
+    list: *const c_void,
 }
 
 /// A product of one step: what is read, and how.
-struct Part<'a> {
-    linears: Vec<&'a Linear<Weight, Memory>>,
+struct Part<'a, M> {
+    linears: Vec<&'a Linear<Weight<M>, M>>,
     x: *const c_void,
     /// Visits that read the same row.
     per_row: usize,
     epilogue: Ending,
-    out: &'a Memory,
+    out: *mut c_void,
     out_width: usize,
     out_dtype: c_int,
 }
@@ -52,45 +54,48 @@ fn routing_of(spec: &RoutingSpec) -> Routing {
     }
 }
 
-impl Cuda {
-    fn route(&self, router: &Buffer, spec: &RoutingSpec, choice_bias: Option<&Memory>) -> Result<Visits> {
-        let ints = |count: usize, name| Memory::new(self.emulator, count * 4, name);
-        let (t, count) = (router.rows, router.rows * spec.top_k);
-        let counts = ints(spec.experts, c"counts");
-        let visits = Visits {
-            picked: ints(count, c"picked"),
-            weights: ints(count, c"weights of experts"),
-            offsets: ints(spec.experts + 1, c"offsets"),
-            list: ints(count, c"visits"),
-        };
-        let (dtype, logits, bias) = (self.dtype.code(), router.memory.ptr(), choice_bias.map_or(NULL, Memory::ptr));
-        let (weights, offsets, list) = (visits.weights.ptr_mut(), visits.offsets.ptr_mut(), visits.list.ptr_mut());
-        let (picked, counts, routing, t) = (visits.picked.ptr_mut(), counts.ptr_mut(), routing_of(spec), t as c_int);
-        let route = self.emulator.functions.route;
+impl<D: Device> Cuda<D> {
+    fn route(&mut self, router: &Buffer<D::Memory>, spec: &RoutingSpec, choice_bias: Option<&D::Memory>) -> Result<Visits> {
+        if router.width != spec.experts || spec.top_k > spec.experts {
+            return Err(Error::Msg(format!("rows of {} logits for {spec:?}", router.width)));
+        }
+        let (t, count) = (router.rows as c_int, router.rows * spec.top_k);
+        let mut ints = |which, count: usize| self.scratch(which, count * size_of::<c_int>());
+        let (picked, counts) = (ints(Use::Picked, count)?, ints(Use::Counts, spec.experts)?);
+        let (weights, offsets) = (ints(Use::ExpertWeights, count)?, ints(Use::Offsets, spec.experts + 1)?);
+        let list = ints(Use::Visits, count)?;
+        let (dtype, logits, bias, routing) = (self.dtype.code(), at(&router.memory), at_or_null(choice_bias), routing_of(spec));
         // SAFETY: pointers and sizes of memory that outlives the launch.
-        self.emulator.check(unsafe { route(NO_STREAM, dtype, logits, bias, &routing, picked, weights, counts, offsets, list, t) })?;
-        Ok(visits)
+        self.launch(|functions, stream| unsafe {
+            (functions.route)(stream, dtype, logits, bias, &routing, picked, weights, counts, offsets, list, t)
+        })?;
+        Ok(Visits { picked, weights, offsets, list })
     }
 
     /// For tests: `[tokens · top_k]`.
-    pub fn picked_experts(&self, router: &Buffer, spec: &RoutingSpec, choice_bias: Option<&Memory>) -> Result<Vec<u32>> {
-        Ok(self.route(router, spec, choice_bias)?.picked.read(router.rows * spec.top_k))
+    #[cfg(test)]
+    pub fn picked_experts(&mut self, router: &Buffer<D::Memory>, spec: &RoutingSpec, choice_bias: Option<&D::Memory>) -> Result<Vec<u32>> {
+        let visits = self.route(router, spec, choice_bias)?;
+        // SAFETY: the emulator's memory is the host's.
+        Ok(unsafe { std::slice::from_raw_parts(visits.picked.cast(), router.rows * spec.top_k) }.to_vec())
     }
 
-    fn product_of_experts(&self, visits: &Visits, tokens: usize, part: &Part<'_>) -> Result<()> {
+    fn product_of_experts(&mut self, visits: &Visits, tokens: usize, part: &Part<'_, D::Memory>) -> Result<()> {
         let matrices: Vec<_> = part.linears.iter().map(|linear| linear.weight.matrix()).collect();
-        let biases: Vec<_> = part.linears.iter().map(|linear| linear.bias.as_ref().map_or(NULL, Memory::ptr)).collect();
+        let biases: Vec<_> = part.linears.iter().map(|linear| at_or_null(linear.bias.as_ref())).collect();
         let Some(first) = part.linears.first() else { return Err(Error::Msg("a layer without experts".into())) };
-        let (table, of_biases) = (Memory::of(self.emulator, &matrices, c"matrices"), Memory::of(self.emulator, &biases, c"biases"));
+        let key = matrices[0].values as usize;
+        let of_experts = self.table(key, bytes_of(&matrices), c"matrices")?.0;
+        let biases = self.table(key + 1, bytes_of(&biases), c"biases")?.0;
         let product = Product {
             x: part.x,
             w: first.weight.matrix(),
-            of_experts: table.ptr(),
-            biases: of_biases.ptr(),
+            of_experts,
+            biases,
             bias: NULL,
             rows: Rows {
-                visits: visits.list.ptr(),
-                offsets: visits.offsets.ptr(),
+                visits: visits.list,
+                offsets: visits.offsets,
                 count: tokens as c_int,
                 per_row: part.per_row as c_int,
                 x_stride: first.weight.k as c_int,
@@ -99,7 +104,7 @@ impl Cuda {
                 out_step: 0,
             },
             epilogue: part.epilogue,
-            out: part.out.ptr_mut(),
+            out: part.out,
             experts: matrices.len() as c_int,
         };
         self.product(&product, first.weight.form(), part.out_dtype)
@@ -107,42 +112,44 @@ impl Cuda {
 
     /// `out = (adds ? out : 0) + factor · Σ weight · expert(x)`
     pub(super) fn routed(
-        &self,
-        x: &Buffer,
-        router: &Buffer,
-        experts: &Experts<Weight, Memory>,
+        &mut self,
+        x: &Buffer<D::Memory>,
+        router: &Buffer<D::Memory>,
+        experts: &Experts<Weight<D::Memory>, D::Memory>,
         factor: f32,
         adds: bool,
-        out: &Buffer,
+        out: &Buffer<D::Memory>,
     ) -> Result<()> {
         let (t, top_k) = (x.rows, experts.routing.top_k);
         let visits = self.route(router, &experts.routing, experts.choice_bias.as_ref())?;
         let intermediate = experts.experts.first().map_or(0, |expert| expert.down.weight.k);
-        let gated = self.memory(t * top_k * intermediate, c"gated");
-        let results = Memory::new(self.emulator, t * top_k * x.width * 4, c"results of experts");
+        let gated = self.scratch(Use::Gated, t * top_k * intermediate * self.dtype.bytes())?;
+        let results = self.scratch(Use::ExpertResults, t * top_k * x.width * size_of::<f32>())?;
         let gate_up = Part {
             linears: experts.experts.iter().map(|expert| &expert.gate_up).collect(),
-            x: x.memory.ptr(),
+            x: at(&x.memory),
             per_row: top_k,
             epilogue: ending(Epilogue::Gated(experts.activation)),
-            out: &gated,
+            out: gated,
             out_width: intermediate,
             out_dtype: self.dtype.code(),
         };
         self.product_of_experts(&visits, t, &gate_up)?;
         let down = Part {
             linears: experts.experts.iter().map(|expert| &expert.down).collect(),
-            x: gated.ptr(),
+            x: gated,
             per_row: 1,
             epilogue: ending(Epilogue::Store),
-            out: &results,
+            out: results,
             out_width: x.width,
             out_dtype: F32,
         };
         self.product_of_experts(&visits, t, &down)?;
-        let (dtype, results, weights, out) = (self.dtype.code(), results.ptr(), visits.weights.ptr(), out.memory.ptr_mut());
-        let (combine, t, top_k, width) = (self.emulator.functions.combine, t as c_int, top_k as c_int, x.width as c_int);
+        let (dtype, out, adds) = (self.dtype.code(), out.memory.address(), c_int::from(adds));
+        let (t, top_k, width) = (t as c_int, top_k as c_int, x.width as c_int);
         // SAFETY: pointers and sizes of memory that outlives the launch.
-        self.emulator.check(unsafe { combine(NO_STREAM, dtype, results, weights, out, t, top_k, width, factor, c_int::from(adds)) })
+        self.launch(|functions, stream| unsafe {
+            (functions.combine)(stream, dtype, results, visits.weights, out, t, top_k, width, factor, adds)
+        })
     }
 }

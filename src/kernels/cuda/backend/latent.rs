@@ -4,19 +4,19 @@ use std::ffi::c_int;
 
 use candle_core::{Error, Result};
 
-use super::{Buffer, Cuda, Weight, at, ending};
-use crate::cuda::emulator::Memory;
+use super::{Buffer, Cuda, Weight, at, at_or_null, ending};
+use crate::cuda::device::{Allocation, Device, bytes_of};
 use crate::cuda::functions::{Latent, NULL, Product, Rows};
 use crate::{Epilogue, HeadColumns, LatentSpec, Linear};
 
-impl Cuda {
+impl<D: Device> Cuda<D> {
     /// All heads in one launch: each matrix reads and writes columns of its own.
     pub(super) fn products_of_heads(
         &mut self,
-        x: &Buffer,
+        x: &Buffer<D::Memory>,
         columns: HeadColumns,
-        weights: &[Linear<Weight, Memory>],
-        out: &mut Buffer,
+        weights: &[Linear<Weight<D::Memory>, D::Memory>],
+        out: &mut Buffer<D::Memory>,
     ) -> Result<()> {
         let Some(first) = weights.first().map(|linear| &linear.weight) else { return Err(Error::Msg("no heads".into())) };
         let (n, k) = (first.n, first.k);
@@ -24,15 +24,17 @@ impl Cuda {
         if end > x.width || weights.iter().any(|linear| (linear.weight.n, linear.weight.k, linear.weight.format) != (n, k, first.format)) {
             return Err(Error::Msg(format!("rows of {} numbers for {} heads of {k} at {columns:?}", x.width, weights.len())));
         }
-        self.resize(out, x.rows, weights.len() * n);
+        self.resize(out, x.rows, weights.len() * n)?;
         let matrices: Vec<_> = weights.iter().map(|linear| linear.weight.matrix()).collect();
-        let biases: Vec<_> = weights.iter().map(|linear| linear.bias.as_ref().map_or(NULL, at)).collect();
-        let (table, of_biases) = (Memory::of(self.emulator, &matrices, c"matrices"), Memory::of(self.emulator, &biases, c"biases"));
+        let biases: Vec<_> = weights.iter().map(|linear| at_or_null(linear.bias.as_ref())).collect();
+        let key = matrices[0].values as usize;
+        let of_experts = self.table(key, bytes_of(&matrices), c"matrices")?.0;
+        let biases = self.table(key + 1, bytes_of(&biases), c"biases")?.0;
         let product = Product {
             x: at(&x.memory).wrapping_byte_add(columns.first * self.dtype.bytes()),
             w: first.matrix(),
-            of_experts: at(&table),
-            biases: at(&of_biases),
+            of_experts,
+            biases,
             bias: NULL,
             rows: Rows {
                 visits: NULL,
@@ -45,7 +47,7 @@ impl Cuda {
                 out_step: n as c_int,
             },
             epilogue: ending(Epilogue::Store),
-            out: out.memory.ptr_mut(),
+            out: out.memory.address(),
             experts: weights.len() as c_int,
         };
         self.product(&product, first.form(), self.dtype.code())
@@ -53,17 +55,17 @@ impl Cuda {
 
     pub(super) fn rows_of_latent(
         &mut self,
-        [q, absorbed, latent]: [&Buffer; 3],
+        [q, absorbed, latent]: [&Buffer<D::Memory>; 3],
         spec: &LatentSpec,
-        norm: &Memory,
-        out: &mut Buffer,
+        norm: &D::Memory,
+        out: &mut Buffer<D::Memory>,
     ) -> Result<()> {
         let given = ([q.width, absorbed.width, latent.width], [absorbed.rows, latent.rows], norm.bytes());
         let widths = [spec.heads * (spec.nope_dim + spec.rope_dim), spec.heads * spec.rank, spec.head_dim()];
         if given != (widths, [q.rows; 2], spec.rank * 4) {
             return Err(Error::Msg(format!("rows of {given:?} numbers for {} rows of {spec:?}", q.rows)));
         }
-        self.resize(out, q.rows, (spec.heads + 2) * spec.head_dim());
+        self.resize(out, q.rows, (spec.heads + 2) * spec.head_dim())?;
         let on_device = Latent {
             heads: spec.heads as c_int,
             nope_dim: spec.nope_dim as c_int,
@@ -72,7 +74,7 @@ impl Cuda {
             epsilon: spec.eps,
         };
         let [q_at, absorbed, latent] = [q, absorbed, latent].map(|rows| at(&rows.memory));
-        let (dtype, norm, to, tokens) = (self.dtype.code(), at(norm), out.memory.ptr_mut(), q.rows as c_int);
+        let (dtype, norm, to, tokens) = (self.dtype.code(), at(norm), out.memory.address(), q.rows as c_int);
         // SAFETY: pointers and sizes of memory that outlives the launch.
         self.launch(|functions, stream| unsafe {
             (functions.latent_rows)(stream, dtype, q_at, absorbed, latent, &on_device, norm, to, tokens)

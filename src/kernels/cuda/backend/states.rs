@@ -1,90 +1,101 @@
 //! States in slots: what a step does to them, and the operations that go on from them.
 
-use std::ffi::{c_int, c_void};
+use std::ffi::c_int;
 
 use candle_core::{Error, Result};
 
-use super::{Buffer, Cuda, at};
-use crate::cuda::emulator::{Emulator, Memory};
-use crate::cuda::functions::{Conv, Delta, DeltaArguments, NULL, States};
-use crate::{Batch, CausalConv, ConvKind, DeltaSpec, GatedDelta, StepStates};
+use super::step::Step;
+use super::{Buffer, Cuda, at, at_or_null};
+use crate::cuda::device::{Allocation, Device, Input, Place};
+use crate::cuda::functions::{Conv, Delta, DeltaArguments, States};
+use crate::{Batch, CausalConv, ConvKind, DeltaSpec, GatedDelta};
 
 /// Rows of at most so many tokens: a block had better keep a whole head of the delta rule.
 const FEW_TOKENS: usize = 16;
 
 /// States of one layer `[slots, width]`, in f32.
 #[derive(Debug)]
-pub struct State {
-    pub memory: Memory,
+pub struct State<M> {
+    pub memory: M,
     pub slots: usize,
     pub width: usize,
 }
 
-/// What a step does to states, on the device.
-pub struct StatesOfStep {
-    rows: usize,
-    longest: usize,
-    given: StepStates,
-    begins: Memory,
-    slots: Memory,
-    goes_on: Memory,
-    save_begins: Memory,
-    saves: Memory,
-    copies: Memory,
+/// What a step does to states; see `states.h`. All empty for models without states.
+#[derive(Default)]
+pub struct ListsOfStates {
+    begins: Vec<u32>,
+    slots: Vec<u32>,
+    goes_on: Vec<u32>,
+    save_begins: Vec<u32>,
+    saves: Vec<u32>,
+    copies: Vec<u32>,
 }
 
-impl StatesOfStep {
-    /// `None`: the model has no states.
-    pub fn of(emulator: &Emulator, batch: &Batch<'_>) -> Option<Self> {
-        let (rows, given) = (batch.rows, batch.states);
-        if given.slots.len() != rows.len() || rows.is_empty() {
-            return None;
+/// Where they lie on the device.
+pub struct PlacesOfStates {
+    pub begins: Place,
+    pub slots: Place,
+    pub goes_on: Place,
+    pub save_begins: Place,
+    pub saves: Place,
+    pub copies: Place,
+}
+
+impl ListsOfStates {
+    pub fn read(&mut self, batch: &Batch<'_>) {
+        let Self { begins, slots, goes_on, save_begins, saves, copies } = self;
+        [&mut *begins, slots, goes_on, save_begins, saves, copies].into_iter().for_each(Vec::clear);
+        let (rows, states) = (batch.rows, batch.states);
+        if states.slots.len() != rows.len() {
+            return;
         }
-        let (mut begins, mut save_begins, mut saves) = (Vec::new(), Vec::new(), Vec::new());
-        for row in rows {
+        for (index, row) in rows.iter().enumerate() {
             begins.push(row.start as u32);
-            save_begins.push(saves.len() as u32);
-            saves.extend(given.kept(row).iter().map(|save| [save.token, save.slot]));
+            save_begins.push(saves.len() as u32 / 2);
+            saves.extend(states.kept(row).iter().flat_map(|save| [save.token, save.slot]));
+            goes_on.push(u32::from(states.start(index, row).is_some()));
         }
         begins.push(batch.tokens.len() as u32);
-        save_begins.push(saves.len() as u32);
-        let goes_on: Vec<u32> = rows.iter().enumerate().map(|(index, row)| u32::from(given.start(index, row).is_some())).collect();
-        let copies: Vec<[u32; 2]> = given.copies.iter().map(|(from, to)| [*from, *to]).collect();
-        Some(Self {
-            rows: rows.len(),
-            longest: rows.iter().map(|row| row.len).max().unwrap_or(0),
-            given: given.clone(),
-            begins: Memory::of(emulator, &begins, c"where rows begin"),
-            slots: Memory::of(emulator, &given.slots, c"slots of states"),
-            goes_on: Memory::of(emulator, &goes_on, c"rows that go on"),
-            save_begins: Memory::of(emulator, &save_begins, c"where states that are kept begin"),
-            saves: Memory::of(emulator, &saves, c"states that are kept"),
-            copies: Memory::of(emulator, &copies, c"copies of states"),
-        })
+        save_begins.push(saves.len() as u32 / 2);
+        slots.extend_from_slice(&states.slots);
+        copies.extend(states.copies.iter().flat_map(|(from, to)| [*from, *to]));
     }
 
-    fn states(&self) -> States {
-        States {
-            begins: at(&self.begins),
-            slots: at(&self.slots),
-            goes_on: at(&self.goes_on),
-            save_begins: at(&self.save_begins),
-            saves: at(&self.saves),
-        }
+    /// In the order of [`PlacesOfStates`]. A step of `most` tokens has as many rows at most, keeps a state of each, and copies one for each.
+    pub fn inputs(&self, most: usize) -> [Input<'_>; 6] {
+        let input = |name, values, most| Input { name, values, most };
+        [
+            input(c"where rows begin", &self.begins, most + 1),
+            input(c"slots of states", &self.slots, most),
+            input(c"rows that go on", &self.goes_on, most),
+            input(c"where states that are kept begin", &self.save_begins, most + 1),
+            input(c"states that are kept", &self.saves, 2 * most),
+            input(c"copies of states", &self.copies, 2 * most),
+        ]
     }
 }
 
-impl Cuda {
-    /// The step's, whose slots are checked to be among those of `state`.
-    fn states(&self, state: &State) -> Result<&StatesOfStep> {
-        let Some(states) = &self.step()?.states else { return Err(Error::Msg("the step names no slots of states".into())) };
-        states.given.check(states.rows, state.slots)?;
-        Ok(states)
+impl<D: Device> Cuda<D> {
+    pub(super) fn empty_state(&self, slots: usize, width: usize) -> Result<State<D::Memory>> {
+        let memory = self.noted(self.device.allocate(slots * width * size_of::<f32>(), c"states"))?;
+        self.noted(self.device.zero(&memory))?;
+        Ok(State { memory, slots, width })
     }
 
-    pub(super) fn copy_slots(&mut self, state: &mut State) -> Result<()> {
-        let states = self.states(state)?;
-        let (count, copies, values) = (states.given.copies.len(), at(&states.copies), state.memory.ptr_mut());
+    /// The step's, whose slots are checked to be among those of `state`; and the tokens of its longest row.
+    fn states(&self, state: &State<D::Memory>) -> Result<(States, usize)> {
+        let Step { rows, states, places, .. } = self.step()?;
+        states.check(rows.len(), state.slots)?;
+        let PlacesOfStates { begins, slots, goes_on, save_begins, saves, .. } = places.states;
+        let states = States { begins: begins.0, slots: slots.0, goes_on: goes_on.0, save_begins: save_begins.0, saves: saves.0 };
+        Ok((states, rows.iter().map(|row| row.len).max().unwrap_or(0)))
+    }
+
+    pub(super) fn copy_slots(&mut self, state: &mut State<D::Memory>) -> Result<()> {
+        self.states(state)?;
+        let step = self.step()?;
+        let (count, copies, values) = (step.states.copies.len(), step.places.states.copies.0, state.memory.address());
         if count == 0 {
             return Ok(());
         }
@@ -92,37 +103,49 @@ impl Cuda {
         self.launch(|functions, stream| unsafe { (functions.copy_states)(stream, values, copies, count as c_int, state.width as c_int) })
     }
 
-    pub(super) fn convolve(&mut self, x: &Buffer, conv: &CausalConv<Memory>, state: &mut State, out: &mut Buffer) -> Result<()> {
-        let (spec, t) = (conv.spec, self.step()?.tokens.len());
+    pub(super) fn convolve(
+        &mut self,
+        x: &Buffer<D::Memory>,
+        conv: &CausalConv<D::Memory>,
+        state: &mut State<D::Memory>,
+        out: &mut Buffer<D::Memory>,
+    ) -> Result<()> {
+        let (spec, t) = (conv.spec, self.step()?.tokens);
         if (x.rows, x.width, state.width) != (t, spec.input_width(), spec.state_width()) || spec.kernel < 2 {
             return Err(Error::Msg(format!("[{}, {}] and states of {} for {t} tokens of {spec:?}", x.rows, x.width, state.width)));
         }
-        self.resize(out, t, spec.channels);
-        let states = self.states(state)?;
+        self.resize(out, t, spec.channels)?;
+        let (states, longest) = self.states(state)?;
         let conv = Conv {
             channels: spec.channels as c_int,
             kernel: spec.kernel as c_int,
             gated: c_int::from(spec.kind == ConvKind::Gated),
             weight: at(&conv.weight),
-            bias: conv.bias.as_ref().map_or(NULL, at),
+            bias: at_or_null(conv.bias.as_ref()),
         };
-        let (dtype, x, values, to) = (self.dtype.code(), at(&x.memory), state.memory.ptr_mut(), out.memory.ptr_mut());
-        let (of_step, rows, longest) = (states.states(), states.rows as c_int, states.longest as c_int);
+        let (dtype, x, values, to) = (self.dtype.code(), at(&x.memory), state.memory.address(), out.memory.address());
+        let (rows, longest) = (self.step()?.rows.len() as c_int, longest as c_int);
         // SAFETY: pointers and sizes of memory that outlives the launch; slots were checked.
-        self.launch(|functions, stream| unsafe { (functions.causal_conv)(stream, dtype, x, &conv, &of_step, values, to, rows, longest) })
+        self.launch(|functions, stream| unsafe { (functions.causal_conv)(stream, dtype, x, &conv, &states, values, to, rows, longest) })
     }
 
     /// `rows`: queries, keys and values, gates, and what results are multiplied with.
-    pub(super) fn delta_rule(&mut self, rows: [&Buffer; 3], delta: &GatedDelta<Memory>, state: &mut State, out: &mut Buffer) -> Result<()> {
-        let (spec, t) = (delta.spec, self.step()?.tokens.len());
+    pub(super) fn delta_rule(
+        &mut self,
+        rows: [&Buffer<D::Memory>; 3],
+        delta: &GatedDelta<D::Memory>,
+        state: &mut State<D::Memory>,
+        out: &mut Buffer<D::Memory>,
+    ) -> Result<()> {
+        let (spec, t) = (delta.spec, self.step()?.tokens);
         let widths = [spec.qkv_width(), 2 * spec.value_heads, spec.value_width()];
         let is_whole = rows.map(|rows| rows.rows) == [t; 3] && rows.map(|rows| rows.width) == widths && state.width == spec.state_width();
         if !is_whole || spec.key_dim > DeltaSpec::MOST_KEY_DIM {
             let given = rows.map(|rows| (rows.rows, rows.width));
             return Err(Error::Msg(format!("rows {given:?} and states of {} for {t} tokens of {spec:?}", state.width)));
         }
-        self.resize(out, t, spec.value_width());
-        let states = self.states(state)?;
+        self.resize(out, t, spec.value_width())?;
+        let (states, longest) = self.states(state)?;
         let on_device = Delta {
             key_heads: spec.key_heads as c_int,
             value_heads: spec.value_heads as c_int,
@@ -134,10 +157,10 @@ impl Cuda {
             norm: at(&delta.norm),
         };
         let [qkv, gates, z] = rows.map(|rows| at(&rows.memory));
-        let (state, out): (*mut c_void, _) = (state.memory.ptr_mut(), out.memory.ptr_mut());
-        let arguments = DeltaArguments { qkv, gates, z, state, out, rows: states.rows as c_int, tokens: t as c_int };
-        let (dtype, few, of_step) = (self.dtype.code(), c_int::from(states.longest <= FEW_TOKENS), states.states());
+        let (state, out, count) = (state.memory.address(), out.memory.address(), self.step()?.rows.len() as c_int);
+        let arguments = DeltaArguments { qkv, gates, z, state, out, rows: count, tokens: t as c_int };
+        let (dtype, few) = (self.dtype.code(), c_int::from(longest <= FEW_TOKENS));
         // SAFETY: pointers and sizes of memory that outlives the launch; slots were checked.
-        self.launch(|functions, stream| unsafe { (functions.gated_delta)(stream, dtype, &arguments, &on_device, &of_step, few) })
+        self.launch(|functions, stream| unsafe { (functions.gated_delta)(stream, dtype, &arguments, &on_device, &states, few) })
     }
 }

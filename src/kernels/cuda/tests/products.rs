@@ -1,7 +1,7 @@
 //! Products in every form of weights, by both kernels, against the CPU's rows of the same matrix multiplied in f64.
 
-use super::{Dice, in_every_order};
-use crate::cuda::backend::{Choices, Cuda, Dtype};
+use super::{Cuda, Dice, in_every_order, memory};
+use crate::cuda::backend::{Choices, Dtype};
 use crate::cuda::emulator::{Emulator, Memory};
 use crate::cuda::functions::{Ending, F32, Product, Rows};
 use crate::testing::{TestMatrix, plain_attention, read, write};
@@ -38,10 +38,11 @@ fn product(emulator: &'static Emulator, dice: &mut Dice, dtype: Dtype, on_tensor
     let (x, bias) = (dice.numbers(m * k), dice.numbers(n));
     let matrix = TestMatrix::new(dice.numbers(n * k), k);
     let mut ours = Cuda::new(emulator, dtype);
-    ours.choices = Choices { gemv_rows: if on_tensor_cores { 0 } else { usize::MAX }, large_tiles: dice.flip(), ..Choices::default() };
+    ours.choices =
+        Choices { gemv_rows: if on_tensor_cores { 0 } else { usize::MAX }, large_tiles: Some(dice.flip()), ..Choices::default() };
     let weight = matrix.load(&ours, Some(format), Columns::Plain);
     assert_eq!(weight.bytes(), Cuda::weight_bytes(n, k, false, Some(format), Columns::Plain).1);
-    let (input, bias_memory) = (dtype.memory(emulator, &x, c"x"), Memory::of(emulator, &bias, c"bias"));
+    let (input, bias_memory) = (memory(emulator, dtype, &x, c"x"), Memory::of(emulator, &bias, c"bias"));
     let out = Memory::new(emulator, m * n * 4, c"out");
     let product = Product {
         x: input.ptr(),
@@ -95,7 +96,7 @@ fn with_every_ending() {
             let wanted = read(&mut twin, &mut wanted);
             for gemv_rows in [0, usize::MAX] {
                 let mut ours = Cuda::new(emulator, Dtype::Bf16);
-                ours.choices = Choices { gemv_rows, large_tiles: dice.flip(), ..Choices::default() };
+                ours.choices = Choices { gemv_rows, large_tiles: Some(dice.flip()), ..Choices::default() };
                 let linear = matrix.linear(&ours, columns, Some(&bias));
                 let (input, mut out) = (write(&mut ours, &x, k), write(&mut ours, &before, n));
                 ours.linear(&input, &linear, epilogue, &mut out).unwrap();
@@ -148,7 +149,7 @@ fn of_experts() {
         let wanted = read(&mut twin, &mut wanted);
         for gemv_rows in [0, usize::MAX] {
             let mut ours = Cuda::new(emulator, Dtype::Bf16);
-            ours.choices = Choices { gemv_rows, large_tiles: dice.flip(), ..Choices::default() };
+            ours.choices = Choices { gemv_rows, large_tiles: Some(dice.flip()), ..Choices::default() };
             let experts = Experts { routing, choice_bias: None, activation: Activation::Silu, experts: all(&ours, &matrices, format) };
             let (input, router) = (write(&mut ours, &x, hidden), write(&mut ours, &logits, count));
             let mut out = ours.buffer(t, hidden).unwrap();

@@ -4,7 +4,7 @@
 use std::fmt::Write;
 use std::sync::Arc;
 
-use crate::cuda::backend::Cuda;
+use super::Cuda;
 use crate::sizing::{Operation, Sizing};
 use crate::testing::plain_attention;
 use crate::*;

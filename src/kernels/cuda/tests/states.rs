@@ -1,8 +1,9 @@
 //! Operations with a state, and those of latent attention, by the bodies of [`crate::twin_tests`].
 
-use super::{Dice, in_every_order};
+use super::{Cuda, Dice, in_every_order};
 use crate::cpu::Cpu;
-use crate::cuda::backend::{Choices, Cuda, Dtype, State};
+use crate::cuda::backend::{Choices, Dtype, State};
+use crate::cuda::emulator::{Emulator, Memory};
 use crate::testing::write;
 use crate::twin_tests::{StateStep, TEXT, assert_close, convolved_on, delta_on, latent_on, limits_of, state_steps};
 use crate::*;
@@ -41,7 +42,7 @@ fn convolutions() {
     });
 }
 
-fn delta(emulator: &'static crate::cuda::emulator::Emulator, dice: &mut Dice, spec: DeltaSpec, dtype: Dtype, tolerance: f32) {
+fn delta(emulator: &'static Emulator, dice: &mut Dice, spec: DeltaSpec, dtype: Dtype, tolerance: f32) {
     let seed = dice.0;
     through_steps(
         dice,
@@ -99,7 +100,7 @@ fn slots_outside_the_states_are_refused() {
         let mut ours = Cuda::new(emulator, Dtype::F32);
         let mut state = ours.state(2, 8).unwrap();
         let row = BatchRow { start: 0, len: 1, context: 1, blocks: std::sync::Arc::new(vec![0]) };
-        let begin = |ours: &mut Cuda, state: &mut State, states: &StepStates| {
+        let begin = |ours: &mut Cuda, state: &mut State<Memory>, states: &StepStates| {
             let batch =
                 Batch { tokens: &[0], positions: &[0], slots: &[0], types: &[], rows: std::slice::from_ref(&row), ropes: &[], states };
             ours.begin(&batch).unwrap();
