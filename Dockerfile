@@ -40,7 +40,7 @@ CMD ["worker-candle"]
 FROM ${CUDA_BUILD_IMAGE} AS build-cuda
 # The oldest GPU to support; there is none at build time to ask. Most of candle's kernels are compiled by the driver for the GPU at hand, so they
 # run on newer ones too. Those for quantized weights are machine code for this one architecture: 80 serves Ampere and Ada (8.0 to 8.9), and on
-# others the worker refuses QUANTIZATION.
+# others the worker refuses QUANTIZATION where candle's operations compute. Our own kernels are machine code for 8.0 to 12.0.
 ARG CUDA_COMPUTE_CAP=80
 ENV CUDA_COMPUTE_CAP=${CUDA_COMPUTE_CAP} \
     RUSTUP_HOME=/usr/local/rustup \

@@ -1,4 +1,4 @@
-//! The candle backend on the device against the CPU kernels in f32, on random shapes: one body runs on both.
+//! A backend on the device, candle's operations or our own kernels, against the CPU kernels in f32, on random shapes: one body runs on all.
 //!
 //! Both sides see the same numbers: inputs are rounded to the type under test first. What is left is the rounding of results and of
 //! what lies between, 2⁻⁹ of the value per rounding in bf16, which the tolerances below allow for a handful of roundings.
@@ -283,7 +283,11 @@ impl AttentionCase {
     }
 
     /// `stored`: keys and values of the whole cache, slot by slot.
-    fn run<B: Backend>(&self, backend: &mut B, stored: impl Fn(&B::KvCache) -> Result<KeysAndValues, Fail>) -> Result<Vec<Outcome>, Fail> {
+    fn run<B: Backend>(
+        &self,
+        backend: &mut B,
+        stored: impl Fn(&B, &B::KvCache) -> Result<KeysAndValues, Fail>,
+    ) -> Result<Vec<Outcome>, Fail> {
         let mut cache = self.filled_cache(backend)?;
         let vector = |backend: &B, values: &Vec<f32>| backend.vector(values.clone());
         let normed = self.attention.qk_norm.is_some();
@@ -310,7 +314,7 @@ impl AttentionCase {
         // What follows the queries in a row is a backend's own.
         let q = read(backend, &mut qkv);
         let q = q.chunks_exact(q.len() / positions.len()).flat_map(|row| &row[..self.attention.q_width()]).copied().collect();
-        let (keys, values) = stored(&cache)?;
+        let (keys, values) = stored(backend, &cache)?;
         let [rope, stored_keys, stored_values, attention] = self.names;
         let rotated = if normed { Nearness::Near } else { Nearness::Rotated };
         Ok(vec![
@@ -323,7 +327,7 @@ impl AttentionCase {
 }
 
 /// Keys and values `[slots, kv, d]`.
-type KeysAndValues = (Vec<f32>, Vec<f32>);
+pub type KeysAndValues = (Vec<f32>, Vec<f32>);
 
 fn stored_on_cpu(cache: &cpu::KvCache, case: &AttentionCase) -> KeysAndValues {
     let (mut keys, mut values) = (Vec::new(), Vec::new());
@@ -428,28 +432,39 @@ fn compare(all: &mut Vec<Worst>, dtype: DType, want: Vec<Outcome>, got: Vec<Outc
     Ok(())
 }
 
-/// The part of the suite.
+/// The part of the suite: candle's operations.
 pub fn run(part: &mut Part, device: &Device) -> Result<(), Fail> {
     for dtype in [DType::F32, DType::BF16] {
-        let (mut worst, mut random) = (Vec::new(), Random(7));
         let mut theirs = Candle::new(device);
         theirs.dtype = dtype;
-        for _ in 0..CASES {
-            let rows = RowsCase::new(&mut random, dtype);
-            compare(&mut worst, dtype, rows.run(&mut rows.cpu()?)?, rows.run(&mut theirs)?)?;
-            for attention in [AttentionCase::plain(&mut random, dtype), AttentionCase::varied(&mut random, dtype)] {
-                let want = attention.run(&mut attention.cpu()?, |cache| Ok(stored_on_cpu(cache, &attention)))?;
-                compare(&mut worst, dtype, want, attention.run(&mut theirs, stored_on_device)?)?;
-            }
-            let experts = ExpertsCase::new(&mut random, dtype);
-            compare(&mut worst, dtype, experts.run(&mut experts.cpu()?)?, experts.run(&mut theirs)?)?;
-        }
-        for Worst { operation, distance, tolerance } in worst {
-            let detail = format!("worst distance {distance:.2e} of 1 + |value|, allowed {tolerance:.0e}, {CASES} random shapes");
-            part.check(format!("{operation}, {}", dtype.as_str()), distance <= tolerance, detail);
-        }
+        compare_all(part, dtype, &mut theirs, |_, cache| stored_on_device(cache))?;
     }
     argmax(part, device)
+}
+
+/// A backend that computes in this type against the CPU's. `stored`: keys and values of the whole cache, slot by slot.
+pub fn compare_all<B: Backend>(
+    part: &mut Part,
+    dtype: DType,
+    theirs: &mut B,
+    stored: impl Fn(&B, &B::KvCache) -> Result<KeysAndValues, Fail> + Copy,
+) -> Result<(), Fail> {
+    let (mut worst, mut random) = (Vec::new(), Random(7));
+    for _ in 0..CASES {
+        let rows = RowsCase::new(&mut random, dtype);
+        compare(&mut worst, dtype, rows.run(&mut rows.cpu()?)?, rows.run(theirs)?)?;
+        for attention in [AttentionCase::plain(&mut random, dtype), AttentionCase::varied(&mut random, dtype)] {
+            let want = attention.run(&mut attention.cpu()?, |_, cache| Ok(stored_on_cpu(cache, &attention)))?;
+            compare(&mut worst, dtype, want, attention.run(theirs, stored)?)?;
+        }
+        let experts = ExpertsCase::new(&mut random, dtype);
+        compare(&mut worst, dtype, experts.run(&mut experts.cpu()?)?, experts.run(theirs)?)?;
+    }
+    for Worst { operation, distance, tolerance } in worst {
+        let detail = format!("worst distance {distance:.2e} of 1 + |value|, allowed {tolerance:.0e}, {CASES} random shapes");
+        part.check(format!("{operation}, {}", dtype.as_str()), distance <= tolerance, detail);
+    }
+    Ok(())
 }
 
 /// The greedy choice on the device: rows of a real vocabulary's length, coarse enough to hold ties for the greatest value.

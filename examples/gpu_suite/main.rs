@@ -32,6 +32,9 @@ pub struct Options {
     /// `cuda`, `cuda:N` or `cpu`. On the CPU the measurements of CUDA itself are left out.
     #[arg(long, default_value = "cuda", value_parser = device)]
     device: DeviceChoice,
+    /// What computes the models: `auto`, or `candle` for its operations.
+    #[arg(long, default_value = "auto", value_parser = ["auto", "candle"])]
+    kernels: String,
     /// The folder that holds `demo-model` and `ernie-tiny`.
     #[arg(long, default_value = "handler-tests/fixtures")]
     fixtures: PathBuf,
@@ -68,6 +71,8 @@ fn device(text: &str) -> Result<DeviceChoice, String> {
 /// Parts in order, with the most seconds each may take.
 const PARTS: &[(&str, u64)] = &[
     ("machine", 40),
+    ("self-check", 40),
+    ("twins", 90),
     ("kernels", 90),
     ("logits", 90),
     ("questions", 90),
@@ -213,6 +218,8 @@ fn run_part(name: &str, options: &Options) -> Part {
 #[cfg(feature = "cuda")]
 fn cuda_part(name: &str, part: &mut Part, options: &Options) -> Result<(), Fail> {
     match name {
+        "self-check" => measure::self_check(part, options),
+        "twins" => measure::twins(part, options),
         "host-cost" => measure::host_cost(part, options),
         "matmul" => measure::matmul(part, options),
         "graph" => measure::graph(part, options),
@@ -260,7 +267,14 @@ fn bench(part: &mut Part, options: &Options) -> Result<(), Fail> {
             _ => "cpu".into(),
         };
         let lengths = ["--prompt-tokens", "128", "--output-tokens", "64", "--concurrency", "1,16", "--json"];
-        let output = Command::new(worker).arg("bench").arg("--model").arg(&model).args(lengths).env("DEVICE", &device).output()?;
+        let output = Command::new(worker)
+            .arg("bench")
+            .arg("--model")
+            .arg(&model)
+            .args(lengths)
+            .env("DEVICE", &device)
+            .env("KERNELS", &options.kernels)
+            .output()?;
         let (text, log) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
         let rows: Vec<serde_json::Value> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
         let name = std::path::Path::new(&model).file_name().unwrap_or_default().to_string_lossy().into_owned();

@@ -12,10 +12,12 @@ use candle_core::{DType, Device, Tensor};
 use worker_candle::checkpoint::Checkpoint;
 use worker_candle::config::Quantization;
 use worker_candle::kernels::candle::{Buffer, Candle, Matrix};
+use worker_candle::kernels::cuda::{Cuda, Dtype, Gpu};
 use worker_candle::kernels::{Backend, Batch, BatchRow, Epilogue, Linear, Norm, NormKind};
-use worker_candle::models::decoder::Decoder;
+use worker_candle::models::decoder::{Decoder, LayerCache};
 use worker_candle::models::device::open_device;
 use worker_candle::models::families::Model;
+use worker_candle::models::shard::Shard;
 use worker_candle::models::tensors::Tensors;
 
 use crate::kernels::Random;
@@ -29,6 +31,37 @@ fn open(options: &Options) -> Result<(Device, CudaDevice), Fail> {
     let Device::Cuda(cuda) = &device else { return Err("not a CUDA device".into()) };
     let cuda = cuda.clone();
     Ok((device, cuda))
+}
+
+/// Our own kernels on the device, in the type of activations.
+fn ours(cuda: &CudaDevice, dtype: Dtype) -> Result<Cuda<Gpu>, Fail> {
+    Ok(Cuda::new(Gpu::new(cuda)?, dtype))
+}
+
+/// What a start asks of the device, and how long that takes.
+pub fn self_check(part: &mut Part, options: &Options) -> Result<(), Fail> {
+    let (_device, cuda) = open(options)?;
+    for (name, dtype) in [("bf16", Dtype::Bf16), ("f32", Dtype::F32)] {
+        let mut backend = ours(&cuda, dtype)?;
+        for run in ["first", "second"] {
+            let started = Instant::now();
+            let found = backend.self_check();
+            part.measure(format!("{name}, {run} time"), started.elapsed().as_secs_f64() * 1e3, "ms");
+            found.iter().for_each(|found| part.check(format!("{name}: {}", found.kernels), false, found.said.clone()));
+            part.check(format!("{name}: every kernel agrees, {run} time"), found.is_empty(), format!("{} disagreements", found.len()));
+        }
+    }
+    Ok(())
+}
+
+/// Our own kernels against the CPU's, on the random shapes that candle's operations are compared on.
+pub fn twins(part: &mut Part, options: &Options) -> Result<(), Fail> {
+    let (_device, cuda) = open(options)?;
+    for (tensors, dtype) in [(DType::F32, Dtype::F32), (DType::BF16, Dtype::Bf16)] {
+        let mut backend = ours(&cuda, dtype)?;
+        crate::kernels::compare_all(part, tensors, &mut backend, |backend, cache| Ok(backend.stored(cache)?))?;
+    }
+    Ok(())
 }
 
 /// Name, compute capability, memory.
@@ -188,7 +221,7 @@ impl Step {
         let per_row = context.div_ceil(Self::BLOCK_SIZE);
         // Keys and values of an earlier context: small random numbers.
         let mut random = Random(5);
-        let caches = decoder.caches(&backend, rows * per_row, Self::BLOCK_SIZE, 0)?;
+        let caches = decoder.caches(&backend, [rows * per_row, Self::BLOCK_SIZE, 0], None)?;
         for cache in &caches {
             let LayerCache::Keys(cache) = cache else { continue };
             let filled = random.tensor(cache.k.dims())?.to_dtype(DType::BF16)?.to_device(device)?;
@@ -222,7 +255,7 @@ impl Step {
         let checkpoint = Checkpoint::open(&files, model.spec.quantized.as_deref())?;
         let tensors = Tensors::find(&checkpoint, &model)?;
         let limits = model.spec.step_limits(rows, rows, Self::BLOCK_SIZE);
-        Ok(Decoder::load(model.spec.clone(), &tensors, backend, Quantization::AsStored, &limits)?)
+        Ok(Decoder::load(model.spec.clone(), Shard::WHOLE, &tensors, backend, Quantization::AsStored, &limits)?)
     }
 
     /// The token ids that a step reads.

@@ -32,8 +32,17 @@ pub fn folder(path: &Path) -> Result<ModelFiles, Fail> {
     Ok(ModelFiles::new(path.display().to_string(), path.display().to_string(), files))
 }
 
-fn settings(device: DeviceChoice) -> EngineSettings {
-    EngineSettings { device, block_size: BLOCK_SIZE, kv_cache_gb: Some(1.0), max_model_len: Some(1024), ..Default::default() }
+fn settings(device: DeviceChoice, options: &Options) -> EngineSettings {
+    // The CPU is what is compared with: its own kernels.
+    let candle_kernels = options.kernels == "candle" && device != DeviceChoice::Cpu;
+    EngineSettings {
+        device,
+        candle_kernels,
+        block_size: BLOCK_SIZE,
+        kv_cache_gb: Some(1.0),
+        max_model_len: Some(1024),
+        ..Default::default()
+    }
 }
 
 /// Loads the folder's model on a thread of its own, which alone touches its tensors, and works with it there.
@@ -102,7 +111,7 @@ pub fn logits(part: &mut Part, options: &Options) -> Result<(), Fail> {
         return Err("golden.json has no prompt_ids, greedy_ids or logits".into());
     }
     let all: Vec<u32> = prompt.iter().chain(&reference).copied().collect();
-    let (worst, behind, split, together, drawn) = with_runner(&path, &settings(options.device), |runner, _| {
+    let (worst, behind, split, together, drawn) = with_runner(&path, &settings(options.device, options), |runner, _| {
         let mut run = |plan: &Plan| runner.logits(plan).map_err(|failure| failure.to_string());
         let whole = run(&chunk(&all, 0, prompt.len()))?.remove(0);
         // Teacher-forced: how far the reference's choice is behind ours, at worst.
@@ -143,7 +152,7 @@ pub fn logits(part: &mut Part, options: &Options) -> Result<(), Fail> {
 /// A larger checkpoint has no recorded logits: the CPU, checked by the test suite, is the reference.
 fn against_the_cpu(part: &mut Part, options: &Options, checkpoint: &Path, prompt: &[u32]) -> Result<(), Fail> {
     let run = |device| {
-        with_runner(checkpoint, &settings(device), |runner, _| {
+        with_runner(checkpoint, &settings(device, options), |runner, _| {
             Ok(runner.logits(&chunk(prompt, 0, prompt.len())).map_err(|failure| failure.to_string())?.remove(0))
         })
     };
@@ -161,7 +170,7 @@ fn quantized(part: &mut Part, options: &Options) -> Result<(), Fail> {
     let golden: Value = serde_json::from_slice(&read(&path.join("golden.json"))?)?;
     let texts: Vec<Vec<u32>> = golden["cases"].as_array().into_iter().flatten().map(|case| ids(&case["prompt_ids"])).collect();
     let run = |device, quantization| {
-        with_runner(&path, &EngineSettings { quantization, ..settings(device) }, |runner, _| {
+        with_runner(&path, &EngineSettings { quantization, ..settings(device, options) }, |runner, _| {
             let logits = texts.iter().map(|ids| logits_of(runner, ids).map_err(|failure| failure.to_string()));
             Ok(logits.collect::<Result<Vec<_>, _>>()?.concat())
         })
@@ -192,7 +201,7 @@ pub fn questions(part: &mut Part, options: &Options) -> Result<(), Fail> {
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let answers = runtime.block_on(async {
-        let service = service(&path, options.device).await?;
+        let service = service(&path, options).await?;
         // All at once, so that they share steps.
         let answers = asked.iter().enumerate().map(|(i, question)| answer(&service, question, i));
         Ok::<_, Fail>(futures::future::join_all(answers).await)
@@ -211,13 +220,13 @@ pub fn questions(part: &mut Part, options: &Options) -> Result<(), Fail> {
     Ok(())
 }
 
-async fn service(path: &Path, device: DeviceChoice) -> Result<Arc<Service>, Fail> {
+async fn service(path: &Path, options: &Options) -> Result<Arc<Service>, Fail> {
     let files = folder(path)?;
     let tokenizer = Arc::new(Tokenizer::load(&files)?);
     let model = ModelInfo::from_files(&files)?;
-    let (vocab_size, settings) = (tokenizer.vocab_size(), EngineSettings { max_model_len: None, ..settings(device) });
-    let options = worker_candle::engine::EngineOptions { max_waiting: 1024, ..Default::default() };
-    let engine = worker_candle::engine::start(move || ModelRunner::load(&files, || Ok(vocab_size), &settings), options).await?;
+    let (vocab_size, settings) = (tokenizer.vocab_size(), EngineSettings { max_model_len: None, ..settings(options.device, options) });
+    let engine_options = worker_candle::engine::EngineOptions { max_waiting: 1024, ..Default::default() };
+    let engine = worker_candle::engine::start(move || ModelRunner::load(&files, || Ok(vocab_size), &settings), engine_options).await?;
     Ok(Arc::new(Service::new(ApiSettings::default(), engine, tokenizer, model)?))
 }
 
@@ -251,7 +260,7 @@ pub fn steps(part: &mut Part, options: &Options) -> Result<(), Fail> {
             max_num_seqs: Some(64),
             max_num_batched_tokens: Some(512),
             kv_cache_gb: Some(4.0),
-            ..settings(options.device)
+            ..settings(options.device, options)
         };
         let figures = with_runner(path, &settings, |runner, load| {
             let mut figures = vec![("load".to_owned(), load.as_secs_f64() * 1e3, "ms")];

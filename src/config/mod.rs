@@ -211,6 +211,8 @@ pub struct EngineSettings {
     pub device: DeviceChoice,
     /// `DEVICE=auto` means a GPU, and never falls back to the CPU: so in a queue worker of a CUDA build.
     pub gpu_required: bool,
+    /// Candle's operations compute, whatever kernels there are (`KERNELS=candle`).
+    pub candle_kernels: bool,
     pub tensor_parallel: TensorParallel,
     pub threads: Option<usize>,
     pub quantization: Quantization,

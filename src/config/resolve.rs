@@ -149,6 +149,7 @@ fn engine(given: &Given) -> EngineSettings {
     EngineSettings {
         device: text(&table::DEVICE).and_then(|device| parse::device(&device).ok()).unwrap_or_default(),
         gpu_required: false,
+        candle_kernels: text(&table::KERNELS).is_some_and(|kernels| kernels == "candle"),
         tensor_parallel: match given.count(&table::TENSOR_PARALLEL_SIZE) {
             Some(0) => TensorParallel::Auto,
             ranks => TensorParallel::Ranks(ranks.unwrap_or(1)),

@@ -68,6 +68,9 @@ settings! {
         /// `auto`, `cpu`, `cuda` or `cuda:N`.
         DEVICE = Setting::new(Kind::Device,
             Prose("auto: the first GPU in a CUDA build, else the CPU; a queue worker of a CUDA build does not start without a GPU"));
+        /// What computes: `auto`, kernels of our own (on a GPU where they have every operation of the model, and pass a check at the start), or
+        /// `candle`, candle's operations one by one, which are slower.
+        KERNELS = Setting::new(Kind::OneOf(&["auto", "candle"]), Text("auto"));
         /// Devices that compute the model together, each with a part of every layer: a number, or `auto` for all GPUs from `DEVICE` on (1 on the
         /// CPU). It must divide the heads and the inner columns of the model; what does not fit is refused with the numbers that do. On the CPU
         /// each such rank takes its part of `THREADS`, which is for tests and for processors with memories of their own, and slower elsewhere.
@@ -78,10 +81,10 @@ settings! {
         THREADS = Setting::new(Kind::Count { least: 1, auto: AUTO_OR_ZERO }, Prose("auto: all cores")).also(&["RAYON_NUM_THREADS"]);
         /// Bits a weight: `BF16` keeps the weights as stored (those of a quantized checkpoint at 8 bits), `unquantized` widens a quantized
         /// checkpoint to 16 or 32 bits, `wint8` holds every matrix at 8 bits, `wint4` the layers at 4 bits, embedding and output at
-        /// 8. 8 and 4 bits on a GPU only on the architecture that the build was made for (`CUDA_COMPUTE_CAP`).
+        /// 8. Where candle's operations compute on a GPU (`KERNELS`), 8 and 4 bits only on the architecture that the build was made for.
         QUANTIZATION = Setting::new(Kind::Quantization, Prose("BF16: as stored"))
             .form(Form::new("Quantization",
-                "Bits a weight is held at; quantized while it is read. 8 and 4 bits run on Ampere and Ada GPUs (not on Hopper)",
+                "Bits a weight is held at; quantized while it is read",
                 Input::Options(&[("As stored", "BF16"), ("8 bits (wint8)", "wint8"), ("4 bits (wint4), embedding and output at 8", "wint4")]))
                 .filled("BF16"));
         /// Where a CPU worker keeps the weights in the form in which it computes with them, so that the next start maps them instead of

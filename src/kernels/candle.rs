@@ -1,5 +1,5 @@
-//! The candle backend: candle's own operations composed. It runs on any device, so it is the oracle of the CPU kernels, and what CUDA runs
-//! until there are kernels for it.
+//! The candle backend: candle's own operations composed. It runs on any device, so it is the oracle of the other kernels, and what runs
+//! on a GPU where those lack something.
 //!
 //! Activations are f32 on a CPU and bf16 on a GPU. Every operation allocates its result.
 
@@ -130,6 +130,8 @@ fn kv_dtype(shape: KvShape, own: DType) -> Result<DType> {
 }
 
 impl Footprint for Candle {
+    const ALLOCATES_IN_STEPS: bool = true;
+
     fn weight_bytes(rows: usize, width: usize, _is_bf16: bool, format: Option<WeightFormat>, _columns: Columns) -> (WeightFormat, usize) {
         // As on a GPU: what is not quantized is bf16.
         let format = format.unwrap_or(WeightFormat::Bf16);

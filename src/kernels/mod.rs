@@ -3,7 +3,8 @@
 //! | backend | what it is |
 //! |---|---|
 //! | [`cpu`] | kernels of our own: a row's result depends on that row alone, weights are read in the format they are packed in |
-//! | [`candle`] | candle's own operations composed: runs on any device, CUDA for now, and is the oracle of all others |
+//! | `cuda` | kernels of our own for GPUs, with the feature `cuda` and in tests |
+//! | [`candle`] | candle's own operations composed: runs on any device, and is the oracle of all others |
 //! | [`sizing`] | computes nothing and counts: bytes of weights and buffers, bytes read and products of a step |
 //!
 //! Shapes: `t` tokens of a step, `h` query heads, `kv` key/value heads, `d` components of a head.
@@ -33,7 +34,7 @@ mod twin_tests;
 pub use ops::{
     Activation, AttentionSpec, AttentionWeights, Batch, BatchRow, Columns, ComputeDtype, Epilogue, Expert, ExpertGroups, Experts, KvDtype,
     KvShape, Linear, Need, Norm, NormExtent, NormKind, Normalize, Pairing, QkNorm, QueryGrowth, Rope, RopeTable, RouterScore, RoutingSpec,
-    TableRow, WeightFormat,
+    RowSampling, TableRow, WeightFormat,
 };
 
 pub use states::{CausalConv, ConvKind, ConvSpec, DeltaSpec, GatedDelta, HeadColumns, LatentSpec, StateSave, StepStates};
@@ -106,6 +107,11 @@ pub trait Backend {
 
     /// A buffer for up to `rows` rows.
     fn buffer(&self, rows: usize, width: usize) -> Result<Self::Buffer>;
+
+    /// A buffer for logits, which a device may hold finer than activations.
+    fn logits_buffer(&self, rows: usize, width: usize) -> Result<Self::Buffer> {
+        self.buffer(rows, width)
+    }
 
     /// Reads a matrix. `format` must fit its width ([`WeightFormat::block`]); `None` keeps it as stored, in f32 where it is not bf16.
     fn weight<S: MatrixSource>(&self, source: &S, format: Option<WeightFormat>, columns: Columns) -> Result<Self::Weight>;
@@ -259,6 +265,21 @@ pub trait Backend {
         Ok(None)
     }
 
+    /// [`Backend::sample`] may sample.
+    const SAMPLES: bool = false;
+
+    /// A token of each row of logits, which are changed on the way; `None` for a row of which nothing can be sampled. Ids from `width` on and
+    /// `unassigned` ones are never sampled. `None`: this device leaves it to the host.
+    fn sample(
+        &mut self,
+        _logits: &mut Self::Buffer,
+        _width: usize,
+        _unassigned: &[u32],
+        _rows: &[RowSampling],
+    ) -> Result<Option<Vec<Option<u32>>>> {
+        Ok(None)
+    }
+
     /// Brings the rows to the host in f32 and calls `visit(row, numbers)` for each, on any thread.
     fn each_row(&mut self, x: &mut Self::Buffer, visit: RowVisitor<'_>) -> Result<()>;
 
@@ -282,12 +303,21 @@ pub trait Backend {
 
 /// What a backend's things take, known without making them.
 pub trait Footprint {
+    /// Buffers are made anew while a step runs, so that a GPU's plan leaves them out.
+    const ALLOCATES_IN_STEPS: bool = false;
+    /// Rows of logits computed at a time, at most. It bounds their memory when many tokens are sampled or scored in one step.
+    const MOST_LOGITS: usize = 16;
+
     /// The format a matrix is held in, and its bytes.
     fn weight_bytes(rows: usize, width: usize, is_bf16: bool, format: Option<WeightFormat>, columns: Columns) -> (WeightFormat, usize);
     /// Bytes of one block of one layer, keys and values.
     fn kv_block_bytes(shape: KvShape) -> usize;
     /// Bytes of a buffer; `None`: more than can be counted.
     fn buffer_bytes(rows: usize, width: usize) -> Option<usize>;
+    /// Bytes of a buffer for logits.
+    fn logits_bytes(rows: usize, width: usize) -> Option<usize> {
+        Self::buffer_bytes(rows, width)
+    }
     /// Bytes the backend itself keeps for steps of this size.
     fn own_bytes(limits: &StepLimits, threads: usize) -> Option<usize>;
 }

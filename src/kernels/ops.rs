@@ -27,6 +27,32 @@ impl std::fmt::Display for Need {
     }
 }
 
+/// How a token is sampled from one row of logits, where nothing else is wanted of them.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct RowSampling {
+    /// Together with the index it fixes the random number.
+    pub seed: u64,
+    pub index: u64,
+    /// 0: the greatest logit.
+    pub inverse_temperature: f32,
+    /// 0: off.
+    pub min_p: f32,
+    /// 1: off.
+    pub top_p: f32,
+    /// 0: off.
+    pub top_k: u32,
+    /// Ids with numbers, of each kind once at most, applied in this order: ids that are suppressed (without a meaning of the number), what is added,
+    /// what divides logits above 0 and multiplies the others, what is taken off.
+    pub changes: [Vec<(u32, f32)>; 4],
+}
+
+impl RowSampling {
+    /// The greatest logit as it is.
+    pub fn is_plain_greedy(&self) -> bool {
+        self.inverse_temperature == 0.0 && self.changes.iter().all(Vec::is_empty)
+    }
+}
+
 /// One sequence's part of a step.
 #[derive(Debug, Clone)]
 pub struct BatchRow {

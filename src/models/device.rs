@@ -57,15 +57,12 @@ fn cuda_fault(words: &str) -> Fault {
     }
 }
 
-/// Opens the device of these settings, if it can do what they ask for.
+/// Opens the device of these settings.
 pub fn device_of(settings: &EngineSettings) -> Result<Device, Failure> {
     let device = match settings.device {
         DeviceChoice::Auto => automatic(cuda::open(0), settings.gpu_required),
         choice => open_device(choice),
     }?;
-    if let Some(name) = settings.quantization.name() {
-        check_quantized(&device, &format!("QUANTIZATION={name}"))?;
-    }
     if settings.kv_cache_dtype == KvCacheDtype::Int8 && !device.is_cpu() {
         return Err(Failure::internal(
             "KV_CACHE_DTYPE=int8: on a GPU keys and values are held in float16, bfloat16 or float32; set one of those, or auto",
@@ -78,6 +75,12 @@ pub fn device_of(settings: &EngineSettings) -> Result<Device, Failure> {
 pub fn check_quantized(device: &Device, what: &str) -> Result<(), Failure> {
     let Some(card) = cuda::capability(device) else { return Ok(()) };
     quantized_kernels(option_env!("CUDA_COMPUTE_CAP"), card).map_err(|problem| Failure::internal(format!("{what}: {problem}")))
+}
+
+/// Major and minor version of a GPU's architecture.
+#[cfg(feature = "cuda")]
+pub fn capability(device: &Device) -> Option<(u32, u32)> {
+    cuda::capability(device)
 }
 
 /// What `DEVICE=auto` comes to, given what opening the first GPU came to.

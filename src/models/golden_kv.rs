@@ -71,7 +71,7 @@ fn families_stay_near_their_goldens() {
         for (dtype, divergence, logit) in
             [(KvCacheDtype::Float16, 3e-7, 6e-3), (KvCacheDtype::Bfloat16, 2e-5, 5e-2), (KvCacheDtype::Int8, 2e-4, 0.15)]
         {
-            let found = compare(&sequence.rows(golden.vocab()), &logits(&files, dtype, 64, &[sequence.ids.clone()]));
+            let found = compare(&sequence.rows(golden.vocab()), &logits(&files, dtype, 64, std::slice::from_ref(&sequence.ids)));
             let most = found.farthest;
             println!("{family}, {dtype:?}: KL {:.1e}, at most {:.1e}, logits {most:.1e}", found.mean(), found.quantile(1.0));
             // Where rounding sends a token to another expert, its logits are others: up to 1.5 apart, and a divergence of up to 2.5e-3.

@@ -17,16 +17,16 @@ mod tests;
 pub use host::{host_memory, peak_rss_mb, threads};
 pub use shares::{Demand, Share, shares};
 
-/// Rows of logits computed at a time. It bounds their memory when many tokens are sampled or scored in one step.
-pub const LOGITS_ROWS: usize = 16;
+/// Rows of logits computed at a time, at least: one sequence may have several.
+const LEAST_LOGITS: usize = 16;
 
 /// Slots for states beyond two for each sequence.
 const SPARE_SLOTS: usize = 16;
 /// Slots that no sequence needs to run take at most this part of the free memory.
 const SPARE_SLOTS_SHARE: usize = 16;
 /// Rows of results computed at a time: of logits, or of everything that is pooled in one step.
-pub fn result_rows(model: &ModelSpec, max_num_seqs: usize) -> usize {
-    if model.pooling.is_some() { max_num_seqs } else { LOGITS_ROWS }
+fn result_rows<F: Footprint>(model: &ModelSpec, max_num_seqs: usize) -> usize {
+    if model.pooling.is_some() { max_num_seqs } else { max_num_seqs.clamp(LEAST_LOGITS, F::MOST_LOGITS) }
 }
 
 /// The kind of memory a plan is made for.
@@ -58,8 +58,10 @@ pub struct MemoryPlan {
     pub kv_bytes: usize,
     /// Of the slots for states, beside the KV cache.
     pub state_bytes: usize,
-    /// The buffers of a step, allocated at the start, and the threads' buffers for sampling; 0 on a GPU, where candle allocates them.
+    /// The buffers of a step, allocated at the start, and the threads' buffers for sampling; 0 where candle allocates them on a GPU.
     pub step_bytes: usize,
+    /// Rows of logits, or of what is pooled, computed at a time.
+    pub result_rows: usize,
     pub kv_bytes_per_token: usize,
     pub memory: Memory,
     /// The setting to lower when the KV cache cannot be allocated.
@@ -117,13 +119,25 @@ impl MemoryPlan {
             pooling: model.pooling.clone().map(Arc::new),
             whole_prompts: model.runs_whole(),
         };
-        let step_bytes = if memory.gpu { 0 } else { need.step_bytes };
+        let (step_bytes, result_rows) = (need.planned_step_bytes(need.step_bytes), need.result_rows);
         let auto = if memory.gpu { "GPU_MEMORY_UTILIZATION, MAX_NUM_SEQS or MAX_MODEL_LEN" } else { "KV_CACHE_GB (now auto)" };
         let kv_setting = need.kv_setting().unwrap_or_else(|| auto.into());
         let kv_bytes_per_token = block_bytes / block_size;
         let state_bytes = need.state_bytes();
         let follows = batch.follows;
-        Ok(Self { shape, weights_bytes, kv_bytes, state_bytes, step_bytes, kv_bytes_per_token, memory, kv_setting, warnings, follows })
+        Ok(Self {
+            shape,
+            weights_bytes,
+            kv_bytes,
+            state_bytes,
+            step_bytes,
+            result_rows,
+            kv_bytes_per_token,
+            memory,
+            kv_setting,
+            warnings,
+            follows,
+        })
     }
 
     /// What a model asks for that shares the memory with others.
@@ -259,8 +273,11 @@ struct Need<'a> {
     memory: Memory,
     weights: usize,
     batch: Batch,
-    /// Bytes of the buffers of a step. On a GPU candle allocates about as many while a step runs.
+    /// Bytes of the buffers of a step.
     step_bytes: usize,
+    /// They are not part of the plan: candle allocates about as many while a step runs.
+    allocates_in_steps: bool,
+    result_rows: usize,
     /// What `step_bytes` would be if no setting made a step larger than it is by default.
     usual_step_bytes: usize,
     block_size: usize,
@@ -295,10 +312,10 @@ impl<'a> Need<'a> {
         let kv_shape = |attention: &AttentionSpec| KvShape { dtype: kv_dtype(settings), ..attention.kv_shape(1, block_size) };
         let block_bytes = model.attentions().map(|attention| F::kv_block_bytes(kv_shape(attention))).sum();
         let slot_bytes = size_of::<f32>() * model.state_width();
-        let threads = threads(settings);
+        let (threads, result_rows) = (threads(settings), result_rows::<F>(model, batch.seqs));
         let step_bytes = |tokens: usize| {
             let sampling = threads.checked_mul(if model.pooling.is_some() { 0 } else { sample::scratch_bytes(model.vocab_size) })?;
-            let limits = model.step_limits(tokens, result_rows(model, batch.seqs), block_size);
+            let limits = model.step_limits(tokens, result_rows, block_size);
             F::own_bytes(&limits, threads)?.checked_add(buffer_bytes::<F>(model, &limits)?)?.checked_add(sampling)
         };
         let bytes_or_all = |tokens| step_bytes(tokens).unwrap_or(usize::MAX);
@@ -309,6 +326,8 @@ impl<'a> Need<'a> {
             weights,
             batch,
             step_bytes,
+            allocates_in_steps: memory.gpu && F::ALLOCATES_IN_STEPS,
+            result_rows,
             usual_step_bytes,
             block_size,
             block_bytes,
@@ -329,7 +348,12 @@ impl<'a> Need<'a> {
 
     /// Weights, states, and the step buffers where they are allocated at the start.
     fn fixed(&self) -> usize {
-        self.weights.saturating_add(self.state_bytes()).saturating_add(if self.memory.gpu { 0 } else { self.step_bytes })
+        self.weights.saturating_add(self.state_bytes()).saturating_add(self.planned_step_bytes(self.step_bytes))
+    }
+
+    /// Of step buffers so large, what the plan counts.
+    fn planned_step_bytes(&self, step_bytes: usize) -> usize {
+        if self.allocates_in_steps { 0 } else { step_bytes }
     }
 
     /// What other models take besides their KV caches.
@@ -368,7 +392,7 @@ impl<'a> Need<'a> {
 
     /// How many bytes the KV cache may take when the step buffers take `step_bytes`.
     fn kv_budget(&self, step_bytes: usize) -> usize {
-        let step_bytes = if self.memory.gpu { 0 } else { step_bytes };
+        let step_bytes = self.planned_step_bytes(step_bytes);
         let alone = || kv_pool(self.memory, self.settings, self.weights.saturating_add(self.state_bytes()).saturating_add(step_bytes));
         self.share.map_or_else(alone, |share| share.kv)
     }

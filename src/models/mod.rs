@@ -14,6 +14,7 @@ pub use pooling::{Dimensions, PoolingSpec, PoolingTask};
 pub use sample::{SamplingMetadata, SamplingParams, TokenCounts};
 pub use turns::Turns;
 
+mod choice;
 mod config;
 pub mod decoder;
 pub mod device;

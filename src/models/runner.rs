@@ -15,14 +15,18 @@ use crate::kernels::cpu::{self, Cpu};
 #[cfg(test)]
 use crate::kernels::cuda;
 use crate::kernels::ranks::Member;
-use crate::kernels::{Backend, ComputeDtype, StepLimits};
+use crate::kernels::{Backend, ComputeDtype, Footprint, RowSampling, StepLimits};
+#[cfg(any(test, feature = "cuda"))]
+use crate::models::choice;
+use crate::models::choice::Kernels;
 use crate::models::decoder::Decoder;
-use crate::models::device::{check_quantized, device_failure, device_memory, device_of, step_error};
+use crate::models::device::{device_failure, device_memory, device_of, step_error};
 use crate::models::families::Model;
-use crate::models::memory::{self, LOGITS_ROWS, MemoryPlan, Share};
+use crate::models::memory::{self, Demand, Memory, MemoryPlan, Share};
 use crate::models::prepared::PreparedCopy;
 use crate::models::sample;
 use crate::models::shard::Shard;
+use crate::models::spec::ModelSpec;
 use crate::models::tensors::Tensors;
 use crate::models::{Fault, Logprobs, LogprobsSpec, Output, Plan, Runner, SamplingMetadata, Shape, StepError, Turns, Vocabulary};
 
@@ -38,6 +42,9 @@ use rank::{Loading, Rank};
 #[cfg(test)]
 pub(crate) use ranks::Break;
 use ranks::{Followers, Part};
+
+#[cfg(feature = "cuda")]
+type Cuda = crate::kernels::cuda::Cuda<crate::kernels::cuda::Gpu>;
 
 /// One model on the device that was asked for.
 pub struct ModelRunner {
@@ -77,18 +84,6 @@ pub struct Beside {
     pub turns: Option<Arc<Turns>>,
 }
 
-/// What a model is computed with.
-#[derive(Clone, Copy)]
-enum Kernels {
-    /// Ours for CPUs.
-    Cpu,
-    /// Candle's operations.
-    Candle,
-    /// Ours for CUDA, on this processor.
-    #[cfg(test)]
-    Emulated(&'static cuda::emulator::Emulator, cuda::Dtype),
-}
-
 impl Beside {
     /// Plans the memory of several models before any of them is loaded. The failure of one begins with its name.
     pub fn plan(models: &[ModelFiles], settings: &EngineSettings) -> Result<Vec<Self>, Failure> {
@@ -98,13 +93,15 @@ impl Beside {
             let model = Model::from_files(files)?.for_task(files, settings)?;
             let checkpoint = Checkpoint::open(files, model.spec.quantized.as_deref())?;
             let tensors = Tensors::find(&checkpoint, &model)?;
-            if device.is_cpu() {
-                let weights = sized::<Cpu>(&model, &tensors, settings.quantization, Shard::WHOLE)?.weight_bytes;
-                MemoryPlan::demand::<Cpu>(&model.spec, weights, memory, settings)
-            } else {
-                let weights = sized::<Candle>(&model, &tensors, settings.quantization, Shard::WHOLE)?.weight_bytes;
-                MemoryPlan::demand::<Candle>(&model.spec, weights, memory, settings)
-            }
+            let demand = match Kernels::of(&device, &model.spec, settings).0 {
+                Kernels::Cpu => demand_on::<Cpu>,
+                #[cfg(feature = "cuda")]
+                Kernels::Cuda => demand_on::<Cuda>,
+                Kernels::Candle => demand_on::<Candle>,
+                #[cfg(test)]
+                Kernels::Emulated(_) => demand_on::<Cpu>,
+            };
+            demand(&model, &tensors, memory, settings)
         };
         let demands = models.iter().map(|files| demand(files).map_err(|failure| failure.of(&files.name))).collect::<Result<Vec<_>, _>>()?;
         let turns = device.is_cpu().then(Arc::<Turns>::default);
@@ -132,26 +129,26 @@ impl ModelRunner {
         beside: Option<Beside>,
     ) -> Result<Self, Failure> {
         let device = device_of(settings)?;
-        let kernels = if device.is_cpu() { Kernels::Cpu } else { Kernels::Candle };
+        let kernels = |spec: &ModelSpec| Kernels::for_start(&device, spec, settings);
         Self::load_on(&device, kernels, files, vocabulary, settings, beside)
     }
 
     /// Loads the model on a CPU with candle's operations instead of our kernels: the reference that they are compared with.
     #[cfg(test)]
     pub fn load_reference(files: &ModelFiles, settings: &EngineSettings) -> Result<Self, Failure> {
-        Self::load_on(&Device::Cpu, Kernels::Candle, files, || Ok(usize::MAX), settings, None)
+        Self::load_on(&Device::Cpu, |_| Kernels::Candle, files, || Ok(usize::MAX), settings, None)
     }
 
     /// Loads the model on the CUDA kernels as this processor runs them. `None` where there is no C++ compiler, which is said.
     #[cfg(test)]
     pub fn load_emulated(files: &ModelFiles, settings: &EngineSettings, dtype: cuda::Dtype) -> Option<Result<Self, Failure>> {
-        let kernels = Kernels::Emulated(cuda::emulator::Emulator::here()?, dtype);
-        Some(Self::load_on(&Device::Cpu, kernels, files, || Ok(usize::MAX), settings, None))
+        cuda::emulator::Emulator::here()?;
+        Some(Self::load_on(&Device::Cpu, |_| Kernels::Emulated(dtype), files, || Ok(usize::MAX), settings, None))
     }
 
     fn load_on<V: Into<Vocabulary>>(
         device: &Device,
-        kernels: Kernels,
+        kernels: impl FnOnce(&ModelSpec) -> Kernels,
         files: &ModelFiles,
         vocabulary: impl FnOnce() -> Result<V, Failure>,
         settings: &EngineSettings,
@@ -159,13 +156,13 @@ impl ModelRunner {
     ) -> Result<Self, Failure> {
         let model = Model::from_files(files)?.for_task(files, settings)?;
         let checkpoint = Checkpoint::open(files, model.spec.quantized.as_deref())?;
-        if checkpoint.is_quantized() && settings.quantization != Quantization::Unquantized {
-            check_quantized(device, &format!("{}, a quantized checkpoint (QUANTIZATION=unquantized widens it)", files.name))?;
-        }
+        let kernels = kernels(&model.spec);
+        let quantized = checkpoint.is_quantized() && settings.quantization != Quantization::Unquantized;
+        kernels.check(device, settings, quantized.then_some(files.name.as_str()))?;
         let tensors = Tensors::find(&checkpoint, &model)?;
         tracing::debug!("checkpoint: {}", tensors.describe());
         let (share, turns) = beside.map_or((None, None), |beside| (Some(beside.share), beside.turns));
-        let planned = Planned::on(device, &model, &tensors, model.spec.vocab_size, settings, share)?;
+        let planned = Planned::on(device, kernels, &model, &tensors, model.spec.vocab_size, settings, share)?;
         planned.warnings().for_each(|warning| tracing::warn!("{warning}"));
         let about = planned.about(device, settings);
         let Planned { ranks, memory: plan, follower, .. } = planned;
@@ -175,13 +172,7 @@ impl ModelRunner {
                 let part = |rank| {
                     let shard = Shard { rank, ranks };
                     let (files, plan) = (files.clone(), follower.clone());
-                    Part {
-                        files,
-                        settings: ranks::settings_of(settings, device, shard),
-                        shard,
-                        plan,
-                        ours: matches!(kernels, Kernels::Cpu),
-                    }
+                    Part { files, settings: ranks::settings_of(settings, device, shard), shard, plan, kernels }
                 };
                 let (followers, member) = Followers::start((1..ranks).map(part).collect())?;
                 (Some(followers), Some(member))
@@ -193,19 +184,20 @@ impl ModelRunner {
         let others = Others { followers, member };
         let (limits, pool) = (loading.limits()?, loading_threads(memory::threads(settings))?);
         let vocabulary = || vocabulary().map(Into::into);
+        let (steps, candle) = ((&limits, &pool), || Candle::new(device));
         let model: Box<dyn LogitsRunner> = match kernels {
             Kernels::Cpu => {
                 let prepared = pool.install(|| PreparedCopy::open(files, settings));
                 let cpu = cpu_of(&limits, settings)?.with_store(prepared.clone().map(|copy| copy as Arc<dyn PackedStore>));
-                let runner = DeviceRunner::load(&loading, cpu, vocabulary, (&limits, &pool), others)?;
+                let runner = DeviceRunner::load(&loading, cpu, vocabulary, steps, others)?;
                 prepared.into_iter().for_each(|copy| copy.finish(settings.prepared_writing));
                 Box::new(runner)
             }
-            Kernels::Candle => Box::new(DeviceRunner::load(&loading, Candle::new(device), vocabulary, (&limits, &pool), others)?),
+            #[cfg(feature = "cuda")]
+            Kernels::Cuda => Box::new(DeviceRunner::load(&loading, choice::open_kernels(device, &limits)?, vocabulary, steps, others)?),
+            Kernels::Candle => Box::new(DeviceRunner::load(&loading, candle(), vocabulary, steps, others)?),
             #[cfg(test)]
-            Kernels::Emulated(emulator, dtype) => {
-                Box::new(DeviceRunner::load(&loading, cuda::Cuda::new(emulator, dtype), vocabulary, (&limits, &pool), others)?)
-            }
+            Kernels::Emulated(dtype) => Box::new(DeviceRunner::load(&loading, choice::emulated(dtype)?, vocabulary, steps, others)?),
         };
         Ok(Self { model, turns, about })
     }
@@ -239,6 +231,12 @@ impl Runner for ModelRunner {
     fn prefault(&mut self, most: usize) -> bool {
         self.model.prefault(most)
     }
+}
+
+/// What a model that is one of several asks for.
+fn demand_on<F: Footprint>(model: &Model, tensors: &Tensors<'_>, memory: Memory, settings: &EngineSettings) -> Result<Demand, Failure> {
+    let weights = sized::<F>(model, tensors, settings.quantization, Shard::WHOLE)?.weight_bytes;
+    MemoryPlan::demand::<F>(&model.spec, weights, memory, settings)
 }
 
 /// What `DTYPE` asks for on this processor.
@@ -292,7 +290,7 @@ struct DeviceRunner<B: Backend> {
     /// The tokens whose logits are computed next, as indices into the step.
     positions: Vec<usize>,
     /// The result of each row of logits. The computing threads write them, and they are read when all of them are done.
-    results: [Mutex<Option<RowResult>>; LOGITS_ROWS],
+    results: Vec<Mutex<Option<RowResult>>>,
     /// An output that was read, kept for its memory.
     spare: Output,
     /// Ids below the vocabulary's size that have no token.
@@ -321,7 +319,8 @@ impl<B: Backend> DeviceRunner<B> {
         plan.shape.vocab_size = size.min(plan.shape.vocab_size);
         unassigned.retain(|id| (*id as usize) < plan.shape.vocab_size);
         member.map_or(Ok(()), |member| own.connect(member))?;
-        let (positions, results, spare) = Default::default();
+        let (positions, spare) = Default::default();
+        let results = (0..plan.result_rows).map(|_| Mutex::default()).collect();
         Ok(Self { own, followers, positions, results, spare, unassigned, since: Instant::now(), plan })
     }
 
@@ -356,8 +355,9 @@ impl<B: Backend> DeviceRunner<B> {
         self.forward(plan)?;
         self.pool(plan, output)?;
         let all = wanted(plan).count();
-        for first in (0..all).step_by(LOGITS_ROWS) {
-            let count = LOGITS_ROWS.min(all - first);
+        let most = self.results.len();
+        for first in (0..all).step_by(most) {
+            let count = most.min(all - first);
             self.positions.clear();
             self.positions.extend(wanted(plan).skip(first).take(count).map(|(token, _)| token));
             self.own.decoder.head(&mut self.own.backend, &self.positions)?;
@@ -394,6 +394,13 @@ impl<B: Backend> DeviceRunner<B> {
         let Rank { backend, decoder, .. } = &mut self.own;
         let these = || wanted(plan).skip(first).take(count);
         let unassigned = self.unassigned.as_slice();
+        if B::SAMPLES
+            && let Some(rows) = these().map(|(_, wanted)| wanted.on_device()).collect::<Option<Vec<_>>>()
+            && let Some(tokens) = backend.sample(decoder.logits(), vocab, unassigned, &rows)?
+        {
+            tokens.into_iter().for_each(|token| RowResult::Sampled(token.map(|token| (token, None))).put(output));
+            return Ok(());
+        }
         let plain = |wanted: &Wanted<'_>| matches!(wanted, Wanted::Sample(sampling, _) if sampling.is_plain_greedy() && sampling.params.logprobs.is_none());
         if these().all(|(_, wanted)| plain(&wanted))
             && let Some(tokens) = backend.argmax(decoder.logits(), vocab, unassigned)?
@@ -424,7 +431,7 @@ impl<B: Backend> LogitsRunner for DeviceRunner<B> {
         let (vocab, mut all) = (self.plan.shape.vocab_size, Vec::new());
         let positions: Vec<usize> = wanted(plan).map(|(token, _)| token).collect();
         let own = &mut self.own;
-        for part in positions.chunks(LOGITS_ROWS) {
+        for part in positions.chunks(self.results.len()) {
             own.decoder.head(&mut own.backend, part).map_err(device_failure)?;
             let rows: Vec<Mutex<Vec<f32>>> = part.iter().map(|_| Mutex::default()).collect();
             let read = own.backend.each_row(own.decoder.logits(), &|row, logits| {
@@ -473,6 +480,14 @@ impl RowResult {
 }
 
 impl Wanted<'_> {
+    /// What a device that samples needs; `None`: more is wanted.
+    fn on_device(&self) -> Option<RowSampling> {
+        match self {
+            Self::Sample(sampling, nth) => sampling.on_device(*nth),
+            Self::Score(..) => None,
+        }
+    }
+
     fn compute(&self, logits: &mut [f32], unassigned: &[u32]) -> RowResult {
         match self {
             Self::Sample(sampling, nth) => RowResult::Sampled(sample::sample(logits, unassigned, sampling, *nth)),
@@ -528,8 +543,8 @@ impl<B: Backend> Runner for DeviceRunner<B> {
         if self.own.prefault(most) {
             return true;
         }
-        if self.plan.step_bytes == 0 {
-            return false; // On a GPU memory is there when it is allocated.
+        if self.plan.memory.gpu {
+            return false; // There memory is there when it is allocated.
         }
         let mib = (self.plan.kv_bytes + self.plan.state_bytes + self.plan.step_bytes) >> 20;
         tracing::info!("memory: {mib} MiB of KV cache and step buffers resident, {} ms after the start", self.since.elapsed().as_millis());

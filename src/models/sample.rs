@@ -11,6 +11,7 @@ use crate::kernels::cpu::softmax::{self, BLOCK};
 use crate::models::mask::Allowed;
 use crate::models::{Logprobs, LogprobsMode, LogprobsSpec};
 
+mod device;
 mod nucleus;
 mod params;
 #[cfg(test)]

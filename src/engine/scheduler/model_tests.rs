@@ -11,6 +11,7 @@ use crate::engine::{Request, SamplingParams};
 use crate::models::golden_families::Golden;
 use crate::models::runner::ModelRunner;
 use crate::models::{LogprobsMode, LogprobsSpec, Runner, Vocabulary, sample};
+use crate::models::{Output, Plan};
 
 /// Logits of every token sampled, and the tokens, by sequence.
 type Sampled = HashMap<SequenceId, Vec<(u32, Vec<f32>)>>;
@@ -95,7 +96,7 @@ fn words(text: u32, len: usize) -> Vec<u32> {
 #[test]
 fn logits_are_bit_identical_with_and_without_the_prefix_cache() {
     for dtype in DTYPES {
-        with_files(&demo::files(), dtype, usize::MAX.into(), |runner| the_prefix_cache_changes_no_bit(runner));
+        with_files(&demo::files(), dtype, usize::MAX.into(), the_prefix_cache_changes_no_bit);
     }
 }
 

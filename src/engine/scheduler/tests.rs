@@ -1,6 +1,9 @@
+use std::sync::Arc;
+
 use super::*;
 use crate::engine::{Request, SamplingParams};
 use crate::models::{LogprobsMode, LogprobsSpec};
+use crate::models::{Output, Plan, Row};
 use proptest::prelude::*;
 use std::collections::HashMap;
 

@@ -49,7 +49,7 @@ impl Nccl {
         // SAFETY: the names are NCCL's, whose initialisers do nothing but register themselves, and the types are those of its header,
         // which have stayed the same since bf16 came (2.10).
         unsafe {
-            let library = FILES.iter().find_map(|file| Library::new(file).ok())?;
+            let library = FILES.iter().find_map(|file| Library::new(*file).ok())?;
             Some(Self {
                 get_unique_id: *library.get(b"ncclGetUniqueId").ok()?,
                 comm_init_rank: *library.get(b"ncclCommInitRank").ok()?,

@@ -7,6 +7,8 @@
 //! Weights of 8 and 4 bits meet activations rounded to 8 bits, a scale for each 32 of a row: products are summed exactly in integers
 //! over those 32, then in f32.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use super::packed::{self, BLOCK, BLOCK8, PANEL, Packed, SUB4, SUPER, SUPER4};
 use super::pool::Pool;
 use super::prefault;
@@ -32,6 +34,8 @@ const TASK_BYTES: usize = 128 * 1024;
 const AHEAD: usize = 4096;
 /// The same into the second cache (measured: 12 KB beats 4 and 24).
 const FAR: usize = 12 * 1024;
+/// Most regions that the panels of a matrix are cut into.
+const REGIONS: usize = 64;
 /// Numbers in a cache line.
 const LINE: usize = 16;
 /// Rows up to which memory is still as slow as the arithmetic, so that tasks are longer than a panel.
@@ -87,7 +91,7 @@ pub struct Scratch {
     x: Vec<f32>,
     values: Vec<i8>,
     scales: Vec<f32>,
-    /// Sums of 32 rounded values.
+    /// Sums of 32 rounded values, times -128: what the bias of stored weights adds to products, to be taken off.
     sums: Vec<i32>,
     dtype: ComputeDtype,
 }
@@ -199,8 +203,25 @@ pub fn matmul(pool: &mut Pool, x: &[f32], w: &Packed, bias: Option<&[f32]>, epil
         _ => 1,
     };
     let least = if m > FEW_ROWS { many } else { TASK_BYTES.div_ceil(job.panel_bytes) };
-    let per_task = least.min(panels.div_ceil(2 * pool.threads())).max(1);
-    pool.run(panels.div_ceil(per_task), &|task, _| run(job, task * per_task, panels.min((task + 1) * per_task)));
+    by_regions(pool, panels, least, &|from, to| run(job, from, to));
+}
+
+/// Runs `f(from, to)` over all panels, at least about `least` of them at a time. Each thread goes through a region of its own, so that it reads one
+/// stream of memory without a break, and helps in the others' when it is done; the last panels of a region are given out one by one, so that
+/// all end together.
+fn by_regions(pool: &mut Pool, panels: usize, least: usize, f: &(dyn Fn(usize, usize) + Sync)) {
+    let regions = pool.threads().min(REGIONS);
+    let begin = |region: usize| panels * region / regions;
+    let next: [AtomicUsize; REGIONS] = std::array::from_fn(|region| AtomicUsize::new(begin(region.min(regions))));
+    pool.run(pool.threads(), &|task, _| {
+        for region in (0..regions).map(|i| (task + i) % regions) {
+            let end = begin(region + 1);
+            let after = |at: usize| if end - at > 2 * least { at + least } else { at + 1 };
+            while let Ok(from) = next[region].fetch_update(Ordering::Relaxed, Ordering::Relaxed, |at| (at < end).then(|| after(at))) {
+                f(from, after(from));
+            }
+        }
+    });
 }
 
 /// Computes the panels `from..to` of a job. `kernel` is the one that [`MatmulKernel::of`] gives for `format`.
@@ -473,7 +494,7 @@ unsafe fn round_row<S: Simd>(x: Ptr<f32>, values: PtrMut<i8>, scales: PtrMut<f32
                 sum += q;
             }
             *scales.0.add(block) = greatest / 127.0;
-            *sums.0.add(block) = sum;
+            *sums.0.add(block) = -128 * sum;
         }
     }
 }

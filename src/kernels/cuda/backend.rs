@@ -5,17 +5,19 @@ use std::ops::Range;
 use std::sync::OnceLock;
 
 use candle_core::{Error, Result};
+use rayon::prelude::*;
 
 use super::device::{Allocation, Device, memory_of};
 use super::functions::{Ending, Functions, NULL, NormOf, Product, Rows};
 use crate::{
-    Activation, AttentionSpec, AttentionWeights, Backend, Batch, CausalConv, Columns, Epilogue, Experts, GatedDelta, HeadColumns, KvShape,
-    LatentSpec, Linear, MatrixSource, Norm, NormKind, RowVisitor, TableRow, WeightFormat,
+    Activation, AttentionSpec, AttentionWeights, Backend, Batch, CausalConv, Columns, Epilogue, Experts, GatedDelta, HeadColumns, KvDtype,
+    KvShape, LatentSpec, Linear, MatrixSource, Norm, NormKind, RowSampling, RowVisitor, StepLimits, TableRow, WeightFormat,
 };
 
 mod attention;
 mod experts;
 mod latent;
+mod sampling;
 mod scratch;
 mod states;
 mod step;
@@ -50,6 +52,8 @@ pub struct Buffer<M> {
     pub memory: M,
     pub rows: usize,
     pub width: usize,
+    /// That of activations, but f32 of logits.
+    pub dtype: Dtype,
 }
 
 #[derive(Debug)]
@@ -109,6 +113,12 @@ impl<D: Device> Cuda<D> {
         Self { device, dtype, choices: Choices::default(), step: None, inputs, scratch, lost: OnceLock::new() }
     }
 
+    /// Room for steps of this size is made at once.
+    pub fn for_steps(mut self, limits: &StepLimits) -> Self {
+        self.inputs.most.0 = limits.max_tokens;
+        self
+    }
+
     /// Passes an error on, and remembers one after which the device is lost.
     fn noted<T>(&self, result: Result<T>) -> Result<T> {
         result.inspect_err(|error| {
@@ -137,9 +147,19 @@ impl<D: Device> Cuda<D> {
     }
 
     fn resize(&self, buffer: &mut Buffer<D::Memory>, rows: usize, width: usize) -> Result<()> {
-        self.noted(self.device.resize(&mut buffer.memory, rows * width * self.dtype.bytes(), c"rows"))?;
+        self.noted(self.device.resize(&mut buffer.memory, rows * width * buffer.dtype.bytes(), c"rows"))?;
         (buffer.rows, buffer.width) = (rows, width);
         Ok(())
+    }
+
+    fn buffer_of(&self, dtype: Dtype, rows: usize, width: usize) -> Result<Buffer<D::Memory>> {
+        let memory = self.noted(self.device.allocate(rows * width * dtype.bytes(), c"rows"))?;
+        Ok(Buffer { memory, rows, width, dtype })
+    }
+
+    /// Operations read activations in their own type, not logits.
+    fn check_dtype(&self, x: &Buffer<D::Memory>) -> Result<()> {
+        if x.dtype == self.dtype { Ok(()) } else { Err(Error::Msg(format!("[{}, {}] are no activations", x.rows, x.width))) }
     }
 
     /// One product, by the kernel for so many rows.
@@ -169,8 +189,12 @@ impl<D: Device> Backend for Cuda<D> {
     type State = State<D::Memory>;
 
     fn buffer(&self, rows: usize, width: usize) -> Result<Self::Buffer> {
-        let memory = self.noted(self.device.allocate(rows * width * self.dtype.bytes(), c"rows"))?;
-        Ok(Buffer { memory, rows, width })
+        self.buffer_of(self.dtype, rows, width)
+    }
+
+    /// In f32: logits of bf16 are often equal.
+    fn logits_buffer(&self, rows: usize, width: usize) -> Result<Self::Buffer> {
+        self.buffer_of(Dtype::F32, rows, width)
     }
 
     fn weight<S: MatrixSource>(&self, source: &S, format: Option<WeightFormat>, columns: Columns) -> Result<Self::Weight> {
@@ -183,7 +207,8 @@ impl<D: Device> Backend for Cuda<D> {
     }
 
     fn kv_cache(&self, shape: KvShape) -> Result<Self::KvCache> {
-        if shape.dtype.is_some() {
+        let own = if self.dtype == Dtype::F32 { KvDtype::F32 } else { KvDtype::Bf16 };
+        if shape.dtype.is_some_and(|dtype| dtype != own) {
             return Err(shape.not_held("CUDA"));
         }
         let bytes = shape.blocks * shape.block_size * shape.kv_heads * shape.head_dim * self.dtype.bytes();
@@ -250,6 +275,7 @@ impl<D: Device> Backend for Cuda<D> {
         epilogue: Epilogue,
         out: &mut Self::Buffer,
     ) -> Result<()> {
+        self.check_dtype(x)?;
         let w = &linear.weight;
         let is_gated = matches!(epilogue, Epilogue::Gated(_));
         if x.width != w.k || is_gated != (w.columns == Columns::Gated) {
@@ -273,7 +299,7 @@ impl<D: Device> Backend for Cuda<D> {
             out: out.memory.address(),
             experts: 0,
         };
-        self.product(&product, w.form(), self.dtype.code())
+        self.product(&product, w.form(), out.dtype.code())
     }
 
     fn rope_and_store(
@@ -392,7 +418,7 @@ impl<D: Device> Backend for Cuda<D> {
     }
 
     fn scale_and_cap(&mut self, x: &mut Self::Buffer, scale: f32, cap: Option<f32>) -> Result<()> {
-        let (dtype, at, count) = (self.dtype.code(), x.memory.address(), x.rows * x.width);
+        let (dtype, at, count) = (x.dtype.code(), x.memory.address(), x.rows * x.width);
         // SAFETY: as many numbers as the buffer holds.
         self.launch(|functions, stream| unsafe { (functions.scale_and_cap)(stream, dtype, at, count, scale, cap.unwrap_or(0.0)) })
     }
@@ -407,10 +433,22 @@ impl<D: Device> Backend for Cuda<D> {
         self.launch(|functions, stream| unsafe { (functions.gate_rows)(stream, dtype, gates, to, rows, width, part) })
     }
 
+    const SAMPLES: bool = true;
+
+    fn sample(
+        &mut self,
+        logits: &mut Self::Buffer,
+        width: usize,
+        unassigned: &[u32],
+        rows: &[RowSampling],
+    ) -> Result<Option<Vec<Option<u32>>>> {
+        self.sampled(logits, width, unassigned, rows).map(Some)
+    }
+
     fn each_row(&mut self, x: &mut Self::Buffer, visit: RowVisitor<'_>) -> Result<()> {
         self.check_device()?;
-        let values = self.noted(self.dtype.read(&self.device, &x.memory, x.rows * x.width))?;
-        values.chunks_exact(x.width).enumerate().for_each(|(row, values)| visit(row, &mut values.to_vec()));
+        let mut values = self.noted(x.dtype.read(&self.device, &x.memory, x.rows * x.width))?;
+        values.par_chunks_exact_mut(x.width.max(1)).enumerate().for_each(|(row, values)| visit(row, values));
         Ok(())
     }
 }
@@ -426,8 +464,10 @@ impl<D: Device> Cuda<D> {
         second: NormOf,
         out: Option<&mut Buffer<D::Memory>>,
     ) -> Result<()> {
+        self.check_dtype(x)?;
         let to = |buffer: Option<&mut Buffer<D::Memory>>| -> Result<*mut c_void> {
             match buffer {
+                Some(buffer) if buffer.dtype != self.dtype => Err(Error::Msg("a norm ends in activations".into())),
                 Some(buffer) if (buffer.rows, buffer.width) != (x.rows, x.width) => {
                     Err(Error::Msg(format!("[{}, {}] cannot be added to [{}, {}]", x.rows, x.width, buffer.rows, buffer.width)))
                 }
@@ -441,7 +481,15 @@ impl<D: Device> Cuda<D> {
         self.launch(|functions, stream| unsafe { (functions.norm)(stream, dtype, from, first, residual, factor, second, out, rows, width) })
     }
 
+    /// Keys and values of a whole cache, slot by slot: for comparisons.
+    pub fn stored(&self, cache: &KvCache<D::Memory>) -> Result<(Vec<f32>, Vec<f32>)> {
+        let KvShape { blocks, block_size, kv_heads, head_dim, .. } = cache.shape;
+        let read = |memory| self.noted(self.dtype.read(&self.device, memory, blocks * block_size * kv_heads * head_dim));
+        Ok((read(&cache.keys)?, read(&cache.values)?))
+    }
+
     fn picked(&self, x: &Buffer<D::Memory>, rows: *const c_void, out: &mut Buffer<D::Memory>) -> Result<()> {
+        self.check_dtype(x).and(self.check_dtype(out))?;
         let (from, to) = (at(&x.memory), out.memory.address());
         let (dtype, count, width) = (self.dtype.code(), out.rows as c_int, out.width as c_int);
         // SAFETY: rows were checked.

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use candle_core::{Error, Result};
 
 use super::backend::{Choices, Cuda, Dtype};
-use super::device::Device;
+use super::device::{Device, bytes_of};
 use crate::cpu::Cpu;
 use crate::testing::{TestMatrix, plain_attention};
 use crate::{
     Activation, AttentionSpec, AttentionWeights, Backend, Batch, BatchRow, CausalConv, Columns, ComputeDtype, ConvKind, ConvSpec,
     DeltaSpec, Epilogue, Expert, ExpertLimits, Experts, GatedDelta, HeadColumns, LatentSpec, Linear, Norm, NormKind, Pairing, Rope,
-    RopeTable, RouterScore, RoutingSpec, StateSave, StepLimits, StepStates, TableRow, WeightFormat, quantize,
+    RopeTable, RouterScore, RoutingSpec, RowSampling, StateSave, StepLimits, StepStates, TableRow, WeightFormat, quantize,
 };
 
 /// A kernel that does not give what it should.
@@ -392,6 +392,50 @@ impl<D: Device> Cuda<D> {
         }
         self.choices = choices;
         self.end();
+        if self.check_device().is_ok() {
+            for (kernels, width, rows) in [("argmax", 90, [row(0.0, 1.0, 0), row(0.0, 1.0, 0)]), ("adjust, sample", 64, draws())] {
+                let said = self.draw(width, &rows).unwrap_or_else(|error| Some(error.to_string()));
+                found.extend(said.map(|said| Disagreement { kernels, said }));
+            }
+        }
         found
     }
+
+    /// What is wrong with the tokens of two rows of logits: one with a greatest number that comes twice, one of equals.
+    fn draw(&mut self, width: usize, rows: &[RowSampling; 2]) -> Result<Option<String>> {
+        const STRIDE: usize = 96;
+        let mut logits = self.logits_buffer(2, STRIDE)?;
+        let mut values = [0.5f32; 2 * STRIDE];
+        (values[41], values[47]) = (3.0, 3.0);
+        // Beyond the width nothing counts.
+        (values[STRIDE - 1], values[2 * STRIDE - 1]) = (9.0, 9.0);
+        self.device.write(&logits.memory, bytes_of(&values))?;
+        let Some(tokens) = self.sample(&mut logits, width, &[], rows)? else { return Ok(Some("nothing was sampled".into())) };
+        let wanted = match rows {
+            [first, second] if first.is_plain_greedy() && second.is_plain_greedy() => [41, 0],
+            // The ids that are left are 41 and 47, and the first is suppressed; of equals each is as likely.
+            [_, second] => [47, (uniform(second.seed, second.index) * width as f64) as u32],
+        };
+        Ok((tokens != wanted.map(Some)).then(|| format!("tokens {tokens:?} instead of {wanted:?}")))
+    }
+}
+
+fn row(inverse_temperature: f32, top_p: f32, top_k: u32) -> RowSampling {
+    RowSampling { seed: 977, index: 3, inverse_temperature, top_p, top_k, ..RowSampling::default() }
+}
+
+fn draws() -> [RowSampling; 2] {
+    let changes = [vec![(41, 0.0)], vec![(47, 1.0)], vec![(47, 2.0)], vec![(47, 0.25)]];
+    [RowSampling { changes, ..row(1.0, 0.4, 3) }, row(1.0, 1.0, 0)]
+}
+
+/// As `models::sample` draws it.
+fn uniform(seed: u64, index: u64) -> f64 {
+    let mix = |z: u64| {
+        let z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    };
+    let bits = mix(mix(seed.wrapping_add(0x9E37_79B9_7F4A_7C15)) ^ index.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+    (bits >> 11) as f64 / (1u64 << 53) as f64
 }

@@ -214,8 +214,6 @@ pub struct Changes {
 }
 
 /// `Sampling`
-// Draws are made by tests alone so far.
-#[cfg_attr(not(test), allow(dead_code))]
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct Sampling {

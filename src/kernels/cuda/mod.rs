@@ -1,6 +1,7 @@
 //! CUDA kernels of our own, as C++ that two compilers take, and how they are proved without a GPU.
 //!
-//! **Not in use yet**: CUDA runs candle's operations composed ([`crate::candle`]). What stands here is built by tests alone.
+//! What a GPU computes with, where the model needs nothing of [`MISSING`] and [`Cuda::self_check`] finds all kernels right; else candle's operations
+//! do ([`crate::candle`]). **Proved on the emulator, never run on a GPU**: of `gpu.rs` nothing but its compilation is known.
 //!
 //! | file | what is in it |
 //! |---|---|
@@ -16,7 +17,9 @@
 //! | `latent.cu` | rows of latent attention; its products for each head are those of `gemv.cu` and `matmul.cu` |
 //! | `sample.cu` | what changes logits, argmax, the draw |
 //! | `backend.rs`, `backend/` | the host side: what is launched for an operation of [`crate::Backend`], and from what memory |
-//! | `device.rs` | what the host side needs of a device; `emulator.rs` is one for tests |
+//! | `device.rs` | what the host side needs of a device: `gpu.rs` is one, `emulator.rs` another for tests |
+//! | `check.rs` | what a device is asked at the start: every kernel on a few numbers |
+//! | `../build.rs` | nvcc's part: machine code for each architecture in one library |
 //! | `device.h`, `tensor.h`, `emulate/` | what two compilers need to take them alike; a launch on a CPU |
 //!
 //! The tests build them with the host's C++ compiler and compare each with its CPU twin, on random shapes and in three orders of threads.

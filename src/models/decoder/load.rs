@@ -78,7 +78,8 @@ impl<B: Backend> Decoder<B> {
         let pooling = spec.pooling.as_ref().filter(|_| shard.leads());
         let pooling_head = pooling.into_iter().flat_map(|pooling| &pooling.head).map(|layer| loader.head_layer(layer));
         let (tables, pooling_head) = (loader.tables()?, pooling_head.collect::<Result<_, _>>()?);
-        let buffers = Buffers::new(&part, limits, |rows, width| backend.buffer(rows, width).map_err(failure))?;
+        let buffer = |rows, width| backend.buffer(rows, width).map_err(failure);
+        let buffers = Buffers::new(&part, limits, buffer, |rows, width| backend.logits_buffer(rows, width).map_err(failure))?;
         Ok(Self { spec: part, shard, embedding, tables, embedding_norm, layers, norm, head, pooling_head, buffers })
     }
 
@@ -141,12 +142,19 @@ impl<F: Footprint> Decoder<Sizing<F>> {
 
 /// Bytes of the buffers that a decoder makes; `None`: more than can be counted.
 pub fn buffer_bytes<F: Footprint>(spec: &ModelSpec, limits: &StepLimits) -> Option<usize> {
-    let sizes = Buffers::new(spec, limits, |rows, width| Ok(F::buffer_bytes(rows, width))).ok()?;
+    let (buffer, logits) = (|rows, width| Ok(F::buffer_bytes(rows, width)), |rows, width| Ok(F::logits_bytes(rows, width)));
+    let sizes = Buffers::new(spec, limits, buffer, logits).ok()?;
     sizes.all().into_iter().try_fold(0usize, |sum, size| sum.checked_add(size?))
 }
 
 impl<T> Buffers<T> {
-    fn new(spec: &ModelSpec, limits: &StepLimits, make: impl Fn(usize, usize) -> Result<T, Failure>) -> Result<Self, Failure> {
+    /// What a pooling head makes is no logits: it is read on.
+    fn new(
+        spec: &ModelSpec,
+        limits: &StepLimits,
+        make: impl Fn(usize, usize) -> Result<T, Failure>,
+        make_logits: impl Fn(usize, usize) -> Result<T, Failure>,
+    ) -> Result<Self, Failure> {
         let (t, n, width) = (limits.max_tokens, limits.max_logits, spec.hidden_size);
         let is_used = |used: bool| if used { t } else { 0 };
         let widths = spec.mixer_widths();
@@ -166,7 +174,7 @@ impl<T> Buffers<T> {
             branch: make(is_used(has_end_norms), width)?,
             router: make(is_used(limits.experts.is_some()), limits.experts.map_or(0, |experts| experts.experts))?,
             picked: make(n, if spec.pooling.is_some() { spec.widest_result() } else { width })?,
-            logits: make(n, spec.widest_result())?,
+            logits: if spec.pooling.is_some() { make(n, spec.widest_result()) } else { make_logits(n, spec.widest_result()) }?,
         })
     }
 
@@ -420,7 +428,7 @@ impl<B: Backend> Loader<'_, '_, B> {
     }
 
     fn vector(&self, name: &str, len: usize) -> Result<B::Vector, Failure> {
-        self.part_of_vector(name, len, &[0..len])
+        self.part_of_vector(name, len, std::slice::from_ref(&(0..len)))
     }
 
     /// These of a vector's `len` numbers.

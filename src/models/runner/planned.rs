@@ -11,6 +11,7 @@ use crate::kernels::candle::{Candle, has_nccl};
 use crate::kernels::cpu::Cpu;
 use crate::kernels::sizing::{Operation, Sizing};
 use crate::kernels::{Backend, Batch, BatchRow, Footprint, StepStates};
+use crate::models::choice::Kernels;
 use crate::models::decoder::{self, Decoder};
 use crate::models::device::{describe, device_failure, device_memory, device_of, least_memory};
 use crate::models::families::Model;
@@ -45,19 +46,30 @@ impl Planned {
         settings: &EngineSettings,
         share: Option<Share>,
     ) -> Result<Self, Failure> {
-        Self::on(&device_of(settings)?, model, tensors, vocab_size, settings, share)
+        let device = device_of(settings)?;
+        let kernels = Kernels::of(&device, &model.spec, settings).0;
+        kernels.check(&device, settings, None)?;
+        Self::on(&device, kernels, model, tensors, vocab_size, settings, share)
     }
 
     /// Plans before anything is loaded, so that a model which cannot fit is refused at once, instead of the system ending the process later.
     pub(super) fn on(
         device: &Device,
+        kernels: Kernels,
         model: &Model,
         tensors: &Tensors<'_>,
         vocab_size: usize,
         settings: &EngineSettings,
         share: Option<Share>,
     ) -> Result<Self, Failure> {
-        let planned = if device.is_cpu() { Self::sized::<Cpu> } else { Self::sized::<Candle> };
+        let planned = match kernels {
+            Kernels::Cpu => Self::sized::<Cpu>,
+            #[cfg(feature = "cuda")]
+            Kernels::Cuda => Self::sized::<super::Cuda>,
+            Kernels::Candle => Self::sized::<Candle>,
+            #[cfg(test)]
+            Kernels::Emulated(_) => Self::sized::<Cpu>,
+        };
         planned(device, model, tensors, vocab_size, settings, share)
     }
 

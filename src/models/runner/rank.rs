@@ -12,7 +12,7 @@ use crate::models::Plan;
 use crate::models::decoder::{Decoder, LayerCache};
 use crate::models::device::{device_failure, without_backtrace};
 use crate::models::families::Model;
-use crate::models::memory::{self, MemoryPlan, kv_dtype};
+use crate::models::memory::{MemoryPlan, kv_dtype};
 use crate::models::shard::Shard;
 use crate::models::tensors::Tensors;
 
@@ -30,7 +30,7 @@ impl Loading<'_> {
     /// How large its steps are. Results are made by the first rank alone.
     pub fn limits(&self) -> Result<StepLimits, Failure> {
         let (spec, shape) = (&self.model.spec, &self.plan.shape);
-        let results = if self.shard.leads() { memory::result_rows(spec, shape.max_num_seqs) } else { 0 };
+        let results = if self.shard.leads() { self.plan.result_rows } else { 0 };
         Ok(spec.for_shard(self.shard)?.step_limits(shape.max_num_batched_tokens, results, shape.block_size))
     }
 }

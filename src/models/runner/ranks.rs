@@ -18,6 +18,7 @@ use crate::error::Failure;
 use crate::kernels::Backend;
 use crate::kernels::candle::Candle;
 use crate::kernels::ranks::{Member, Ranks};
+use crate::models::choice::Kernels;
 use crate::models::device::{device_count, open_device, without_backtrace};
 use crate::models::families::Model;
 use crate::models::memory::{self, MemoryPlan};
@@ -68,8 +69,7 @@ pub struct Part {
     pub settings: EngineSettings,
     pub shard: Shard,
     pub plan: MemoryPlan,
-    /// With our kernels for CPUs.
-    pub ours: bool,
+    pub kernels: Kernels,
 }
 
 /// The other ranks, from the leader's point of view.
@@ -248,14 +248,14 @@ fn serve(part: &mut dyn Follower, messages: &Receiver<Message>) -> TensorResult<
 
 /// Each rank reads the files by itself: what is mapped is there once.
 fn load(part: &Part) -> Result<Box<dyn Follower>, Failure> {
-    let Part { files, settings, shard, plan, ours } = part;
+    let Part { files, settings, shard, plan, kernels } = part;
     let device = open_device(settings.device)?;
     let model = Model::from_files(files)?.for_task(files, settings)?;
     let checkpoint = Checkpoint::open(files, model.spec.quantized.as_deref())?;
     let tensors = Tensors::find(&checkpoint, &model)?;
     let loading = Loading { model: &model, tensors: &tensors, shard: *shard, plan, settings };
     let (limits, pool) = (loading.limits()?, loading_threads(memory::threads(settings))?);
-    Ok(match ours {
+    Ok(match *kernels == Kernels::Cpu {
         true => Box::new(Rank::load(&loading, cpu_of(&limits, settings)?, &limits, &pool)?),
         false => Box::new(Rank::load(&loading, Candle::new(&device), &limits, &pool)?),
     })

@@ -127,7 +127,7 @@ fn a_rank_that_cannot_load_its_part_fails_the_start() {
         let settings = divided(Quantization::AsStored, 2);
         let plan = planned(Quantization::AsStored, 2).memory;
         let files = ModelFiles::new("none", "nowhere", Vec::new());
-        let part = Part { files, settings, shard: Shard { rank: 1, ranks: 2 }, plan, ours: true };
+        let part = Part { files, settings, shard: Shard { rank: 1, ranks: 2 }, plan, kernels: Kernels::Cpu };
         let (_followers, leader) = Followers::start(vec![part]).unwrap();
         let reason = leader.meet().unwrap_err();
         assert!(reason.starts_with("rank 1: "), "{reason}");

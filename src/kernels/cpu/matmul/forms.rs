@@ -90,7 +90,7 @@ impl Weights for Weights8 {
                 let mut sums = [[S::splat_i32(0); 2]; MR];
                 if S::BIASED {
                     for r in 0..MR {
-                        sums[r] = [S::splat_i32(-128 * *job.sums.0.add((row + r) * blocks + block)); 2];
+                        sums[r] = [S::splat_i32(*job.sums.0.add((row + r) * blocks + block)); 2];
                     }
                 }
                 for group in 0..BLOCK / 4 {
@@ -156,8 +156,8 @@ impl Weights for Weights4 {
                         let min = S::mul(dmin[v], S::load_u8(bytes.add(PANEL + at)));
                         for r in 0..MR {
                             let x_scale = *job.scales.0.add((row + r) * blocks + block);
-                            let x_sum = *job.sums.0.add((row + r) * blocks + block) as f32;
-                            let value = S::mul_add(S::to_f32(sums[r][v]), scale, S::mul(min, S::splat(-x_sum)));
+                            let minus_x_sum = *job.sums.0.add((row + r) * blocks + block) as f32 * (1.0 / 128.0);
+                            let value = S::mul_add(S::to_f32(sums[r][v]), scale, S::mul(min, S::splat(minus_x_sum)));
                             acc[r][v] = S::mul_add(value, S::splat(x_scale), acc[r][v]);
                         }
                     }

@@ -12,7 +12,7 @@ use crate::{AttentionSpec, AttentionWeights, NormExtent, Pairing};
 
 /// Tokens of a context below which cutting it gains nothing.
 const LEAST_PART: usize = 256;
-pub const MOST_PARTS: usize = 32;
+const MOST_PARTS: usize = 32;
 /// Contexts of steps of more tokens are not cut.
 pub const CUT_TOKENS: usize = 256;
 

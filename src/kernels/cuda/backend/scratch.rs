@@ -6,7 +6,7 @@ use std::ffi::{CStr, c_void};
 use candle_core::Result;
 
 use super::Cuda;
-use crate::cuda::device::{Allocation, Device, Place};
+use crate::cuda::device::{Allocation, Device, Input, Place, memory_of};
 
 /// What a piece of it is for. Its bytes are the operation's until it asks for the same again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -20,6 +20,9 @@ pub enum Use {
     Visits,
     Gated,
     ExpertResults,
+    Tokens,
+    /// Rows of logits that cannot be sampled.
+    Failed,
 }
 
 impl Use {
@@ -33,6 +36,8 @@ impl Use {
             Self::Visits => c"visits",
             Self::Gated => c"gated",
             Self::ExpertResults => c"results of experts",
+            Self::Tokens => c"tokens",
+            Self::Failed => c"failed rows",
         }
     }
 }
@@ -41,13 +46,21 @@ pub struct Scratch<D: Device> {
     memories: HashMap<Use, D::Memory>,
     /// Small lists that an operation gets from the host.
     lists: D::Inputs,
+    pub samplings: D::Inputs,
     /// Tables of a layer's matrices, by the address of the first: bytes, and where they lie. They do not move.
     tables: HashMap<usize, (Vec<u8>, D::Memory)>,
 }
 
 impl<D: Device> Default for Scratch<D> {
     fn default() -> Self {
-        Self { memories: HashMap::new(), lists: D::Inputs::default(), tables: HashMap::new() }
+        let (lists, samplings) = (D::Inputs::default(), D::Inputs::default());
+        Self { memories: HashMap::new(), lists, samplings, tables: HashMap::new() }
+    }
+}
+
+impl<D: Device> Scratch<D> {
+    pub fn memory(&self, which: Use) -> Option<&D::Memory> {
+        self.memories.get(&which)
     }
 }
 
@@ -66,7 +79,7 @@ impl<D: Device> Cuda<D> {
     /// A list for the next launch.
     pub(super) fn list(&mut self, values: &[u32], name: &'static CStr) -> Result<Place> {
         self.check_device()?;
-        let staged = self.device.stage(&mut self.scratch.lists, &[crate::cuda::device::Input { name, values, most: 0 }]);
+        let staged = self.device.stage(&mut self.scratch.lists, &[Input { name, values, most: 0 }]);
         let places = self.noted(staged)?;
         Ok(places.first().copied().unwrap_or(Place(std::ptr::null())))
     }
@@ -78,7 +91,7 @@ impl<D: Device> Cuda<D> {
         {
             return Ok(Place(memory.address()));
         }
-        let made = crate::cuda::device::memory_of(&self.device, bytes, name);
+        let made = memory_of(&self.device, bytes, name);
         let memory = self.noted(made)?;
         let place = Place(memory.address());
         self.scratch.tables.insert(key, (bytes.to_vec(), memory));

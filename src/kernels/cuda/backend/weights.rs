@@ -9,9 +9,9 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::Cuda;
-use super::attention::{CUT_TOKENS, MOST_PARTS};
+use super::attention::CUT_TOKENS;
 use crate::cpu::load::{check, note};
-use crate::cuda::device::{Allocation, Device, read_numbers};
+use crate::cuda::device::{Allocation, Device, bytes_of, read_numbers};
 use crate::cuda::functions::{BF16, F32, Matrix};
 use crate::{AttentionSpec, Columns, Footprint, KvShape, MatrixSource, StepLimits, WeightFormat, quantize};
 
@@ -149,15 +149,15 @@ fn write_row<S: MatrixSource>(
         to.chunks_exact_mut(N).zip(from).for_each(|(to, from)| to.copy_from_slice(&from));
     }
     match format {
-        WeightFormat::F32 => put(values, source.row_f32(row, reader).iter().map(|value| value.to_le_bytes())),
-        WeightFormat::Bf16 => put(values, source.row_bf16(row, reader).iter().map(|value| value.to_le_bytes())),
+        WeightFormat::F32 => values.copy_from_slice(bytes_of(source.row_f32(row, reader))),
+        WeightFormat::Bf16 => values.copy_from_slice(bytes_of(source.row_bf16(row, reader))),
         WeightFormat::Int8 => {
             let mut exact = quantize::Row8::default();
             if !source.row_int8(row, &mut exact.values, &mut exact.scales) {
                 exact = quantize::row8(source.row_f32(row, reader))?;
             }
-            put(values, exact.values.iter().map(|value| value.to_le_bytes()));
-            put(scales, exact.scales.iter().map(|scale| scale.to_le_bytes()));
+            values.copy_from_slice(bytes_of(&exact.values));
+            scales.copy_from_slice(bytes_of(&exact.scales));
         }
         WeightFormat::Int4 => {
             let row = quantize::row4(source.row_f32(row, reader))?;
@@ -173,6 +173,8 @@ fn write_row<S: MatrixSource>(
 
 /// In bf16, as on a GPU.
 impl<D: Device> Footprint for Cuda<D> {
+    const MOST_LOGITS: usize = 256;
+
     fn weight_bytes(rows: usize, width: usize, _is_bf16: bool, format: Option<WeightFormat>, _columns: Columns) -> (WeightFormat, usize) {
         let format = format.unwrap_or(WeightFormat::Bf16);
         let bytes = rows * row_bytes(width, format).iter().sum::<usize>();
@@ -187,6 +189,10 @@ impl<D: Device> Footprint for Cuda<D> {
         rows.checked_mul(width)?.checked_mul(Dtype::Bf16.bytes())
     }
 
+    fn logits_bytes(rows: usize, width: usize) -> Option<usize> {
+        rows.checked_mul(width)?.checked_mul(Dtype::F32.bytes())
+    }
+
     fn own_bytes(limits: &StepLimits, _threads: usize) -> Option<usize> {
         own_bytes(limits)
     }
@@ -197,9 +203,12 @@ fn own_bytes(limits: &StepLimits) -> Option<usize> {
     let t = limits.max_tokens;
     let inputs = t.checked_mul(size_of::<u32>() * (6 + 2 * limits.attention.len()))?.checked_add(BLOCK_TABLES)?;
     let angles = t.checked_mul(2 * size_of::<f32>() * limits.frequencies)?;
-    // Contexts are cut where few tokens leave the device idle, into no more parts than keep it busy.
-    let part = |spec: &AttentionSpec| spec.heads * (spec.head_dim + 2) * size_of::<f32>();
-    let parts = limits.attention.iter().map(part).max().unwrap_or(0).checked_mul(t.min(CUT_TOKENS) * MOST_PARTS)?;
+    // Contexts are cut into no more parts than keep the largest device busy.
+    let parts = |spec: &AttentionSpec| {
+        let rows = 2 * MOST_MULTIPROCESSORS * spec.heads / spec.kv_heads + t.min(CUT_TOKENS) * spec.heads;
+        rows * (spec.head_dim + 2) * size_of::<f32>()
+    };
+    let parts = limits.attention.iter().map(parts).max().unwrap_or(0);
     let experts = limits.experts.map_or(Some(0), |experts| {
         let visits = t.checked_mul(experts.top_k)?;
         let each = 4 * size_of::<f32>() + experts.intermediate * Dtype::Bf16.bytes() + experts.hidden * size_of::<f32>();
@@ -207,6 +216,8 @@ fn own_bytes(limits: &StepLimits) -> Option<usize> {
     })?;
     inputs.checked_add(angles)?.checked_add(parts)?.checked_add(experts)
 }
+
+const MOST_MULTIPROCESSORS: usize = 192;
 
 /// Block tables of the largest step: those of 256 sequences of 128K tokens take 4 MiB, and room for them doubles as it grows.
 const BLOCK_TABLES: usize = 8 << 20;

@@ -1,8 +1,10 @@
 //! The greatest logit and the draw, against what the CPU's sampler has drawn (`sampled.txt`, recorded by `src/models/sample/recorded_tests.rs`).
 
-use super::in_every_order;
+use super::{Cuda, Dtype, in_every_order};
+use crate::cuda::device::{Device, bytes_of};
 use crate::cuda::emulator::{Emulator, Memory};
 use crate::cuda::functions::{Changes, Logits, Sampling};
+use crate::{Backend, RowSampling};
 
 struct Row {
     vocab: usize,
@@ -95,6 +97,48 @@ fn the_draw_is_that_of_the_cpu() {
             let of: Vec<&Row> = rows.iter().filter(|row| row.vocab == vocab).collect();
             let wanted: Vec<i32> = of.iter().map(|row| row.token).collect();
             assert_eq!(sample(emulator, &of, None, &[]), wanted, "of {vocab}");
+        }
+    });
+}
+
+/// As the product asks for it: logits wider than the vocabulary, ids without a token, rows that want different things.
+#[test]
+fn the_backend_draws_what_the_cpu_does() {
+    let rows = recorded();
+    in_every_order(0..1, |emulator, _| {
+        for vocab in [33, 257, 1025] {
+            let of: Vec<&Row> = rows.iter().filter(|row| row.vocab == vocab).collect();
+            let mut backend = Cuda::new(emulator, Dtype::Bf16);
+            let mut logits = backend.logits_buffer(of.len(), vocab + 3).unwrap();
+            let values: Vec<f32> = of.iter().flat_map(|row| row.logits.iter().copied().chain([99.0; 3])).collect();
+            backend.device.write(&logits.memory, bytes_of(&values)).unwrap();
+            let sampling = |row: &&Row| {
+                let kinds = changes(vocab).map(|kind| kind.into_iter().map(|(id, value)| (id as u32, value)).collect());
+                let Sampling { seed, index, inverse_temperature, min_p, top_p, top_k } = row.sampling;
+                let changes = if row.changes { kinds } else { Default::default() };
+                RowSampling { seed, index, inverse_temperature, min_p, top_p, top_k: top_k as u32, changes }
+            };
+            let asked: Vec<RowSampling> = of.iter().map(sampling).collect();
+            let wanted: Vec<Option<u32>> = of.iter().map(|row| Some(row.token as u32)).collect();
+            assert!(!of.is_empty());
+            assert_eq!(backend.sample(&mut logits, vocab, &[], &asked).unwrap(), Some(wanted), "of {vocab}");
+            let outside = backend.sample(&mut logits, vocab, &[vocab as u32 + 3], &asked).unwrap_err().to_string();
+            assert!(outside.contains("outside"), "{outside}");
+        }
+    });
+}
+
+/// Of greedy rows alone the greatest is looked for; an id without a token is not it.
+#[test]
+fn the_backend_takes_the_greatest_logit() {
+    in_every_order(0..1, |emulator, _| {
+        let mut backend = Cuda::new(emulator, Dtype::Bf16);
+        let values = [[1.0, 7.0, 3.0, 7.0, 9.0], [f32::NAN, 1.0, 2.0, 0.0, 9.0]].concat();
+        let greedy = vec![RowSampling { top_p: 1.0, ..Default::default() }; 2];
+        for (unassigned, wanted) in [(&[][..], [Some(1), None]), (&[1], [Some(3), None])] {
+            let mut logits = backend.logits_buffer(2, 5).unwrap();
+            backend.device.write(&logits.memory, bytes_of(&values)).unwrap();
+            assert_eq!(backend.sample(&mut logits, 4, unassigned, &greedy).unwrap(), Some(wanted.to_vec()));
         }
     });
 }
