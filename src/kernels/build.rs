@@ -13,7 +13,8 @@ use std::sync::Mutex;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-const SOURCES: [&str; 10] = ["error", "rows", "embed", "gemv", "matmul", "rope", "attend", "attend_tiles", "experts", "sample"];
+const SOURCES: [&str; 13] =
+    ["error", "rows", "embed", "gemv", "matmul", "rope", "attend", "attend_tiles", "experts", "conv", "delta", "latent", "sample"];
 /// Compute capabilities: A100, A10 and 3090, L4 and 4090, H100 and H200, B200, 5090.
 const ARCHITECTURES: &str = "80,86,89,90,100,120";
 const FLAGS: [&str; 8] = ["-std=c++17", "-O3", "--threads=0", "-Xcompiler", "-fPIC", "-Xfatbin", "-compress-all", "-c"];

@@ -19,7 +19,7 @@ use candle_core::Result;
 
 pub mod candle;
 pub mod cpu;
-#[cfg(any(test, feature = "cuda"))]
+#[cfg(any(test, feature = "cuda", feature = "emulator"))]
 pub mod cuda;
 pub mod ops;
 pub mod quantize;

@@ -506,7 +506,13 @@ impl<B: Backend, F: Fn(&mut B, &mut [B::Buffer], &mut B::State, &mut B::Buffer)>
     }
 }
 
-fn convolved_on<B: Backend>(backend: &mut B, spec: ConvSpec, bias: bool, steps: &[StateStep], mut seed: u64) -> (Vec<f32>, Vec<f32>) {
+pub(crate) fn convolved_on<B: Backend>(
+    backend: &mut B,
+    spec: ConvSpec,
+    bias: bool,
+    steps: &[StateStep],
+    mut seed: u64,
+) -> (Vec<f32>, Vec<f32>) {
     let mut numbers = |n: usize| random(n, &mut seed);
     let weight = backend.vector(numbers(spec.channels * spec.kernel)).unwrap();
     let vector = backend.vector(numbers(spec.channels)).unwrap();
@@ -518,7 +524,7 @@ fn convolved_on<B: Backend>(backend: &mut B, spec: ConvSpec, bias: bool, steps: 
     Stateful::new(inputs, spec.state_width(), spec.channels, run).run(backend, steps)
 }
 
-fn delta_on<B: Backend>(backend: &mut B, spec: DeltaSpec, steps: &[StateStep], mut seed: u64) -> (Vec<f32>, Vec<f32>) {
+pub(crate) fn delta_on<B: Backend>(backend: &mut B, spec: DeltaSpec, steps: &[StateStep], mut seed: u64) -> (Vec<f32>, Vec<f32>) {
     let mut numbers = |n: usize| random(n, &mut seed);
     let decay = backend.vector(numbers(spec.value_heads).into_iter().map(|x| x.abs() * 3.0).collect()).unwrap();
     let decay_bias = backend.vector(numbers(spec.value_heads)).unwrap();
@@ -533,7 +539,7 @@ fn delta_on<B: Backend>(backend: &mut B, spec: DeltaSpec, steps: &[StateStep], m
 }
 
 /// Queries, key and value of latent attention, and the products for each head around it.
-fn latent_on<B: Backend>(backend: &mut B, spec: LatentSpec, t: usize, mut seed: u64) -> [Vec<f32>; 2] {
+pub(crate) fn latent_on<B: Backend>(backend: &mut B, spec: LatentSpec, t: usize, mut seed: u64) -> [Vec<f32>; 2] {
     let mut numbers = |n: usize| random(n, &mut seed);
     let LatentSpec { heads, nope_dim, rope_dim, rank, .. } = spec;
     let (q_width, norm) = (heads * (nope_dim + rope_dim), numbers(rank));
@@ -552,10 +558,10 @@ fn latent_on<B: Backend>(backend: &mut B, spec: LatentSpec, t: usize, mut seed: 
 }
 
 /// Tokens of the one text that all sequences of these tests begin with.
-const TEXT: usize = 40;
+pub(crate) const TEXT: usize = 40;
 
 /// One step of sequences that keep states.
-struct StateStep {
+pub(crate) struct StateStep {
     /// Of each row the tokens before it, and its own.
     rows: Vec<(usize, usize)>,
     states: StepStates,
@@ -600,7 +606,7 @@ impl StateStep {
 }
 
 /// A text in one piece; in chunks of these lengths; and the last chunk copied to another slot and gone on from there.
-fn state_steps(cuts: &[usize], kept: (usize, usize)) -> [Vec<StateStep>; 3] {
+pub(crate) fn state_steps(cuts: &[usize], kept: (usize, usize)) -> [Vec<StateStep>; 3] {
     let mut ends: Vec<usize> = cuts.iter().copied().chain([TEXT - 1]).collect();
     ends.sort_unstable();
     ends.dedup();

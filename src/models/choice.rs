@@ -5,7 +5,7 @@ use candle_core::Device;
 use crate::config::EngineSettings;
 use crate::error::Failure;
 use crate::kernels::Need;
-#[cfg(feature = "cuda")]
+#[cfg(any(test, feature = "cuda"))]
 use crate::kernels::cuda;
 use crate::models::device::check_quantized;
 use crate::models::spec::{FeedForward, Mixer, ModelSpec};
@@ -17,6 +17,15 @@ pub enum Kernels {
     Cuda,
     /// Candle's operations, on any device.
     Candle,
+    /// Our own for CUDA, as this processor runs them.
+    #[cfg(test)]
+    Emulated(cuda::Dtype),
+}
+
+#[cfg(test)]
+pub fn emulated(dtype: cuda::Dtype) -> Result<cuda::Cuda<&'static cuda::emulator::Emulator>, Failure> {
+    let emulator = cuda::emulator::Emulator::here().ok_or_else(|| Failure::internal("there is no C++ compiler"))?;
+    Ok(cuda::Cuda::new(emulator, dtype))
 }
 
 impl Kernels {

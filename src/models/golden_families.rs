@@ -12,6 +12,7 @@ use super::runner::ModelRunner;
 use super::{Plan, Row, StateSave};
 use crate::checkpoint::files::{ModelFiles, Source};
 use crate::config::{DeviceChoice, EngineSettings, Quantization, TensorParallel};
+use crate::kernels::cuda::Dtype;
 
 const TOLERANCE: f32 = 1e-4;
 const BLOCK: usize = 4;
@@ -231,6 +232,25 @@ pub(super) fn check(runner: &mut ModelRunner, golden: &Golden, what: &str) {
     close(&mixed, &expected, &format!("{what}, a mixed batch"));
 }
 
+/// The same through the CUDA kernels, emulated on this processor. In few steps, since they are slow there: a prompt, and two mixed batches of
+/// what goes on and what begins.
+pub(super) fn check_emulated(name: &str, golden: &Golden, files: &ModelFiles) {
+    on_thread(|| {
+        let settings = settings(Quantization::AsStored);
+        let Some(runner) = ModelRunner::load_emulated(files, &settings, Dtype::F32) else { return };
+        let (mut runner, what) = (runner.unwrap(), format!("{name}, CUDA kernels"));
+        for parts in [&[(0, 0, 10)][..], &[(0, 10, 11), (2, 0, 3), (1, 0, 2)], &[(1, 2, 3), (0, 11, 13)]] {
+            let (mut plan, mut want) = (Plan::default(), Vec::new());
+            for (sequence, from, to) in parts.iter().copied() {
+                let Sequence { ids, .. } = &golden.sequences[sequence];
+                add(&mut plan, ids, from, to, sequence);
+                want.extend_from_slice(&golden.sequences[sequence].rows(golden.vocab())[from..to]);
+            }
+            close(&runner.logits(&plan).unwrap(), &want, &what);
+        }
+    });
+}
+
 /// Runs `f` on a thread of its own, since a runner makes its thread a computing one for good.
 pub(super) fn on_thread<T: Send>(f: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| scope.spawn(f).join()).unwrap()
@@ -278,6 +298,14 @@ macro_rules! families {
         fn $name() {
             family(stringify!($name));
         })*
+
+        mod emulated {
+            $(#[test]
+            fn $name() {
+                let golden = super::Golden::read(stringify!($name));
+                super::check_emulated(stringify!($name), &golden, &golden.files());
+            })*
+        }
 
         /// Every golden file is looked at, and every family that is served has one, and a line in the docs.
         #[test]

@@ -8,6 +8,7 @@ use super::runner::ModelRunner;
 use super::{Plan, Row, Runner};
 use crate::checkpoint::files::ModelFiles;
 use crate::config::{EngineSettings, Quantization, TaskChoice};
+use crate::kernels::cuda::Dtype;
 
 const TOLERANCE: f32 = 2e-6;
 const BLOCK: usize = 4;
@@ -75,10 +76,10 @@ fn load(files: &ModelFiles, quantization: Quantization) -> ModelRunner {
 }
 
 #[track_caller]
-fn close(got: &[Vec<f32>], golden: &Golden, what: &str) {
-    assert_eq!(got.len(), golden.sequences.len(), "{what}");
+fn close(got: &[Vec<f32>], sequences: &[Sequence], what: &str) {
+    assert_eq!(got.len(), sequences.len(), "{what}");
     let mut worst = 0f32;
-    for (sequence, got) in golden.sequences.iter().zip(got) {
+    for (sequence, got) in sequences.iter().zip(got) {
         let want = sequence.pooled();
         assert_eq!(got.len(), want.len(), "{what}");
         let largest = want.iter().fold(1f32, |largest, x| largest.max(x.abs()));
@@ -98,7 +99,7 @@ fn cosine(a: &[f32], b: &[f32]) -> f32 {
 fn check(golden: &Golden, files: &ModelFiles, name: &str) {
     on_thread(|| {
         let mut runner = load(files, Quantization::AsStored);
-        close(&together(&mut runner, golden), golden, name);
+        close(&together(&mut runner, golden), &golden.sequences, name);
         // Alone, and what does not see later tokens in chunks, too.
         let mut alone = Vec::new();
         for sequence in &golden.sequences {
@@ -119,10 +120,10 @@ fn check(golden: &Golden, files: &ModelFiles, name: &str) {
     let ranks = EngineSettings { max_num_seqs: Some(4), ..divided(Quantization::AsStored, 2) };
     on_thread(|| {
         let mut runner = ModelRunner::load(files, || Ok(usize::MAX), &ranks).unwrap();
-        close(&together(&mut runner, golden), golden, &format!("{name}, 2 ranks"));
+        close(&together(&mut runner, golden), &golden.sequences, &format!("{name}, 2 ranks"));
     });
     let reference = || ModelRunner::load_reference(files, &settings_of(Quantization::AsStored)).unwrap();
-    on_thread(|| close(&together(&mut reference(), golden), golden, &format!("{name}, candle")));
+    on_thread(|| close(&together(&mut reference(), golden), &golden.sequences, &format!("{name}, candle")));
     on_thread(|| {
         let mut runner = load(files, Quantization::Wint8);
         assert!(runner.about.weights.starts_with("8-bit"), "{}", runner.about.weights);
@@ -134,6 +135,16 @@ fn check(golden: &Golden, files: &ModelFiles, name: &str) {
                 want => assert!(cosine(got, want) > 0.999, "{name}, 8-bit: cosine {}", cosine(got, want)),
             }
         }
+    });
+}
+
+/// All sequences but the longest in one step, through the CUDA kernels, emulated on this processor.
+fn check_emulated(name: &str, golden: &Golden, files: &ModelFiles) {
+    on_thread(|| {
+        let Some(runner) = ModelRunner::load_emulated(files, &settings_of(Quantization::AsStored), Dtype::F32) else { return };
+        let (mut plan, rest) = (Plan::default(), &golden.sequences[1..]);
+        rest.iter().enumerate().for_each(|(place, sequence)| add(&mut plan, sequence, 0..sequence.ids.len(), place));
+        close(&results(&mut runner.unwrap(), &plan), rest, &format!("{name}, CUDA kernels"));
     });
 }
 
@@ -149,6 +160,14 @@ macro_rules! models {
         fn $test() {
             model($name);
         })*
+
+        mod emulated {
+            $(#[test]
+            fn $test() {
+                let golden = super::Golden::read_from("pooling", $name);
+                super::check_emulated($name, &golden, &golden.files());
+            })*
+        }
 
         #[test]
         fn every_golden_is_tested() {

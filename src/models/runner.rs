@@ -12,9 +12,11 @@ use crate::error::Failure;
 use crate::kernels::candle::Candle;
 use crate::kernels::cpu::packed::PackedStore;
 use crate::kernels::cpu::{self, Cpu};
+#[cfg(test)]
+use crate::kernels::cuda;
 use crate::kernels::ranks::Member;
 use crate::kernels::{Backend, ComputeDtype, Footprint, RowSampling, StepLimits};
-#[cfg(feature = "cuda")]
+#[cfg(any(test, feature = "cuda"))]
 use crate::models::choice;
 use crate::models::choice::Kernels;
 use crate::models::decoder::Decoder;
@@ -24,6 +26,7 @@ use crate::models::memory::{self, Demand, Memory, MemoryPlan, Share};
 use crate::models::prepared::PreparedCopy;
 use crate::models::sample;
 use crate::models::shard::Shard;
+use crate::models::spec::ModelSpec;
 use crate::models::tensors::Tensors;
 use crate::models::{Fault, Logprobs, LogprobsSpec, Output, Plan, Runner, SamplingMetadata, Shape, StepError, Turns, Vocabulary};
 
@@ -95,6 +98,8 @@ impl Beside {
                 #[cfg(feature = "cuda")]
                 Kernels::Cuda => demand_on::<Cuda>,
                 Kernels::Candle => demand_on::<Candle>,
+                #[cfg(test)]
+                Kernels::Emulated(_) => demand_on::<Cpu>,
             };
             demand(&model, &tensors, memory, settings)
         };
@@ -123,18 +128,27 @@ impl ModelRunner {
         settings: &EngineSettings,
         beside: Option<Beside>,
     ) -> Result<Self, Failure> {
-        Self::load_on(&device_of(settings)?, files, vocabulary, settings, beside)
+        let device = device_of(settings)?;
+        let kernels = |spec: &ModelSpec| Kernels::for_start(&device, spec, settings);
+        Self::load_on(&device, kernels, files, vocabulary, settings, beside)
     }
 
     /// Loads the model on a CPU with candle's operations instead of our kernels: the reference that they are compared with.
     #[cfg(test)]
     pub fn load_reference(files: &ModelFiles, settings: &EngineSettings) -> Result<Self, Failure> {
-        let settings = EngineSettings { candle_kernels: true, ..settings.clone() };
-        Self::load_on(&Device::Cpu, files, || Ok(usize::MAX), &settings, None)
+        Self::load_on(&Device::Cpu, |_| Kernels::Candle, files, || Ok(usize::MAX), settings, None)
+    }
+
+    /// Loads the model on the CUDA kernels as this processor runs them. `None` where there is no C++ compiler, which is said.
+    #[cfg(test)]
+    pub fn load_emulated(files: &ModelFiles, settings: &EngineSettings, dtype: cuda::Dtype) -> Option<Result<Self, Failure>> {
+        cuda::emulator::Emulator::here()?;
+        Some(Self::load_on(&Device::Cpu, |_| Kernels::Emulated(dtype), files, || Ok(usize::MAX), settings, None))
     }
 
     fn load_on<V: Into<Vocabulary>>(
         device: &Device,
+        kernels: impl FnOnce(&ModelSpec) -> Kernels,
         files: &ModelFiles,
         vocabulary: impl FnOnce() -> Result<V, Failure>,
         settings: &EngineSettings,
@@ -142,7 +156,7 @@ impl ModelRunner {
     ) -> Result<Self, Failure> {
         let model = Model::from_files(files)?.for_task(files, settings)?;
         let checkpoint = Checkpoint::open(files, model.spec.quantized.as_deref())?;
-        let kernels = Kernels::for_start(device, &model.spec, settings);
+        let kernels = kernels(&model.spec);
         let quantized = checkpoint.is_quantized() && settings.quantization != Quantization::Unquantized;
         kernels.check(device, settings, quantized.then_some(files.name.as_str()))?;
         let tensors = Tensors::find(&checkpoint, &model)?;
@@ -182,6 +196,8 @@ impl ModelRunner {
             #[cfg(feature = "cuda")]
             Kernels::Cuda => Box::new(DeviceRunner::load(&loading, choice::open_kernels(device, &limits)?, vocabulary, steps, others)?),
             Kernels::Candle => Box::new(DeviceRunner::load(&loading, candle(), vocabulary, steps, others)?),
+            #[cfg(test)]
+            Kernels::Emulated(dtype) => Box::new(DeviceRunner::load(&loading, choice::emulated(dtype)?, vocabulary, steps, others)?),
         };
         Ok(Self { model, turns, about })
     }

@@ -1,33 +1,40 @@
-// Paged attention for any head size up to 256 and both types, a token at a time: (kv head, token, split of the context) is a block, and all
-// query heads of the kv head are done with each key that is read. LANES lanes hold a key, 8 numbers each; a warp reads 32 / LANES keys at once.
-#include "attention.h"
+// Paged attention for any head size up to 768 and both types, a token at a time: (kv head, token, split of the context) is a block, and all
+// query heads of the kv head are done with each key that is read. LANES lanes hold a key, PIECES times 8 numbers each; a warp reads
+// 32 / LANES keys at once.
+#include "attend_wide.h"
 
-constexpr int WARPS = 4, UNROLL = 2;
+constexpr int WARPS = 4;
 
-template <class T, int LANES, int HEADS>
+template <class T, int LANES, int HEADS, int PIECES>
 __global__ void __launch_bounds__(WARPS * WARP, 2) attend_split(const T* q, const T* keys, const T* values, Attention a, T* out, int chunks) {
-  constexpr int AT_ONCE = WARPS * WARP / LANES;  // keys of a block's step
+  constexpr int AT_ONCE = WARPS * WARP / LANES, UNROLL = PIECES > 1 ? 1 : 2, MINE = PIECES * 8;  // keys of a block's step; of those a lane has so many
   const int kv_head = blockIdx.x / chunks, group = a.heads / a.kv_heads, token = blockIdx.y, d = a.head_dim;
   const int first_head = kv_head * group + blockIdx.x % chunks * HEADS, heads = smaller(HEADS, (kv_head + 1) * group - first_head);
-  const int part = threadIdx.x / LANES, lane = threadIdx.x % LANES, at = lane * 8, mine = greater(0, smaller(8, d - at));
+  const int part = threadIdx.x / LANES, lane = threadIdx.x % LANES;
   const bool whole = d % 8 == 0;
-  const int sequence = a.sequences[token], end_of_all = a.visible[token];
-  const int begin_of_all = a.window > 0 ? greater(0, end_of_all - a.window) : 0;
-  const int share = (end_of_all - begin_of_all + a.splits - 1) / a.splits;
-  const int begin = begin_of_all + int(blockIdx.z) * share, end = smaller(end_of_all, begin + share);
+  const int sequence = a.sequences[token];
+  const Span seen = seen_by(a, token);
+  const int share = (seen.end - seen.begin + a.splits - 1) / a.splits;
+  const int begin = seen.begin + int(blockIdx.z) * share, end = smaller(seen.end, begin + share);
+  // A lane's pieces lie LANES pieces apart, so that lanes read side by side.
+  auto there = [&](int piece) { return greater(0, smaller(8, d - (piece * LANES + lane) * 8)); };
   auto read = [&](const T* from, float* to) {
-    if (whole && mine > 0) load8(from + at, to);
-    else load_some(from + at, mine, to);
+#pragma unroll
+    for (int p = 0; p < PIECES; ++p) {
+      const int at = (p * LANES + lane) * 8, mine = there(p);
+      if (whole && mine > 0) load8(from + at, to + p * 8);
+      else load_some(from + at, mine, to + p * 8);
+    }
   };
-  float query[HEADS][8], sum[HEADS][8], top[HEADS], total[HEADS];
+  float query[HEADS][MINE], sum[HEADS][MINE], top[HEADS], total[HEADS];
   for (int h = 0; h < HEADS; ++h) {
     top[h] = -INFINITY, total[h] = 0;
-    for (int i = 0; i < 8; ++i) query[h][i] = sum[h][i] = 0;
+    for (int i = 0; i < MINE; ++i) query[h][i] = sum[h][i] = 0;
     if (h < heads) read(q + size_t(token) * a.q_stride + size_t(first_head + h) * d, query[h]);
   }
   // All lanes of a warp take the same steps: the sums over lanes need all of them.
   for (int step = begin; step < end; step += AT_ONCE * UNROLL) {
-    float key[UNROLL][8], value[UNROLL][8], score[UNROLL][HEADS];
+    float key[UNROLL][MINE], value[UNROLL][MINE], score[UNROLL][HEADS];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
       const int position = step + u * AT_ONCE + part;
@@ -35,18 +42,18 @@ __global__ void __launch_bounds__(WARPS * WARP, 2) attend_split(const T* q, cons
         const size_t slot = (slot_of(a, sequence, position) * a.kv_heads + kv_head) * d;
         read(keys + slot, key[u]), read(values + slot, value[u]);
       } else {
-        for (int i = 0; i < 8; ++i) key[u][i] = value[u][i] = 0;
+        for (int i = 0; i < MINE; ++i) key[u][i] = value[u][i] = 0;
       }
     }
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
-      const bool there = step + u * AT_ONCE + part < end;
+      const bool valid = step + u * AT_ONCE + part < end;
 #pragma unroll
       for (int h = 0; h < HEADS; ++h) {
         float dot = 0;
-        for (int i = 0; i < 8; ++i) dot += query[h][i] * key[u][i];
+        for (int i = 0; i < MINE; ++i) dot += query[h][i] * key[u][i];
         for (int far = LANES / 2; far > 0; far /= 2) dot += __shfl_xor_sync(FULL, dot, far);
-        score[u][h] = there ? capped(dot * a.scale, a.soft_cap) : -INFINITY;
+        score[u][h] = valid ? capped(dot * a.scale, a.soft_cap) : -INFINITY;
       }
     }
 #pragma unroll
@@ -56,11 +63,11 @@ __global__ void __launch_bounds__(WARPS * WARP, 2) attend_split(const T* q, cons
       if (most == -INFINITY) continue;  // nothing yet
       const float keep = __expf(top[h] - most);
       top[h] = most, total[h] *= keep;
-      for (int i = 0; i < 8; ++i) sum[h][i] *= keep;
+      for (int i = 0; i < MINE; ++i) sum[h][i] *= keep;
       for (int u = 0; u < UNROLL; ++u) {
         const float weight = __expf(score[u][h] - most);
         total[h] += weight;
-        for (int i = 0; i < 8; ++i) sum[h][i] += weight * value[u][i];
+        for (int i = 0; i < MINE; ++i) sum[h][i] += weight * value[u][i];
       }
     }
   }
@@ -71,7 +78,8 @@ __global__ void __launch_bounds__(WARPS * WARP, 2) attend_split(const T* q, cons
     if (h >= heads) continue;
     float* to = found + (part * HEADS + h) * (d + 2);
     if (lane == 0) to[0] = top[h], to[1] = total[h];
-    store_some(to + 2 + at, mine, sum[h]);
+#pragma unroll
+    for (int p = 0; p < PIECES; ++p) store_some(to + 2 + (p * LANES + lane) * 8, there(p), sum[h] + p * 8);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < heads * d; i += blockDim.x) {
@@ -111,11 +119,11 @@ template <class T> __global__ void attend_merge(Attention a, T* out) {
   }
 }
 
-template <class T, int LANES, int HEADS>
+template <class T, int LANES, int HEADS, int PIECES = 1>
 int attend_heads(void* stream, const void* q, const void* keys, const void* values, const Attention& a, void* out, int tokens) {
   const int chunks = blocks_of(a.heads / a.kv_heads, HEADS);
   const size_t shared = size_t(WARPS * WARP / LANES) * HEADS * (a.head_dim + 2) * sizeof(float);
-  return launch(stream, dim3(a.kv_heads * chunks, tokens, a.splits), WARPS * WARP, shared, KERNEL(attend_split<T, LANES, HEADS>), static_cast<const T*>(q),
+  return launch(stream, dim3(a.kv_heads * chunks, tokens, a.splits), WARPS * WARP, shared, KERNEL(attend_split<T, LANES, HEADS, PIECES>), static_cast<const T*>(q),
                 static_cast<const T*>(keys), static_cast<const T*>(values), a, static_cast<T*>(out), chunks);
 }
 template <class T, int LANES>
@@ -125,12 +133,20 @@ int attend_lanes(void* stream, const void* q, const void* keys, const void* valu
   if (group == 2) return attend_heads<T, LANES, 2>(stream, q, keys, values, a, out, tokens);
   return attend_heads<T, LANES, 4>(stream, q, keys, values, a, out, tokens);
 }
+// Latent attention's on tensor cores.
+template <class S> int attend_wide_of(void* stream, const void* q, const void* keys, const void* values, const Attention& a, void* out, int tokens) {
+  const int chunks = blocks_of(a.heads / a.kv_heads, S::ROWS);
+  return launch(stream, dim3(a.kv_heads * chunks, tokens, a.splits), S::THREADS, S::BYTES, KERNEL(attend_wide<S>), static_cast<const bf16*>(q),
+                static_cast<const bf16*>(keys), static_cast<const bf16*>(values), a, static_cast<bf16*>(out), chunks);
+}
 template <class T> int attend_of(void* stream, const void* q, const void* keys, const void* values, const Attention& a, void* out, int tokens) {
-  if (a.head_dim > 256) return NOT_SUPPORTED;
-  const int error = a.head_dim <= 32    ? attend_lanes<T, 4>(stream, q, keys, values, a, out, tokens)
+  if (a.head_dim > 768) return NOT_SUPPORTED;
+  const int error = sizeof(T) == 2 && a.head_dim == 576 ? attend_wide_of<Wide<576>>(stream, q, keys, values, a, out, tokens)
+                    : a.head_dim <= 32    ? attend_lanes<T, 4>(stream, q, keys, values, a, out, tokens)
                     : a.head_dim <= 64  ? attend_lanes<T, 8>(stream, q, keys, values, a, out, tokens)
                     : a.head_dim <= 128 ? attend_lanes<T, 16>(stream, q, keys, values, a, out, tokens)
-                                        : attend_lanes<T, 32>(stream, q, keys, values, a, out, tokens);
+                    : a.head_dim <= 256 ? attend_lanes<T, 32>(stream, q, keys, values, a, out, tokens)
+                                        : attend_heads<T, 32, 1, 3>(stream, q, keys, values, a, out, tokens);
   if (error || a.splits == 1) return error;
   return launch(stream, dim3(a.heads, tokens), a.head_dim <= 64 ? 64 : 128, 0, KERNEL(attend_merge<T>), a, static_cast<T*>(out));
 }

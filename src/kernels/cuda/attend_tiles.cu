@@ -26,17 +26,20 @@ template <class S>
 __global__ void __launch_bounds__(S::THREADS) attend_tiles(const bf16* q, const bf16* keys, const bf16* values, Attention a, const int2* tiles, bf16* out) {
   constexpr int D = S::D, STRIDE = S::STRIDE, ROWS = S::ROWS, NS = S::MINE / 8;
   DYNAMIC_SHARED(bf16, memory);
-  SHARED(int, visible, [ROWS]);
+  SHARED(int2, seen, [ROWS]);  // the positions of each row: from the first to before the second
   const int2 tile = tiles[blockIdx.y];
   const int kv_head = blockIdx.x, group = a.heads / a.kv_heads, rows = tile.y * group, sequence = a.sequences[tile.x];
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, row = warp / S::KW * 16, own = warp % S::KW * S::MINE;
   bf16 *query = memory, *tiles_kv = memory + ROWS * STRIDE;
   auto key_tile = [&](int step) { return tiles_kv + step % 2 * 2 * S::KV; };
-  const int end_of_all = a.visible[tile.x + tile.y - 1], begin_of_all = a.window > 0 ? greater(0, a.visible[tile.x] - a.window) : 0;
+  const int end_of_all = seen_by(a, tile.x + tile.y - 1).end, begin_of_all = seen_by(a, tile.x).begin;
   const int share = ((end_of_all - begin_of_all + S::KEYS - 1) / S::KEYS + a.splits - 1) / a.splits * S::KEYS;
   const int begin = begin_of_all + int(blockIdx.z) * share, end = smaller(end_of_all, begin + share);
   const int steps = end > begin ? (end - begin + S::KEYS - 1) / S::KEYS : 0;
-  for (int i = threadIdx.x; i < ROWS; i += S::THREADS) visible[i] = i < rows ? a.visible[tile.x + i / group] : 0;
+  for (int i = threadIdx.x; i < ROWS; i += S::THREADS) {
+    const Span of = i < rows ? seen_by(a, tile.x + i / group) : Span{0, 0};
+    seen[i] = make_int2(of.begin, of.end);
+  }
   for (int i = threadIdx.x; i < ROWS * (D / 8); i += S::THREADS) {
     const int r = i / (D / 8), column = i % (D / 8) * 8;
     const bool valid = r < rows;
@@ -77,8 +80,9 @@ __global__ void __launch_bounds__(S::THREADS) attend_tiles(const bf16* q, const 
 #pragma unroll
     for (int n = 0; n < NS; ++n)
       for (int i = 0; i < 4; ++i) {
-        const int position = from + own + n * 8 + lane % 4 * 2 + i % 2, seen = visible[row + lane / 4 + i / 2 * 8];
-        const bool hidden = position >= smaller(seen, end) || (a.window > 0 && position < seen - a.window);
+        const int position = from + own + n * 8 + lane % 4 * 2 + i % 2;
+        const int2 of = seen[row + lane / 4 + i / 2 * 8];
+        const bool hidden = position >= smaller(of.y, end) || position < of.x;
         score[n][i] = hidden ? -INFINITY : capped(score[n][i] * a.scale, a.soft_cap);
         most[i / 2] = fmaxf(most[i / 2], score[n][i]);
       }

@@ -1,6 +1,5 @@
 //! The kernels behind [`Backend`], on any [`Device`]: what proves the CPU's operations proves these on the emulator, and a GPU runs the same.
 
-use std::convert::Infallible;
 use std::ffi::{c_int, c_void};
 use std::ops::Range;
 use std::sync::OnceLock;
@@ -17,12 +16,15 @@ use crate::{
 
 mod attention;
 mod experts;
+mod latent;
 mod sampling;
 mod scratch;
+mod states;
 mod step;
 mod weights;
 
 use scratch::{Scratch, Use};
+pub use states::State;
 use step::{Inputs, Step};
 pub use weights::{Dtype, Weight};
 
@@ -86,11 +88,6 @@ fn at_or_null(memory: Option<&impl Allocation>) -> *const c_void {
 fn norm_of(norm: &Norm<impl Allocation>) -> NormOf {
     let bias = at_or_null(norm.bias.as_ref());
     NormOf { weight: at(&norm.weight), bias, epsilon: norm.eps, is_layer: c_int::from(norm.kind == NormKind::Layer) }
-}
-
-/// The error of an operation without a kernel.
-fn not_yet(what: &str) -> Error {
-    Error::Msg(format!("the CUDA kernels do not have this operation yet: {what}"))
 }
 
 fn ending(epilogue: Epilogue) -> Ending {
@@ -167,7 +164,10 @@ impl<D: Device> Cuda<D> {
 
     /// One product, by the kernel for so many rows.
     pub fn product(&self, product: &Product, form: c_int, out_dtype: c_int) -> Result<()> {
-        let tiles = self.dtype == Dtype::Bf16 && form != 0 && (form != 1 || product.w.k % 8 == 0);
+        let rows = &product.rows;
+        // Tensor cores read whole pieces of 16 bytes.
+        let aligned = rows.x_stride % 8 == 0 && rows.x_step % 8 == 0 && (product.x as usize).is_multiple_of(16);
+        let tiles = aligned && self.dtype == Dtype::Bf16 && form != 0 && (form != 1 || product.w.k % 8 == 0);
         let blocks = (product.rows.count as usize / 128) * (product.w.n as usize / 128) * (product.experts as usize).max(1);
         let large = c_int::from(self.choices.large_tiles.unwrap_or(blocks >= self.device.multiprocessors()));
         // SAFETY: pointers and sizes of memory that outlives the launch.
@@ -186,8 +186,7 @@ impl<D: Device> Backend for Cuda<D> {
     type Weight = Weight<D::Memory>;
     type Vector = D::Memory;
     type KvCache = KvCache<D::Memory>;
-    /// There are none: no operation that needs one can be reached.
-    type State = Infallible;
+    type State = State<D::Memory>;
 
     fn buffer(&self, rows: usize, width: usize) -> Result<Self::Buffer> {
         self.buffer_of(self.dtype, rows, width)
@@ -218,8 +217,8 @@ impl<D: Device> Backend for Cuda<D> {
         Ok(KvCache { keys: memory(c"keys")?, values: memory(c"values")?, shape })
     }
 
-    fn state(&self, _slots: usize, _width: usize) -> Result<Infallible> {
-        Err(not_yet("states"))
+    fn state(&self, slots: usize, width: usize) -> Result<Self::State> {
+        self.empty_state(slots, width)
     }
 
     fn begin(&mut self, batch: &Batch<'_>) -> Result<()> {
@@ -295,7 +294,7 @@ impl<D: Device> Backend for Cuda<D> {
             of_experts: NULL,
             biases: NULL,
             bias: at_or_null(linear.bias.as_ref()),
-            rows: Rows { visits: NULL, offsets: NULL, count: x.rows as c_int, per_row: 1 },
+            rows: Rows::dense(x.rows, w.k, width),
             epilogue: ending(epilogue),
             out: out.memory.address(),
             experts: 0,
@@ -324,47 +323,53 @@ impl<D: Device> Backend for Cuda<D> {
         self.attend_pages(qkv, attention, weights, cache, out)
     }
 
-    fn copy_states(&mut self, state: &mut Infallible) -> Result<()> {
-        match *state {}
+    fn copy_states(&mut self, state: &mut Self::State) -> Result<()> {
+        self.copy_slots(state)
     }
 
-    fn causal_conv(&mut self, _: &Self::Buffer, _: &CausalConv<D::Memory>, state: &mut Infallible, _: &mut Self::Buffer) -> Result<()> {
-        match *state {}
+    fn causal_conv(
+        &mut self,
+        x: &Self::Buffer,
+        conv: &CausalConv<D::Memory>,
+        state: &mut Self::State,
+        out: &mut Self::Buffer,
+    ) -> Result<()> {
+        self.convolve(x, conv, state, out)
     }
 
     fn gated_delta(
         &mut self,
-        _qkv: &mut Self::Buffer,
-        _gates: &mut Self::Buffer,
-        _z: &Self::Buffer,
-        _delta: &GatedDelta<D::Memory>,
-        state: &mut Infallible,
-        _out: &mut Self::Buffer,
+        qkv: &mut Self::Buffer,
+        gates: &mut Self::Buffer,
+        z: &Self::Buffer,
+        delta: &GatedDelta<D::Memory>,
+        state: &mut Self::State,
+        out: &mut Self::Buffer,
     ) -> Result<()> {
-        match *state {}
+        self.delta_rule([qkv, gates, z], delta, state, out)
     }
 
     fn linear_heads(
         &mut self,
-        _x: &Self::Buffer,
-        _columns: HeadColumns,
-        _weights: &[Linear<Self::Weight, D::Memory>],
+        x: &Self::Buffer,
+        columns: HeadColumns,
+        weights: &[Linear<Self::Weight, D::Memory>],
         _scratch: &mut [Self::Buffer; 2],
-        _out: &mut Self::Buffer,
+        out: &mut Self::Buffer,
     ) -> Result<()> {
-        Err(not_yet("linear_heads"))
+        self.products_of_heads(x, columns, weights, out)
     }
 
     fn latent_rows(
         &mut self,
-        _q: &Self::Buffer,
-        _absorbed: &Self::Buffer,
-        _latent: &Self::Buffer,
-        _spec: &LatentSpec,
-        _norm: &D::Memory,
-        _out: &mut Self::Buffer,
+        q: &Self::Buffer,
+        absorbed: &Self::Buffer,
+        latent: &Self::Buffer,
+        spec: &LatentSpec,
+        norm: &D::Memory,
+        out: &mut Self::Buffer,
     ) -> Result<()> {
-        Err(not_yet("latent_rows"))
+        self.rows_of_latent([q, absorbed, latent], spec, norm, out)
     }
 
     fn experts(

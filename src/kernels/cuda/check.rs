@@ -9,8 +9,9 @@ use super::device::{Device, bytes_of};
 use crate::cpu::Cpu;
 use crate::testing::{TestMatrix, plain_attention};
 use crate::{
-    Activation, AttentionSpec, AttentionWeights, Backend, Batch, BatchRow, Columns, ComputeDtype, Epilogue, Expert, ExpertLimits, Experts,
-    Linear, Norm, NormKind, Pairing, Rope, RopeTable, RouterScore, RoutingSpec, RowSampling, StepLimits, TableRow, WeightFormat, quantize,
+    Activation, AttentionSpec, AttentionWeights, Backend, Batch, BatchRow, CausalConv, Columns, ComputeDtype, ConvKind, ConvSpec,
+    DeltaSpec, Epilogue, Expert, ExpertLimits, Experts, GatedDelta, HeadColumns, LatentSpec, Linear, Norm, NormKind, Pairing, Rope,
+    RopeTable, RouterScore, RoutingSpec, RowSampling, StateSave, StepLimits, StepStates, TableRow, WeightFormat, quantize,
 };
 
 /// A kernel that does not give what it should.
@@ -37,6 +38,9 @@ enum Case {
     Rope(usize),
     Attention(usize),
     Experts,
+    Conv,
+    Delta,
+    Latent,
     Pick,
     Mean,
     Cap,
@@ -47,7 +51,7 @@ const GATED: Epilogue = Epilogue::Gated(Activation::Silu);
 const MANY: usize = 70;
 
 /// Entry points, what shows them, and in how many parts contexts are cut or which tiles are taken.
-const CASES: [(&str, Case, Choices); 26] = {
+const CASES: [(&str, Case, Choices); 30] = {
     const fn product(format: WeightFormat, rows: usize, epilogue: Epilogue) -> Case {
         Case::Product { format, rows, epilogue }
     }
@@ -78,7 +82,11 @@ const CASES: [(&str, Case, Choices); 26] = {
         ("attend_tiles", Case::Attention(64), DEFAULT),
         ("attend_tiles, attend_merge", Case::Attention(128), SPLIT),
         ("attend_tiles", Case::Attention(256), DEFAULT),
+        ("attend", Case::Attention(576), DEFAULT),
         ("route, combine", Case::Experts, DEFAULT),
+        ("copy_states, causal_conv", Case::Conv, DEFAULT),
+        ("gated_delta", Case::Delta, DEFAULT),
+        ("gemv, latent_rows", Case::Latent, DEFAULT),
         ("pick", Case::Pick, DEFAULT),
         ("mean", Case::Mean, DEFAULT),
         ("scale_and_cap", Case::Cap, DEFAULT),
@@ -92,7 +100,8 @@ impl Case {
         match (dtype, self) {
             (Dtype::F32, _) => 1e-3,
             (_, Case::Product { format: WeightFormat::Int8 | WeightFormat::Int4, .. }) => 0.1,
-            (_, Case::Product { .. } | Case::Attention(_) | Case::Experts) => 0.04,
+            (_, Case::Delta) => 0.1,
+            (_, Case::Product { .. } | Case::Attention(_) | Case::Experts | Case::Conv | Case::Latent) => 0.04,
             _ => 0.01,
         }
     }
@@ -126,6 +135,9 @@ impl Case {
             Self::Rope(dim) => side.attention(dim, false),
             Self::Attention(dim) => side.attention(dim, true),
             Self::Experts => side.experts(),
+            Self::Conv => side.conv(),
+            Self::Delta => side.delta(),
+            Self::Latent => side.latent(),
             Self::Pick => {
                 let (x, mut out) = (side.rows(6, 33)?, side.backend.buffer(3, 33)?);
                 side.backend.pick(&x, &[4, 0, 5], &mut out)?;
@@ -189,6 +201,10 @@ impl<B: Backend> Side<'_, B> {
     }
 
     fn begin(&mut self, rows: &[BatchRow], ropes: &[RopeTable]) -> Result<()> {
+        self.begin_with(rows, ropes, &StepStates::default())
+    }
+
+    fn begin_with(&mut self, rows: &[BatchRow], ropes: &[RopeTable], states: &StepStates) -> Result<()> {
         let t: usize = rows.iter().map(|row| row.len).sum();
         let tokens: Vec<u32> = (0..t as u32).collect();
         let positions: Vec<u32> =
@@ -196,8 +212,7 @@ impl<B: Backend> Side<'_, B> {
         let slot = |row: &BatchRow, position: usize| row.blocks[position / BLOCK] * BLOCK as u32 + (position % BLOCK) as u32;
         let slots: Vec<u32> =
             rows.iter().flat_map(|row| (row.context - row.len..row.context).map(move |position| slot(row, position))).collect();
-        let states = Default::default();
-        self.backend.begin(&Batch { tokens: &tokens, positions: &positions, slots: &slots, types: &[], rows, ropes, states: &states })
+        self.backend.begin(&Batch { tokens: &tokens, positions: &positions, slots: &slots, types: &[], rows, ropes, states })
     }
 
     /// A buffer of numbers: rows of an embedding.
@@ -269,6 +284,63 @@ impl<B: Backend> Side<'_, B> {
     }
 }
 
+/// Six tokens of a sequence whose state is kept, and two more behind a copy of it.
+fn two_steps() -> [(BatchRow, StepStates); 2] {
+    let row = |len, context| BatchRow { start: 0, len, context, blocks: Arc::new(vec![0]) };
+    let kept = StepStates { copies: vec![], slots: vec![0], saves: vec![StateSave { token: 5, slot: 0 }] };
+    [(row(6, 6), kept), (row(2, 8), StepStates { copies: vec![(0, 1)], slots: vec![1], saves: vec![] })]
+}
+
+/// Operations with a state, and those of latent attention.
+impl<B: Backend> Side<'_, B> {
+    fn conv(&mut self) -> Result<Vec<f32>> {
+        let spec = ConvSpec { channels: 40, kernel: 4, kind: ConvKind::Silu };
+        let conv = CausalConv { spec, weight: self.vector(spec.channels * spec.kernel)?, bias: None };
+        let (mut state, mut all) = (self.backend.state(2, spec.state_width())?, Vec::new());
+        for (row, states) in two_steps() {
+            let (x, mut out) = (self.rows(row.len, spec.input_width())?, self.backend.buffer(row.len, spec.channels)?);
+            self.begin_with(&[row], &[], &states)?;
+            self.backend.copy_states(&mut state)?;
+            self.backend.causal_conv(&x, &conv, &mut state, &mut out)?;
+            all.extend(self.read(&mut out)?);
+        }
+        Ok(all)
+    }
+
+    fn delta(&mut self) -> Result<Vec<f32>> {
+        let spec = DeltaSpec { key_heads: 1, value_heads: 2, key_dim: 40, value_dim: 24, eps: 0.1 };
+        let decay = self.numbers(spec.value_heads).into_iter().map(f32::abs).collect();
+        let (decay, decay_bias, norm) = (self.backend.vector(decay)?, self.vector(spec.value_heads)?, self.vector(spec.value_dim)?);
+        let delta = GatedDelta { spec, decay, decay_bias, norm };
+        let (mut state, mut all) = (self.backend.state(2, spec.state_width())?, Vec::new());
+        for (row, states) in two_steps() {
+            let (mut qkv, mut gates) = (self.rows(row.len, spec.qkv_width())?, self.rows(row.len, 2 * spec.value_heads)?);
+            let (z, mut out) = (self.rows(row.len, spec.value_width())?, self.backend.buffer(row.len, spec.value_width())?);
+            self.begin_with(&[row], &[], &states)?;
+            self.backend.copy_states(&mut state)?;
+            self.backend.gated_delta(&mut qkv, &mut gates, &z, &delta, &mut state, &mut out)?;
+            all.extend(self.read(&mut out)?);
+        }
+        Ok(all)
+    }
+
+    fn latent(&mut self) -> Result<Vec<f32>> {
+        let (t, spec) = (3, LatentSpec { heads: 2, nope_dim: 16, rope_dim: 8, rank: 24, eps: 1e-5 });
+        let width = spec.nope_dim + spec.rope_dim;
+        let head = |side: &mut Self| -> Result<Linear<B::Weight, B::Vector>> {
+            Ok(Linear { weight: side.weight(spec.rank, spec.nope_dim, WeightFormat::Bf16, Columns::Plain)?, bias: None })
+        };
+        let (heads, norm) = ([head(self)?, head(self)?], self.vector(spec.rank)?);
+        let (q, latent) = (self.rows(t, spec.heads * width)?, self.rows(t, spec.head_dim())?);
+        let room = |side: &Self, width| side.backend.buffer(t, width);
+        let mut scratch = [room(self, spec.rank)?, room(self, spec.rank)?];
+        let (mut absorbed, mut out) = (room(self, spec.heads * spec.rank)?, room(self, (spec.heads + 2) * spec.head_dim())?);
+        self.backend.linear_heads(&q, HeadColumns { first: 0, stride: width }, &heads, &mut scratch, &mut absorbed)?;
+        self.backend.latent_rows(&q, &absorbed, &latent, &spec, &norm, &mut out)?;
+        self.read(&mut out)
+    }
+}
+
 /// Tokens in a block of the cache.
 const BLOCK: usize = 16;
 
@@ -278,7 +350,7 @@ fn twin() -> std::result::Result<Cpu, std::io::Error> {
         max_logits: 1,
         widest: 1024,
         block_size: BLOCK,
-        attention: [64, 128, 256].map(|dim| plain_attention(4, 2, dim)).to_vec(),
+        attention: [64, 128, 256, 576].map(|dim| plain_attention(4, 2, dim)).to_vec(),
         frequencies: 128,
         experts: Some(ExpertLimits { hidden: 64, intermediate: 32, experts: 5, top_k: 2 }),
     };

@@ -95,4 +95,7 @@ __device__ __forceinline__ float gated(int activation, float x) {
 
 __device__ __forceinline__ float capped(float x, float cap) { return cap > 0.0f ? cap * tanhf(x / cap) : x; }
 
+__device__ __forceinline__ int smaller(int a, int b) { return a < b ? a : b; }
+__device__ __forceinline__ int greater(int a, int b) { return a > b ? a : b; }
+
 inline int blocks_of(int n, int size) { return (n + size - 1) / size; }

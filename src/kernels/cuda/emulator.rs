@@ -1,6 +1,8 @@
 //! Builds the kernels with the host's C++ compiler, for tests: once, objects side by side, kept beside the test program until a source
 //! changes. `CUDA_KERNELS` names another folder of sources; `CXX` another compiler.
 
+#![allow(clippy::panic)]
+
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
@@ -12,8 +14,22 @@ use candle_core::{Error, Result};
 use super::device::{Allocation, Device, Input, Place, RowWriter};
 use super::functions::Functions;
 
-const SOURCES: [&str; 11] =
-    ["emulate/memory", "emulate/faults", "rows", "embed", "gemv", "matmul", "rope", "attend", "attend_tiles", "experts", "sample"];
+const SOURCES: [&str; 14] = [
+    "emulate/memory",
+    "emulate/faults",
+    "rows",
+    "embed",
+    "gemv",
+    "matmul",
+    "rope",
+    "attend",
+    "attend_tiles",
+    "experts",
+    "conv",
+    "delta",
+    "latent",
+    "sample",
+];
 /// Traps on what C++ leaves undefined need no library. Without fortified functions: their check of longjmp takes a switch of fibers for an error.
 const FLAGS: [&str; 12] = [
     "-std=c++17",
@@ -291,6 +307,8 @@ fn build(compiler: &str, folder: &Path) -> std::io::Result<PathBuf> {
         "weights.h",
         "product.h",
         "attention.h",
+        "attend_wide.h",
+        "states.h",
         "emulate/cuda.h",
         "emulate/block.h",
         "emulate/types.h",

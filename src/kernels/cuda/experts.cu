@@ -8,14 +8,43 @@ struct Routing {
   int experts, top_k, score;
   int normalizes;
   float epsilon, least, scale;
+  int groups, keep, best;  // crate::ExpertGroups; 0: none
 };
-constexpr int MAX_TOP_K = 32, MAX_EXPERTS = 1024;
+constexpr int MAX_TOP_K = 32, MAX_EXPERTS = 1024, MAX_GROUPS = 64;
 
 __device__ __forceinline__ bool better(float a, int i, float b, int j) { return a > b || (a == b && i < j); }
+
+// Closes the experts of all groups but the best ones: nothing is chosen whose choice is -infinity. A lane has a group.
+__device__ __forceinline__ void close_groups(float* choices, float* worths, const Routing& r, int lane) {
+  const int size = r.experts / r.groups;
+  for (int group = lane; group < r.groups; group += WARP) {
+    float sum = 0, last = INFINITY;
+    int last_at = -1;
+    for (int n = 0; n < r.best; ++n) {
+      float best = -INFINITY;
+      int at = MAX_EXPERTS;
+      for (int i = 0; i < size; ++i) {
+        const int e = group * size + (i + lane) % size;  // each lane begins elsewhere, so that they meet in no bank
+        if (better(last, last_at, choices[e], e) && better(choices[e], e, best, at)) best = choices[e], at = e;
+      }
+      sum += best, last = best, last_at = at;
+    }
+    worths[group] = sum;
+  }
+  __syncwarp();
+  for (int group = lane; group < r.groups; group += WARP) {
+    int ahead = 0;
+    for (int other = 0; other < r.groups; ++other) ahead += other != group && better(worths[other], other, worths[group], group);
+    if (ahead < r.keep) continue;
+    for (int i = 0; i < size; ++i) choices[group * size + (i + lane) % size] = -INFINITY;
+  }
+  __syncwarp();
+}
 
 // A warp for a token: its experts [top_k] ascending, and their weights. The best is looked for top_k times.
 template <class T> __global__ void route(const T* logits, const float* choice_bias, Routing r, int* picked, float* weights, int tokens) {
   SHARED(float, choices, [4][MAX_EXPERTS]);
+  SHARED(float, worths, [4][MAX_GROUPS]);
   SHARED(int, chosen, [4][MAX_TOP_K]);
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, token = blockIdx.x * 4 + warp;
   if (token >= tokens) return;  // there is no barrier of the block
@@ -31,6 +60,7 @@ template <class T> __global__ void route(const T* logits, const float* choice_bi
   };
   for (int e = lane; e < r.experts; e += WARP) choices[warp][e] = score(e) + (choice_bias ? choice_bias[e] : 0.0f);
   __syncwarp();
+  if (r.groups > 0) close_groups(choices[warp], worths[warp], r, lane);
   for (int k = 0; k < r.top_k; ++k) {
     float best = -INFINITY;
     int at = MAX_EXPERTS;
@@ -121,6 +151,7 @@ template <class T> __global__ void combine(const float* results, const float* we
 extern "C" int wc_route(void* stream, int dtype, const void* logits, const float* choice_bias, const Routing* r, int* picked, float* weights, int* counts,
                         int* offsets, int* list, int tokens) {
   if (r->experts > MAX_EXPERTS || r->top_k > MAX_TOP_K || r->top_k > r->experts || tokens * r->top_k >= 1 << 24) return NOT_SUPPORTED;
+  if (r->groups > 0 && (r->groups > MAX_GROUPS || r->experts % r->groups || r->best > r->experts / r->groups || r->keep * (r->experts / r->groups) < r->top_k)) return NOT_SUPPORTED;
   const int error = dtype == BF16 ? launch(stream, blocks_of(tokens, 4), 128, 0, KERNEL(route<bf16>), static_cast<const bf16*>(logits), choice_bias, *r, picked, weights, tokens)
                                   : launch(stream, blocks_of(tokens, 4), 128, 0, KERNEL(route<float>), static_cast<const float*>(logits), choice_bias, *r, picked, weights, tokens);
   if (error) return error;

@@ -47,6 +47,18 @@ pub struct Rows {
     pub offsets: *const c_void,
     pub count: c_int,
     pub per_row: c_int,
+    pub x_stride: c_int,
+    pub out_stride: c_int,
+    pub x_step: c_int,
+    pub out_step: c_int,
+}
+
+impl Rows {
+    /// All of `count` rows of so many numbers, to rows of so many.
+    pub fn dense(count: usize, x_stride: usize, out_stride: usize) -> Self {
+        let (count, x_stride, out_stride) = (count as c_int, x_stride as c_int, out_stride as c_int);
+        Self { visits: NULL, offsets: NULL, count, per_row: 1, x_stride, out_stride, x_step: 0, out_step: 0 }
+    }
 }
 
 /// `Product`
@@ -92,6 +104,7 @@ pub struct Attention {
     pub q_stride: c_int,
     pub scale: f32,
     pub soft_cap: f32,
+    pub causal: c_int,
     pub window: c_int,
     pub sinks: *const c_void,
     pub block_size: c_int,
@@ -99,6 +112,7 @@ pub struct Attention {
     pub tables: *const c_void,
     pub sequences: *const c_void,
     pub visible: *const c_void,
+    pub contexts: *const c_void,
     pub splits: c_int,
     pub parts: *mut c_void,
 }
@@ -114,6 +128,69 @@ pub struct Routing {
     pub epsilon: f32,
     pub least: f32,
     pub scale: f32,
+    pub groups: c_int,
+    pub keep: c_int,
+    pub best: c_int,
+}
+
+/// `States`
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct States {
+    pub begins: *const c_void,
+    pub slots: *const c_void,
+    pub goes_on: *const c_void,
+    pub save_begins: *const c_void,
+    pub saves: *const c_void,
+}
+
+/// `Conv`
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct Conv {
+    pub channels: c_int,
+    pub kernel: c_int,
+    pub gated: c_int,
+    pub weight: *const c_void,
+    pub bias: *const c_void,
+}
+
+/// `Delta`
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct Delta {
+    pub key_heads: c_int,
+    pub value_heads: c_int,
+    pub key_dim: c_int,
+    pub value_dim: c_int,
+    pub epsilon: f32,
+    pub decay: *const c_void,
+    pub decay_bias: *const c_void,
+    pub norm: *const c_void,
+}
+
+/// `DeltaArguments`
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct DeltaArguments {
+    pub qkv: *const c_void,
+    pub gates: *const c_void,
+    pub z: *const c_void,
+    pub state: *mut c_void,
+    pub out: *mut c_void,
+    pub rows: c_int,
+    pub tokens: c_int,
+}
+
+/// `Latent`
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct Latent {
+    pub heads: c_int,
+    pub nope_dim: c_int,
+    pub rope_dim: c_int,
+    pub rank: c_int,
+    pub epsilon: f32,
 }
 
 /// `Logits`
@@ -189,7 +266,7 @@ macro_rules! functions {
             ///
             /// # Safety
             /// What it finds must be the kernels' own functions.
-            #[cfg(test)]
+            #[cfg(any(test, feature = "emulator"))]
             #[allow(clippy::missing_transmute_annotations)]
             pub unsafe fn load<E>(symbol: impl Fn(&str) -> Result<*mut c_void, E>) -> Result<Self, E> {
                 // SAFETY: the caller's promise; the signatures are those of the sources.
@@ -218,6 +295,11 @@ functions! {
     attend_merge(dtype: c_int, a: *const Attention, out: *mut c_void, tokens: c_int);
     route(dtype: c_int, logits: *const c_void, choice_bias: *const c_void, r: *const Routing, picked: *mut c_void, weights: *mut c_void,
         counts: *mut c_void, offsets: *mut c_void, list: *mut c_void, tokens: c_int);
+    copy_states(state: *mut c_void, copies: *const c_void, count: c_int, width: c_int);
+    causal_conv(dtype: c_int, x: *const c_void, conv: *const Conv, states: *const States, state: *mut c_void, out: *mut c_void, rows: c_int, longest: c_int);
+    gated_delta(dtype: c_int, arguments: *const DeltaArguments, delta: *const Delta, states: *const States, few: c_int);
+    latent_rows(dtype: c_int, q: *const c_void, absorbed: *const c_void, latent: *const c_void, spec: *const Latent, norm: *const c_void,
+        out: *mut c_void, tokens: c_int);
     combine(dtype: c_int, results: *const c_void, weights: *const c_void, out: *mut c_void, tokens: c_int, top_k: c_int, width: c_int, factor: f32, adds: c_int);
     adjust(logits: Logits, changes: *const Changes, failed: *mut c_void, rows: c_int);
     argmax(logits: *const c_void, stride: c_int, width: c_int, masked: *const c_void, masked_count: c_int, out: *mut c_void, rows: c_int);

@@ -48,8 +48,8 @@ template <int FORM> __device__ __forceinline__ void eight(const Piece<FORM>& fro
 }
 
 template <class T, class Out, int FORM, int M>
-__global__ void __launch_bounds__(WARPS * WARP) gemv(const T* x, Matrix dense, const Matrix* of_experts, const float* const* biases, const float* bias,
-                                                     Rows rows, Epilogue epilogue, Out* out) {
+__global__ void __launch_bounds__(WARPS * WARP, M == 8 ? 3 : 0) gemv(const T* x, Matrix dense, const Matrix* of_experts, const float* const* biases, const float* bias,
+                                                     Rows rows, Epilogue epilogue, int whole, Out* out) {
   constexpr int SIZE = PIECE<FORM>;
   const int lane = threadIdx.x % WARP, first = (blockIdx.x * WARPS + threadIdx.x / WARP) * COLUMNS, from = blockIdx.y * M;
   const Matrix w = of_experts ? of_experts[blockIdx.z] : dense;
@@ -58,10 +58,10 @@ __global__ void __launch_bounds__(WARPS * WARP) gemv(const T* x, Matrix dense, c
   // There is no barrier in this kernel: warps without work may leave.
   if (first >= w.n || count <= 0) return;
   const T* in[M];
-  for (int m = 0; m < M; ++m) in[m] = x + size_t(input_row(rows, from + (m < count ? m : 0))) * w.k;
+  for (int m = 0; m < M; ++m) in[m] = input_at(rows, x, input_row(rows, from + (m < count ? m : 0)));
   const bool two = first + 1 < w.n;
   float sum[COLUMNS][M] = {};
-  if (w.k % SIZE == 0) {
+  if (whole) {
 #pragma unroll 2
     for (int at = lane * SIZE; at < w.k; at += WARP * SIZE) {
       Piece<FORM> pieces[COLUMNS];
@@ -95,16 +95,18 @@ __global__ void __launch_bounds__(WARPS * WARP) gemv(const T* x, Matrix dense, c
   for (int m = 0; m < M; ++m) {
     const float a = warp_sum(sum[0][m]), b = warp_sum(sum[1][m]);
     if (lane != m || m >= count) continue;
-    const int width = epilogue.ending == GATED ? w.n / 2 : w.n;
-    finish(a, b, first, w.n, added, epilogue, out + size_t(output_row(rows, from + m)) * width);
+    finish(a, b, first, w.n, added, epilogue, output_at(rows, out, from + m));
   }
 }
 
 template <class T, class Out, int FORM> int gemv_of(void* stream, const Product& p) {
   const int m = p.rows.count > 4 ? 8 : p.rows.count > 2 ? 4 : p.rows.count;
   const dim3 grid(blocks_of(p.w.n, WARPS * COLUMNS), blocks_of(p.rows.count, m), p.experts ? p.experts : 1);
+  // Pieces of 16 bytes, of which rows consist and at which they begin.
+  const int whole = p.w.k % PIECE<FORM> == 0 && p.rows.x_stride % 8 == 0 && p.rows.x_step % 8 == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
   auto run = [&](auto kernel) {
-    return launch(stream, grid, WARPS * WARP, 0, kernel, static_cast<const T*>(p.x), p.w, p.of_experts, p.biases, p.bias, p.rows, p.epilogue, static_cast<Out*>(p.out));
+    return launch(stream, grid, WARPS * WARP, 0, kernel, static_cast<const T*>(p.x), p.w, p.of_experts, p.biases, p.bias, p.rows, p.epilogue, whole,
+                  static_cast<Out*>(p.out));
   };
   switch (m) {
     case 1: return run(KERNEL(gemv<T, Out, FORM, 1>));

@@ -15,11 +15,11 @@ using Large = Tile<128, 128, 64, 32>;
 using Small = Tile<64, 64, 32, 32>;
 
 // Rows `from` … of x, columns k … of its width, to a stage. What is not there becomes 0.
-template <class Size> __device__ __forceinline__ void fetch_x(bf16* to, const bf16* x, const int* row_of, int k, int width) {
+template <class Size> __device__ __forceinline__ void fetch_x(bf16* to, const bf16* x, const Rows& rows, const int* row_of, int k, int width) {
   for (int i = threadIdx.x; i < Size::M * (DEPTH / 8); i += Size::THREADS) {
     const int r = i / (DEPTH / 8), column = i % (DEPTH / 8) * 8;
     const bool valid = row_of[r] >= 0 && k + column < width;
-    cp_async_16(to + r * STRIDE + column, valid ? x + size_t(row_of[r]) * width + k + column : x, valid);
+    cp_async_16(to + r * STRIDE + column, valid ? input_at(rows, x, row_of[r]) + k + column : x, valid);
   }
 }
 
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(Size::THREADS) matmul(const bf16* x, Matrix de
 #pragma unroll
   for (int step = 0; step < STAGES - 1; ++step) {
     if (step < steps) {
-      fetch_x<Size>(x_tile(step), x, row_of, step * DEPTH, w.k);
+      fetch_x<Size>(x_tile(step), x, rows, row_of, step * DEPTH, w.k);
       if (PACKED) packed.fetch(w, column, step * DEPTH), packed.unpack(w_tile(step));
       else fetch_bf16<Size>(w_tile(step), w, column, step * DEPTH);
     }
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(Size::THREADS) matmul(const bf16* x, Matrix de
     __syncthreads();  // what each has fetched is there for all, and nobody reads the stage that is filled next
     const int next = step + STAGES - 1;
     if (next < steps) {
-      fetch_x<Size>(x_tile(next), x, row_of, next * DEPTH, w.k);
+      fetch_x<Size>(x_tile(next), x, rows, row_of, next * DEPTH, w.k);
       if (PACKED) packed.fetch(w, column, next * DEPTH);
       else fetch_bf16<Size>(w_tile(next), w, column, next * DEPTH);
     }
@@ -120,14 +120,13 @@ __global__ void __launch_bounds__(Size::THREADS) matmul(const bf16* x, Matrix de
     }
     if (PACKED && next < steps) packed.unpack(w_tile(next));
   }
-  const int width = epilogue.ending == GATED ? w.n / 2 : w.n;
 #pragma unroll
   for (int m = 0; m < MS; ++m)
 #pragma unroll
     for (int half_row = 0; half_row < 2; ++half_row) {
       const int r = warp_row + m * 16 + lane / 4 + half_row * 8;
       if (r >= count) continue;
-      Out* row = out + size_t(output_row(rows, from + r)) * width;
+      Out* row = output_at(rows, out, from + r);
 #pragma unroll
       for (int n = 0; n < NS; ++n) {
         const int at = column + warp_column + n * 8 + lane % 4 * 2;
@@ -153,7 +152,8 @@ template <class Out> int matmul_form(void* stream, int form, bool large, const P
   }
 }
 
-// x is bf16; the width of a bf16 matrix is a multiple of 8. `large`: tiles of 128 × 128 instead of 64 × 64.
+// x is bf16, and its rows begin at multiples of 16 bytes; the width of a bf16 matrix is a multiple of 8. `large`: tiles of 128 × 128 instead of 64 × 64.
 extern "C" int wc_matmul(void* stream, int out_dtype, int form, int large, const Product* p) {
+  if (p->rows.x_stride % 8 || p->rows.x_step % 8 || reinterpret_cast<uintptr_t>(p->x) % 16) return NOT_SUPPORTED;
   return out_dtype == F32 ? matmul_form<float>(stream, form, large, *p) : matmul_form<bf16>(stream, form, large, *p);
 }

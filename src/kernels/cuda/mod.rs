@@ -11,8 +11,10 @@
 //! | `matmul.cu` | products of many rows on tensor cores, weights of 8 and 4 bits unpacked on the way; of experts, too |
 //! | `rope.cu` | norms of heads, rotation, keys and values into pages |
 //! | `attend.cu` | paged attention, a token at a time, any head size and type; merges of a context that was cut |
-//! | `attend_tiles.cu` | paged attention on tensor cores, for prompts and for decoding |
+//! | `attend_tiles.cu`, `attend_wide.h` | paged attention on tensor cores, for prompts and for decoding; over latent attention's wide heads |
 //! | `experts.cu` | routing, the order of visits, the sum over experts |
+//! | `conv.cu`, `delta.cu`, `states.h` | what keeps states in slots: convolutions, the gated delta rule |
+//! | `latent.cu` | rows of latent attention; its products for each head are those of `gemv.cu` and `matmul.cu` |
 //! | `sample.cu` | what changes logits, argmax, the draw |
 //! | `backend.rs`, `backend/` | the host side: what is launched for an operation of [`crate::Backend`], and from what memory |
 //! | `device.rs` | what the host side needs of a device: `gpu.rs` is one, `emulator.rs` another for tests |
@@ -30,8 +32,9 @@
 mod backend;
 mod check;
 mod device;
-#[cfg(test)]
-mod emulator;
+#[cfg(any(test, feature = "emulator"))]
+#[doc(hidden)]
+pub mod emulator;
 mod functions;
 #[cfg(feature = "cuda")]
 mod gpu;
@@ -44,10 +47,10 @@ pub use device::Device;
 #[cfg(feature = "cuda")]
 pub use gpu::Gpu;
 
-use crate::{Need, StepLimits};
+use crate::{Need, NormExtent, StepLimits};
 
 /// What models may need that there is no kernel for yet. They run on candle's operations.
-pub const MISSING: &[Need] = &[Need::States, Need::LatentAttention, Need::AttentionBothWays, Need::ExpertGroups];
+pub const MISSING: &[Need] = &[];
 
 /// Older cards have no arithmetic of bf16.
 pub const LEAST_CAPABILITY: (u32, u32) = (8, 0);
@@ -59,8 +62,9 @@ const SHARED_BYTES: usize = 99 << 10;
 pub fn too_large(limits: &StepLimits, hidden: usize) -> Option<String> {
     let bytes = |numbers: usize| numbers * size_of::<f32>();
     let attention = limits.attention.iter().find_map(|spec| match spec {
-        spec if spec.head_dim > 256 => Some(format!("heads of {} numbers are more than the CUDA kernels' 256", spec.head_dim)),
-        spec if bytes(spec.qkv_width()) > SHARED_BYTES => {
+        spec if spec.head_dim > 768 => Some(format!("heads of {} numbers are more than the CUDA kernels' 768", spec.head_dim)),
+        // Only a norm over all heads needs all of them in one block.
+        spec if spec.qk_norm.is_some_and(|norm| norm.extent == NormExtent::Token) && bytes(spec.qkv_width()) > SHARED_BYTES => {
             Some(format!("{} heads of {} are too many for a CUDA kernel", spec.heads, spec.head_dim))
         }
         _ => None,

@@ -15,6 +15,7 @@ mod logits;
 mod products;
 mod roofline;
 mod self_check;
+mod states;
 
 /// The kernels on this machine's processor.
 pub type Cuda = backend::Cuda<&'static Emulator>;
@@ -145,27 +146,6 @@ fn clamped_gates() {
     });
 }
 
-/// What has no kernel is an error, never a result.
-#[test]
-fn operations_without_a_kernel_are_refused() {
-    in_every_order(0..1, |emulator, _| {
-        let mut ours = Cuda::new(emulator, Dtype::F32);
-        let said = |result: candle_core::Result<()>| result.unwrap_err().to_string();
-        assert!(said(ours.state(1, 4).map(drop)).contains("do not have this operation yet: states"));
-        let (x, mut out) = (write(&mut ours, &[1.0; 8], 4), ours.buffer(2, 4).unwrap());
-        let (y, norm) = (write(&mut ours, &[1.0; 8], 4), ours.vector(vec![1.0; 2]).unwrap());
-        let spec = LatentSpec { heads: 1, nope_dim: 2, rope_dim: 2, rank: 2, eps: 1e-6 };
-        assert!(said(ours.latent_rows(&x, &y, &y, &spec, &norm, &mut out)).contains("latent_rows"));
-        let spec = AttentionSpec { causal: false, ..plain_attention(1, 1, 2) };
-        let cache = ours.kv_cache(spec.kv_shape(1, 4)).unwrap();
-        assert!(said(ours.attend(&x, &spec, &AttentionWeights::default(), &cache, &mut out)).contains("attention that is not causal"));
-        let groups = Some(ExpertGroups { count: 2, keep: 1, best: 1 });
-        let routing = RoutingSpec { experts: 4, top_k: 1, score: RouterScore::Softmax, normalize: None, scale: 1.0, groups };
-        let experts = Experts { routing, choice_bias: None, activation: Activation::Silu, experts: vec![] };
-        assert!(said(ours.experts(&x, &y, &experts, Epilogue::Store, &mut out)).contains("groups of experts"));
-    });
-}
-
 /// A pass that adds a branch, normalized or not, and normalizes the sum for the next one, at widths with whole vectors and without.
 #[test]
 fn norms_with_what_surrounds_them() {
@@ -204,7 +184,8 @@ fn norms_with_what_surrounds_them() {
 
 /// Attention of every kind for random rows; returns what was asked for.
 fn attention_case(dice: &mut Dice, sizes: &[usize], most: usize) -> (AttentionSpec, Vec<(usize, usize)>, usize) {
-    let (kv, group, d) = (dice.between(1, 2), dice.one_of(&[1, 2, 3, 4, 5, 8]), dice.one_of(sizes));
+    let d = dice.one_of(sizes);
+    let (kv, group) = if d > 256 { (1, dice.one_of(&[3, 8, 35])) } else { (dice.between(1, 2), dice.one_of(&[1, 2, 3, 4, 5, 8])) };
     let mut row = |_| {
         let context = dice.between(1, most);
         (context, dice.between(1, 9).min(context))
@@ -214,6 +195,7 @@ fn attention_case(dice: &mut Dice, sizes: &[usize], most: usize) -> (AttentionSp
     let pairs = dice.one_of(&[0, d / 2, d / 4]);
     let extent = dice.one_of(&[NormExtent::Head, NormExtent::Token]);
     let spec = AttentionSpec {
+        causal: dice.below(3) > 0,
         window: Some(dice.between(1, 50)).filter(|_| dice.flip()),
         soft_cap: dice.flip().then_some(2.5),
         rope: (pairs > 0).then_some(Rope { table: 1, pairing: dice.one_of(&[Pairing::Half, Pairing::Interleaved]) }),
@@ -278,6 +260,15 @@ fn rope_and_attention_by_token_in_bf16() {
     in_every_order(0..4, |emulator, dice| attention_on(emulator, dice, Dtype::Bf16, &[10, 16, 48], 60, 0.02));
 }
 
+/// As latent attention has them: heads wider than any lane holds at once, and many of them to a key, so that several blocks rotate a token.
+#[test]
+fn attention_over_wide_heads() {
+    in_every_order(0..3, |emulator, dice| {
+        let dtype = dice.one_of(&[Dtype::F32, Dtype::Bf16]);
+        attention_on(emulator, dice, dtype, &[300, 576, 576], 40, if dtype == Dtype::F32 { 5e-5 } else { 0.02 });
+    });
+}
+
 /// Growth, norms and caps make queries long, so that weights of bf16 show: the tolerance is that of 8 bits on values up to 1.
 #[test]
 fn attention_on_tensor_cores() {
@@ -291,9 +282,10 @@ fn routed_experts() {
         let (t, hidden, inner, count) =
             (dice.one_of(&[1, 9, 20, 150]), dice.one_of(&[8, 13, 40]), dice.one_of(&[7, 16, 24]), dice.between(2, 9));
         let (score, biased) = (dice.one_of(&[RouterScore::Softmax, RouterScore::TopKSoftmax, RouterScore::Sigmoid]), dice.flip());
+        let groups = (dice.flip() && count % 2 == 0).then_some(ExpertGroups { count: 2, keep: 1, best: dice.between(1, count / 2) });
         let normalize = biased.then_some(Normalize { epsilon: 1e-20, least: 0.0 });
-        let top_k = dice.between(1, 3).min(count);
-        let routing = RoutingSpec { experts: count, top_k, score, normalize, scale: 1.5, groups: None };
+        let top_k = dice.between(1, 3).min(if groups.is_some() { count / 2 } else { count });
+        let routing = RoutingSpec { experts: count, top_k, score, normalize, scale: 1.5, groups };
         let limits = ExpertLimits { hidden, intermediate: inner, experts: count, top_k };
         let limits = StepLimits { experts: Some(limits), ..limits_of(t, hidden.max(inner).max(count)) };
         let mut twin = Cpu::new(&limits, 2, ComputeDtype::F32).unwrap();
@@ -326,6 +318,31 @@ fn equal_scores_go_to_the_lower_expert() {
             picked.sort_by_key(|(expert, _)| *expert);
             let wanted: f32 = picked.iter().map(|(expert, weight)| weight * (*expert + 1) as f32).sum();
             assert!((got - wanted).abs() < 1e-4, "{got} {wanted}");
+        }
+    });
+}
+
+/// Of many experts in many groups, with equal scores among them, the same are picked as on the CPU.
+#[test]
+fn the_best_groups_are_kept() {
+    in_every_order(0..4, |emulator, dice| {
+        let (count, size) = (dice.one_of(&[4, 8, 40]), dice.one_of(&[1, 3, 8]));
+        let keep = dice.between(1, count);
+        let groups = Some(ExpertGroups { count, keep, best: dice.between(1, size) });
+        let (experts, top_k) = (count * size, dice.between(1, (keep * size).min(6)));
+        let routing = RoutingSpec { experts, top_k, score: RouterScore::Sigmoid, normalize: None, scale: 1.0, groups };
+        let (bias, logits): (Vec<f32>, Vec<f32>) =
+            ((0..experts).map(|_| dice.below(3) as f32 * 0.5).collect(), (0..3 * experts).map(|_| dice.below(3) as f32).collect());
+        let mut ours = Cuda::new(emulator, Dtype::F32);
+        let router = write(&mut ours, &logits, experts);
+        let choice_bias = ours.vector(bias.clone()).unwrap();
+        let picked = ours.picked_experts(&router, &routing, Some(&choice_bias)).unwrap();
+        let mut wanted = Vec::new();
+        for (row, picked) in logits.chunks_exact(experts).zip(picked.chunks_exact(top_k)) {
+            routing.route(row, Some(&bias), &mut wanted);
+            wanted.sort_by_key(|(expert, _)| *expert);
+            let wanted: Vec<u32> = wanted.iter().map(|(expert, _)| *expert as u32).collect();
+            assert_eq!(picked, wanted, "{routing:?}");
         }
     });
 }

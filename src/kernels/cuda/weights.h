@@ -68,14 +68,23 @@ __device__ __forceinline__ void finish(float a, float b, int n, int columns, con
 }
 
 // Which rows a product takes. Dense: row i gives row i of `count`. Of experts: the visits of expert `blockIdx.z`, whose numbers stand in
-// `visits` from `offsets[expert]` on; visit v reads row v / per_row and writes row v.
+// `visits` from `offsets[expert]` on; visit v reads row v / per_row and writes row v. Of heads: all rows for each matrix `blockIdx.z`, which
+// reads and writes columns of its own.
 struct Rows {
   const int* visits;
   const int* offsets;
   int count, per_row;
+  int x_stride, out_stride;  // numbers from one row to the next
+  int x_step, out_step;      // from one matrix's columns to the next's
 };
 __device__ __forceinline__ int rows_here(const Rows& rows) {
   return rows.visits ? rows.offsets[blockIdx.z + 1] - rows.offsets[blockIdx.z] : rows.count;
 }
 __device__ __forceinline__ int output_row(const Rows& rows, int i) { return rows.visits ? rows.visits[rows.offsets[blockIdx.z] + i] : i; }
 __device__ __forceinline__ int input_row(const Rows& rows, int i) { return rows.visits ? output_row(rows, i) / rows.per_row : i; }
+template <class T> __device__ __forceinline__ const T* input_at(const Rows& rows, const T* x, int row) {
+  return x + size_t(row) * rows.x_stride + size_t(blockIdx.z) * rows.x_step;
+}
+template <class T> __device__ __forceinline__ T* output_at(const Rows& rows, T* out, int i) {
+  return out + size_t(output_row(rows, i)) * rows.out_stride + size_t(blockIdx.z) * rows.out_step;
+}

@@ -67,6 +67,8 @@ impl Planned {
             #[cfg(feature = "cuda")]
             Kernels::Cuda => Self::sized::<super::Cuda>,
             Kernels::Candle => Self::sized::<Candle>,
+            #[cfg(test)]
+            Kernels::Emulated(_) => Self::sized::<Cpu>,
         };
         planned(device, model, tensors, vocab_size, settings, share)
     }

@@ -5,7 +5,7 @@ use std::ffi::{c_int, c_void};
 use candle_core::{Error, Result};
 
 use super::step::Tiles;
-use super::{Buffer, Cuda, Dtype, KvCache, Use, at, at_or_null, not_yet};
+use super::{Buffer, Cuda, Dtype, KvCache, Use, at, at_or_null};
 use crate::cuda::device::{Allocation, Device};
 use crate::cuda::functions::{Attention, Preparation};
 use crate::{AttentionSpec, AttentionWeights, NormExtent, Pairing};
@@ -111,9 +111,6 @@ impl<D: Device> Cuda<D> {
         cache: &KvCache<D::Memory>,
         out: &mut Buffer<D::Memory>,
     ) -> Result<()> {
-        if !spec.causal {
-            return Err(not_yet("attention that is not causal"));
-        }
         self.check_step(qkv, spec, cache)?;
         self.check_blocks(cache)?;
         let (t, group) = (qkv.rows, spec.heads / spec.kv_heads);
@@ -160,13 +157,16 @@ impl<D: Device> Cuda<D> {
             q_stride: spec.qkv_width() as c_int,
             scale: spec.scale,
             soft_cap: spec.soft_cap.unwrap_or(0.0),
-            window: spec.window.unwrap_or(0) as c_int,
+            causal: c_int::from(spec.causal),
+            // Beyond any context, and a sum with it does not overflow.
+            window: spec.window.map_or(0, |window| window.min(1 << 30) as c_int),
             sinks: at_or_null(sinks),
             block_size: cache.shape.block_size as c_int,
             max_blocks: step.max_blocks as c_int,
             tables: step.places.tables.0,
             sequences: step.places.sequences.0,
             visible: step.places.visible.0,
+            contexts: step.places.contexts.0,
             splits: splits as c_int,
             parts,
         })

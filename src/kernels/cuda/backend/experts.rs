@@ -4,7 +4,7 @@ use std::ffi::{c_int, c_void};
 
 use candle_core::{Error, Result};
 
-use super::{Buffer, Cuda, Use, Weight, at, at_or_null, ending, not_yet};
+use super::{Buffer, Cuda, Use, Weight, at, at_or_null, ending};
 use crate::cuda::device::Allocation;
 use crate::cuda::device::{Device, bytes_of};
 use crate::cuda::functions::{Ending, F32, NULL, Product, Routing, Rows};
@@ -12,6 +12,9 @@ use crate::{Epilogue, Experts, Linear, RouterScore, RoutingSpec};
 
 /// Visits of tokens to experts, on the device.
 struct Visits {
+    /// `[tokens · top_k]`: the experts of each token, ascending.
+    #[cfg_attr(not(test), allow(dead_code))]
+    picked: *const c_void,
     /// `[tokens · top_k]`: what each counts.
     weights: *const c_void,
     /// `[experts + 1]`: where those of an expert begin in `list`.
@@ -28,6 +31,7 @@ struct Part<'a, M> {
     per_row: usize,
     epilogue: Ending,
     out: *mut c_void,
+    out_width: usize,
     out_dtype: c_int,
 }
 
@@ -44,14 +48,14 @@ fn routing_of(spec: &RoutingSpec) -> Routing {
         epsilon: spec.normalize.map_or(0.0, |normalize| normalize.epsilon),
         least: spec.normalize.map_or(0.0, |normalize| normalize.least),
         scale: spec.scale,
+        groups: spec.groups.map_or(0, |groups| groups.count as c_int),
+        keep: spec.groups.map_or(0, |groups| groups.keep as c_int),
+        best: spec.groups.map_or(0, |groups| groups.best as c_int),
     }
 }
 
 impl<D: Device> Cuda<D> {
     fn route(&mut self, router: &Buffer<D::Memory>, spec: &RoutingSpec, choice_bias: Option<&D::Memory>) -> Result<Visits> {
-        if spec.groups.is_some() {
-            return Err(not_yet("groups of experts"));
-        }
         if router.width != spec.experts || spec.top_k > spec.experts {
             return Err(Error::Msg(format!("rows of {} logits for {spec:?}", router.width)));
         }
@@ -65,7 +69,15 @@ impl<D: Device> Cuda<D> {
         self.launch(|functions, stream| unsafe {
             (functions.route)(stream, dtype, logits, bias, &routing, picked, weights, counts, offsets, list, t)
         })?;
-        Ok(Visits { weights, offsets, list })
+        Ok(Visits { picked, weights, offsets, list })
+    }
+
+    /// For tests: `[tokens · top_k]`.
+    #[cfg(test)]
+    pub fn picked_experts(&mut self, router: &Buffer<D::Memory>, spec: &RoutingSpec, choice_bias: Option<&D::Memory>) -> Result<Vec<u32>> {
+        let visits = self.route(router, spec, choice_bias)?;
+        // SAFETY: the emulator's memory is the host's.
+        Ok(unsafe { std::slice::from_raw_parts(visits.picked.cast(), router.rows * spec.top_k) }.to_vec())
     }
 
     fn product_of_experts(&mut self, visits: &Visits, tokens: usize, part: &Part<'_, D::Memory>) -> Result<()> {
@@ -81,7 +93,16 @@ impl<D: Device> Cuda<D> {
             of_experts,
             biases,
             bias: NULL,
-            rows: Rows { visits: visits.list, offsets: visits.offsets, count: tokens as c_int, per_row: part.per_row as c_int },
+            rows: Rows {
+                visits: visits.list,
+                offsets: visits.offsets,
+                count: tokens as c_int,
+                per_row: part.per_row as c_int,
+                x_stride: first.weight.k as c_int,
+                out_stride: part.out_width as c_int,
+                x_step: 0,
+                out_step: 0,
+            },
             epilogue: part.epilogue,
             out: part.out,
             experts: matrices.len() as c_int,
@@ -110,6 +131,7 @@ impl<D: Device> Cuda<D> {
             per_row: top_k,
             epilogue: ending(Epilogue::Gated(experts.activation)),
             out: gated,
+            out_width: intermediate,
             out_dtype: self.dtype.code(),
         };
         self.product_of_experts(&visits, t, &gate_up)?;
@@ -119,6 +141,7 @@ impl<D: Device> Cuda<D> {
             per_row: 1,
             epilogue: ending(Epilogue::Store),
             out: results,
+            out_width: x.width,
             out_dtype: F32,
         };
         self.product_of_experts(&visits, t, &down)?;

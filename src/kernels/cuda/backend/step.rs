@@ -5,12 +5,14 @@ use std::ffi::c_int;
 use candle_core::{Error, Result};
 
 use super::Cuda;
+use super::states::{ListsOfStates, PlacesOfStates};
 use crate::cuda::device::{Allocation, Device, Input, Place, memory_of};
-use crate::{Batch, BatchRow, RopeTable};
+use crate::{Batch, BatchRow, RopeTable, StepStates};
 
 /// The step at hand.
 pub struct Step {
     pub rows: Vec<BatchRow>,
+    pub states: StepStates,
     pub tokens: usize,
     pub highest_token: u32,
     pub highest_position: u32,
@@ -31,6 +33,8 @@ pub struct Places {
     pub slots: Place,
     pub sequences: Place,
     pub visible: Place,
+    pub contexts: Place,
+    pub states: PlacesOfStates,
     pub tables: Place,
     pub tiles: Vec<Tiles>,
 }
@@ -68,6 +72,8 @@ pub struct Inputs<D: Device> {
     slots: Vec<u32>,
     sequences: Vec<u32>,
     visible: Vec<u32>,
+    contexts: Vec<u32>,
+    states: ListsOfStates,
     tables: Vec<u32>,
     /// Queries to a key in the kinds of attention seen so far.
     groups: Vec<usize>,
@@ -87,6 +93,8 @@ impl<D: Device> Default for Inputs<D> {
             slots: none(),
             sequences: none(),
             visible: none(),
+            contexts: none(),
+            states: ListsOfStates::default(),
             tables: none(),
             groups: Vec::new(),
             angles: Vec::new(),
@@ -120,9 +128,11 @@ impl<D: Device> Inputs<D> {
         keep(&mut self.positions, batch.positions);
         keep(&mut self.types, batch.types);
         keep(&mut self.slots, batch.slots);
-        [&mut self.sequences, &mut self.visible, &mut self.tables].into_iter().for_each(Vec::clear);
+        [&mut self.sequences, &mut self.visible, &mut self.contexts, &mut self.tables].into_iter().for_each(Vec::clear);
+        self.states.read(batch);
         for (index, row) in batch.rows.iter().enumerate() {
             self.tables.extend((0..max_blocks).map(|i| row.blocks.get(i).copied().unwrap_or(u32::MAX)));
+            self.contexts.push(row.context as u32);
             self.sequences.extend(std::iter::repeat_n(index as u32, row.len));
             self.visible.extend((row.context - row.len + 1..=row.context).map(|seen| seen as u32));
         }
@@ -141,12 +151,31 @@ impl<D: Device> Inputs<D> {
             input(c"slots", &self.slots, most),
             input(c"sequences", &self.sequences, most),
             input(c"visible", &self.visible, most),
+            input(c"contexts", &self.contexts, most),
         ];
+        inputs.extend(self.states.inputs(most));
         inputs.extend(lists.iter().map(|(.., list)| input(c"tiles", list, 2 * most)));
         // The longest one last: what is behind the values of a step is not copied.
         inputs.push(input(c"tables", &self.tables, most_table));
         let places = device.stage(&mut self.staged, &inputs)?;
-        let [ids, positions, types, slots, sequences, visible, of_tiles @ .., tables] = places.as_slice() else {
+        let [
+            ids,
+            positions,
+            types,
+            slots,
+            sequences,
+            visible,
+            contexts,
+            begins,
+            own,
+            goes_on,
+            save_begins,
+            saves,
+            copies,
+            of_tiles @ ..,
+            tables,
+        ] = places.as_slice()
+        else {
             return Err(Error::Msg("not every input has its place".into()));
         };
         let tiles = lists.iter().zip(of_tiles).map(|((group, few, list), place)| {
@@ -160,6 +189,15 @@ impl<D: Device> Inputs<D> {
             slots: *slots,
             sequences: *sequences,
             visible: *visible,
+            contexts: *contexts,
+            states: PlacesOfStates {
+                begins: *begins,
+                slots: *own,
+                goes_on: *goes_on,
+                save_begins: *save_begins,
+                saves: *saves,
+                copies: *copies,
+            },
             tables: *tables,
             tiles: tiles.collect(),
         })
@@ -181,6 +219,7 @@ impl<D: Device> Cuda<D> {
         self.angles(batch.ropes, &places, t)?;
         self.step = Some(Step {
             rows: batch.rows.to_vec(),
+            states: batch.states.clone(),
             tokens: t,
             highest_token: highest(batch.tokens),
             highest_position: highest(batch.positions),

@@ -50,7 +50,7 @@ fn product(emulator: &'static Emulator, dice: &mut Dice, dtype: Dtype, on_tensor
         of_experts: std::ptr::null(),
         biases: std::ptr::null(),
         bias: if dice.flip() { bias_memory.ptr() } else { std::ptr::null() },
-        rows: Rows { visits: std::ptr::null(), offsets: std::ptr::null(), count: m as i32, per_row: 1 },
+        rows: Rows::dense(m, k, n),
         epilogue: Ending { ending: 0, activation: 0, factor: 1.0 },
         out: out.ptr_mut(),
         experts: 0,
