@@ -309,6 +309,8 @@ fn values() {
     assert_eq!((settings.engine.quantization, settings.engine.bf16_activations), (Quantization::Wint4, true));
     assert!(!env(&[("DTYPE", "auto")]).engine.bf16_activations);
     assert!(mistakes(&[("DTYPE", "float16")])[0].contains("auto, bfloat16, bf16"));
+    assert!(!settings.engine.candle_kernels && env(&[("KERNELS", "candle")]).engine.candle_kernels);
+    assert!(mistakes(&[("KERNELS", "torch")])[0].contains("auto, candle"));
     assert_eq!(settings.runpod.ping_interval, Duration::from_secs(4));
     assert_eq!(settings.runpod.batch, Some(BatchGrowth { min: 2, growth: 1.3, max: 50 }));
     assert_eq!((settings.server.port, settings.server.health_port), (Some(8000), None));

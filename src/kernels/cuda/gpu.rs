@@ -254,7 +254,7 @@ impl Device for Gpu {
     fn stage(&self, inputs: &mut GpuInputs, values: &[Input<'_>]) -> Result<Vec<Place>> {
         self.stream.context().bind_to_thread().map_err(of_driver)?;
         if !inputs.fit(values) {
-            let bytes = inputs.capacities.iter().sum::<usize>() * size_of::<u32>();
+            let bytes = inputs.capacities.iter().sum::<usize>().max(ALIGNED) * size_of::<u32>();
             inputs.rooms = None;
             let host = [self.pinned(bytes)?, self.pinned(bytes)?];
             inputs.rooms = Some(Rooms { host, next: 0, device: self.allocate(bytes, c"inputs")? });
