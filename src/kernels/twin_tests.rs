@@ -571,7 +571,7 @@ impl StateStep {
     const SLOTS: usize = 8;
 
     /// A row of one sequence, from the slot 0 on or from another; `extra` states are kept before the last one, which goes to the slot 0.
-    fn row(known: usize, len: usize, extra: &[(usize, u32)]) -> Self {
+    pub(crate) fn row(known: usize, len: usize, extra: &[(usize, u32)]) -> Self {
         let mut saves: Vec<StateSave> = extra.iter().map(|(seen, slot)| StateSave { token: *seen as u32 - 1, slot: *slot }).collect();
         saves.push(StateSave { token: len as u32 - 1, slot: 0 });
         saves.sort_by_key(|save| save.token);

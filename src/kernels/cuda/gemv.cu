@@ -48,7 +48,7 @@ template <int FORM> __device__ __forceinline__ void eight(const Piece<FORM>& fro
 }
 
 template <class T, class Out, int FORM, int M>
-__global__ void __launch_bounds__(WARPS * WARP, M == 8 ? 3 : 0) gemv(const T* x, Matrix dense, const Matrix* of_experts, const float* const* biases, const float* bias,
+__global__ void __launch_bounds__(WARPS * WARP, sizeof(T) == 4 ? 2 : M == 8 ? 3 : 0) gemv(const T* x, Matrix dense, const Matrix* of_experts, const float* const* biases, const float* bias,
                                                      Rows rows, Epilogue epilogue, int whole, Out* out) {
   constexpr int SIZE = PIECE<FORM>;
   const int lane = threadIdx.x % WARP, first = (blockIdx.x * WARPS + threadIdx.x / WARP) * COLUMNS, from = blockIdx.y * M;

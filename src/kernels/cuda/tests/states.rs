@@ -16,7 +16,9 @@ fn through_steps(
     mut ours: impl FnMut(&[StateStep]) -> (Vec<f32>, Vec<f32>),
 ) {
     let cuts: Vec<usize> = (0..dice.below(5)).map(|_| dice.between(1, TEXT - 1)).collect();
-    for steps in state_steps(&cuts, (dice.below(TEXT), dice.below(TEXT))) {
+    // Drafts behind a state that is still needed when the first of them is kept.
+    let drafts = vec![StateStep::row(0, 20, &[]), StateStep::row(20, 4, &[(1, 5), (2, 6)])];
+    for steps in state_steps(&cuts, (dice.below(TEXT), dice.below(TEXT))).into_iter().chain([drafts]) {
         let (wanted, states) = twin(&steps);
         let (got, kept) = ours(&steps);
         assert_close(&got, &wanted, tolerance, "results");
