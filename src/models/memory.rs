@@ -119,24 +119,19 @@ impl MemoryPlan {
             pooling: model.pooling.clone().map(Arc::new),
             whole_prompts: model.runs_whole(),
         };
-        let (step_bytes, result_rows) = (need.planned_step_bytes(need.step_bytes), need.result_rows);
         let auto = if memory.gpu { "GPU_MEMORY_UTILIZATION, MAX_NUM_SEQS or MAX_MODEL_LEN" } else { "KV_CACHE_GB (now auto)" };
-        let kv_setting = need.kv_setting().unwrap_or_else(|| auto.into());
-        let kv_bytes_per_token = block_bytes / block_size;
-        let state_bytes = need.state_bytes();
-        let follows = batch.follows;
         Ok(Self {
             shape,
             weights_bytes,
             kv_bytes,
-            state_bytes,
-            step_bytes,
-            result_rows,
-            kv_bytes_per_token,
+            state_bytes: need.state_bytes(),
+            step_bytes: need.planned_step_bytes(need.step_bytes),
+            result_rows: need.result_rows,
+            kv_bytes_per_token: block_bytes / block_size,
             memory,
-            kv_setting,
+            kv_setting: need.kv_setting().unwrap_or_else(|| auto.into()),
             warnings,
-            follows,
+            follows: batch.follows,
         })
     }
 

@@ -248,8 +248,18 @@ unsafe fn attend<S: Simd, E: Element>(job: AttentionJob<'_>, at: Part, numbers: 
             Segment { job: &job, row, head, start, len }.weighted_values::<S, E>(scores, count, acc);
             start += len;
         }
-        for r in 0..count {
-            let (token, column) = offset(r);
+        store(&job, count, &offset, acc, sum);
+    }
+}
+
+/// Divides the sums of each query row, `acc [count, d]`, by its total, and writes them where `offset` says.
+#[inline(always)]
+unsafe fn store(job: &AttentionJob<'_>, count: usize, offset: &impl Fn(usize) -> (usize, usize), acc: *const f32, sum: *const f32) {
+    let d = job.shape.head_dim;
+    for r in 0..count {
+        let (token, column) = offset(r);
+        // SAFETY: as in `attend`: `count` rows of sums, and as many of the output.
+        unsafe {
             let out = std::slice::from_raw_parts_mut(job.out.0.add(token * job.spec.heads * d + column), d);
             let inverse = 1.0 / *sum.add(r);
             out.iter_mut().zip(std::slice::from_raw_parts(acc.add(r * d), d)).for_each(|(out, acc)| *out = *acc * inverse);
