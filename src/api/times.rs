@@ -28,8 +28,8 @@ impl Times {
     /// Into an answer or a chunk of one. Moments are seconds since 1970, and the others are seconds; FastDeploy's keys, without those that only
     /// servers in two parts have.
     pub fn put(&self, object: &mut Map<String, Value>) {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
-        let moment = |at: Instant| now - at.elapsed().as_secs_f64();
+        let (here, now) = (Instant::now(), SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64()));
+        let moment = |at: Instant| now - here.saturating_duration_since(at).as_secs_f64();
         let between = |from: Option<Instant>, to: Option<Instant>| Some(to?.saturating_duration_since(from?).as_secs_f64());
         let (arrived, submitted) = (Some(self.arrived), Some(self.submitted));
         let metrics = json!({

@@ -222,11 +222,10 @@ unsafe fn attend<S: Simd, E: Element>(job: AttentionJob<'_>, at: Part, numbers: 
             (*max.add(r), *sum.add(r)) = sink.map_or((f32::NEG_INFINITY, 0.0), |sink| (sink, 1.0));
         }
         std::slice::from_raw_parts_mut(acc, count * d).fill(0.0);
-        let longest = seen(count - 1).end;
         // NOTE: segments begin at multiples of their length whatever the window, so that sums are cut at the same places in every step.
         let mut start = seen(0).start / job.layout.segment * job.layout.segment;
-        while start < longest {
-            let len = job.layout.segment.min(longest - start);
+        while start < seen(count - 1).end {
+            let len = job.layout.segment.min(seen(count - 1).end - start);
             let blocks = &row.blocks[start / block_size..(start + len).div_ceil(block_size)];
             for (i, block) in blocks.iter().enumerate() {
                 // The next block may lie anywhere, so it is prefetched while this one is computed; after the last block, the first values.

@@ -158,7 +158,7 @@ impl<D: Device> Inputs<D> {
         // The longest one last: what is behind the values of a step is not copied.
         inputs.push(input(c"tables", &self.tables, most_table));
         let places = device.stage(&mut self.staged, &inputs)?;
-        let [
+        let &[
             ids,
             positions,
             types,
@@ -172,35 +172,17 @@ impl<D: Device> Inputs<D> {
             save_begins,
             saves,
             copies,
-            of_tiles @ ..,
+            ref of_tiles @ ..,
             tables,
         ] = places.as_slice()
         else {
             return Err(Error::Msg("not every input has its place".into()));
         };
-        let tiles = lists.iter().zip(of_tiles).map(|((group, few, list), place)| {
-            let (group, few, count) = (*group, *few, list.len() / 2);
-            Tiles { group, few, place: *place, count }
-        });
-        Ok(Places {
-            ids: *ids,
-            positions: *positions,
-            types: (!self.types.is_empty()).then_some(*types),
-            slots: *slots,
-            sequences: *sequences,
-            visible: *visible,
-            contexts: *contexts,
-            states: PlacesOfStates {
-                begins: *begins,
-                slots: *own,
-                goes_on: *goes_on,
-                save_begins: *save_begins,
-                saves: *saves,
-                copies: *copies,
-            },
-            tables: *tables,
-            tiles: tiles.collect(),
-        })
+        let of_tiles = lists.iter().zip(of_tiles);
+        let tiles = of_tiles.map(|((group, few, list), place)| Tiles { group: *group, few: *few, place: *place, count: list.len() / 2 });
+        let states = PlacesOfStates { begins, slots: own, goes_on, save_begins, saves, copies };
+        let types = (!self.types.is_empty()).then_some(types);
+        Ok(Places { ids, positions, types, slots, sequences, visible, contexts, states, tables, tiles: tiles.collect() })
     }
 }
 
