@@ -182,6 +182,8 @@ pub async fn serve(
     let mut shutdown = pin!(shutdown);
     // A connection that was accepted when there was no place for it.
     let mut waiting: Option<TcpStream> = None;
+    // Evicted connections keep their files until their tasks have ended, which they do soon.
+    let most_tasks = places.limits.most.saturating_add(2 * RESERVE);
     loop {
         if let Some(stream) = waiting.take() {
             match places.take() {
@@ -194,7 +196,7 @@ pub async fn serve(
             Some(_) = tasks.join_next() => {}
             // A connection that falls silent does not say so.
             () = tokio::time::sleep(RETRY), if waiting.is_some() => {}
-            accepted = socket.accept(), if waiting.is_none() => match accepted {
+            accepted = socket.accept(), if waiting.is_none() && tasks.len() < most_tasks => match accepted {
                 Ok((stream, _)) => waiting = Some(stream),
                 Err(error) => accept_failed(&error).await,
             },
